@@ -1,0 +1,70 @@
+"""The ten real photographs inside the scikit-image and scikit-learn packages: no download, ever."""
+
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from backsight.errors import BacksightError
+
+# name -> (package, path inside the package); the files are read directly because the packages' own
+# loaders may reach for the network.
+_FILES = MappingProxyType(
+    {
+        "astronaut": ("skimage", "data/astronaut.png"),
+        "chelsea": ("skimage", "data/chelsea.png"),
+        "coffee": ("skimage", "data/coffee.png"),
+        "rocket": ("skimage", "data/rocket.jpg"),
+        "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
+        "immunohistochemistry": ("skimage", "data/ihc.png"),
+        "retina": ("skimage", "data/retina.jpg"),
+        "stereo_motorcycle": ("skimage", "data/motorcycle_left.png"),
+        "china": ("sklearn", "datasets/images/china.jpg"),
+        "flower": ("sklearn", "datasets/images/flower.jpg"),
+    }
+)
+_DISTRIBUTIONS = MappingProxyType({"skimage": "scikit-image", "sklearn": "scikit-learn"})
+
+PHOTOGRAPHS: tuple[str, ...] = tuple(_FILES)
+
+
+class PhotographError(BacksightError):
+    """A photograph that is not in the list, or whose file the installed package lacks."""
+
+
+def photograph_path(name: str) -> Path:
+    """Where the installed package keeps a photograph.
+
+    Raises PhotographError on an unknown name or a missing file.
+    """
+    if name not in _FILES:
+        nearest = get_close_matches(name, PHOTOGRAPHS)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        raise PhotographError(f"no photograph {name!r}{hint}; the photographs are {', '.join(PHOTOGRAPHS)}")
+    package, inside = _FILES[name]
+    spec = find_spec(package)  # finds the folder without importing the package
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        if (path := Path(folder) / inside).is_file():
+            return path
+    raise PhotographError(
+        f"the photograph {name!r} ({package}/{inside}) is not in the installed {_DISTRIBUTIONS[package]}: "
+        f"reinstall {_DISTRIBUTIONS[package]} from requirements.lock"
+    )
+
+
+@cache
+def photograph(name: str) -> np.ndarray:
+    """One photograph at its own size, uint8 (H, W, 3) sRGB; decoded once, shared, therefore read-only.
+
+    Raises PhotographError on an unknown name or a missing file.
+    Source: the files of scikit-image (skimage.data) and scikit-learn (sklearn.datasets).
+    """
+    with Image.open(photograph_path(name)) as image:
+        pixels = np.array(image.convert("RGB"))
+    pixels.setflags(write=False)
+    return pixels
