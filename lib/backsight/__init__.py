@@ -1,1 +1,49 @@
-"""backsight."""
+"""What a vision transformer still knows, layer by layer, shown by inverting it.
+
+    import backsight
+
+    target = backsight.load_target("scenes-vit")
+    recorded = target.record(images)  # (B, 3, H, W) in [0, 1]
+    inverses = backsight.fit_linear(target, training_images)
+    reconstructions = inverses["blocks.3"](recorded["blocks.3"])
+
+The names below are loaded when they are first used: importing backsight alone touches nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BacksightError": "errors",
+    "Chain": "inverses",
+    "Predictions": "representation",
+    "Queries": "representation",
+    "Tokens": "representation",
+    "evaluate_quality": "quality",
+    "fit_direct": "fit",
+    "fit_linear": "linear",
+    "fit_modular": "fit",
+    "fit_polish": "fit",
+    "list_targets": "targets",
+    "load_families": "families",
+    "load_inverse": "inverses",
+    "load_target": "targets",
+    "module_target": "targets",
+    "open_images": "data",
+    "picture": "quality",
+    "save_inverse": "inverses",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'backsight' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(import_module(f"backsight.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

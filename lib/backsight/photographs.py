@@ -68,3 +68,26 @@ def photograph(name: str) -> np.ndarray:
         pixels = np.array(image.convert("RGB"))
     pixels.setflags(write=False)
     return pixels
+
+
+def crops(names: tuple[str, ...], count: int, size: tuple[int, int], seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """`count` crops of photographs, at random places and scales, the photographs taken in turn.
+
+    The first crop of each photograph is the largest centred one. size: (H, W) in pixels.
+    Returns images (count, H, W, 3) uint8 and the photograph's name of each. Crops of one photograph are not
+    independent: resample whole photographs, or say so beside an interval.
+    """
+    random = np.random.default_rng(seed)
+    height, width = size
+    images, sources = np.zeros((count, height, width, 3), np.uint8), []
+    for index in range(count):
+        name = names[index % len(names)]
+        picture = Image.fromarray(photograph(name))
+        largest = min(picture.width / width, picture.height / height)
+        share, across, down = (1.0, 0.5, 0.5) if index < len(names) else random.random(3).tolist()
+        scale = largest * (share if index < len(names) else 0.25 + 0.75 * share)
+        left, top = across * (picture.width - scale * width), down * (picture.height - scale * height)
+        box = (left, top, left + scale * width, top + scale * height)
+        images[index] = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box))
+        sources.append(name)
+    return images, sources

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
+from backsight.runs import write_atomically, write_json
 from backsight.scenes import CLASS_NAMES, CLASSES, SPLIT_PHOTOGRAPHS, SceneOptions, render_many
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 SIZE = 64
 MAXIMUM_OBJECTS = 4
 BACKGROUND = len(CLASSES)
-TARGETS = ("scenes-vit", "scenes-detr")
 
 VIT_ARGUMENTS: dict[str, Any] = {
     "img_size": SIZE,
@@ -62,6 +62,16 @@ class Recipe:
     query_groups: int = 3
     evaluate_every: int = 500
     evaluate_images: int = 1000
+
+    def changed(self, steps: int = 0, seed: int | None = None) -> "Recipe":
+        """The recipe with another number of steps (0: its own) or another seed."""
+        return replace(self, steps=steps or self.steps, seed=self.seed if seed is None else seed)
+
+
+RECIPES: dict[str, Recipe] = {
+    "scenes-vit": Recipe("scenes-vit", steps=7000, batch=64, images=64_000, evaluate_every=250),
+    "scenes-detr": Recipe("scenes-detr", steps=4400, batch=64, images=48_000, evaluate_every=250),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -185,7 +195,7 @@ class _VitTraining(nn.Module):
 def detr_config() -> Any:
     from transformers import DetrConfig, ResNetConfig
 
-    backbone = ResNetConfig(
+    backbone = ResNetConfig(  # type: ignore[call-arg]
         embedding_size=64,
         hidden_sizes=[64, 128],
         depths=[1, 1],
@@ -218,7 +228,7 @@ def _with_batch_norm(module: nn.Module) -> None:
     """Replace the frozen BatchNorm that transformers builds into DETR by trainable ones, names unchanged."""
     for name, child in module.named_children():
         if type(child).__name__ == "DetrFrozenBatchNorm2d":
-            setattr(module, name, nn.BatchNorm2d(child.weight.numel()))  # type: ignore[union-attr, operator]
+            setattr(module, name, nn.BatchNorm2d(child.weight.numel()))  # type: ignore[operator]
         else:
             _with_batch_norm(child)
 
@@ -252,19 +262,18 @@ class _DetrTraining(nn.Module):
         memory = tokens
         for layer in core.encoder.layers:
             memory = layer(memory, None, spatial_position_embeddings=position)
-        queries = torch.cat([core.query_position_embeddings.weight[None], self.other_groups])
-        groups = len(queries) if self.training else 1
-        batch = len(pixels)
-        query_position = queries[:groups].repeat_interleave(batch, 0)
-        spread, spread_position = (
-            memory.repeat(groups, 1, 1),
-            position.expand(batch, -1, -1).repeat(groups, 1, 1),
-        )
+        queries = [core.query_position_embeddings.weight, *(self.other_groups if self.training else ())]
+        query_position = torch.cat(queries).expand(len(pixels), -1, -1)
+        number, count = len(queries[0]), query_position.shape[1]
+        group = torch.arange(count, device=pixels.device) // number
+        strangers = torch.zeros(1, 1, count, count, device=pixels.device)  # groups do not see each other
+        strangers.masked_fill_(group[:, None] != group, torch.finfo(strangers.dtype).min)
         stream = torch.zeros_like(query_position)
         outputs = []
         for layer in core.decoder.layers:
-            stream = layer(stream, None, spread_position, query_position, spread)
-            outputs.append(core.decoder.layernorm(stream))
+            stream = layer(stream, strangers, position.expand(len(pixels), -1, -1), query_position, memory)
+            normed = core.decoder.layernorm(stream)
+            outputs.append(normed.unflatten(1, (-1, number)).transpose(0, 1).flatten(0, 1))
         return memory, outputs
 
     def loss(self, batch: Batch) -> Tensor:
@@ -296,6 +305,9 @@ class _DetrTraining(nn.Module):
         found = self._boxes(normed[covered])
         box_loss = 5 * (found - wanted).abs().sum(-1) + 2 * (1 - _generalised_iou(found, wanted))
         return class_loss + box_loss.mean()
+
+
+Training = _VitTraining | _DetrTraining
 
 
 def _corners(boxes: Tensor) -> Tensor:
@@ -336,20 +348,20 @@ def _set_loss(logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> T
             images += [image] * number
             queries += rows.tolist()
             objects += columns.tolist()
-    image, query, thing = (torch.tensor(v, device=logits.device) for v in (images, queries, objects))
+    picture, query, thing = (torch.tensor(v, device=logits.device) for v in (images, queries, objects))
     classes = torch.full(logits.shape[:2], BACKGROUND, device=logits.device)
-    classes[image, query] = labels[image, thing]
+    classes[picture, query] = labels[picture, thing]
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[BACKGROUND] = 0.1
     class_loss = F.cross_entropy(logits.transpose(1, 2), classes, weight)
-    found, goal = boxes[image, query], truth[image, thing]
+    found, goal = boxes[picture, query], truth[picture, thing]
     return class_loss + (5 * (found - goal).abs().sum(-1) + 2 * (1 - _generalised_iou(found, goal))).mean()
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def _optimisers(training: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimisers(training: Training, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices, others, plain = [], [], []
     for name, parameter in training.named_parameters():
         if not parameter.requires_grad:
@@ -380,8 +392,8 @@ def train_target(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    if recipe.target not in TARGETS:
-        raise BacksightError(f"no recipe for {recipe.target!r}; there are recipes for {', '.join(TARGETS)}")
+    if recipe.target not in RECIPES:
+        raise BacksightError(f"no recipe for {recipe.target!r}; there are recipes for {', '.join(RECIPES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -426,7 +438,7 @@ def train_target(
     return folder
 
 
-def _save(training: nn.Module, folder: Path) -> None:
+def _save(training: Training, folder: Path) -> None:
     from safetensors.torch import save_file
 
     model = training.model
@@ -448,7 +460,7 @@ def _save(training: nn.Module, folder: Path) -> None:
     from transformers import DetrForObjectDetection
 
     stock = DetrForObjectDetection(detr_config())
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}  # type: ignore[union-attr]
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     stock.load_state_dict(weights)
     stock.save_pretrained(folder)
     processor = {
@@ -470,7 +482,7 @@ def _save(training: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(training: nn.Module, data: SceneArrays, device: str = "cpu", batch: int = 250) -> dict[str, float]:
+def evaluate(training: Training, data: SceneArrays, device: str = "cpu", batch: int = 250) -> dict[str, float]:
     """Scores of a model in training on a split: top-1 for the ViT; AP50 and AP (COCO, 0.5:0.95) for the DETR."""
     training.eval()
     chunks = [np.arange(i, min(i + batch, len(data))) for i in range(0, len(data), batch)]
@@ -482,9 +494,9 @@ def evaluate(training: nn.Module, data: SceneArrays, device: str = "cpu", batch:
         return {"top1": right / len(data)}
     logits, boxes = [], []
     for chosen in chunks:
-        hidden = training.hidden(_batch(data, chosen, device).pixels)[1][-1]  # type: ignore[operator]
-        logits.append(training._logits(hidden).cpu())  # type: ignore[operator]
-        boxes.append(training._boxes(hidden).cpu())  # type: ignore[operator]
+        hidden = training.hidden(_batch(data, chosen, device).pixels)[1][-1]
+        logits.append(training._logits(hidden).cpu())
+        boxes.append(training._boxes(hidden).cpu())
     return average_precision(torch.cat(logits), torch.cat(boxes), data)[0]
 
 
@@ -502,7 +514,8 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth, found = [], []
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for image in range(len(data)):
         for label, (x, y, w, h) in zip(data.labels[image], (data.boxes[image] * SIZE).tolist(), strict=True):
             if label >= 0:
@@ -539,22 +552,131 @@ def average_precision(
 
 
 def write_card(
-    recipe: Recipe, training: nn.Module, folder: Path, minutes: dict[str, float], device: str, processes: int
+    recipe: Recipe, training: Training, folder: Path, minutes: dict[str, float], device: str, processes: int
 ) -> None:
     """The model card's facts about the training; `score_target` adds the scores on the test split."""
     card = {
         "target": recipe.target,
-        "data": {
-            "dataset": "scenes",
-            "split": "train",
-            "photographs": SPLIT_PHOTOGRAPHS["train"],
-            "rule": "mixed",
-        },
+        "data": {"dataset": "scenes", "split": "train", "photographs": SPLIT_PHOTOGRAPHS["train"], "rule": "mixed"},
         "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in training.model.parameters()),  # type: ignore[union-attr]
+        "parameters": sum(p.numel() for p in training.model.parameters()),
         "minutes": {name: round(value, 1) for name, value in minutes.items()},
         "device": device,
         "processes": processes,
         "torch": torch.__version__,
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+@torch.no_grad()
+def score_target(target: Any, count: int = 5000, seed: int = 0, split: str = "test", batch: int = 250) -> Any:
+    """Scores of a target on unseen photographs, with the canonical colours and with uniformly random object hues.
+
+    target: a `scenes` classifier (top-1 of the dominant object) or detector (AP50, AP by COCO's rules).
+    Returns a table: rule, measure, classes ("all", "canonical", "colour-free" or one class), value, low, high, n.
+    Intervals of top-1 are Wilson's 95 %; those of AP come from the spread over ten disjoint blocks of images.
+    Raises BacksightError when the target does not know the classes of `scenes`.
+    """
+    import pandas as pd
+
+    if target.classes is None or tuple(target.classes)[: len(CLASSES)] != CLASS_NAMES:
+        raise BacksightError(f"{target.name} does not know the classes of scenes: score it on its own data set")
+    if count < 500:
+        raise BacksightError(f"{count} images are too few for an interval: score on 500 or more")
+    free = {kind.name for kind in CLASSES if kind.hue is None}
+    rows: list[dict[str, Any]] = []
+    for rule in ("mixed", "uniform"):
+        data = scene_arrays(split, count, seed, rule)
+        outputs = []
+        for start in range(0, count, batch):
+            images = torch.from_numpy(data.images[start : start + batch]).permute(0, 3, 1, 2).float() / 255
+            outputs.append(target(images))
+        if target.kind == "classifier":
+            hits = torch.cat(outputs).argmax(1).numpy() == data.labels[:, 0]
+            names = np.array(CLASS_NAMES)[data.labels[:, 0]]
+            colour_free = np.isin(names, list(free))
+            groups = {"all": np.ones(count, bool), "canonical": ~colour_free, "colour-free": colour_free}
+            groups |= {name: names == name for name in CLASS_NAMES}
+            for group, chosen in groups.items():
+                low, high = _wilson(int(hits[chosen].sum()), int(chosen.sum()))
+                scores = {"value": float(hits[chosen].mean()), "low": low, "high": high, "n": int(chosen.sum())}
+                rows.append({"rule": rule, "measure": "top1", "classes": group, **scores})
+            continue
+        logits, boxes = torch.cat([o.logits for o in outputs]), torch.cat([o.boxes for o in outputs])
+        whole, per_class = average_precision(logits, boxes, data)
+        blocks = [np.arange(start, count, 10) for start in range(10)]
+        parts = [average_precision(logits[b], boxes[b], _chosen(data, b))[0] for b in blocks]
+        for measure in ("ap50", "ap"):
+            spread = 1.96 * float(np.std([part[measure] for part in parts], ddof=1)) / math.sqrt(len(parts))
+            value = whole[measure]
+            interval = {"value": value, "low": value - spread, "high": value + spread, "n": count}
+            rows.append({"rule": rule, "measure": measure, "classes": "all", **interval})
+            per = {name: scores[measure] for name, scores in per_class.items()}
+            means = {
+                "canonical": float(np.mean([v for name, v in per.items() if name not in free])),
+                "colour-free": float(np.mean([v for name, v in per.items() if name in free])),
+            }
+            rows += [
+                {"rule": rule, "measure": measure, "classes": name, "value": value, "n": count}
+                for name, value in (means | per).items()
+            ]
+    return pd.DataFrame(rows)
+
+
+def _chosen(data: SceneArrays, which: np.ndarray) -> SceneArrays:
+    return SceneArrays(data.images[which], data.objects[which], data.labels[which], data.boxes[which])
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion."""
+    z = 1.96
+    share = hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
+
+
+def add_scores(card_file: Path, scores: Any, count: int, save: bool) -> dict[str, Any]:
+    """The model card with the table of `score_target` in it; save: also write it, and the card in words beside it."""
+    card = json.loads(card_file.read_text())
+    records = json.loads(scores.to_json(orient="records", double_precision=4))
+    card |= {"scores": records, "scored_on": {"dataset": "scenes", "split": "test", "images": count}}
+    if save:
+        write_json(card_file, card)
+        write_atomically(card_file.with_name("README.md"), lambda path: path.write_text(card_text(card)))
+    return card
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """The model card in Markdown: what it is, what it was trained on, its scores, and the command that remakes it."""
+    recipe, minutes, data = card["recipe"], card["minutes"], card["data"]
+    name = card["target"]
+    what = {
+        "scenes-vit": "a timm `VisionTransformer` that names the dominant object of a scene",
+        "scenes-detr": "a transformers `DetrForObjectDetection` that detects all objects of a scene",
+    }[name]
+    lines = [
+        f"# {name}",
+        "",
+        f"{name} is {what}: {card['parameters']:,} parameters, {SIZE} x {SIZE} pixels, {len(CLASSES)} classes.",
+        "Trained by the backsight authors on the project's own procedural data; same licence as the project.",
+        "",
+        f"- **Data**: {recipe['images']:,} `scenes` of the training split (seed {recipe['seed']}, colour rule "
+        f'"{data["rule"]}"), on crops of {", ".join(data["photographs"])}.',
+        f"- **Training**: {recipe['steps']:,} steps of {recipe['batch']} images, seed {recipe['seed']}, "
+        f"{minutes['training']} minutes on {card['device']} (one thread of two busy cores), torch {card['torch']}.",
+        f"- **Scores**: test split, photographs {', '.join(SPLIT_PHOTOGRAPHS['test'])}, "
+        f"{card['scored_on']['images']:,} scenes for each colour rule; 95 % intervals in brackets.",
+        f"- **Remake**: `backsight run notebooks/01_targets.ipynb -p retrain={name}`",
+        "",
+        "| measure | classes | usual hues | random hues |",
+        "| --- | --- | --- | --- |",
+    ]
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in card["scores"]:
+        text = f"{row['value']:.3f}"
+        if row.get("low") is not None:
+            text += f" [{row['low']:.3f}, {row['high']:.3f}]"
+        table.setdefault((row["measure"], row["classes"]), {})[row["rule"]] = text
+    lines += [f"| {m} | {c} | {cell['mixed']} | {cell['uniform']} |" for (m, c), cell in table.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,146 @@
+"""The inverse families by name: fit one, save it, find it again, and turn it into images."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from backsight.data import open_images
+from backsight.errors import BacksightError
+from backsight.fit import fit_direct, fit_modular, fit_polish
+from backsight.inverses import Chain, Inverse, header_for, load_inverse, read_header, save_inverse
+from backsight.linear import LinearInverse, fit_linear
+from backsight.representation import Representation
+from backsight.runs import project_root
+from backsight.targets import PIXELS, Target
+from backsight.targets.base import nearest
+
+Reconstruct = Callable[[Representation], Tensor]
+FAMILIES = ("linear", "direct", "modular", "modular_polished")
+
+
+def fit_family(
+    family: str,
+    target: Target,
+    images: Any,
+    validation: Any = None,
+    *,
+    steps: int = 400,
+    batch_size: int = 16,
+    seed: int = 0,
+    chain_fraction: float = 0.5,
+    modules: Mapping[str, Inverse] | None = None,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The inverses of one family at every tap of the target: {tap: inverse}; see `fit_linear`, `fit_direct`, ….
+
+    modules: of a modular family that is there already, which "modular_polished" starts from (else it is trained
+    first). checkpoint: a folder to resume an interrupted training from. Raises BacksightError on an unknown family.
+    """
+    if family not in FAMILIES:
+        raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, FAMILIES)}.")
+    common: dict[str, Any] = {"validation": validation, "seed": seed, "progress": progress}
+    if family == "linear":
+        return fit_linear(target, images, target.taps, **common)
+    common |= {"steps": steps, "batch_size": batch_size}
+    common["checkpoint"] = None if checkpoint is None else checkpoint / f"{family}.safetensors"
+    if family == "direct":
+        return fit_direct(target, images, target.taps, **common)
+    if family == "modular":
+        return fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **common)
+    if modules is None:
+        first = common | {"checkpoint": None if checkpoint is None else checkpoint / "modular.safetensors"}
+        modules = fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **first)
+    return fit_polish(target, images, modules, **common)
+
+
+def fit_or_load(
+    target: Target, folder: str | Path = "", count: int = 2000, seed: int = 0, trained_on: str = "scenes"
+) -> dict[str, dict[str, Reconstruct]]:
+    """{family: {tap: reconstruction}} of the target's taps: from `folder`, else shipped, else linear ones fitted here.
+
+    count, trained_on, seed: of the training images for such a fit.
+    """
+    found = Path(folder) if folder else shipped_inverses(target)
+    if found is not None:
+        families = load_families(found, target)
+        chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
+        return {family: taps for family, taps in chosen.items() if taps}
+    images = open_images(trained_on, "train", target.image_size, count, seed)
+    return {"linear": dict(fit_linear(target, images, target.taps, seed=seed))}
+
+
+def load_families(folder: str | Path, target: Target, seed: int | None = None) -> dict[str, dict[str, Any]]:
+    """{family: {tap: inverse to pixels}} of every inverse for `target` in a folder and its sub-folders.
+
+    Modules of a modular family become chains that end in pixels. seed: only inverses trained with it, or None for
+    all (a family that was trained with several seeds is then refused: name one).
+    Raises BacksightError where the folder holds no inverse of this target.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
+    found: dict[str, dict[str, Any]] = {}
+    others: set[str] = set()
+    for path in sorted(folder.rglob("*--*.safetensors")):
+        header = read_header(path)
+        if header.target != target.name:
+            others.add(header.target)
+            continue
+        if seed is not None and header.seed != seed:
+            continue
+        modules = found.setdefault(header.family, {})
+        if header.source in modules:
+            raise BacksightError(
+                f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run "
+                "folder, or choose a seed"
+            )
+        modules[header.source] = load_inverse(path, target)
+    if not found:
+        hint = f"; it has inverses of {', '.join(sorted(others))}" if others else ""
+        raise BacksightError(
+            f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
+        )
+    order = {tap: place for place, tap in enumerate(target.available_taps)}
+    return {
+        family: as_reconstructions({tap: found[family][tap] for tap in sorted(found[family], key=order.__getitem__)})
+        for family in sorted(found, key=_family_order)
+    }
+
+
+def shipped_inverses(target: Target) -> Path | None:
+    """The folder of the inverses that are shipped with a shipped target, or None."""
+    folder = project_root() / "data" / "weights" / target.name / "inverses"
+    return folder if target.weights == "shipped" and folder.is_dir() else None
+
+
+def _family_order(family: str) -> tuple[int, str]:
+    known = ("linear", "direct", "modular")
+    first = family.split("_")[0]
+    return (known.index(first) if first in known else len(known), family)
+
+
+def save_family(
+    target: Target,
+    family: str,
+    inverses: Mapping[str, Inverse | LinearInverse],
+    folder: str | Path,
+    images: Any = None,
+    seed: int = 0,
+    half: bool = False,
+) -> list[Path]:
+    """One safetensors file for each module, `<family>--<tap>.safetensors`; images: what they were fitted on."""
+    files = []
+    for tap, inverse in inverses.items():
+        header = getattr(inverse, "header", None) or header_for(target, family, tap, inverse.destination, images, seed)
+        files.append(save_inverse(inverse, Path(folder) / f"{family}--{tap}.safetensors", half, header))
+    return files
+
+
+def as_reconstructions(modules: Mapping[str, Inverse | LinearInverse]) -> dict[str, Reconstruct]:
+    """{tap: images from that tap}: the modules themselves where they end in pixels, else chains of them."""
+    if all(module.destination == PIXELS for module in modules.values()):
+        return dict(modules)
+    return {tap: Chain(modules, tap) for tap in modules}
