@@ -8,18 +8,19 @@ import zlib
 from itertools import chain
 from pathlib import Path
 
-import backsight
 import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+import backsight
 from backsight import data
 from backsight.data import ImageError, SourceError, batches, open_images, read_rgb, tensor
 from backsight.errors import BacksightError
 from backsight.photographs import PHOTOGRAPHS, PhotographError, photograph
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageCms
 
 COCO = Path(backsight.__file__).parents[2].parent / "shared" / "data" / "coco_sample"
 needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason="the COCO sample is not beside the project")

@@ -5,6 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from scipy.ndimage import binary_dilation, binary_erosion
+from skimage.color import rgb2hsv
+
 from backsight.errors import BacksightError
 from backsight.scenes import (
     CLASS_NAMES,
@@ -18,11 +24,6 @@ from backsight.scenes import (
     render_many,
     write_coco,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from scipy.ndimage import binary_dilation, binary_erosion
-from skimage.color import rgb2hsv
 
 splits = st.sampled_from(sorted(SPLIT_PHOTOGRAPHS))
 indices = st.integers(0, 10**6)

@@ -1,0 +1,77 @@
+# make run    build the environment, then results/$(PRESET): every layer of both targets, and its page
+# make test   everything that is checked, with a pytest summary as the last line
+# make lab    the notebooks in JupyterLab        make lint    style and types
+# make bench  results/bench/*.csv                make clean   remove what these commands make
+#
+# Needs Python 3.11 or 3.12, make and the package registry that pip or uv is set up for.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PRESET ?= default
+CORES ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NOTEBOOKS = $(wildcard notebooks/[0-9][0-9]_*.ipynb)
+
+.PHONY: run test lab lint bench clean clean-venv install
+
+run: $(INSTALLED)
+	$(BIN)/snakemake --config preset=$(PRESET) --cores $(CORES) --rerun-incomplete --nolock --keep-going \
+		--show-failed-logs --quiet rules host
+	@echo "Open results/$(PRESET)/index.html"
+
+# One process for each file at a time; a test process or a kernel computes with one thread.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 BACKSIGHT_RESULTS=$(CURDIR)/results/test \
+	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),--nbval $(NOTEBOOKS) --nbval-kernel-name python3 \
+		--nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 180) \
+		-n $(WORKERS) --dist loadfile --durations 10 $(PYTEST_OPTIONS)
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	for benchmark in $(sort $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$benchmark; done
+
+clean:
+	rm -rf results/{default,smoke,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-venv:
+	rm -rf $(VENV) .uv
+
+install: $(INSTALLED)
+
+# uv where it is there, else uv from the registry in a place of its own, else plain pip.
+$(INSTALLED): requirements.lock pyproject.toml
+	@python=""; for candidate in python3.11 python3.12 python3; do \
+		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then \
+			python=$$(command -v $$candidate); break; fi; done; \
+	if [ -z "$$python" ]; then \
+		echo "backsight needs Python 3.11 or 3.12, and none of python3.11, python3.12, python3 is one." >&2; exit 1; fi; \
+	uv=uv; \
+	if ! uv --version >/dev/null 2>&1; then \
+		uv=.uv/bin/uv; \
+		[ -x $$uv ] || $$python -m pip install --quiet --target .uv uv || uv=""; fi; \
+	if [ -n "$$uv" ] \
+		&& { [ -x $(BIN)/python ] || $$uv venv --quiet --python "$$python" $(VENV); } \
+		&& $$uv pip sync --quiet --python $(BIN)/python requirements.lock \
+		&& $$uv pip install --quiet --python $(BIN)/python --no-deps -e .; then \
+		echo "Installed requirements.lock into $(VENV) with $$($$uv --version)."; \
+	else \
+		echo "No uv, or it could not install; going on with plain pip." >&2; \
+		$$python -m venv --clear $(VENV); \
+		$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock; \
+		$(BIN)/python -m pip install --quiet --no-deps -e .; \
+		echo "Installed requirements.lock into $(VENV) with pip."; \
+	fi
+	@touch $@

@@ -1,0 +1,103 @@
+"""The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backsight.errors import BacksightError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors that a user can mend are one sentence on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except BacksightError as error:
+        print(f"backsight: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("backsight: stopped; the same command resumes.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="backsight", description="What a vision transformer still knows, layer by layer."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one notebook, strictly")
+    run.add_argument("notebook", metavar="NOTEBOOK", type=Path)
+    run.add_argument("-f", dest="preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    run.add_argument(
+        "-p",
+        dest="assignments",
+        metavar="name=value",
+        action="append",
+        default=[],
+        help="one parameter; lists as in -p 'families=[linear, direct]'",
+    )
+    run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
+    run.add_argument("--check", action="store_true", help="only check and show the parameters")
+    run.add_argument("--fresh", action="store_true", help="run again even where an equal run is finished")
+    run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
+    run.set_defaults(command=_run)
+
+    targets = commands.add_parser("targets", help="list what can be inverted here and now")
+    targets.set_defaults(command=_targets)
+
+    doctor = commands.add_parser("doctor", help="check the installation")
+    doctor.set_defaults(command=_doctor)
+
+    report = commands.add_parser("report", help="write index.html over the runs in a folder")
+    report.add_argument("folder", metavar="FOLDER", type=Path)
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from backsight.parameters import describe_parameters
+    from backsight.runner import NotebookError, plan_run, run_plan
+
+    plan = plan_run(options.notebook, options.preset, options.assignments, options.out)
+    if options.check:
+        print(describe_parameters(plan.notebook, plan.values))
+        return 0
+    try:
+        run_plan(plan, options.fresh, options.verbose)
+    except NotebookError as error:
+        print(f"backsight: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _targets(options: argparse.Namespace) -> int:
+    from backsight.targets import list_targets
+
+    columns = ("name", "kind", "status", "needs")
+    rows = [columns, *(tuple(str(target[column]) for column in columns) for target in list_targets())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    for row in rows:
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from backsight.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{finding.verdict:<5} {finding.subject}: {finding.text}")
+    return int(any(finding.verdict == "FAIL" for finding in findings))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from backsight.report import write_report
+
+    print(write_report(options.folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

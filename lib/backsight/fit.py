@@ -1,0 +1,453 @@
+"""Fit inverses of a target: direct decoders, modular inverses, and the joint polish of a chain.
+
+    images ──► frozen target ──► taps           one pass a batch, whatever is trained
+                                  │ │ │
+                       every tap's or stage's own module, loss and gradient, side by side
+
+All losses are squared errors divided by the variance of what is to be found, measured once before training: 1 is
+as bad as the mean, 0 is perfect, and stages are comparable.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backsight.data import batches
+from backsight.errors import BacksightError
+from backsight.inverses import Chain, Inverse, Moments, design_for, header_for
+from backsight.linear import PIXELS, LinearInverse, Pair, fit_linear_pairs, form_of, plan_layout
+from backsight.representation import Queries, Representation, Tokens, concatenate
+from backsight.targets.base import Target
+from backsight.training import accelerator, seeded, train
+
+MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
+RECORDING_BATCH = 64
+
+
+def fit_direct(
+    target: Target,
+    images: Any,
+    taps: str | Sequence[str] | None = None,
+    *,
+    validation: Any = None,
+    linear: Mapping[Pair, LinearInverse] | None = None,
+    steps: int = 400,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    width: int | None = None,
+    seed: int = 0,
+    patience: int | None = None,
+    ridge_images: int = 4096,
+    validation_images: int = 128,
+    checkpoint: Path | str | None = None,
+    checkpoint_every: int = 200,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Inverse]:
+    """One decoder from every tap straight to pixels, all trained from the same frozen passes.
+
+    images, validation: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1], without padding. taps: as
+    `load_target` takes them, default the target's own. linear: closed-form starts {(tap, "pixels"): LinearInverse}
+    that are there already; the others are fitted on `ridge_images` of the images. width: channels of the
+    convolutions on the grid. validation: `validation_images` of it choose the best weights; with patience (in
+    tenths of the steps) they end the training early. checkpoint: a file to resume from, see `training.train`.
+    workers: processes that read images ahead.
+    Returns {tap: inverse}, in forward order; `inverse.history` is its training.
+    Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
+    """
+    pairs = [(tap, PIXELS) for tap in _chosen(target, taps)]
+    prepared = _Preparation(target, images, validation, ridge_images, validation_images, seed)
+    inverses = prepared.inverses(pairs, "direct", linear, width, False, progress)
+
+    def losses(batch: Tensor, _step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, batch, list(inverses))
+        return {
+            tap: F.mse_loss(inverse.raw(recorded[tap]), batch) / inverse.variance for tap, inverse in inverses.items()
+        }
+
+    return _trained(
+        prepared,
+        inverses,
+        losses,
+        title=f"direct inverses of {target.name}",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        patience=patience,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        workers=workers,
+        progress=progress,
+        settings={"width": width},
+    )
+
+
+def fit_modular(
+    target: Target,
+    images: Any,
+    taps: str | Sequence[str] | None = None,
+    *,
+    validation: Any = None,
+    linear: Mapping[Pair, LinearInverse] | None = None,
+    chain_fraction: float = 0.5,
+    steps: int = 400,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    width: int | None = None,
+    seed: int = 0,
+    patience: int | None = None,
+    ridge_images: int = 4096,
+    validation_images: int = 128,
+    checkpoint: Path | str | None = None,
+    checkpoint_every: int = 200,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Inverse]:
+    """One module for every stage: from each tap to the tap before it, from the first to pixels.
+
+    All modules are trained side by side from one frozen pass a batch, each on its own loss in the space of its
+    destination; no gradient runs from one to the next. `Chain(inverses, tap)` puts them together.
+    chain_fraction: in a chain a module is fed what the modules above have made, not what the target held. For
+    this share of the images a tap is drawn where a chain starts, and every module below it learns from the
+    chain's output (without gradient) instead of the true representation, towards the same true destination. It
+    costs nothing, and 0 is the plain modular training of the paper. Other arguments: see `fit_direct`; `linear`
+    may hold {(tap, previous tap): LinearInverse}.
+    Returns {tap: inverse}, in forward order.
+    Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
+    """
+    if not 0 <= chain_fraction <= 1:
+        raise BacksightError(f"chain_fraction is a share of the images from 0 to 1, not {chain_fraction}.")
+    chosen = _chosen(target, taps)
+    pairs = list(zip(chosen, (PIXELS, *chosen[:-1]), strict=True))
+    prepared = _Preparation(target, images, validation, ridge_images, validation_images, seed)
+    inverses = prepared.inverses(pairs, "modular", linear, width, True, progress)
+
+    def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, batch, chosen)
+        starts = _chain_starts(len(batch), len(chosen), chain_fraction, seed, step).to(batch.device)
+        found: dict[str, Tensor] = {}
+        made: Tensor | None = None
+        for place, tap in reversed(list(enumerate(chosen))):
+            given, inverse = recorded[tap], inverses[tap]
+            if made is not None and chain_fraction > 0:
+                chained = (starts > place)[:, None, None]
+                given = given.replace(torch.where(chained, made.detach(), given.values))
+            wanted = recorded.get(inverse.destination)
+            made = inverse.raw(given, wanted if isinstance(wanted, Tokens) else None)
+            found[tap] = F.mse_loss(made, batch if wanted is None else wanted.values) / inverse.variance
+        return found
+
+    return _trained(
+        prepared,
+        inverses,
+        losses,
+        title=f"modular inverses of {target.name}",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        patience=patience,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        workers=workers,
+        progress=progress,
+        settings={"width": width, "chain_fraction": chain_fraction},
+    )
+
+
+def fit_polish(
+    target: Target,
+    images: Any,
+    modules: Mapping[str, Inverse],
+    *,
+    validation: Any = None,
+    steps: int = 100,
+    batch_size: int = 16,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    patience: int | None = None,
+    validation_images: int = 128,
+    checkpoint: Path | str | None = None,
+    checkpoint_every: int = 200,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Inverse]:
+    """Train all modules of a chain together on the pixels it ends in: a family of its own, "modular_polished".
+
+    modules: what `fit_modular` gave; they are copied, not changed. The images of a batch start their chains at
+    different taps, equally many at each, and join on the way down. What the modules make between is no longer
+    tied to what the target holds: look at intermediate representations of the modular family instead.
+    Other arguments: see `fit_direct`. Returns {tap: inverse}.
+    Raises BacksightError where the modules are no chain down to pixels, or of another target.
+    """
+    polished = {tap: copy.deepcopy(module) for tap, module in modules.items()}
+    order = _chain_order(target, polished)
+    prepared = _Preparation(target, images, validation, 0, validation_images, seed)
+    for tap, inverse in polished.items():
+        header = header_for(target, "modular_polished", tap, inverse.destination, images, seed)
+        inverse.header = replace(header, steps=inverse.header.steps)
+        inverse.residual.requires_grad_(True)
+        inverse.to(prepared.device)
+
+    def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, batch, order)
+        generator = torch.Generator().manual_seed(_mixed(seed, step))
+        starts = (torch.randperm(len(batch), generator=generator) + step) % len(order)
+        rows = torch.empty(0, dtype=torch.long)
+        flowing: Any = None
+        for place, tap in reversed(list(enumerate(order))):
+            entering = (starts == place).nonzero().flatten()
+            if len(entering):
+                given = recorded[tap].index(entering.to(batch.device))
+                flowing = given if flowing is None else concatenate([flowing, given])
+                rows = torch.cat([rows, entering])
+            if flowing is None:
+                continue
+            inverse = polished[tap]
+            wanted = recorded.get(inverse.destination)
+            layout = wanted.index(rows.to(batch.device)) if isinstance(wanted, Tokens) else None
+            values = inverse.raw(flowing, layout)
+            flowing = values if wanted is None else inverse.wrap(values, flowing, layout)
+        return {PIXELS: F.mse_loss(flowing, batch[rows.to(batch.device)]) / polished[order[0]].variance}
+
+    return _trained(
+        prepared,
+        polished,
+        losses,
+        title=f"polishing the chain of {target.name}",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        patience=patience,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        workers=workers,
+        progress=progress,
+        settings={},
+    )
+
+
+class _Preparation:
+    """What every fit measures before it trains: a sample of the images, forms, moments, closed-form starts."""
+
+    def __init__(
+        self,
+        target: Target,
+        images: Any,
+        validation: Any,
+        ridge_images: int,
+        validation_images: int,
+        seed: int,
+    ) -> None:
+        for each in (images, validation):
+            if getattr(each, "fit", None) == "pad":
+                raise BacksightError(
+                    f"The images {each.name!r} are padded, and inverses are trained on whole images: open them "
+                    "with fit='crop' or fit='stretch'."
+                )
+        self.device = accelerator().device
+        self.target, self.images, self.seed = target.to(self.device), images, seed
+        self.sample = _sample(images, max(ridge_images, MOMENT_IMAGES), seed)
+        self.validation = None if validation is None else _sample(validation, validation_images, seed)
+
+    def inverses(
+        self,
+        pairs: Sequence[Pair],
+        family: str,
+        linear: Mapping[Pair, LinearInverse] | None,
+        width: int | None,
+        stages: bool,
+        progress: bool,
+    ) -> dict[str, Inverse]:
+        """An untrained inverse for every pair: exactly the closed-form map."""
+        taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
+        first, moments = self._measure(taps)
+        forms = {tap: form_of(each) for tap, each in first.items()}
+        starts = dict(linear or {})
+        missing = [pair for pair in pairs if pair not in starts and self._linear_is_defined(pair, forms)]
+        if missing:
+            starts |= fit_linear_pairs(
+                self.target,
+                self.sample,
+                missing,
+                validation=self.validation,
+                seed=self.seed,
+                progress=progress,
+            )
+        made = {}
+        for source, destination in pairs:
+            end = first[destination]
+            position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
+            design = design_for(
+                forms[source],
+                forms[destination],
+                self.target.stage(source, destination) if stages else None,
+                positioned=position is not None,
+                reduction=self.target.reduction,
+                width=width,
+            )
+            start = copy.deepcopy(starts.get((source, destination)))
+            header = header_for(self.target, family, source, destination, self.images, self.seed)
+            # Each module is drawn anew from the seed, so that it does not depend on which others there are.
+            with seeded(self.seed):
+                inverse = Inverse(header, design, start, moments[source], moments[destination], position)
+            made[source] = inverse.to(self.device)
+        return made
+
+    def _measure(self, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
+        """One batch of every tap and of the pixels, and the moments of all."""
+        first: dict[str, Any] = {}
+        values: dict[str, list[Tensor]] = {tap: [] for tap in (PIXELS, *taps)}
+        for batch in batches(self.sample[:MOMENT_IMAGES], RECORDING_BATCH):
+            batch, recorded = _record(self.target, batch, taps)
+            first = first or {PIXELS: batch, **recorded}
+            values[PIXELS].append(batch.flatten(2).transpose(1, 2))
+            for tap in taps:
+                values[tap].append(recorded[tap].values)
+        moments = {tap: Moments.of(torch.cat(each), getattr(first[tap], "prefix", 0)) for tap, each in values.items()}
+        return first, moments
+
+    def _linear_is_defined(self, pair: Pair, forms: Mapping[str, Any]) -> bool:
+        try:
+            plan_layout(pair, forms[pair[0]], forms[pair[1]], self.target.reduction)
+        except BacksightError:
+            return False
+        return True
+
+
+def _trained(
+    prepared: _Preparation,
+    inverses: dict[str, Inverse],
+    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    *,
+    title: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    workers: int,
+    **training: Any,
+) -> dict[str, Inverse]:
+    stream = _Stream(prepared.images, batch_size, seed, steps, workers)
+    held_out = prepared.validation
+
+    def validate() -> dict[str, float]:
+        assert held_out is not None
+        totals: dict[str, float] = {}
+        for batch in batches(held_out, RECORDING_BATCH):
+            for name, loss in losses(batch, -1).items():
+                totals[name] = totals.get(name, 0.0) + float(loss) * len(batch) / len(held_out)
+        return totals
+
+    header = next(iter(inverses.values())).header
+    history = train(
+        inverses,
+        losses,
+        stream,
+        steps=steps,
+        seed=seed,
+        validate=None if held_out is None else validate,
+        identity={
+            "target": prepared.target.weights_hash,
+            "family": header.family,
+            "data": header.data,
+            "batch_size": batch_size,
+            **settings,
+        },
+        describe_batch=lambda batch: f"of {len(batch)} images (order of seed {seed})",
+        title=title,
+        **training,
+    )
+    for tap, inverse in inverses.items():
+        inverse.requires_grad_(False)
+        _note_training(inverse, history[history["module"].isin([tap, PIXELS])].reset_index(drop=True))
+    return inverses
+
+
+def _note_training(inverse: Inverse, history: pd.DataFrame) -> None:
+    """Steps and best validation loss into the header, the curve beside it."""
+    inverse.history = history
+    measured = history.loc[history["split"] == "validation", "loss"]
+    steps = 0 if history.empty else int(history["step"].max())
+    loss = None if measured.empty else float(measured.min())
+    inverse.header = replace(inverse.header, steps=inverse.header.steps + steps, validation_loss=loss)
+
+
+class _Stream:
+    """Batch k of the shuffled images, a pure function of k; in order it is read as a stream."""
+
+    def __init__(self, images: Any, batch_size: int, seed: int, steps: int, workers: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.steps, self.workers = steps, workers
+        self.next: int | None = None
+        self.iterator: Iterator[Tensor] = iter(())
+
+    def __call__(self, step: int) -> Tensor:
+        if step != self.next:
+            self.iterator = batches(self.images, self.batch_size, self.seed, self.workers, self.steps, start=step)
+        self.next = step + 1
+        return next(self.iterator)
+
+
+def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]:
+    return target.taps if taps is None else target.resolve_taps(taps)
+
+
+def _sample(images: Any, count: int, seed: int) -> Tensor:
+    """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W)."""
+    count = min(count, len(images))
+    size = min(count, RECORDING_BATCH)
+    drawn = batches(images, max(1, size), seed, steps=math.ceil(count / max(1, size)))
+    return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
+
+
+def _record(target: Target, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Representation]]:
+    """Images on the target's device and the representations, in float32; queries without the encoder's output."""
+    images = images.to(target.device)
+    with torch.autocast(images.device.type, enabled=False):
+        recorded = target.record(images, taps)
+    return images, {tap: Queries(each.values) if isinstance(each, Queries) else each for tap, each in recorded.items()}
+
+
+def _chain_starts(images: int, taps: int, fraction: float, seed: int, step: int) -> Tensor:
+    """(images,) place of the tap at which each image's chain starts; 0 for an image that is in no chain."""
+    if taps < 2:
+        return torch.zeros(images, dtype=torch.long)
+    generator = torch.Generator().manual_seed(_mixed(seed, step))
+    chained = torch.rand(images, generator=generator) < fraction
+    return torch.randint(1, taps, (images,), generator=generator) * chained
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step + 1) % 2**63
+
+
+def _chain_order(target: Target, modules: Mapping[str, Inverse]) -> list[str]:
+    """The taps of a chain that runs through all modules, the one that ends in pixels first."""
+    if not modules:
+        raise BacksightError("There are no modules to polish: give what fit_modular() returned.")
+    for tap, module in modules.items():
+        if module.header.weights_hash != target.weights_hash:
+            raise BacksightError(
+                f"The module of {tap!r} inverts {module.header.target} with the weights "
+                f"{module.header.weights_hash}, not {target.name} with {target.weights_hash}: fit it for this one."
+            )
+    start = next(iter(set(modules) - {module.destination for module in modules.values()}), next(iter(modules)))
+    path = Chain(modules, start).modules_in_order
+    if len(path) != len(modules) or path[-1].destination != PIXELS:
+        raise BacksightError(
+            f"The modules of {', '.join(modules)} are not one chain down to pixels: give all of one fit_modular()."
+        )
+    return [module.source for module in reversed(path)]

@@ -1,0 +1,654 @@
+"""One self-contained page over the runs in a folder: the pictures first, then the numbers, then how they were made.
+
+write_report(folder) reads every complete run below the folder and writes index.html (pictures inside, no request to
+anywhere) and metrics.csv (the runs' tables in one, with a column `run`). Which figure of a run is a picture and
+which a plot is told by the words of its file name: see PICTURE_WORDS; a figure belongs to the target that its name
+or its run names.
+"""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+
+from backsight.errors import BacksightError
+from backsight.figures import (
+    INVERSE_NAMES,
+    MEASURE_NAMES,
+    card_scores,
+    depth_curves,
+    family_colour,
+    inverse_order,
+    over_seeds,
+    png_bytes,
+    taps_in_order,
+    target_colour,
+)
+from backsight.measures import METRIC_COLUMNS
+from backsight.runs import (
+    FINISHED,
+    METRICS,
+    STARTED,
+    project_root,
+    read_json,
+    shown,
+    write_atomically,
+)
+
+PAGE = "index.html"
+TEMPLATE = "report.html.jinja"
+# A figure whose file name has one of these words shows images; any other shows numbers.
+PICTURE_WORDS = frozenset(
+    ("pictures", "picture", "reconstruction", "reconstructions", "layers", "families", "family", "grid", "images")
+)
+# Tables are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
+TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse", "00_quickstart")
+PICTURE_NOTEBOOKS = ("00_quickstart", "03_quality", "02_train_inverse")
+TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # decimals
+DATASET_ORDER = ("scenes", "photographs")
+FAMILY_NOTES: Mapping[str, str] = {
+    "linear": "the best linear map (ridge regression, closed form): what can be read off directly",
+    "direct": "one trained decoder for each layer, straight to pixels: what a strong decoder can recover",
+    "modular": "one small module for each stage of the model, chained back to the pixels: where in the model "
+    "information is lost",
+    "modular_polished": "the same chain after a short joint training on pixels",
+    "null_mean": "the mean training image, whatever the input: what knowing nothing about this image scores",
+    "null_shuffled": "an inverse fed with another image's representation: what its habits alone score",
+    "null_untrained": "a linear inverse of the same model with random weights: what the architecture alone keeps",
+}
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """A run's folder as the page reads it. problem: why it is no complete run, or "" for a complete one."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    metrics: pd.DataFrame
+    problem: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def notebook(self) -> str:
+        return str(self.record.get("notebook", ""))
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.record.get("parameters") or {}
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets that the run was asked for or recorded weights of."""
+        asked = self.parameters.get("targets", self.parameters.get("target", []))
+        names = [asked] if isinstance(asked, str) else [str(name) for name in asked or []]
+        return list(dict.fromkeys([*names, *(self.record.get("weights") or {})]))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of a run, to be embedded: where it lies, what it shows, and for which target ("" for none)."""
+
+    source: str
+    link: str
+    width: int
+    height: int
+    title: str
+    caption: str
+    alt: str
+    target: str
+    colour: str
+    shows_images: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table with its interval; share: 0 to 1, its place between the mean image and the best."""
+
+    text: str
+    interval: str = ""
+    best: bool = False
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    colour: str
+    is_null: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A measure by depth (rows) and inverse (columns) of one target on one data set."""
+
+    title: str
+    measure: str
+    facts: str
+    columns: Sequence[Column]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    has_difference: bool
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write index.html and metrics.csv over the runs in the sub-folders of `folder`; returns the page's path.
+
+    Runs that failed or never finished are listed as missing. Raises BacksightError where the folder does not exist
+    or holds no complete run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BacksightError(f"{shown(folder)} is not a folder: give the folder that holds the runs.")
+    runs = read_runs(folder)
+    complete = [run for run in runs if not run.problem]
+    if not complete:
+        unfinished = f" (unfinished: {', '.join(run.name for run in runs)})" if runs else ""
+        raise BacksightError(
+            f"{shown(folder)} holds no complete run{unfinished}: run a notebook into a folder below it first."
+        )
+    metrics = collect_metrics(complete)
+    page = render_page(folder, runs, metrics)
+    try:
+        write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
+        return write_atomically(
+            folder / PAGE, lambda temporary: temporary.write_text(page, encoding="utf-8", newline="\n")
+        )
+    except OSError as error:
+        raise BacksightError(f"cannot write the page to {shown(folder)}: {error.strerror}.") from error
+
+
+# ------------------------------------------------------------------------------------------------------ reading runs
+
+
+def read_runs(folder: Path) -> list[ReportRun]:
+    """The runs in the sub-folders, complete or not, in the order of their notebooks."""
+    found = [
+        read_run(place)
+        for place in sorted(folder.iterdir())
+        if place.is_dir() and not place.name.startswith(".") and _is_run(place)
+    ]
+    return sorted(found, key=lambda run: (run.notebook == "", run.notebook, run.name))
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (FINISHED, STARTED, "log.txt")) or any(folder.glob("*.ipynb"))
+
+
+def read_run(folder: Path) -> ReportRun:
+    """One run: its record and its table. What hinders its use is told in `problem`, never raised."""
+    finished = read_json(folder / FINISHED)
+    record = finished or read_json(folder / STARTED) or {}
+    nothing = pd.DataFrame(columns=list(METRIC_COLUMNS))
+    if finished is None:
+        problem = "it was started and did not finish" if record else "it never started"
+        if (folder / FINISHED).exists():
+            problem = f"its {FINISHED} cannot be read"
+        return ReportRun(folder, record, nothing, problem)
+    if finished.get("status") != "complete":
+        return ReportRun(folder, record, nothing, f"its status is {finished.get('status')!r}, not 'complete'")
+    if not (folder / METRICS).exists():
+        return ReportRun(folder, record, nothing, "")
+    try:
+        metrics = pd.read_csv(folder / METRICS)
+    except (OSError, ValueError) as error:
+        return ReportRun(folder, record, nothing, f"its {METRICS} cannot be read ({type(error).__name__})")
+    if missing := [column for column in METRIC_COLUMNS if column not in metrics.columns]:
+        return ReportRun(folder, record, nothing, f"its {METRICS} lacks the columns {', '.join(missing)}")
+    return ReportRun(folder, record, metrics, "")
+
+
+def collect_metrics(runs: Sequence[ReportRun]) -> pd.DataFrame:
+    """The tables of all runs in one, METRIC_COLUMNS first, then what studies add, then `run`."""
+    tables = [run.metrics.assign(run=run.name) for run in runs if len(run.metrics)]
+    if not tables:
+        return pd.DataFrame(columns=[*METRIC_COLUMNS, "run"])
+    table = pd.concat(tables, ignore_index=True)
+    added = [column for column in table.columns if column not in METRIC_COLUMNS and column != "run"]
+    return table[[*METRIC_COLUMNS, *added, "run"]]
+
+
+def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
+    """The figures of a run with the captions that they carry (figures.ShownFigure); what is no PNG is left out."""
+    from PIL import Image
+
+    pictures = []
+    for path in sorted((run.folder / "figures").glob("*.png")):
+        data = path.read_bytes()
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                width, height = image.size
+                told = {key: str(image.info.get(key, "")) for key in ("Title", "Description")}
+        except OSError:
+            continue
+        named = [target for target in run.targets if target in path.stem]
+        target = named[0] if named else run.targets[0] if len(run.targets) == 1 else ""
+        title = _in_words(path.stem.replace(target, "") if target else path.stem)
+        if images := run.parameters.get("images") or run.parameters.get("photograph"):
+            title += f", {Path(str(images)).name}"
+        kind = "Pictures" if (shows_images := _shows_images(path.stem)) else "Plot"
+        alt = told["Description"] or f"{kind}: {title}{f' of {target}' if target else ''} (run {run.name})."
+        pictures.append(
+            Picture(
+                source=_embedded(data),
+                link=_link(path, page_folder),
+                width=width,
+                height=height,
+                title=title,
+                caption=told["Title"],
+                alt=alt,
+                target=target,
+                colour=target_colour(target),
+                shows_images=shows_images,
+            )
+        )
+    return pictures
+
+
+def _shows_images(stem: str) -> bool:
+    return bool(PICTURE_WORDS & set(re.split(r"[^a-z0-9]+", stem.lower())))
+
+
+def _in_words(stem: str) -> str:
+    words = re.sub(r"[-_\s]+", " ", stem).strip() or "figure"
+    for written, proper in (("psnr", "PSNR"), ("ssim", "SSIM"), ("r2", "R²")):
+        words = re.sub(rf"\b{written}\b", proper, words)
+    return words[0].upper() + words[1:]
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _link(path: Path, page_folder: Path) -> str:
+    return quote(path.relative_to(page_folder).as_posix())
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one table or glance is made of: the depth rows of one target on one data set and split."""
+
+    target: str
+    weights: str
+    dataset: str
+    split: str
+    rows: pd.DataFrame
+
+
+def depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: str) -> list[Group]:
+    """The rows of a target that have a tap, by weights, data set and split; test splits and scenes first.
+
+    notebooks: {run: notebook}. Only rows of the first of TABLE_NOTEBOOKS that measured this target are taken. Where
+    two runs give the same number of the same seed, the run that comes last by name counts.
+    """
+    rows = metrics[
+        (metrics["target"] == target) & metrics["tap"].notna() & metrics["measure"].isin(list(TABLE_MEASURES))
+    ]
+    made_by = rows["run"].map(notebooks)
+    chosen = next((name for name in TABLE_NOTEBOOKS if (made_by == name).any()), None)
+    if chosen is None:
+        return []
+    rows = rows[made_by == chosen].copy()
+    names = ["weights", "dataset", "split"]
+    rows[names] = rows[names].astype(object).fillna("unnamed").astype(str)
+    rows = rows.sort_values("run", kind="stable")
+    rows = rows.drop_duplicates([*names, "tap", "inverse", "measure", "seed"], keep="last")
+    keys = rows[names].drop_duplicates().itertuples(index=False, name=None)
+    groups = [
+        Group(target, weights, dataset, split, rows[(rows[names] == [weights, dataset, split]).all(axis=1)])
+        for weights, dataset, split in keys
+    ]
+    return sorted(groups, key=lambda g: (g.split != "test", _dataset_rank(g.dataset), g.dataset, g.weights))
+
+
+def _dataset_rank(dataset: str) -> int:
+    return DATASET_ORDER.index(dataset) if dataset in DATASET_ORDER else len(DATASET_ORDER)
+
+
+def depth_tables(group: Group) -> list[Table]:
+    """One table for each measure that the group has."""
+    return [
+        _depth_table(group, measure, rows)
+        for measure in TABLE_MEASURES
+        if len(rows := group.rows[group.rows["measure"] == measure])
+    ]
+
+
+def _numbers(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """{(tap, inverse): (value, low, high)} over seeds, of rows of one measure."""
+    table = over_seeds(rows)
+    keys = zip(table["tap"].astype(str), table["inverse"].astype(str), strict=True)
+    return dict(zip(keys, table[["value", "low", "high"]].itertuples(index=False, name=None), strict=True))
+
+
+def _is_null(inverse: str) -> bool:
+    return inverse.startswith("null_")
+
+
+def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
+    decimals = TABLE_MEASURES[measure]
+    inverses = inverse_order(list(rows["inverse"]))
+    families = [name for name in inverses if not _is_null(name)]
+    nulls = [name for name in inverses if _is_null(name)]
+    numbers = _numbers(rows)
+    values = {key: number[0] for key, number in numbers.items() if not math.isnan(number[0])}
+    floor = min((v for (_, name), v in values.items() if name == "null_mean"), default=0.0)
+    ceiling = max((v for (_, name), v in values.items() if name in families), default=floor)
+    has_difference = measure.startswith("psnr") and {"modular", "direct"} <= set(families)
+
+    def cell(tap: str, inverse: str) -> Cell:
+        if (tap, inverse) not in values:
+            return Cell("–")
+        value, low, high = numbers[tap, inverse]
+        interval = "" if math.isnan(low) else f"{_number(low, decimals)} to {_number(high, decimals)}"
+        if inverse in nulls:
+            return Cell(_number(value, decimals), interval)
+        best = max(values[tap, name] for name in families if (tap, name) in values)
+        share = min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if ceiling > floor else None
+        is_best = round(value, decimals) == round(best, decimals)
+        return Cell(_number(value, decimals), interval, is_best, share)
+
+    def difference(tap: str) -> Cell:
+        if (tap, "modular") not in values or (tap, "direct") not in values:
+            return Cell("–")
+        return Cell(_number(values[tap, "modular"] - values[tap, "direct"], decimals, sign=True))
+
+    columns = [Column(INVERSE_NAMES.get(name, name), family_colour(name), False) for name in families]
+    columns += [Column("chain minus direct (dB)", "", False)] if has_difference else []
+    columns += [Column(INVERSE_NAMES.get(name, name).removeprefix("null: "), "", True) for name in nulls]
+    body = []
+    for tap in taps_in_order(rows):
+        middle = [difference(tap)] if has_difference else []
+        body.append((tap, [*(cell(tap, f) for f in families), *middle, *(cell(tap, null) for null in nulls)]))
+    title = MEASURE_NAMES.get(measure, measure)
+    return Table(title, measure, _facts(group, rows), columns, body, has_difference)
+
+
+def _facts(group: Group, rows: pd.DataFrame) -> str:
+    seeds = sorted(int(seed) for seed in rows["seed"].dropna().unique())
+    return (
+        f"n = {_span(rows['n'])} images, {_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
+        f"data set {group.dataset}, split {group.split}, {group.weights} weights"
+    )
+
+
+def _span(numbers: pd.Series) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _number(value: float, decimals: int, sign: bool = False) -> str:
+    value = round(float(value), decimals) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{value:{'+' if sign and value else ''}.{decimals}f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Glance:
+    """The best family's PSNR of one target at its first and last tap, and the tap step that costs most of it."""
+
+    target: str
+    colour: str
+    data: str
+    first: str
+    first_value: str
+    last: str
+    last_value: str
+    last_family: str
+    step: str
+    step_value: str
+    mean_image: str
+
+
+def glance(group: Group) -> Glance | None:
+    """What a newcomer should know of a target first, in numbers; None without any PSNR."""
+    rows = group.rows[group.rows["measure"] == "psnr"]
+    numbers = _numbers(rows)
+    best: dict[str, tuple[float, str]] = {}
+    for tap in taps_in_order(rows):
+        found = [(numbers[tap, f][0], f) for t, f in numbers if t == tap and not _is_null(f)]
+        if found := [(value, family) for value, family in found if not math.isnan(value)]:
+            best[tap] = max(found)
+    if not best:
+        return None
+    taps = list(best)
+    steps = [(best[after][0] - best[before][0], f"{before} → {after}") for before, after in pairwise(taps)]
+    step_value, step = min(steps, default=(math.nan, "–"))
+    means = [value for (_, name), (value, _, _) in numbers.items() if name == "null_mean"]
+    return Glance(
+        target=group.target,
+        colour=target_colour(group.target),
+        data=f"{group.dataset}, {group.split}",
+        first=taps[0],
+        first_value=f"{_number(best[taps[0]][0], 1)} dB",
+        last=taps[-1],
+        last_value=f"{_number(best[taps[-1]][0], 1)} dB",
+        last_family=INVERSE_NAMES.get(best[taps[-1]][1], best[taps[-1]][1]),
+        step=step,
+        step_value="" if math.isnan(step_value) else f"{_number(step_value, 1, sign=True)} dB",
+        mean_image=f"{_number(sum(means) / len(means), 1)} dB" if means else "–",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- model cards
+
+
+def read_card(target: str) -> dict[str, Any] | None:
+    """data/weights/<target>/card.json of the project around us, or None."""
+    try:
+        folder = project_root() / "data" / "weights" / target
+    except BacksightError:
+        return None
+    return read_json(folder / "card.json")
+
+
+def card_tables(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A card's scores as rows (classes, measure, typical hue, any hue): over all classes, and class by class."""
+    try:
+        scores = card_scores(card)
+    except BacksightError:
+        return None
+    overall: list[dict[str, str]] = []
+    single: list[dict[str, str]] = []
+    for (classes, measure), part in scores.groupby(["classes", "measure"], sort=False):
+        row = {"classes": str(classes), "measure": MEASURE_NAMES.get(str(measure), str(measure))}
+        for rule in ("mixed", "uniform"):
+            found = part[part["rule"] == rule]
+            row[rule], row[f"{rule}_interval"] = "–", ""
+            if len(found):
+                score = found.iloc[0]
+                row[rule] = _number(score["value"], 3)
+                if pd.notna(score["low"]):
+                    row[f"{rule}_interval"] = f"{_number(score['low'], 3)} to {_number(score['high'], 3)}"
+        (overall if classes in ("all", "canonical", "colour-free") else single).append(row)
+    names = {"all": "all classes", "canonical": "classes with a typical hue", "colour-free": "colour-free classes"}
+    overall = [row | {"classes": names[row["classes"]]} for row in overall]
+    counts = scores["n"].dropna()
+    return {"overall": overall, "single": single, "n": _span(counts) if len(counts) else "unknown"}
+
+
+def card_facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the card says about the training, as far as it says it."""
+    facts = []
+    if parameters := card.get("parameters"):
+        facts.append(("size", f"{parameters / 1e6:.2f} million parameters"))
+    if data := card.get("data"):
+        facts.append(("trained on", f"{data.get('dataset')}, split {data.get('split')}"))
+    if recipe := card.get("recipe"):
+        asked = [f"{recipe['steps']:,} steps"] if recipe.get("steps") else []
+        facts.append(("training", ", ".join([*asked, f"seed {recipe.get('seed')}"])))
+    if minutes := card.get("minutes"):
+        facts.append(("minutes", ", ".join(f"{name} {value}" for name, value in minutes.items())))
+    return facts
+
+
+# -------------------------------------------------------------------------------------------------------- run facts
+
+
+def run_facts(run: ReportRun, page_folder: Path) -> dict[str, Any]:
+    """What the table of runs says about one run."""
+    seconds = dict(run.record.get("seconds") or {})
+    total = seconds.pop("total", None)
+    commit = run.record.get("commit")
+    return {
+        "name": run.name,
+        "notebook": run.notebook or "unknown notebook",
+        "problem": run.problem,
+        "notebooks": [(path.name, _link(path, page_folder)) for path in sorted(run.folder.glob("*.ipynb"))],
+        "tables": [
+            (path.name, _link(path, page_folder))
+            for path in sorted(run.folder.glob("*.csv"))
+            if not path.name.startswith(".")
+        ],
+        "seed": run.record.get("seed", "–"),
+        "seconds": "–" if total is None else _duration(total),
+        "phases": [(name, _duration(value)) for name, value in seconds.items()],
+        "started": str(run.record.get("started", "unknown")).replace("T", " ").replace("+00:00", " UTC"),
+        "commit": f"{str(commit)[:10]}{' + changes' if run.record.get('modified') else ''}" if commit else "none",
+        "hardware": _hardware(run.record.get("hardware") or {}),
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def _hardware(hardware: Mapping[str, Any]) -> str:
+    parts = [str(hardware.get(key)) for key in ("gpu", "processor", "system") if hardware.get(key)]
+    if cores := hardware.get("cores"):
+        parts.append(_plural(cores, "core"))
+    if memory := hardware.get("memory_gib"):
+        parts.append(f"{memory:.0f} GiB")
+    return ", ".join(parts) or "unknown"
+
+
+def _versions(runs: Iterable[ReportRun]) -> list[tuple[str, str]]:
+    """(package, its versions in these runs); more than one version shows as such."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for package, version in (run.record.get("versions") or {}).items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return [(package, ", ".join(versions)) for package, versions in found.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) -> str:
+    """The page's HTML; the same runs give the same text."""
+    from jinja2 import Environment, StrictUndefined
+
+    complete = [run for run in runs if not run.problem]
+    notebooks = {run.name: run.notebook for run in complete}
+    pictures = [picture for run in _by_picture_order(complete) for picture in read_pictures(run, folder)]
+    names = _target_order(complete, metrics)
+    hero = list(_hero(pictures, names))
+    groups = {name: depth_groups(metrics, notebooks, name) for name in names}
+    targets = [_target_section(name, complete, pictures, groups[name], hero) for name in names]
+    shown_groups = [group for name in names for group in groups[name][:1]]
+    used = inverse_order([inverse for name in names for group in groups[name] for inverse in group.rows["inverse"]])
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("backsight") / TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        name=folder.resolve().name,
+        hero=hero,
+        targets=targets,
+        glances=[found for group in shown_groups if (found := glance(group))],
+        curves=_curves(shown_groups),
+        inverses=[
+            {
+                "title": INVERSE_NAMES.get(name, name),
+                "colour": family_colour(name),
+                "is_null": _is_null(name),
+                "note": FAMILY_NOTES.get(name, ""),
+            }
+            for name in used
+        ],
+        others=[picture for picture in pictures if picture.target not in names and picture not in hero],
+        runs=[run_facts(run, folder) for run in complete],
+        missing=[run_facts(run, folder) for run in runs if run.problem],
+        versions=_versions(complete),
+        metrics_file=METRICS,
+        metrics_rows=len(metrics),
+    )
+
+
+def _by_picture_order(runs: Sequence[ReportRun]) -> list[ReportRun]:
+    def rank(run: ReportRun) -> tuple[int, int, str]:
+        known = run.notebook in PICTURE_NOTEBOOKS
+        images = str(run.parameters.get("images", ""))
+        return PICTURE_NOTEBOOKS.index(run.notebook) if known else 99, _dataset_rank(images), run.name
+
+    return sorted(runs, key=rank)
+
+
+def _target_order(runs: Sequence[ReportRun], metrics: pd.DataFrame) -> list[str]:
+    """Targets in the order in which the runs name them (the quickstart names them all), then by name."""
+    measured = sorted(str(name) for name in metrics["target"].dropna().unique())
+    return list(dict.fromkeys([*(name for run in runs for name in run.targets), *measured]))
+
+
+def _hero(pictures: Sequence[Picture], names: Sequence[str]) -> Iterator[Picture]:
+    """The first picture of every target, else the first that belongs to none."""
+    firsts = [next((p for p in pictures if p.shows_images and p.target == name), None) for name in names]
+    found = [picture for picture in firsts if picture is not None]
+    yield from found or [p for p in pictures if p.shows_images][:1]
+
+
+def _target_section(
+    name: str, runs: Sequence[ReportRun], pictures: Sequence[Picture], groups: Sequence[Group], hero: Sequence[Picture]
+) -> dict[str, Any]:
+    own = [picture for picture in pictures if picture.target == name]
+    weights: Mapping[str, Any] = next((w[name] for run in runs if name in (w := run.record.get("weights") or {})), {})
+    card = read_card(name) or {}
+    return {
+        "name": name,
+        "anchor": "target-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "colour": target_colour(name),
+        "facts": [*_weight_facts(weights), *card_facts(card)],
+        "pictures": [picture for picture in own if picture.shows_images and picture not in hero],
+        "plots": [picture for picture in own if not picture.shows_images],
+        "groups": [(f"{group.dataset}, {group.split}", depth_tables(group)) for group in groups],
+        "card": card_tables(card),
+    }
+
+
+def _weight_facts(weights: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(weights[key])) for name, key in (("weights", "weights"), ("hash", "hash")) if key in weights]
+
+
+def _curves(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """PSNR by depth of all targets in one figure, embedded; None without PSNR."""
+    rows = [group.rows[group.rows["measure"] == "psnr"] for group in groups]
+    rows = [part for part in rows if len(part)]
+    if not rows:
+        return None
+    figure = depth_curves(pd.concat(rows, ignore_index=True), "psnr")
+    width, height = figure.get_size_inches() * 200
+    return {
+        "source": _embedded(png_bytes(figure, dpi=200)),
+        "width": round(width),
+        "height": round(height),
+        "caption": figure.caption,
+        "alt": figure.description,
+    }

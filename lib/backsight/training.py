@@ -1,0 +1,352 @@
+"""The one training loop: it knows modules, losses and batches, and nothing of targets or images.
+
+The order of the data is the caller's pure function of the step, and a checkpoint holds everything else, the
+random state too: a training that was interrupted and resumed ends in the same weights, to the last digit on one
+machine, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from backsight.errors import BacksightError
+
+HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
+LOGGED_POINTS = 200  # rows of each module in the history, however long the training
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    stale: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    summed: int = 0
+    history: list[tuple[int, str, str, float, float]] = field(default_factory=list)
+
+
+def accelerator() -> Accelerator:
+    """The device and precision of every training: bfloat16 autocast on a GPU that has it, float32 elsewhere.
+
+    Raises BacksightError under a multi-process launcher, which the loop does not support.
+    """
+    mixed = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    made = Accelerator(mixed_precision="bf16" if mixed else "no")
+    if made.num_processes > 1:
+        raise BacksightError(
+            f"This training was launched as {made.num_processes} processes, but it runs in one: "
+            "start it without a launcher."
+        )
+    return made
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """A seeded random state inside; the caller's own is put back on leaving."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then a cosine to one hundredth of the peak."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    modules: Mapping[str, nn.Module],
+    losses: Callable[[Any, int], Mapping[str, Tensor]],
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    warmup: float = 0.05,
+    gradient_norm: float = 1.0,
+    seed: int = 0,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    validate_every: int | None = None,
+    patience: int | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_every: int = 200,
+    identity: Mapping[str, Any] | None = None,
+    describe_batch: Callable[[Any], str] = lambda batch: "of this step",
+    title: str = "training",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train the modules side by side, one AdamW parameter group and one gradient clip for each.
+
+    losses(batch, step) -> {name: scalar}: each name is a module (its own loss) or, if no name is one, a joint
+    loss of all of them; the value may depend on nothing but the arguments, the weights and torch's random state.
+    batch_at(step) is a pure function of the step. validate() -> {name: number} with the same names, called every
+    `validate_every` steps (a tenth of the training by default) and at the end: the modules end with their best
+    validated weights, and training stops when no name has improved for `patience` validations.
+    checkpoint: a safetensors file, written every `checkpoint_every` steps, resumed from where it exists, removed
+    at the end; `identity` says what the training is, and a checkpoint of another one is refused.
+    On return the modules are on the training device, in eval mode, and the global random state is as it was.
+
+    Returns the history: step, module, split ("train": mean since the row before; or "validation"), loss, seconds.
+    Raises BacksightError on a NaN or infinite loss or gradient (naming step, batch and module), and on a
+    checkpoint that is damaged or of another training.
+    """
+    if steps < 0:
+        raise BacksightError(f"A training needs a number of steps of at least 0, not {steps}.")
+    machine = accelerator()
+    for module in modules.values():
+        module.to(machine.device)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "name": name}
+        for name, module in modules.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups or steps == 0:
+        _set_training(modules, False)
+        return pd.DataFrame([], columns=list(HISTORY_COLUMNS))
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    identity = {
+        **(identity or {}),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "gradient_norm": gradient_norm,
+        "seed": seed,
+        "validate_every": validate_every,
+        "patience": patience,
+        "modules": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+    }
+    validate_every = validate_every or max(1, steps // 10)
+    log_every = max(1, steps // LOGGED_POINTS)
+    state, best = _State(), dict[str, dict[str, Tensor]]()
+    path = None if checkpoint is None else Path(checkpoint)
+    with seeded(seed, machine.device):
+        if path is not None and path.exists():
+            state, best = _load_checkpoint(path, modules, optimizer, identity)
+        started = time.perf_counter() - state.seconds
+        bar = tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=not progress)
+        try:
+            while state.step < steps:
+                _set_training(modules, True)
+                batch = batch_at(state.step)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(state.step, steps, learning_rate, warmup)
+                with machine.autocast():
+                    values = losses(batch, state.step)
+                numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+                for name, number in numbers.items():
+                    _finite(number, "loss", name, state.step, describe_batch(batch))
+                optimizer.zero_grad(set_to_none=True)
+                machine.backward(torch.stack(list(values.values())).sum())
+                for group in optimizer.param_groups:
+                    norm = nn.utils.clip_grad_norm_(group["params"], gradient_norm)
+                    _finite(float(norm), "gradient", group["name"], state.step, describe_batch(batch))
+                optimizer.step()
+                state.step += 1
+                bar.update()
+                state.summed += 1
+                for name, number in numbers.items():
+                    state.sums[name] = state.sums.get(name, 0.0) + number
+                if state.step % log_every == 0 or state.step == steps:
+                    means = {name: total / state.summed for name, total in state.sums.items()}
+                    bar.set_postfix(loss=f"{sum(means.values()) / len(means):.4f}")
+                    _log(state, "train", means, started)
+                    state.sums, state.summed = {}, 0
+                if validate is not None and (state.step % validate_every == 0 or state.step == steps):
+                    _set_training(modules, False)
+                    with torch.no_grad(), machine.autocast():
+                        measured = dict(validate())
+                    _log(state, "validation", measured, started)
+                    _keep_best(state, best, modules, measured)
+                    if patience is not None and min(state.stale.values()) >= patience:
+                        break
+                if path is not None and state.step % checkpoint_every == 0 and state.step < steps:
+                    state.seconds = time.perf_counter() - started
+                    _save_checkpoint(path, modules, optimizer, state, best, identity)
+        finally:
+            bar.close()
+    for kept in best.values():
+        _load(modules, kept)
+    _set_training(modules, False)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    return pd.DataFrame(state.history, columns=list(HISTORY_COLUMNS))
+
+
+def _set_training(modules: Mapping[str, nn.Module], training: bool) -> None:
+    for module in modules.values():
+        module.train(training)
+
+
+def _weights(modules: Mapping[str, nn.Module], only: str | None = None) -> dict[str, Tensor]:
+    """{number of the module/key: tensor} of all modules, or of the one that is named."""
+    return {
+        f"{number}/{key}": tensor
+        for number, (name, module) in enumerate(modules.items())
+        if only in (None, name)
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def _load(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    listed = list(modules.values())
+    for number in sorted({int(key.partition("/")[0]) for key in weights}):
+        listed[number].load_state_dict(
+            {key.partition("/")[2]: t for key, t in weights.items() if key.startswith(f"{number}/")}
+        )
+
+
+def _finite(number: float, what: str, name: str, step: int, batch: str) -> None:
+    if not math.isfinite(number):
+        raise BacksightError(
+            f"The {what} of {name!r} became {number} at step {step} on the batch {batch}: "
+            "lower the learning rate, or look at these images."
+        )
+
+
+def _log(state: _State, split: str, losses: Mapping[str, float], started: float) -> None:
+    seconds = time.perf_counter() - started
+    state.history.extend((state.step, name, split, float(loss), seconds) for name, loss in losses.items())
+
+
+def _keep_best(
+    state: _State,
+    best: dict[str, dict[str, Tensor]],
+    modules: Mapping[str, nn.Module],
+    measured: Mapping[str, float],
+) -> None:
+    """Keep the weights of every module (of all, for a joint loss) whose validation loss is a new best."""
+    for name, loss in measured.items():
+        if loss < state.best.get(name, math.inf):
+            state.best[name], state.stale[name] = loss, 0
+            kept = _weights(modules, only=name if name in modules else None)
+            best[name] = {key: tensor.clone() for key, tensor in kept.items()}
+        else:
+            state.stale[name] = state.stale.get(name, 0) + 1
+
+
+def _save_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: _State,
+    best: Mapping[str, Mapping[str, Tensor]],
+    identity: Mapping[str, Any],
+) -> None:
+    tensors = {f"weights/{key}": value for key, value in _weights(modules).items()}
+    for number, kept in enumerate(best.values()):
+        tensors.update({f"best/{number}/{key}": value for key, value in kept.items()})
+    for number, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{number}/{key}"] = value
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    metadata = {"state": asdict(state), "best": list(best), "identity": identity}
+    write_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def _load_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> tuple[_State, dict[str, dict[str, Tensor]]]:
+    tensors, metadata = read_tensors(path, "checkpoint")
+    if "state" not in metadata or "identity" not in metadata:
+        raise BacksightError(f"{path} is not a checkpoint of backsight: delete it, or name another file.")
+    found, wanted = json.loads(metadata["identity"]), json.loads(json.dumps(identity))
+    for key in sorted(set(found) | set(wanted)):
+        if found.get(key) != wanted.get(key):
+            raise BacksightError(
+                f"The checkpoint {path} belongs to another training ({key} is {found.get(key)} there and "
+                f"{wanted.get(key)} here): delete it, or name another file."
+            )
+    state = _State(**json.loads(metadata["state"]))
+    state.history = [tuple(row) for row in state.history]  # type: ignore[misc]
+    weights: dict[str, Tensor] = {}
+    best: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(metadata["best"])}
+    for name, tensor in tensors.items():
+        kind, _, key = name.partition("/")
+        if kind == "weights":
+            weights[key] = tensor
+        elif kind == "best":
+            number, _, key = key.partition("/")
+            list(best.values())[int(number)][key] = tensor
+        elif kind == "optimizer":
+            number, _, key = key.partition("/")
+            parameter = _parameters(optimizer)[int(number)]
+            # Copied into the parameter's own memory layout, in which the optimizer would have made it.
+            like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
+            optimizer.state[parameter][key] = torch.empty_like(like).copy_(tensor)
+    _load(modules, weights)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    return state, best
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file, first under a temporary name: the file is whole or not there.
+
+    Raises BacksightError where the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(owned, temporary, dict(metadata))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise BacksightError(
+            f"{path} cannot be written ({error}): choose a folder that is writable and has space."
+        ) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+    return path
+
+
+def read_tensors(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; `what` names it in the error.
+
+    Raises BacksightError where there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BacksightError(f"There is no {what} at {path}: check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BacksightError(
+            f"The {what} {path} is damaged or is no safetensors file ({error}): delete it and make it again."
+        ) from error

@@ -1,0 +1,97 @@
+"""The committed notebooks: executed, clean, and running from top to bottom at smoke size within the presets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import committed_notebooks, validated_at_smoke_size
+
+from backsight.errors import BacksightError
+from backsight.parameters import read_notebook, read_preset
+from backsight.runner import plan_run, run_plan
+from backsight.runs import read_json
+
+NOTEBOOKS = committed_notebooks()
+LARGEST_BYTES = 5_000_000
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_is_committed_executed_and_clean(path: Path, root: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    # A stripped notebook passes nbval vacuously, so that it ran is checked here.
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not run from top to bottom"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "shows no picture"
+    text = path.read_text(encoding="utf-8")
+    assert str(root) not in text, "holds a path of the machine that ran it"
+    assert len(text) < LARGEST_BYTES
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    noise = {"papermill", "execution"} & {key for cell in notebook.cells for key in cell.metadata}
+    assert not noise | ({"papermill"} & set(notebook.metadata)), "metadata of a run"
+    assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+
+
+@each_notebook
+def test_declares_its_parameters(path: Path) -> None:
+    parameters = read_notebook(path).parameters
+    assert parameters["out"].default == ""
+    assert parameters["seed"].default == 0
+    silent = [name for name, parameter in parameters.items() if not parameter.comment]
+    assert not silent, f"parameters without a comment: {silent}"
+
+
+def plan_unless_downloads_are_wanting(path: Path, preset: str) -> None:
+    """Names, types and values must be right; weights and data sets that have to be downloaded may be absent."""
+    try:
+        plan_run(path, preset)
+    except BacksightError as error:
+        if not any(name in str(error) for name in ("data/imagenet", "data/coco", "facebook/", "vit_base")):
+            raise
+
+
+@each_notebook
+def test_fits_the_presets(path: Path) -> None:
+    for preset in ("default", "smoke"):
+        plan_run(path, preset)
+    plan_unless_downloads_are_wanting(path, "paper")
+
+
+@pytest.mark.parametrize("preset", ["default", "smoke", "paper"])
+def test_presets_name_notebooks_that_exist(preset: str) -> None:
+    assert set(read_preset(preset)) - {"common", "graph"} <= {path.stem for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_runs_at_smoke_size(path: Path, tmp_path: Path) -> None:
+    run_plan(plan_run(path, "smoke", out=tmp_path / path.stem))
+    record = read_json(tmp_path / path.stem / "run.json")
+    assert record is not None
+    assert record["status"] == "complete"
+    if validated_at_smoke_size(path):
+        # Too long to be run again as committed: its smoke run has to come out the same twice.
+        nbval = ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "--nbval-cell-timeout", "300", "-q"]
+        executed = tmp_path / path.stem / path.name
+        _allow_as_committed(executed)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *nbval, "-p", "no:cacheprovider", "-p", "no:xdist", str(executed)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+
+
+def _allow_as_committed(executed: Path) -> None:
+    """Take the mark off an executed copy, which would leave it out of nbval."""
+    content = json.loads(executed.read_text(encoding="utf-8"))
+    content["metadata"].pop("backsight", None)
+    executed.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,145 @@
+"""Quality of inverses: nulls stand beside every score, files are found again, claims follow from the numbers."""
+
+import pandas as pd
+import pytest
+import torch
+
+from backsight.errors import BacksightError
+from backsight.families import fit_family, fit_or_load, load_families, save_family
+from backsight.linear import fit_linear
+from backsight.measures import METRIC_COLUMNS, null_mean
+from backsight.quality import check_claims, evaluate_quality, paired_difference, picture, quality_images
+from backsight.targets import load_target
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth random pictures of 16 x 16 pixels: (80, 3, 16, 16)."""
+    coarse = torch.rand(80, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def target():
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 3}
+    with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
+        torch.manual_seed(1)
+        folder = Path(name)
+        save_file(VisionTransformer(**arguments).state_dict(), folder / "model.safetensors", {"format": "pt"})
+        config = {"architecture": "VisionTransformer", "arguments": arguments, "classes": ["a", "b", "c"]}
+        config |= {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 16, 16], "interpolation": "bicubic"}
+        (folder / "config.json").write_text(json.dumps(config))
+        yield load_target(str(folder))
+
+
+@pytest.fixture(scope="module")
+def quality(target, images):
+    train, test = images[:60], images[60:]
+    families = {
+        "linear": fit_linear(target, train, target.taps, progress=False),
+        "direct": fit_family("direct", target, train, steps=1, batch_size=4, progress=False),
+    }
+    untrained = target.untrained(3)
+    null = untrained, fit_linear(untrained, train, target.taps, progress=False)
+    return evaluate_quality(target, test, families, null_mean(train), null, batch_size=7, keep=3, progress=False)
+
+
+def test_every_tap_has_every_family_and_every_null(quality, target):
+    metrics = quality.metrics
+    assert list(metrics.columns[: len(METRIC_COLUMNS)]) == list(METRIC_COLUMNS)
+    inverses = {"linear", "direct", "null_mean", "null_shuffled", "null_untrained"}
+    for tap in target.taps:
+        at = metrics[metrics.tap == tap]
+        assert set(at.inverse) == inverses
+        assert set(at.measure) == {"mse", "psnr", "ssim", "r2"}
+    assert ((metrics.low <= metrics.value) & (metrics.value <= metrics.high)).all()
+    assert (metrics.n > 1).all()
+    mean = metrics[(metrics.inverse == "null_mean") & (metrics.measure == "r2")]
+    assert mean.value.abs().max() < 1e-6  # by definition
+
+
+def test_a_representation_beats_the_nulls_and_a_shuffled_one_does_not(quality, target):
+    psnr = quality.metrics.query("measure == 'psnr'").set_index(["inverse", "tap"]).value
+    for tap in target.taps:
+        assert psnr["linear", tap] > psnr["null_mean", tap] + 2
+        assert psnr["null_shuffled", tap] < psnr["null_mean", tap]
+
+
+def test_kept_pictures_are_the_reconstructions_of_the_first_images(quality, target, images):
+    assert torch.equal(quality.images, images[60:63])
+    for taps in quality.reconstructions.values():
+        assert list(taps) == list(target.taps)
+        assert all(made.shape == (3, 3, 16, 16) for made in taps.values())
+    assert len(quality.per_image.query("inverse == 'linear'")) == 20 * len(target.taps)
+    table = paired_difference(quality.per_image, "direct", "linear", target.taps)
+    assert list(table.tap) == list(target.taps)
+    assert (table.n == 20).all()
+
+
+def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, quality):
+    for family in ("linear", "modular"):
+        modules = fit_family(family, target, images[:60], steps=1, batch_size=4, progress=False)
+        save_family(target, family, modules, tmp_path / family, images[:60])
+    families = load_families(tmp_path, target)
+    assert list(families) == ["linear", "modular"]
+    recorded = target.record(images[:2])
+    for taps in families.values():
+        assert list(taps) == list(target.taps)
+        for tap, inverse in taps.items():
+            assert inverse(recorded[tap]).shape == (2, 3, 16, 16)
+    assert list(fit_or_load(target, tmp_path)["modular"]) == list(target.taps)
+    save_family(target, "linear", fit_linear(target, images[:60], ["norm"], progress=False), tmp_path / "again")
+    with pytest.raises(BacksightError, match="two linear inverses for norm"):
+        load_families(tmp_path, target)
+    with pytest.raises(BacksightError, match="02_train_inverse"):
+        load_families(tmp_path / "linear", target.untrained(0).select("blocks"), seed=7)
+    with pytest.raises(BacksightError, match="not a folder"):
+        load_families(tmp_path / "absent", target)
+
+
+def test_claims_name_the_worst_tap():
+    values = {"null_mean": 12, "null_shuffled": 10, "linear": 20, "direct": 22, "modular": 21.8}
+    rows = [
+        {"measure": "psnr", "inverse": name, "tap": tap, "value": value - drop}
+        for name, value in values.items()
+        for tap, drop in (("a", 0), ("b", 5 if name == "modular" else 0))
+    ]
+    claims = check_claims(pd.DataFrame(rows)).set_index("claim")
+    assert claims.loc["direct is not below linear", "holds"]
+    chain = claims.loc["modular is within 0.5 dB of direct"]
+    assert not chain.holds
+    assert chain["worst tap"] == "b"
+    assert chain.margin == pytest.approx(-4.7)
+
+
+def test_pictures_come_from_names_and_files(tmp_path):
+    from PIL import Image
+
+    image = picture("chelsea", (32, 48))
+    assert image.shape == (1, 3, 32, 48)
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
+    red = picture(str(tmp_path / "red.png"), (8, 8))
+    assert torch.equal(red[0, :, 3, 3], torch.tensor([1.0, 0.0, 0.0]))
+    with pytest.raises(BacksightError, match="neither a file nor a built-in photograph"):
+        picture("chelsey", (8, 8))
+
+
+def test_quality_images_are_never_training_images():
+    crops, name, split = quality_images("photographs", (24, 24), 6, seed=0)
+    assert (len(crops), name, split) == (6, "photographs", "test")
+    again, _, _ = quality_images("photographs", (24, 24), 4, seed=0)
+    assert torch.equal(crops[:2], again[:2])
+
+
+def test_one_image_and_foreign_inverses_are_refused(target, images):
+    with pytest.raises(BacksightError, match="at least two"):
+        evaluate_quality(target, images[:1], {}, images.mean(0))
+    with pytest.raises(BacksightError, match="no taps"):
+        evaluate_quality(target, images[:4], {"linear": {"blocks.99": torch.nn.Identity()}}, images.mean(0))
