@@ -124,9 +124,10 @@ rule quality:
     params:
         target=lambda wildcards: targets[wildcards.target]["name"],
         images=lambda wildcards: judged(wildcards)["images"],
+        trained_on=lambda wildcards: targets[wildcards.target]["train"],
         inverses=results,
         seed=lambda wildcards: judged(wildcards)["seed"],
     message:
         "quality of {wildcards.target} on {wildcards.judgement}"
     shell:
-        strict_run("{input[0]:q}", target=..., images=..., inverses=..., seed=...)
+        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seed=...)

@@ -438,3 +438,37 @@ def test_a_fit_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     fit_linear(target, pictures(20), "decoder", progress=False)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_context_is_a_convolution_in_closed_form() -> None:
+    """A blur of the neighbouring tokens is found exactly with context 3, and not from single tokens."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 1 + 4 * 6, 5, generator=generator)
+    tokens = Tokens(values, ((4, 6),), prefix=1)
+    blurred = (
+        torch.nn.functional.avg_pool2d(tokens.map(), 3, stride=1, padding=1) + tokens.prefix_values[:, 0, :, None, None]
+    )
+    wanted = Tokens(torch.cat([values[:, :1], blurred.flatten(2).transpose(1, 2)], 1), ((4, 6),), prefix=1)
+    images = torch.rand(60, 3, 8, 12, generator=generator)
+
+    class Blurring:
+        name, taps, reduction, model = "blurring", ("before", "after"), (2, 2), torch.nn.Identity()
+        done = 0
+
+        def record(self, batch: Tensor, taps: list[str]) -> dict[str, Tokens]:
+            chosen = torch.arange(self.done, self.done + len(batch)) % 60
+            self.done += len(batch)
+            return {"before": tokens.index(chosen), "after": wanted.index(chosen)}
+
+    pair = ("before", "after")
+    wide, narrow = (
+        fit_linear_pairs(Blurring(), images, [pair], context=context, progress=False)[pair] for context in (3, 1)
+    )
+    assert wide.r2 > 0.9999 > 0.9 > narrow.r2
+    found = wide(tokens)
+    assert torch.allclose(found.values, wanted.values, atol=1e-2)
+    copy = LinearInverse.from_configuration(wide.configuration())
+    copy.load_state_dict(wide.state_dict())
+    assert torch.equal(copy(tokens).values, found.values)
+    with pytest.raises(BacksightError, match="odd number"):
+        fit_linear_pairs(Blurring(), images, [pair], context=2, progress=False)

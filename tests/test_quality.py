@@ -98,8 +98,15 @@ def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, 
     save_family(target, "linear", fit_linear(target, images[:60], ["norm"], progress=False), tmp_path / "again")
     with pytest.raises(BacksightError, match="two linear inverses for norm"):
         load_families(tmp_path, target)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(BacksightError, match="02_train_inverse"):
-        load_families(tmp_path / "linear", target.untrained(0).select("blocks"), seed=7)
+        load_families(tmp_path / "empty", target)
+    linear = fit_linear(target, images[:60], ["norm"], progress=False)
+    for seed in (0, 1):
+        save_family(target, "linear", linear, tmp_path / "seeds" / str(seed), images[:60], seed)
+    assert list(load_families(tmp_path / "seeds", target, seed=1)["linear"]) == ["norm"]
+    with pytest.raises(BacksightError, match=r"seeds \[0, 1\]"):
+        load_families(tmp_path / "seeds", target, seed=7)
     with pytest.raises(BacksightError, match="not a folder"):
         load_families(tmp_path / "absent", target)
 

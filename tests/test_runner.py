@@ -157,7 +157,8 @@ def test_bad_input_exits_2_and_writes_nothing(
     write_notebook: NotebookWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = (
-        'images = "scenes"\nn = 5\nfamilies = ["linear"]\nphotograph = "chelsea"\ninverses = ""\nseed = 0\nout = ""'
+        'images = "scenes"\nn = 5\nfamilies = ["linear"]\nphotograph = "chelsea"\n'
+        'retrain = ""\nsteps = 0\ninverses = ""\nseed = 0\nout = ""'
     )
     notebook, out = write_notebook(parameters, "1 + 1"), tmp_path / "results" / "run"
     empty, imageless, file = tmp_path / "empty", tmp_path / "imageless", tmp_path / "file.txt"
@@ -172,6 +173,8 @@ def test_bad_input_exits_2_and_writes_nothing(
         (["-p", f"images={imageless}"], "holds no images"),
         (["-p", f"images={file}"], "is a file"),
         (["-p", "n=0"], "n must be at least 1"),
+        (["-p", "steps=-1"], "steps must be at least 1"),
+        (["-p", "retrain=scenes-vti"], "nearest: scenes-vit"),
         (["-p", "seed=-1"], "seed must be at least 0"),
         (["-p", "families=[linaer]"], "nearest: linear"),
         (["-p", "families=[]"], "families is empty"),

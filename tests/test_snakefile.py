@@ -68,7 +68,7 @@ def test_the_graph_is_built_and_resumed(root: Path, write_notebook: NotebookWrit
         folder=notebooks,
     )
     write_notebook(
-        'target = None\nimages = "scenes"\ninverses = ""\nseed = 0\nout = ""',
+        'target = None\nimages = "scenes"\ntrained_on = "scenes"\ninverses = ""\nseed = 0\nout = ""',
         QUALITY,
         name="03_quality",
         folder=notebooks,

@@ -87,12 +87,16 @@ def _operators(root: Path) -> Iterator[Finding]:
 
 
 def _kernel(root: Path) -> Iterator[Finding]:
-    from jupyter_client.manager import start_new_kernel
+    from jupyter_client.manager import KernelManager
 
     from backsight.runner import KERNEL, KERNEL_START_SECONDS
 
+    manager = KernelManager(kernel_name=KERNEL, transport_encryption="auto")
     try:
-        manager, client = start_new_kernel(startup_timeout=KERNEL_START_SECONDS, kernel_name=KERNEL)
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=KERNEL_START_SECONDS)
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     except Exception as error:  # kernel specs fail in many ways

@@ -65,7 +65,7 @@ def fit_or_load(
     """
     found = Path(folder) if folder else shipped_inverses(target)
     if found is not None:
-        families = load_families(found, target)
+        families = load_families(found, target, seed)
         chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
         return {family: taps for family, taps in chosen.items() if taps}
     images = open_images(trained_on, "train", target.image_size, count, seed)
@@ -75,27 +75,27 @@ def fit_or_load(
 def load_families(folder: str | Path, target: Target, seed: int | None = None) -> dict[str, dict[str, Any]]:
     """{family: {tap: inverse to pixels}} of every inverse for `target` in a folder and its sub-folders.
 
-    Modules of a modular family become chains that end in pixels. seed: only inverses trained with it, or None for
-    all (a family that was trained with several seeds is then refused: name one).
-    Raises BacksightError where the folder holds no inverse of this target.
+    Modules of a modular family become chains that end in pixels. seed: whose inverses to take where the folder holds
+    inverses of several training seeds. Raises BacksightError where the folder holds no inverse of this target, or two
+    for one tap.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
+    headers = {path: read_header(path) for path in sorted(folder.rglob("*--*.safetensors"))}
+    others = {header.target for header in headers.values() if header.target != target.name}
+    headers = {path: header for path, header in headers.items() if header.target == target.name}
+    seeds = sorted({header.seed for header in headers.values()})
+    if len(seeds) > 1:
+        if seed not in seeds:
+            raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
+        headers = {path: header for path, header in headers.items() if header.seed == seed}
     found: dict[str, dict[str, Any]] = {}
-    others: set[str] = set()
-    for path in sorted(folder.rglob("*--*.safetensors")):
-        header = read_header(path)
-        if header.target != target.name:
-            others.add(header.target)
-            continue
-        if seed is not None and header.seed != seed:
-            continue
+    for path, header in headers.items():
         modules = found.setdefault(header.family, {})
         if header.source in modules:
             raise BacksightError(
-                f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run "
-                "folder, or choose a seed"
+                f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
             )
         modules[header.source] = load_inverse(path, target)
     if not found:

@@ -28,6 +28,7 @@ from matplotlib.lines import Line2D
 from backsight.errors import BacksightError
 
 COLUMN_WIDTH = 6.5  # inches
+PICTURES = "pictures"  # the Comment of a PNG that shows images
 SMALL, NORMAL = 7.0, 8.0  # points
 
 # seaborn's "colorblind" palette; families and targets never share a colour.
@@ -127,17 +128,22 @@ class ShownFigure(Figure):
     """A Figure that a notebook shows by itself, without pyplot: nothing is registered, nothing is shown twice.
 
     caption (one line, for everybody) and description (for those who cannot see it: what is drawn, and the main
-    numbers) travel in PNG and SVG files as Title and Description, where the report reads them.
+    numbers) travel in PNG and SVG files as Title and Description; a PNG that shows_images, not numbers, has the
+    Comment PICTURES. There the report reads them.
     """
 
     caption: str = ""
     description: str = ""
+    shows_images: bool = False
 
     def savefig(self, fname: Any, **options: Any) -> None:  # type: ignore[override]
         is_path = isinstance(fname, (str, os.PathLike))
         suffix = os.path.splitext(fname)[1][1:] if is_path else ""
-        if (options.get("format") or suffix or "png").lower() in ("png", "svg"):
+        kind = (options.get("format") or suffix or "png").lower()
+        if kind in ("png", "svg"):
             said = {"Title": self.caption, "Description": self.description}
+            if kind == "png" and self.shows_images:
+                said["Comment"] = PICTURES
             options["metadata"] = {key: text for key, text in said.items() if text} | (options.get("metadata") or {})
         super().savefig(fname, **options)
 
@@ -473,6 +479,7 @@ def _picture_grid(rows: Sequence[_Row], taps: Sequence[str], width: float) -> Sh
                         draw(x, y, row.pictures[tap])
                     write(x + cell / 2, y + tall + 0.02, row.captions.get(tap, ""), va="top")
         figure.description = _grid_in_words(rows, taps)
+        figure.shows_images = True
     return figure
 
 
@@ -568,7 +575,8 @@ def class_scores(card: Mapping[str, Any], measure: str | None = None, width: flo
     """Horizontal bars for each class of `scenes`: the score with the typical hues, and with uniformly random hues.
 
     card: a model card (see card_scores). measure: "top1", "ap50" or "ap"; default: the card's first. Classes with a
-    canonical hue and colour-free ones stand apart; dashed and dotted lines are the scores over all classes.
+    canonical hue and colour-free ones stand apart; whiskers are 95 % intervals where the card has them; dashed and
+    dotted lines are the scores over all classes.
     """
     from backsight.scenes import CLASSES
 
@@ -593,6 +601,9 @@ def class_scores(card: Mapping[str, Any], measure: str | None = None, width: flo
             values = table.loc[classes, rule].to_numpy(float)
             where = [places[name] + shift for name in classes]
             axes.barh(where, values, height=0.36, label=f"{_RULE_NAMES[rule]}, each class", **look[rule])
+            at = scores[scores["rule"] == rule].set_index("classes").loc[classes]
+            reach = np.abs(np.stack([values - at["low"].to_numpy(float), at["high"].to_numpy(float) - values]))
+            axes.errorbar(values, where, xerr=reach, fmt="none", ecolor="0.35", elinewidth=0.7, capsize=1.5)
             if "all" in table.index:
                 whole = float(table[rule]["all"])
                 label = f"{_RULE_NAMES[rule]}, all classes: {whole:.3f}"
@@ -625,6 +636,9 @@ def score_curve(curves: Mapping[str, pd.DataFrame], width: float = COLUMN_WIDTH,
             axes.set_xlabel("training step")
             axes.legend(loc="lower right")
         panels[0].set_ylabel("score on validation scenes")
+        figure.caption = "The targets' score on validation scenes while they were trained."
+        ends = [f"{target} {curve.iloc[-1].to_dict()}" for target, curve in curves.items()]
+        figure.description = f"Curves of the score by training step; at the end: {'; '.join(ends)}."
     return figure
 
 
@@ -644,4 +658,8 @@ def scenes_sheet(
                 axes.set_yticks([])
                 axes.grid(False)
             row[0].set_ylabel(_RULE_NAMES.get(rule, rule))
+        figure.caption = "Scenes of the data set: the same geometry in each column, another colour rule in each row."
+        names = ", ".join(_RULE_NAMES.get(rule, rule) for rule in rules)
+        figure.description = f"Grid of {count} scenes, textured silhouettes on photographs, in {names}."
+        figure.shows_images = True
     return figure

@@ -32,6 +32,7 @@ from backsight.training import accelerator, seeded, train
 
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 RECORDING_BATCH = 64
+START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 
 
 def fit_direct(
@@ -101,6 +102,7 @@ def fit_modular(
     validation: Any = None,
     linear: Mapping[Pair, LinearInverse] | None = None,
     chain_fraction: float = 0.5,
+    image_share: float = 0.9,
     steps: int = 400,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
@@ -121,31 +123,45 @@ def fit_modular(
     chain_fraction: in a chain a module is fed what the modules above have made, not what the target held. For
     this share of the images a tap is drawn where a chain starts, and every module below it learns from the
     chain's output (without gradient) instead of the true representation, towards the same true destination. It
-    costs nothing, and 0 is the plain modular training of the paper. Other arguments: see `fit_direct`; `linear`
-    may hold {(tap, previous tap): LinearInverse}.
+    costs nothing. image_share: how much of a stage's loss is measured in the picture, as the error that the closed-form
+    map from its destination to pixels makes of it; the rest is the error in the destination's own space. Where few
+    directions hold most of the variance, as after a LayerNorm, the latter hardly sees what pictures are made of, and
+    training would lose it again. chain_fraction=0 with image_share=0 is the plain modular training of the paper.
+    Other arguments: see `fit_direct`; `linear` may hold {(tap, previous tap): LinearInverse}.
     Returns {tap: inverse}, in forward order.
     Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
     """
     if not 0 <= chain_fraction <= 1:
         raise BacksightError(f"chain_fraction is a share of the images from 0 to 1, not {chain_fraction}.")
+    if not 0 <= image_share <= 1:
+        raise BacksightError(f"image_share is a share of the loss from 0 to 1, not {image_share}.")
     chosen = _chosen(target, taps)
-    pairs = list(zip(chosen, (PIXELS, *chosen[:-1]), strict=True))
+    pairs = list(stage_pairs(target, chosen))
     prepared = _Preparation(target, images, validation, ridge_images, validation_images, seed)
     inverses = prepared.inverses(pairs, "modular", linear, width, True, progress)
+    ends = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
+    views = prepared.views(ends, progress)
+    pixel_variance = inverses[chosen[0]].variance
 
     def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
         batch, recorded = _record(target, batch, chosen)
         starts = _chain_starts(len(batch), len(chosen), chain_fraction, seed, step).to(batch.device)
         found: dict[str, Tensor] = {}
-        made: Tensor | None = None
+        made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
         for place, tap in reversed(list(enumerate(chosen))):
             given, inverse = recorded[tap], inverses[tap]
-            if made is not None and chain_fraction > 0:
+            if tap in made and chain_fraction > 0:
                 chained = (starts > place)[:, None, None]
-                given = given.replace(torch.where(chained, made.detach(), given.values))
+                given = given.replace(torch.where(chained, made[tap], given.values))
             wanted = recorded.get(inverse.destination)
-            made = inverse.raw(given, wanted if isinstance(wanted, Tokens) else None)
-            found[tap] = F.mse_loss(made, batch if wanted is None else wanted.values) / inverse.variance
+            layout = wanted if isinstance(wanted, Tokens) else None
+            values = inverse.raw(given, layout)
+            made[inverse.destination] = values.detach()
+            loss = F.mse_loss(values, batch if wanted is None else wanted.values) / inverse.variance
+            if (view := views.get(inverse.destination)) is not None and wanted is not None:
+                seen = F.mse_loss(view.raw(inverse.wrap(values, given, layout)), view.raw(wanted)) / pixel_variance
+                loss = image_share * seen + (1 - image_share) * loss
+            found[tap] = loss
         return found
 
     return _trained(
@@ -162,7 +178,7 @@ def fit_modular(
         checkpoint_every=checkpoint_every,
         workers=workers,
         progress=progress,
-        settings={"width": width, "chain_fraction": chain_fraction},
+        settings={"width": width, "chain_fraction": chain_fraction, "image_share": image_share},
     )
 
 
@@ -194,7 +210,7 @@ def fit_polish(
     polished = {tap: copy.deepcopy(module) for tap, module in modules.items()}
     order = _chain_order(target, polished)
     prepared = _Preparation(target, images, validation, 0, validation_images, seed)
-    for tap, inverse in polished.items():
+    for tap, inverse in polished.items():  # those that no chain runs through are only renamed
         header = header_for(target, "modular_polished", tap, inverse.destination, images, seed)
         inverse.header = replace(header, steps=inverse.header.steps)
         inverse.residual.requires_grad_(True)
@@ -285,6 +301,7 @@ class _Preparation:
                 validation=self.validation,
                 seed=self.seed,
                 progress=progress,
+                context=START_CONTEXT,
             )
         made = {}
         for source, destination in pairs:
@@ -306,6 +323,16 @@ class _Preparation:
             made[source] = inverse.to(self.device)
         return made
 
+    def views(self, taps: Sequence[str], progress: bool) -> dict[str, LinearInverse]:
+        """The closed-form map from each of the taps to pixels: how much of a picture an error there is."""
+        if not taps:
+            return {}
+        pairs = [(tap, PIXELS) for tap in taps]
+        fitted = fit_linear_pairs(
+            self.target, self.sample, pairs, validation=self.validation, seed=self.seed, progress=progress
+        )
+        return {tap: fitted[tap, PIXELS].requires_grad_(False) for tap in taps}
+
     def _measure(self, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
         """One batch of every tap and of the pixels, and the moments of all."""
         first: dict[str, Any] = {}
@@ -321,7 +348,7 @@ class _Preparation:
 
     def _linear_is_defined(self, pair: Pair, forms: Mapping[str, Any]) -> bool:
         try:
-            plan_layout(pair, forms[pair[0]], forms[pair[1]], self.target.reduction)
+            plan_layout(pair, forms[pair[0]], forms[pair[1]], self.target.reduction, context=START_CONTEXT)
         except BacksightError:
             return False
         return True
@@ -366,6 +393,7 @@ def _trained(
             "batch_size": batch_size,
             **settings,
         },
+        plain=lambda name: "head" in name,
         describe_batch=lambda batch: f"of {len(batch)} images (order of seed {seed})",
         title=title,
         **training,
@@ -399,6 +427,20 @@ class _Stream:
             self.iterator = batches(self.images, self.batch_size, self.seed, self.workers, self.steps, start=step)
         self.next = step + 1
         return next(self.iterator)
+
+
+def stage_pairs(target: Target, taps: Sequence[str]) -> Iterator[Pair]:
+    """(tap, destination) of every stage of a chain: the tap before it, or "pixels" for the first.
+
+    A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse ends
+    where the backbone's does. As a stage of its own its inverse, ill-conditioned as it is, would blow up what the
+    modules above leave of error.
+    """
+    ends: dict[str, str] = {}
+    for tap, previous in zip(taps, (PIXELS, *taps[:-1]), strict=True):
+        projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
+        ends[tap] = ends[previous] if projected else previous
+        yield tap, ends[tap]
 
 
 def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -444,10 +486,15 @@ def _chain_order(target: Target, modules: Mapping[str, Inverse]) -> list[str]:
                 f"The module of {tap!r} inverts {module.header.target} with the weights "
                 f"{module.header.weights_hash}, not {target.name} with {target.weights_hash}: fit it for this one."
             )
-    start = next(iter(set(modules) - {module.destination for module in modules.values()}), next(iter(modules)))
-    path = Chain(modules, start).modules_in_order
-    if len(path) != len(modules) or path[-1].destination != PIXELS:
+    ends = {module.destination for module in modules.values()}
+    longest = max(
+        (Chain(modules, tap).modules_in_order for tap in modules if tap not in ends),
+        key=len,
+        default=Chain(modules, next(iter(modules))).modules_in_order,
+    )
+    if longest[-1].destination != PIXELS:
         raise BacksightError(
-            f"The modules of {', '.join(modules)} are not one chain down to pixels: give all of one fit_modular()."
+            f"The modules of {', '.join(modules)} are no chain down to pixels: give all of one fit_modular()."
         )
-    return [module.source for module in reversed(path)]
+
+    return [module.source for module in reversed(longest)]

@@ -313,7 +313,9 @@ class Layout:
     rows: "patches" (a token is a row), "levels" (a cell of the finest of several grids, with what the coarser
     grids say there), "queries" (a query is a row) or "set" (an image is a row: all its queries at once).
     patch: pixels under a token; pooling: factor at which a whole map is regressed; projected: channels of a
-    query after the fixed projection of a long set. Each is None or 1 where it does not apply.
+    query after the fixed projection of a long set; context: side of the square of tokens that a row of "patches"
+    reads (1: the token alone; more: its neighbours, zero outside the grid or in the padding, and the prefix tokens).
+    Each is None or 1 where it does not apply.
     """
 
     source: Form
@@ -322,6 +324,7 @@ class Layout:
     patch: tuple[int, int] | None = None
     pooling: int = 1
     projected: int | None = None
+    context: int = 1
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -341,6 +344,8 @@ class Layout:
             return self.source.channels * len(self.source.grids)
         if block == "set":
             return self.source.count * (self.projected or self.source.channels)
+        if block == "patches" and self.context > 1:
+            return self.source.channels * (self.context**2 + self.source.prefix)
         return self.source.channels
 
     def outputs(self, block: str) -> int:
@@ -357,6 +362,7 @@ def plan_layout(
     reduction: tuple[int, int] | None = None,
     maximum_inputs: int = MAXIMUM_INPUTS,
     maximum_outputs: int | None = None,
+    context: int = 1,
 ) -> Layout:
     """The layout of the map `pair` (source tap, destination tap or "pixels").
 
@@ -365,8 +371,10 @@ def plan_layout(
     Raises BacksightError where no linear map between these kinds, or these grids, is defined.
     """
     if source.kind == "tokens" and destination.kind == "pixels":
-        rows: Literal["patches", "levels"] = "patches" if len(source.grids) == 1 else "levels"
-        return Layout(source, destination, rows, patch=_patch_size(pair, source, destination, reduction))
+        patch = _patch_size(pair, source, destination, reduction)
+        if len(source.grids) > 1:
+            return Layout(source, destination, "levels", patch=patch)
+        return Layout(source, destination, "patches", patch=patch, context=context)
     if source.kind == "tokens" and destination.kind == "tokens":
         if destination.prefix not in (0, source.prefix):
             raise BacksightError(
@@ -374,7 +382,7 @@ def plan_layout(
                 f"{destination.prefix} prefix tokens; choose taps with the same number."
             )
         if source.grids == destination.grids:
-            return Layout(source, destination, "patches")
+            return Layout(source, destination, "patches", context=context if len(source.grids) == 1 else 1)
         if destination.grids == source.grids[:1]:
             return Layout(source, destination, "levels")
         raise BacksightError(
@@ -440,7 +448,19 @@ def pack_source(representation: Representation, layout: Layout, block: str, proj
         size = representation.grids[0]
         maps = [F.interpolate(each, size=size, mode="nearest-exact") for each in representation.maps()]
         return torch.cat(maps, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+    if layout.context > 1:
+        return _neighbourhoods(representation, layout.context).flatten(0, 1)
     return representation.patches.flatten(0, 1)
+
+
+def _neighbourhoods(tokens: Tokens, context: int) -> Tensor:
+    """(B, N, C * (context² + P)): each token with those around it, and the prefix tokens."""
+    whole = tokens.map()
+    if tokens.padding is not None:
+        whole = whole.masked_fill(tokens.padding.unflatten(1, tokens.grids[0])[:, None], 0.0)
+    around = F.unfold(whole, context, padding=context // 2).transpose(1, 2)
+    prefix = tokens.prefix_values.flatten(1)[:, None].expand(-1, around.shape[1], -1)
+    return torch.cat([around, prefix], dim=2)
 
 
 def pack_destination(value: Tensor | Representation, layout: Layout, block: str) -> Tensor:
@@ -662,8 +682,10 @@ class LinearInverse(nn.Module):
             fits = fits and given.prefix == fitted.prefix
         if self.layout.rows == "levels":
             fits = fits and len(given.grids) == len(fitted.grids)
-        elif self.layout.rows == "patches" and self.layout.patch:
+        elif self.layout.rows == "patches" and (self.layout.patch or self.layout.context > 1):
             fits = fits and len(given.grids) == 1
+        if self.layout.context > 1:
+            fits = fits and given.prefix == fitted.prefix
         if not fits:
             raise BacksightError(
                 f"The linear inverse of {self.source!r} reads {_words(fitted)}, "
@@ -786,6 +808,7 @@ def fit_linear(
     rank: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    context: int = 1,
 ) -> dict[str, LinearInverse]:
     """The linear inverse of every tap, to pixels or to the tap `to`, in one pass over the images.
 
@@ -796,7 +819,16 @@ def fit_linear(
     if taps is None:
         names = [tap for tap in names if tap != to]
     fitted = fit_linear_pairs(
-        target, images, [(tap, to) for tap in names], validation, alphas, batch_size, rank, seed, progress
+        target,
+        images,
+        [(tap, to) for tap in names],
+        validation,
+        alphas,
+        batch_size,
+        rank,
+        seed,
+        progress,
+        context=context,
     )
     return {tap: fitted[tap, to] for tap in names}
 
@@ -813,6 +845,7 @@ def fit_linear_pairs(
     progress: bool = True,
     maximum_inputs: int = MAXIMUM_INPUTS,
     maximum_outputs: int | None = None,
+    context: int = 1,
 ) -> dict[Pair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
@@ -821,13 +854,14 @@ def fit_linear_pairs(
     alone (default: every fifth image of `images` is held out of the fit); alphas: strengths to choose from,
     in units of the variance of a standardised input; rank: of the maps from a whole set of queries
     (default 128); seed: of the projection of a long set and of the bootstrap; maximum_inputs,
-    maximum_outputs: see `plan_layout`.
+    maximum_outputs: see `plan_layout`; context: side of the square of tokens that the map of one token reads, 1 (what
+    that token alone says, the `linear` family) or an odd number above (a convolution in closed form).
 
     Returns {(source, destination): LinearInverse}, each scored on the validation images. Raises
     BacksightError on an unknown tap, on ends between which no map is defined, and on too few images.
     """
     pairs = list(dict.fromkeys(pairs))
-    _check_request(target, pairs, alphas)
+    _check_request(target, pairs, alphas, context)
     for each in (images, validation):
         if getattr(each, "fit", None) == "pad":
             raise BacksightError(
@@ -845,7 +879,7 @@ def fit_linear_pairs(
                 ends = recorded[pair[0]], batch if pair[1] == PIXELS else recorded[pair[1]]
                 reduction = getattr(target, "reduction", None)
                 layouts[pair] = plan_layout(
-                    pair, form_of(ends[0]), form_of(ends[1]), reduction, maximum_inputs, maximum_outputs
+                    pair, form_of(ends[0]), form_of(ends[1]), reduction, maximum_inputs, maximum_outputs, context
                 )
                 positions[pair] = _position_rule(*ends)
             groups = _grouped(layouts, seed, batch.device)
@@ -873,11 +907,13 @@ def fit_linear_pairs(
     return inverses
 
 
-def _check_request(target: Any, pairs: Sequence[Pair], alphas: Sequence[float]) -> None:
+def _check_request(target: Any, pairs: Sequence[Pair], alphas: Sequence[float], context: int) -> None:
     if not pairs:
         raise BacksightError("A linear fit needs at least one tap to invert.")
     if not alphas or min(alphas) <= 0:
         raise BacksightError(f"Ridge strengths must be above 0, but alphas is {list(alphas)}.")
+    if context < 1 or context % 2 == 0:
+        raise BacksightError(f"The context of a linear map is an odd number of tokens from 1, not {context}.")
     available = getattr(target, "available_taps", target.taps)
     for source, destination in pairs:
         for tap, allowed in ((source, tuple(available)), (destination, (PIXELS, *available))):

@@ -1,9 +1,9 @@
 """One self-contained page over the runs in a folder: the pictures first, then the numbers, then how they were made.
 
 write_report(folder) reads every complete run below the folder and writes index.html (pictures inside, no request to
-anywhere) and metrics.csv (the runs' tables in one, with a column `run`). Which figure of a run is a picture and
-which a plot is told by the words of its file name: see PICTURE_WORDS; a figure belongs to the target that its name
-or its run names.
+anywhere) and metrics.csv (the runs' tables in one, with a column `run`). The figures of a run bring their captions and
+say whether they show images or numbers (figures.ShownFigure); a figure belongs to the target that its file's name or
+its run names.
 """
 
 import base64
@@ -24,6 +24,7 @@ from backsight.errors import BacksightError
 from backsight.figures import (
     INVERSE_NAMES,
     MEASURE_NAMES,
+    PICTURES,
     card_scores,
     depth_curves,
     family_colour,
@@ -46,10 +47,6 @@ from backsight.runs import (
 
 PAGE = "index.html"
 TEMPLATE = "report.html.jinja"
-# A figure whose file name has one of these words shows images; any other shows numbers.
-PICTURE_WORDS = frozenset(
-    ("pictures", "picture", "reconstruction", "reconstructions", "layers", "families", "family", "grid", "images")
-)
 # Tables are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
 TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse", "00_quickstart")
 PICTURE_NOTEBOOKS = ("00_quickstart", "03_quality", "02_train_inverse")
@@ -228,16 +225,13 @@ def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
         try:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 width, height = image.size
-                told = {key: str(image.info.get(key, "")) for key in ("Title", "Description")}
+                told = {key: str(image.info.get(key, "")) for key in ("Title", "Description", "Comment")}
         except OSError:
             continue
         named = [target for target in run.targets if target in path.stem]
         target = named[0] if named else run.targets[0] if len(run.targets) == 1 else ""
-        title = _in_words(path.stem.replace(target, "") if target else path.stem)
-        if images := run.parameters.get("images") or run.parameters.get("photograph"):
-            title += f", {Path(str(images)).name}"
-        kind = "Pictures" if (shows_images := _shows_images(path.stem)) else "Plot"
-        alt = told["Description"] or f"{kind}: {title}{f' of {target}' if target else ''} (run {run.name})."
+        title = _title(run, path.stem.replace(target, "") if target else path.stem)
+        alt = told["Description"] or f"{title}{f' of {target}' if target else ''} (run {run.name})."
         pictures.append(
             Picture(
                 source=_embedded(data),
@@ -249,21 +243,20 @@ def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
                 alt=alt,
                 target=target,
                 colour=target_colour(target),
-                shows_images=shows_images,
+                shows_images=told["Comment"] == PICTURES,
             )
         )
     return pictures
 
 
-def _shows_images(stem: str) -> bool:
-    return bool(PICTURE_WORDS & set(re.split(r"[^a-z0-9]+", stem.lower())))
-
-
-def _in_words(stem: str) -> str:
-    words = re.sub(r"[-_\s]+", " ", stem).strip() or "figure"
+def _title(run: ReportRun, stem: str) -> str:
+    """A figure's name in words: its file's name without the target, and the images that the run is about."""
+    words = re.sub(r"[-_\s]+", " ", stem).strip()
     for written, proper in (("psnr", "PSNR"), ("ssim", "SSIM"), ("r2", "R²")):
         words = re.sub(rf"\b{written}\b", proper, words)
-    return words[0].upper() + words[1:]
+    images = run.parameters.get("images") or run.parameters.get("photograph") or ""
+    title = ", ".join(part for part in (words, Path(str(images)).name) if part) or run.name
+    return title[0].upper() + title[1:]
 
 
 def _embedded(png: bytes) -> str:
@@ -358,7 +351,7 @@ def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
             return Cell(_number(value, decimals), interval)
         best = max(values[tap, name] for name in families if (tap, name) in values)
         share = min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if ceiling > floor else None
-        is_best = round(value, decimals) == round(best, decimals)
+        is_best = len(families) > 1 and round(value, decimals) == round(best, decimals)
         return Cell(_number(value, decimals), interval, is_best, share)
 
     def difference(tap: str) -> Cell:
@@ -379,8 +372,9 @@ def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
 
 def _facts(group: Group, rows: pd.DataFrame) -> str:
     seeds = sorted(int(seed) for seed in rows["seed"].dropna().unique())
+    images = "image" if rows["n"].max() == 1 else "images"
     return (
-        f"n = {_span(rows['n'])} images, {_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
+        f"n = {_span(rows['n'])} {images}, {_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
         f"data set {group.dataset}, split {group.split}, {group.weights} weights"
     )
 
@@ -479,7 +473,7 @@ def card_tables(card: Mapping[str, Any]) -> dict[str, Any] | None:
         (overall if classes in ("all", "canonical", "colour-free") else single).append(row)
     names = {"all": "all classes", "canonical": "classes with a typical hue", "colour-free": "colour-free classes"}
     overall = [row | {"classes": names[row["classes"]]} for row in overall]
-    counts = scores["n"].dropna()
+    counts = scores.loc[scores["classes"] == "all", "n"].dropna()
     return {"overall": overall, "single": single, "n": _span(counts) if len(counts) else "unknown"}
 
 

@@ -47,14 +47,17 @@ KERNEL_START_SECONDS = 180
 IMAGE_SOURCES = ("scenes", "photographs")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 # Parameters that hold a path; on the command line they are relative to the caller's folder.
-PATHS = ("images", "inverses", "target", "photograph")
-# The least value with a meaning.
+PATHS = ("images", "trained_on", "inverses", "target", "photograph")
+# The least value with a meaning; a notebook's own default is allowed below it (steps = 0: the recipe's number).
 MINIMA: Mapping[str, int] = {
     "seed": 0,
     "steps": 1,
     "n": 1,
     "train_images": 1,
     "validation_images": 1,
+    "test_images": 1,
+    "fit_images": 1,
+    "null_images": 1,
     "evaluate": 1,
     "batch_size": 1,
 }
@@ -122,7 +125,7 @@ def plan_run(
     if "out" in values:
         values["out"] = shown(folder)
     with chdir(project_root()):  # where the kernel will read relative paths from
-        check_values(values)
+        check_values(values, {name: parameter.default for name, parameter in opened.parameters.items()})
     check_writable(folder)
     return Plan(opened, values, folder)
 
@@ -136,19 +139,20 @@ def _relocated(name: str, value: Any) -> Any:
     return shown(path.absolute()) if path.exists() else value
 
 
-def check_values(values: Mapping[str, Any]) -> None:
+def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse values that no notebook can work with: BacksightError, before weights or images are read.
 
     Relative paths are relative to the working folder.
     """
     for name, least in MINIMA.items():
         value = values.get(name)
-        if isinstance(value, int | float) and value < least:
+        if isinstance(value, int | float) and value < least and value != defaults.get(name):
             raise BacksightError(f"{name} must be at least {least}, not {value}.")
     if isinstance(families := values.get("families"), list):
         check_families(families)
-    if isinstance(images := values.get("images"), str):
-        check_images(images)
+    for name in ("images", "trained_on"):
+        if isinstance(source := values.get(name), str):
+            check_images(source, name)
     if isinstance(photograph := values.get("photograph"), str):
         check_photograph(photograph)
     _check_targets(values)
@@ -167,7 +171,7 @@ def check_families(families: Sequence[Any]) -> None:
             raise BacksightError(f"no inverse family {family!r} in families; {nearest(str(family), FAMILIES)}.")
 
 
-def check_images(source: str) -> None:
+def check_images(source: str, name: str = "images") -> None:
     """Refuse an image source that is neither a known name nor a folder with images somewhere inside."""
     if source in IMAGE_SOURCES:
         return
@@ -176,19 +180,19 @@ def check_images(source: str) -> None:
         if download := DOWNLOADS.get(source.rstrip("/")):
             raise BacksightError(f"there is no {source}: {download}.")
         raise BacksightError(
-            f"images: no folder {source!r}; give a folder of images or one of {', '.join(IMAGE_SOURCES)}."
+            f"{name}: no folder {source!r}; give a folder of images or one of {', '.join(IMAGE_SOURCES)}."
         )
     if not folder.is_dir():
-        raise BacksightError(f"images: {source} is a file; give the folder that holds the images.")
+        raise BacksightError(f"{name}: {source} is a file; give the folder that holds the images.")
     try:
         if not any(folder.iterdir()):
-            raise BacksightError(f"images: the folder {source} is empty.")
+            raise BacksightError(f"{name}: the folder {source} is empty.")
     except OSError as error:
-        raise BacksightError(f"images: the folder {source} cannot be read: {error.strerror}.") from error
+        raise BacksightError(f"{name}: the folder {source} cannot be read: {error.strerror}.") from error
     if not any(
-        name.lower().endswith(IMAGE_SUFFIXES) for _, _, names in os.walk(folder, followlinks=True) for name in names
+        file.lower().endswith(IMAGE_SUFFIXES) for _, _, files in os.walk(folder, followlinks=True) for file in files
     ):
-        raise BacksightError(f"images: the folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
+        raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
 
 
 def check_photograph(photograph: str) -> None:
@@ -207,18 +211,24 @@ def _check_targets(values: Mapping[str, Any]) -> None:
     targets = [name for name in [values.get("target"), *(named or [])] if isinstance(name, str) and name]
     if "targets" in values and named == []:
         raise BacksightError("targets is empty; name at least one (`backsight targets` lists them).")
-    if not targets:
-        return
     # Imported late: the target libraries take seconds, and most refusals need none of them.
-    from backsight.targets import check_image_size, check_taps, check_target
+    if retrained := values.get("retrain"):
+        from backsight.recipes import RECIPES
 
-    taps, size = values.get("taps"), values.get("image_size")
-    for target in targets:
-        check_target(target)
-        if taps is not None:
-            check_taps(target, taps)
-        if size is not None:
-            check_image_size(target, size)
+        if retrained not in RECIPES:
+            raise BacksightError(f"retrain: no recipe for {retrained!r}; {nearest(str(retrained), list(RECIPES))}.")
+    if targets:
+        from backsight.targets import check_image_size, check_taps, check_target
+
+        taps, size = values.get("taps"), values.get("image_size")
+        for target in targets:
+            if target == retrained:
+                continue  # its weights are what this run makes
+            if values.get("pretrained", True):
+                check_target(target)
+            check_taps(target, "blocks" if taps is None else taps)
+            if size is not None:
+                check_image_size(target, size)
 
 
 def check_inverses(source: str, target: Any) -> None:

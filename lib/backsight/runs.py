@@ -253,7 +253,7 @@ class Run:
         """Save figures/<name>.png, 150 dots per inch, without the writer's name: equal figures are equal files."""
         return write_atomically(
             self.figures / f"{name}.png",
-            lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight", metadata={"Software": None}),
+            lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
         )
 
     def finish(self) -> None:

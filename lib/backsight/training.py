@@ -44,6 +44,65 @@ class _State:
     history: list[tuple[int, str, str, float, float]] = field(default_factory=list)
 
 
+class _Optimizers:
+    """Muon for matrices and kernels, AdamW for everything else, as one.
+
+    torch's Muon takes matrices only: a kernel (outputs, inputs, h, w) is stepped through a matrix that shares its
+    memory.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        plain: Callable[[str], bool],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
+        kernels = [p for n, p in named if p.ndim in (2, 4) and not plain(n)]
+        others = [p for n, p in named if not (p.ndim in (2, 4) and not plain(n))]
+        self.matrices = [(nn.Parameter(_as_matrix(kernel.detach(), kernel)), kernel) for kernel in kernels]
+        self.parts: list[torch.optim.Optimizer] = []
+        if kernels:
+            matrices = [matrix for matrix, _ in self.matrices]
+            muon = torch.optim.Muon(
+                matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.parts.append(muon)
+        if others:
+            self.parts.append(
+                torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+            )
+
+    def step(self, learning_rate: float) -> None:
+        for matrix, kernel in self.matrices:
+            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, kernel)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+
+    def moments(self) -> list[dict[str, Tensor]]:
+        """What the optimizers remember of each parameter, in a fixed order."""
+        return [part.state[parameter] for part, parameter in self._parameters()]
+
+    def set_moment(self, number: int, key: str, tensor: Tensor) -> None:
+        """Put back what `moments` gave, in the memory layout in which the optimizer would have made it."""
+        part, parameter = self._parameters()[number]
+        like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
+        part.state[parameter][key] = torch.empty_like(like).copy_(tensor)
+
+    def _parameters(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        return [(part, p) for part in self.parts for group in part.param_groups for p in group["params"]]
+
+
+def _as_matrix(kernel: Tensor, like: Tensor) -> Tensor:
+    """(outputs, everything else), columns in the memory order of `like`, of which this is a view."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        kernel = kernel.permute(0, 2, 3, 1)
+    return kernel.reshape(len(kernel), -1)
+
+
 def accelerator() -> Accelerator:
     """The device and precision of every training: bfloat16 autocast on a GPU that has it, float32 elsewhere.
 
@@ -87,6 +146,7 @@ def train(
     weight_decay: float = 0.01,
     warmup: float = 0.05,
     gradient_norm: float = 1.0,
+    plain: Callable[[str], bool] = lambda name: False,
     seed: int = 0,
     validate: Callable[[], Mapping[str, float]] | None = None,
     validate_every: int | None = None,
@@ -98,7 +158,11 @@ def train(
     title: str = "training",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train the modules side by side, one AdamW parameter group and one gradient clip for each.
+    """Train the modules side by side, with one gradient clip for each: matrices by Muon, the rest by AdamW.
+
+    Muon (orthogonalised momentum) takes the weights of linear layers and convolutions, in which a short training
+    learns about three times as much as AdamW does; `plain(name)` is true for those that AdamW takes all the same.
+    Its steps are scaled to AdamW's, so that both have one learning rate: a warm-up, then a cosine.
 
     losses(batch, step) -> {name: scalar}: each name is a module (its own loss) or, if no name is one, a joint
     loss of all of them; the value may depend on nothing but the arguments, the weights and torch's random state.
@@ -118,15 +182,12 @@ def train(
     machine = accelerator()
     for module in modules.values():
         module.to(machine.device)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "name": name}
-        for name, module in modules.items()
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups or steps == 0:
+    trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
+    trained = {name: parameters for name, parameters in trained.items() if parameters}
+    if not trained or steps == 0:
         _set_training(modules, False)
         return pd.DataFrame([], columns=list(HISTORY_COLUMNS))
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizers = _Optimizers(modules, plain, learning_rate, weight_decay)
     identity = {
         **(identity or {}),
         "steps": steps,
@@ -145,26 +206,25 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     with seeded(seed, machine.device):
         if path is not None and path.exists():
-            state, best = _load_checkpoint(path, modules, optimizer, identity)
+            state, best = _load_checkpoint(path, modules, optimizers, identity)
         started = time.perf_counter() - state.seconds
         bar = tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=not progress)
         try:
             while state.step < steps:
                 _set_training(modules, True)
                 batch = batch_at(state.step)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate_at(state.step, steps, learning_rate, warmup)
                 with machine.autocast():
                     values = losses(batch, state.step)
                 numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
                 for name, number in numbers.items():
                     _finite(number, "loss", name, state.step, describe_batch(batch))
-                optimizer.zero_grad(set_to_none=True)
+                for parameter in (each for parameters in trained.values() for each in parameters):
+                    parameter.grad = None
                 machine.backward(torch.stack(list(values.values())).sum())
-                for group in optimizer.param_groups:
-                    norm = nn.utils.clip_grad_norm_(group["params"], gradient_norm)
-                    _finite(float(norm), "gradient", group["name"], state.step, describe_batch(batch))
-                optimizer.step()
+                for name, parameters in trained.items():
+                    norm = nn.utils.clip_grad_norm_(parameters, gradient_norm)
+                    _finite(float(norm), "gradient", name, state.step, describe_batch(batch))
+                optimizers.step(learning_rate_at(state.step, steps, learning_rate, warmup))
                 state.step += 1
                 bar.update()
                 state.summed += 1
@@ -185,7 +245,7 @@ def train(
                         break
                 if path is not None and state.step % checkpoint_every == 0 and state.step < steps:
                     state.seconds = time.perf_counter() - started
-                    _save_checkpoint(path, modules, optimizer, state, best, identity)
+                    _save_checkpoint(path, modules, optimizers, state, best, identity)
         finally:
             bar.close()
     for kept in best.values():
@@ -251,7 +311,7 @@ def _keep_best(
 def _save_checkpoint(
     path: Path,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: _Optimizers,
     state: _State,
     best: Mapping[str, Mapping[str, Tensor]],
     identity: Mapping[str, Any],
@@ -259,8 +319,8 @@ def _save_checkpoint(
     tensors = {f"weights/{key}": value for key, value in _weights(modules).items()}
     for number, kept in enumerate(best.values()):
         tensors.update({f"best/{number}/{key}": value for key, value in kept.items()})
-    for number, parameter in enumerate(_parameters(optimizer)):
-        for key, value in optimizer.state[parameter].items():
+    for number, moments in enumerate(optimizers.moments()):
+        for key, value in moments.items():
             tensors[f"optimizer/{number}/{key}"] = value
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -272,7 +332,7 @@ def _save_checkpoint(
 def _load_checkpoint(
     path: Path,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: _Optimizers,
     identity: Mapping[str, Any],
 ) -> tuple[_State, dict[str, dict[str, Tensor]]]:
     tensors, metadata = read_tensors(path, "checkpoint")
@@ -298,19 +358,12 @@ def _load_checkpoint(
             list(best.values())[int(number)][key] = tensor
         elif kind == "optimizer":
             number, _, key = key.partition("/")
-            parameter = _parameters(optimizer)[int(number)]
-            # Copied into the parameter's own memory layout, in which the optimizer would have made it.
-            like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
-            optimizer.state[parameter][key] = torch.empty_like(like).copy_(tensor)
+            optimizers.set_moment(int(number), key, tensor)
     _load(modules, weights)
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return state, best
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
