@@ -141,7 +141,10 @@ def test_an_infinite_gradient_stops_too() -> None:
 
 def test_best_weights_are_kept_for_each_module_and_patience_ends_the_training() -> None:
     modules = _modules()
-    curves = {"blocks.0": iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0]), "blocks.1": iter([1.0, 2.0, 2.0, 2.0, 2.0, 2.0])}
+    curves = {
+        "blocks.0": iter([4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]),
+        "blocks.1": iter([5.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
+    }
     seen: list[dict[str, torch.Tensor]] = []
 
     def validate():
@@ -159,8 +162,24 @@ def test_best_weights_are_kept_for_each_module_and_patience_ends_the_training() 
         progress=False,
     )
     assert history["step"].max() == 40  # 20 was the last better one, of blocks.0
-    assert torch.equal(next(modules["blocks.0"].parameters()), seen[1]["blocks.0"])
-    assert torch.equal(next(modules["blocks.1"].parameters()), seen[0]["blocks.1"])
+    assert torch.equal(next(modules["blocks.0"].parameters()), seen[2]["blocks.0"])
+    assert torch.equal(next(modules["blocks.1"].parameters()), seen[1]["blocks.1"])
+
+
+def test_a_training_that_makes_things_worse_keeps_what_it_came_with() -> None:
+    modules = _modules()
+    before = {name: next(module.parameters()).detach().clone() for name, module in modules.items()}
+    calls = iter(range(100))
+    worse = train(
+        modules,
+        _losses_of(modules),
+        _batch_at,
+        steps=4,
+        validate=lambda: dict.fromkeys(modules, float(next(calls))),
+        progress=False,
+    )
+    assert worse.loc[worse["split"] == "validation", "step"].min() == 0
+    assert all(torch.equal(before[name], next(module.parameters())) for name, module in modules.items())
 
 
 def test_a_joint_loss_trains_all_modules() -> None:

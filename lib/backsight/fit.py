@@ -33,6 +33,8 @@ from backsight.training import accelerator, seeded, train
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 RECORDING_BATCH = 64
 START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
+# Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
+STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 
 
 def fit_direct(
@@ -44,11 +46,11 @@ def fit_direct(
     linear: Mapping[Pair, LinearInverse] | None = None,
     steps: int = 400,
     batch_size: int = 16,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 4e-3,
     width: int | None = None,
     seed: int = 0,
     patience: int | None = None,
-    ridge_images: int = 4096,
+    ridge_images: int = 1024,
     validation_images: int = 128,
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 200,
@@ -105,11 +107,11 @@ def fit_modular(
     image_share: float = 0.9,
     steps: int = 400,
     batch_size: int = 16,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 4e-3,
     width: int | None = None,
     seed: int = 0,
     patience: int | None = None,
-    ridge_images: int = 4096,
+    ridge_images: int = 1024,
     validation_images: int = 128,
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 200,
@@ -302,6 +304,7 @@ class _Preparation:
                 seed=self.seed,
                 progress=progress,
                 context=START_CONTEXT,
+                floors={pair: PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR for pair in missing} if stages else {},
             )
         made = {}
         for source, destination in pairs:

@@ -17,7 +17,7 @@ Inputs are standardised, so that a ridge strength means the same at every tap.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -846,6 +846,7 @@ def fit_linear_pairs(
     maximum_inputs: int = MAXIMUM_INPUTS,
     maximum_outputs: int | None = None,
     context: int = 1,
+    floors: Mapping[Pair, float] | None = None,
 ) -> dict[Pair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
@@ -855,7 +856,8 @@ def fit_linear_pairs(
     in units of the variance of a standardised input; rank: of the maps from a whole set of queries
     (default 128); seed: of the projection of a long set and of the bootstrap; maximum_inputs,
     maximum_outputs: see `plan_layout`; context: side of the square of tokens that the map of one token reads, 1 (what
-    that token alone says, the `linear` family) or an odd number above (a convolution in closed form).
+    that token alone says, the `linear` family) or an odd number above (a convolution in closed form); floors: the least
+    strength for some pairs, for maps that will read an input with errors in it.
 
     Returns {(source, destination): LinearInverse}, each scored on the validation images. Raises
     BacksightError on an unknown tap, on ends between which no map is defined, and on too few images.
@@ -902,7 +904,8 @@ def fit_linear_pairs(
             for group in groups
             if any(each == pair for each, _ in group.members)
         }
-        inverses[pair] = _solve(pair, layout, blocks, alphas, rank or RANK, rule, position)
+        allowed = [alpha for alpha in alphas if alpha >= (floors or {}).get(pair, 0)] or [max(alphas)]
+        inverses[pair] = _solve(pair, layout, blocks, allowed, rank or RANK, rule, position)
     _score_sample(inverses, sample, seed)
     return inverses
 

@@ -166,9 +166,10 @@ def train(
 
     losses(batch, step) -> {name: scalar}: each name is a module (its own loss) or, if no name is one, a joint
     loss of all of them; the value may depend on nothing but the arguments, the weights and torch's random state.
-    batch_at(step) is a pure function of the step. validate() -> {name: number} with the same names, called every
-    `validate_every` steps (a tenth of the training by default) and at the end: the modules end with their best
-    validated weights, and training stops when no name has improved for `patience` validations.
+    batch_at(step) is a pure function of the step. validate() -> {name: number} with the same names, called before
+    the first step, every `validate_every` steps (a tenth of the training by default) and at the end: the modules
+    end with their best validated weights, which may be those they came with, and training stops when no name has
+    improved for `patience` validations.
     checkpoint: a safetensors file, written every `checkpoint_every` steps, resumed from where it exists, removed
     at the end; `identity` says what the training is, and a checkpoint of another one is refused.
     On return the modules are on the training device, in eval mode, and the global random state is as it was.
@@ -208,6 +209,8 @@ def train(
         if path is not None and path.exists():
             state, best = _load_checkpoint(path, modules, optimizers, identity)
         started = time.perf_counter() - state.seconds
+        if validate is not None and state.step == 0:
+            _validate(state, best, modules, validate, machine, started)
         bar = tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=not progress)
         try:
             while state.step < steps:
@@ -236,11 +239,7 @@ def train(
                     _log(state, "train", means, started)
                     state.sums, state.summed = {}, 0
                 if validate is not None and (state.step % validate_every == 0 or state.step == steps):
-                    _set_training(modules, False)
-                    with torch.no_grad(), machine.autocast():
-                        measured = dict(validate())
-                    _log(state, "validation", measured, started)
-                    _keep_best(state, best, modules, measured)
+                    _validate(state, best, modules, validate, machine, started)
                     if patience is not None and min(state.stale.values()) >= patience:
                         break
                 if path is not None and state.step % checkpoint_every == 0 and state.step < steps:
@@ -292,13 +291,19 @@ def _log(state: _State, split: str, losses: Mapping[str, float], started: float)
     state.history.extend((state.step, name, split, float(loss), seconds) for name, loss in losses.items())
 
 
-def _keep_best(
+def _validate(
     state: _State,
     best: dict[str, dict[str, Tensor]],
     modules: Mapping[str, nn.Module],
-    measured: Mapping[str, float],
+    validate: Callable[[], Mapping[str, float]],
+    machine: Accelerator,
+    started: float,
 ) -> None:
     """Keep the weights of every module (of all, for a joint loss) whose validation loss is a new best."""
+    _set_training(modules, False)
+    with torch.no_grad(), machine.autocast():
+        measured = dict(validate())
+    _log(state, "validation", measured, started)
     for name, loss in measured.items():
         if loss < state.best.get(name, math.inf):
             state.best[name], state.stale[name] = loss, 0
