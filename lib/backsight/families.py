@@ -29,7 +29,7 @@ def fit_family(
     steps: int = 400,
     batch_size: int = 16,
     seed: int = 0,
-    chain_fraction: float = 0.5,
+    chain_fraction: float = 0.25,
     modules: Mapping[str, Inverse] | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,

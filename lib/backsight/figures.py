@@ -136,7 +136,7 @@ class ShownFigure(Figure):
     description: str = ""
     shows_images: bool = False
 
-    def savefig(self, fname: Any, **options: Any) -> None:  # type: ignore[override]
+    def savefig(self, fname: Any, **options: Any) -> None:
         is_path = isinstance(fname, (str, os.PathLike))
         suffix = os.path.splitext(fname)[1][1:] if is_path else ""
         kind = (options.get("format") or suffix or "png").lower()

@@ -103,7 +103,7 @@ def fit_modular(
     *,
     validation: Any = None,
     linear: Mapping[Pair, LinearInverse] | None = None,
-    chain_fraction: float = 0.5,
+    chain_fraction: float = 0.25,
     image_share: float = 0.9,
     steps: int = 400,
     batch_size: int = 16,
@@ -161,7 +161,8 @@ def fit_modular(
             made[inverse.destination] = values.detach()
             loss = F.mse_loss(values, batch if wanted is None else wanted.values) / inverse.variance
             if (view := views.get(inverse.destination)) is not None and wanted is not None:
-                seen = F.mse_loss(view.raw(inverse.wrap(values, given, layout)), view.raw(wanted)) / pixel_variance
+                reconstructed: Any = inverse.wrap(values, given, layout)
+                seen = F.mse_loss(view.raw(reconstructed), view.raw(wanted)) / pixel_variance
                 loss = image_share * seen + (1 - image_share) * loss
             found[tap] = loss
         return found
