@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from backsight.cli import main
 from backsight.errors import BacksightError
 from backsight.parameters import command_line_values, preset_values, read_notebook
-from backsight.runner import NotebookError, check_inverses, plan_run, run_plan
+from backsight.runner import NotebookError, _tidy, check_inverses, plan_run, run_plan
 from backsight.runs import complete_run, open_run, project_root, read_json, start_run, write_atomically
 
 DECLARATIONS = """\
@@ -416,3 +416,16 @@ def test_sigterm_is_an_interruption(write_notebook: NotebookWriter, tmp_path: Pa
     assert process.returncode == 130
     assert "the same command resumes" in errors
     assert not (out / "run.json").exists()
+
+
+def test_saved_notebooks_keep_no_progress_bar() -> None:
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}}
+    shown = [
+        nbformat.v4.new_output("display_data", data={"text/plain": "scenes: 0%|  | 0/3 [00:00<?, ?it/s]", **view}),
+        nbformat.v4.new_output("display_data", data={"text/plain": "IntSlider(value=3)", **view}),
+        nbformat.v4.new_output("stream", name="stdout", text="1,024 images\n"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=shown)])
+    _tidy(notebook)
+    assert [output.output_type for output in notebook.cells[0].outputs] == ["display_data", "stream"]
+    assert "IntSlider" in notebook.cells[0].outputs[0].data["text/plain"]

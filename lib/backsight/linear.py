@@ -26,12 +26,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.measures import bootstrap_interval, determination, psnr
 from backsight.patches import patchify, unpatchify
+from backsight.progress import progress_bar
 from backsight.representation import Grid, Queries, Representation, Tokens
 
 PIXELS = "pixels"
@@ -939,12 +939,11 @@ def _passes(
     for held_out, source in ((False, images), (True, validation)):
         if source is None:
             continue
-        bar = tqdm(
+        bar = progress_bar(
             batches(source, batch_size),
             total=-(-len(source) // batch_size),
             desc=f"{'validating' if held_out else 'fitting'} linear maps",
-            leave=False,
-            disable=not progress,
+            show=progress,
         )
         for batch in bar:
             batch = batch.to(device)

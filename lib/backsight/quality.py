@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from backsight.data import ImageSource, open_images, read_rgb
 from backsight.errors import BacksightError
 from backsight.families import Reconstruct
 from backsight.measures import determination, metrics_row, metrics_rows, score, shuffled
 from backsight.photographs import PHOTOGRAPHS, crops
+from backsight.progress import progress_bar
 from backsight.scenes import SPLIT_PHOTOGRAPHS
 from backsight.targets import Target
 
@@ -83,7 +83,7 @@ def evaluate_quality(
             place.setdefault(measure, []).append(value)
 
     total = len(images)
-    with tqdm(total=total, desc=f"{target.name} on {dataset}", leave=False, disable=not progress) as bar:
+    with progress_bar(total=total, desc=f"{target.name} on {dataset}", show=progress) as bar:
         for batch, masks, ids in _with_masks(images, batch_size):
             recorded = target.record(batch, taps)
             names += ids

@@ -415,4 +415,13 @@ def _tidy(executed: nbformat.NotebookNode) -> None:
             for output in cell.outputs:
                 if output.output_type == "stream" and output.name == "stderr":
                     output.text = _PROGRESS_BAR.sub("", output.text).lstrip("\n")
-            cell.outputs = [output for output in cell.outputs if output.get("text") != ""]
+            cell.outputs = [
+                output for output in cell.outputs if output.get("text") != "" and not _is_progress_bar(output)
+            ]
+
+
+def _is_progress_bar(output: Any) -> bool:
+    """A bar in a notebook is a widget whose plain text is the bar; once gone, an empty widget."""
+    data = output.get("data", {})
+    plain = str(data.get("text/plain", "")).strip()
+    return "application/vnd.jupyter.widget-view+json" in data and (not plain or "%|" in plain or "it/s" in plain)

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from backsight.errors import BacksightError
+from backsight.progress import progress_bar
 
 Array = np.ndarray
 Polygon = tuple[tuple[float, float], ...]
@@ -481,7 +482,6 @@ def write_coco(
     carry the name of the photograph behind them.
     """
     from pycocotools import mask as coco_mask
-    from tqdm.auto import tqdm
 
     folder = Path(folder)
     pictures = folder / f"{split}2017"
@@ -490,7 +490,7 @@ def write_coco(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     scenes = render_many(split, count, seed, size, options)
-    for index, scene in enumerate(tqdm(scenes, f"scenes {split}", count, leave=False, disable=not progress)):
+    for index, scene in enumerate(progress_bar(scenes, desc=f"scenes {split}", total=count, show=progress)):
         name = f"{index:012d}.png"
         Image.fromarray(scene.image).save(pictures / name, compress_level=1)
         images.append({"id": index, "file_name": name, "height": size, "width": size, "background": scene.background})

@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
+from backsight.progress import progress_bar
 
 HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
 LOGGED_POINTS = 200  # rows of each module in the history, however long the training
@@ -211,7 +211,7 @@ def train(
         started = time.perf_counter() - state.seconds
         if validate is not None and state.step == 0:
             _validate(state, best, modules, validate, machine, started)
-        bar = tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=not progress)
+        bar = progress_bar(total=steps, initial=state.step, desc=title, unit="step", show=progress)
         try:
             while state.step < steps:
                 _set_training(modules, True)
