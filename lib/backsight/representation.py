@@ -6,16 +6,19 @@ backsight reads these three classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
 
 Grid = tuple[int, int]
+MASK_CELLS = 16  # a side: a mask in more detail would make `values` as large as the image
 Index = int | slice | Sequence[int] | Tensor
 
 
@@ -24,7 +27,9 @@ class Tokens:
     """Tokens on one or more grids, with the prefix (class, register) tokens first.
 
     values: (B, P + N, C); grids: ((h, w), …), row-major, areas sum to N; prefix: P;
-    padding: (B, N) bool, True = padding, or None; position: (1 or B, N, C) positional code, or None.
+    padding: (B, N) bool, True = padding, or None; position: (1 or B, N, C) positional code, or None; context: other
+    tensors (B, …) of the same pass that only `target.from_tap` may read, to go on from here (an inverse that read
+    them would see past the tap).
     Raises BacksightError where the shapes do not fit together.
     """
 
@@ -33,6 +38,7 @@ class Tokens:
     prefix: int = 0
     padding: Tensor | None = None
     position: Tensor | None = None
+    context: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
@@ -106,7 +112,8 @@ class Tokens:
         if position is not None and position.shape[0] == self.batch and self.batch > 1:
             position = position[which]
         padding = None if self.padding is None else self.padding[which]
-        return replace(self, values=self.values[which], padding=padding, position=position)
+        context = {name: tensor[which] for name, tensor in self.context.items()}
+        return replace(self, values=self.values[which], padding=padding, position=position, context=context)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """The function on every tensor that travels with the tokens."""
@@ -115,6 +122,7 @@ class Tokens:
             values=function(self.values),
             padding=None if self.padding is None else function(self.padding),
             position=None if self.position is None else function(self.position),
+            context={name: function(tensor) for name, tensor in self.context.items()},
         )
 
     def detach(self) -> Tokens:
@@ -182,14 +190,17 @@ class Queries:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a detector says of each query.
+    """What a detector or a segmentation model says of each query.
 
-    logits: (B, Q, K + 1), the last class is "no object"; boxes: (B, Q, 4) centre x, centre y, width, height
-    in [0, 1] of the image.
+    logits: (B, Q, K + 1) with activation "softmax", the last class is "no object"; (B, Q, K) with "sigmoid", where
+    each class is judged by itself; boxes: (B, Q, 4) centre x, centre y, width, height in [0, 1] of the image;
+    masks: (B, Q, h, w) logits, or None.
     """
 
     logits: Tensor
     boxes: Tensor
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    masks: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -201,6 +212,11 @@ class Predictions:
                 "Predictions need logits (batch, queries, classes) and boxes (batch, queries, 4), not "
                 f"{tuple(self.logits.shape)} and {tuple(self.boxes.shape)}."
             )
+        if self.masks is not None and (self.masks.ndim != 4 or self.masks.shape[:2] != self.logits.shape[:2]):
+            raise BacksightError(
+                f"Predictions of {tuple(self.logits.shape[:2])} (batch, queries) need masks (batch, queries, height, "
+                f"width), not {tuple(self.masks.shape)}."
+            )
 
     @property
     def batch(self) -> int:
@@ -208,12 +224,36 @@ class Predictions:
 
     @property
     def channels(self) -> int:
-        return self.logits.shape[2] + 4
+        return self.logits.shape[2] + 4 + math.prod(self._cells)
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, Q, K or K + 1): probabilities of the classes."""
+        return self.logits.softmax(dim=-1) if self.activation == "softmax" else self.logits.sigmoid()
+
+    @property
+    def objects(self) -> Tensor:
+        """(B, Q, K): probabilities of the classes that are objects."""
+        return self.scores[..., :-1] if self.activation == "softmax" else self.scores
+
+    @property
+    def _cells(self) -> Grid:
+        """Rows and columns of a mask in `values`: its own, at most MASK_CELLS."""
+        if self.masks is None:
+            return (0, 0)
+        height, width = self.masks.shape[2:]
+        return min(height, MASK_CELLS), min(width, MASK_CELLS)
 
     @property
     def values(self) -> Tensor:
-        """(B, Q, K + 1 + 4): class distribution (softmax of the logits), then the box."""
-        return torch.cat([self.logits.softmax(dim=-1), self.boxes], dim=-1)
+        """(B, Q, classes + 4 + cells): probabilities of the classes, the box, then the mask's cells, row-major.
+
+        A cell holds the mean probability of the mask in it.
+        """
+        parts = [self.scores, self.boxes]
+        if self.masks is not None:
+            parts.append(F.adaptive_avg_pool2d(self.masks.sigmoid(), self._cells).flatten(2))
+        return torch.cat(parts, dim=-1)
 
     @property
     def signature(self) -> Hashable:
@@ -221,27 +261,38 @@ class Predictions:
         return ("predictions", self.logits.shape[1], self.channels)
 
     def replace(self, values: Tensor) -> Predictions:
-        """Predictions with these values (B, Q, K + 1 + 4) in the layout of `values`.
+        """Predictions with these values (B, Q, classes + 4 + cells) in the layout of `values`.
 
-        The new logits are log probabilities, whose softmax gives the class distribution back.
+        The new logits are those whose probabilities are the values; masks come out at the size of their cells.
         """
-        tiny = torch.finfo(values.dtype).tiny
-        return Predictions(values[..., :-4].clamp(min=tiny).log(), values[..., -4:])
+        classes, cells = self.logits.shape[2], self._cells
+        scores, boxes, masks = values.split([classes, 4, math.prod(cells)], dim=-1)
+        logits = (
+            scores.clamp(min=torch.finfo(values.dtype).tiny).log() if self.activation == "softmax" else _logit(scores)
+        )
+        shaped = None if self.masks is None else _logit(masks).unflatten(-1, cells)
+        return Predictions(logits, boxes, self.activation, shaped)
 
     def index(self, which: Index) -> Predictions:
         """The images `which` of the batch (a number keeps the batch axis)."""
         which = _keep_axis(which)
-        return Predictions(self.logits[which], self.boxes[which])
+        return self.apply(lambda tensor: tensor[which])
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Predictions:
-        """The function on logits and boxes."""
-        return Predictions(function(self.logits), function(self.boxes))
+        """The function on logits, boxes and masks."""
+        masks = None if self.masks is None else function(self.masks)
+        return Predictions(function(self.logits), function(self.boxes), self.activation, masks)
 
     def detach(self) -> Predictions:
         return self.apply(Tensor.detach)
 
     def to(self, device: torch.device | str) -> Predictions:
         return self.apply(lambda tensor: tensor.to(device))
+
+
+def _logit(probabilities: Tensor) -> Tensor:
+    tiny = torch.finfo(probabilities.dtype).eps
+    return probabilities.clamp(tiny, 1 - tiny).logit()
 
 
 Representation = Tokens | Queries | Predictions
@@ -263,8 +314,12 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
             )
     if isinstance(first, Predictions):
         predictions = [each for each in representations if isinstance(each, Predictions)]
+        masks = [each.masks for each in predictions if each.masks is not None]
         return Predictions(
-            torch.cat([each.logits for each in predictions]), torch.cat([each.boxes for each in predictions])
+            torch.cat([each.logits for each in predictions]),
+            torch.cat([each.boxes for each in predictions]),
+            first.activation,
+            torch.cat(masks) if len(masks) == len(predictions) else None,
         )
     values = torch.cat([each.values for each in representations])
     if isinstance(first, Queries):
@@ -272,7 +327,9 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
         complete = len(contexts) == len(representations)
         return Queries(values, concatenate(contexts) if complete else None)
     tokens = [each for each in representations if isinstance(each, Tokens)]
-    return Tokens(values, first.grids, first.prefix, _joined_padding(tokens), _joined_position(tokens))
+    names = set.intersection(*(set(each.context) for each in tokens))
+    context = {name: torch.cat([each.context[name] for each in tokens]) for name in sorted(names)}
+    return Tokens(values, first.grids, first.prefix, _joined_padding(tokens), _joined_position(tokens), context)
 
 
 def _joined_padding(tokens: Sequence[Tokens]) -> Tensor | None:

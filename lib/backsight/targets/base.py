@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 PIXELS = "pixels"
 TAP_SETS = ("blocks", "components", "fine")
 
-StageKind = Literal["patch_embedding", "backbone", "projection", "blocks", "encoder", "decoder", "norm", "heads"]
+StageKind = Literal[
+    "patch_embedding", "backbone", "projection", "blocks", "convolution", "encoder", "decoder", "norm", "heads"
+]
 Kind = Literal["classifier", "detector", "module"]
 Size = tuple[int, int]
 
@@ -36,7 +38,8 @@ Size = tuple[int, int]
 class Stage:
     """What lies between two taps.
 
-    depth: transformer blocks in it (a part of a block counts as one); heads: attention heads; hidden: MLP width.
+    kind "blocks": transformer blocks; "convolution": convolutional, pooling or mixed blocks; depth: blocks in it (a
+    part of a block counts as one); heads: attention heads; hidden: MLP width, 0 where there is none.
     """
 
     kind: StageKind
