@@ -83,7 +83,7 @@ def element_of(output: Any, element: Element) -> Any:
     """What these keys lead to. Raises LookupError where they lead nowhere."""
     for key in element:
         if isinstance(output, (Mapping, tuple, list)):
-            output = output[key]  # type: ignore[call-overload,index]
+            output = output[key]
         elif isinstance(key, str) and hasattr(output, key):
             output = getattr(output, key)
         else:
@@ -99,7 +99,7 @@ def with_element(output: Any, element: Element, value: Any) -> Any:
     inner = with_element(element_of(output, (key,)), tuple(rest), value)
     if isinstance(output, tuple):
         parts: list[Any] = list(output)
-        parts[key] = inner
+        parts[int(key)] = inner
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     changed = copy.copy(output)
     if isinstance(output, (Mapping, list)):
