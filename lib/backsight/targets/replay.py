@@ -82,8 +82,10 @@ def _parts(output: Any) -> Iterator[tuple[int | str, Any]]:
 def element_of(output: Any, element: Element) -> Any:
     """What these keys lead to. Raises LookupError where they lead nowhere."""
     for key in element:
-        if isinstance(output, (Mapping, tuple, list)):
+        if isinstance(output, Mapping):
             output = output[key]
+        elif isinstance(output, (tuple, list)):
+            output = output[int(key)]
         elif isinstance(key, str) and hasattr(output, key):
             output = getattr(output, key)
         else:
