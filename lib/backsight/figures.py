@@ -31,12 +31,20 @@ COLUMN_WIDTH = 6.5  # inches
 PICTURES = "pictures"  # the Comment of a PNG that shows images
 SMALL, NORMAL = 7.0, 8.0  # points
 
-# seaborn's "colorblind" palette; families and targets never share a colour.
+# seaborn's "colorblind" palette and two of Paul Tol's; families and targets never share a colour.
 FAMILY_COLOURS: Mapping[str, str] = MappingProxyType(
     {"linear": "#0173b2", "direct": "#de8f05", "modular": "#029e73", "modular_polished": "#cc78bc"}
 )
-TARGET_COLOURS: Mapping[str, str] = MappingProxyType({"scenes-vit": "#d55e00", "scenes-detr": "#56b4e9"})
-_OTHER_COLOURS = ("#ca9161", "#949494", "#ece133", "#fbafe4")
+TARGET_COLOURS: Mapping[str, str] = MappingProxyType(
+    {
+        "scenes-vit": "#d55e00",
+        "scenes-deit": "#882255",
+        "scenes-swin": "#ca9161",
+        "scenes-detr": "#56b4e9",
+        "scenes-deformable-detr": "#332288",
+    }
+)
+_OTHER_COLOURS = ("#949494", "#ece133", "#fbafe4", "#44aa99")
 _FAMILY_MARKERS: Mapping[str, str] = MappingProxyType(
     {"linear": "o", "direct": "s", "modular": "^", "modular_polished": "D"}
 )
