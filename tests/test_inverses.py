@@ -191,7 +191,8 @@ def test_a_cnn_is_inverted_across_its_grids() -> None:
     target = module_target(network, ["1", "3"], image_size=(16, 24))
     modules = fit_modular(target, _images(8, 16, 24), **QUICK)
     assert [module.design.kind for module in modules.values()] == ["upsampling", "convolution"]
-    assert modules["3"].linear is None
+    assert modules["3"].linear is not None
+    assert modules["3"].linear.layout.patch_of("patches") == (2, 2)
     assert Chain(modules, "3")(target.record(_images(2, 16, 24))["3"]).shape == (2, 3, 16, 24)
 
 

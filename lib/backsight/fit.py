@@ -13,9 +13,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pandas as pd
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from backsight.data import batches
 from backsight.errors import BacksightError
-from backsight.inverses import Chain, Inverse, Moments, design_for, header_for
-from backsight.linear import PIXELS, LinearInverse, Pair, fit_linear_pairs, form_of, plan_layout
+from backsight.inverses import Chain, Inverse, Moments, header_for
+from backsight.layouts import PIXELS, Form, Pair, area, form_of, plan_layout
+from backsight.linear import LinearInverse, fit_linear_pairs
 from backsight.representation import Queries, Representation, Tokens, concatenate
+from backsight.residuals import design_for
 from backsight.targets.base import Target
 from backsight.training import accelerator, seeded, train
 
@@ -37,6 +39,40 @@ START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a fit trains; every fit takes these as keyword arguments.
+
+    patience: the training ends early after this many tenths of its steps without a better validation loss;
+    checkpoint: a file to resume from, written every `checkpoint_every` steps, see `training.train`; workers:
+    processes that read images ahead; progress: whether to show a bar.
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    learning_rate: float = 4e-3
+    seed: int = 0
+    patience: int | None = None
+    checkpoint: Path | str | None = None
+    checkpoint_every: int = 200
+    workers: int = 0
+    progress: bool = True
+
+
+class TrainingOptions(TypedDict, total=False):
+    """The fields of `Training`, as keyword arguments."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    patience: int | None
+    checkpoint: Path | str | None
+    checkpoint_every: int
+    workers: int
+    progress: bool
+
+
 def fit_direct(
     target: Target,
     images: Any,
@@ -44,33 +80,26 @@ def fit_direct(
     *,
     validation: Any = None,
     linear: Mapping[Pair, LinearInverse] | None = None,
-    steps: int = 400,
-    batch_size: int = 16,
-    learning_rate: float = 4e-3,
     width: int | None = None,
-    seed: int = 0,
-    patience: int | None = None,
     ridge_images: int = 1024,
     validation_images: int = 128,
-    checkpoint: Path | str | None = None,
-    checkpoint_every: int = 200,
-    workers: int = 0,
-    progress: bool = True,
+    **training: Unpack[TrainingOptions],
 ) -> dict[str, Inverse]:
     """One decoder from every tap straight to pixels, all trained from the same frozen passes.
 
     images, validation: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1], without padding. taps: as
     `load_target` takes them, default the target's own. linear: closed-form starts {(tap, "pixels"): LinearInverse}
     that are there already; the others are fitted on `ridge_images` of the images. width: channels of the
-    convolutions on the grid. validation: `validation_images` of it choose the best weights; with patience (in
-    tenths of the steps) they end the training early. checkpoint: a file to resume from, see `training.train`.
-    workers: processes that read images ahead.
+    convolutions on the grid. validation: `validation_images` of it choose the best weights. training: steps = 400,
+    batch_size = 16, learning_rate = 4e-3, seed = 0, patience, checkpoint, checkpoint_every, workers, progress; see
+    `Training`.
     Returns {tap: inverse}, in forward order; `inverse.history` is its training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
+    settings = Training(**training)
     pairs = [(tap, PIXELS) for tap in _chosen(target, taps)]
-    prepared = _Preparation(target, images, validation, ridge_images, validation_images, seed)
-    inverses = prepared.inverses(pairs, "direct", linear, width, False, progress)
+    prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
+    inverses = prepared.inverses(pairs, "direct", linear, width, False, settings.progress)
 
     def losses(batch: Tensor, _step: int) -> dict[str, Tensor]:
         batch, recorded = _record(target, batch, list(inverses))
@@ -82,17 +111,9 @@ def fit_direct(
         prepared,
         inverses,
         losses,
+        settings,
         title=f"direct inverses of {target.name}",
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        patience=patience,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        workers=workers,
-        progress=progress,
-        settings={"width": width},
+        identity={"width": width},
     )
 
 
@@ -105,18 +126,10 @@ def fit_modular(
     linear: Mapping[Pair, LinearInverse] | None = None,
     chain_fraction: float = 0.25,
     image_share: float = 0.9,
-    steps: int = 400,
-    batch_size: int = 16,
-    learning_rate: float = 4e-3,
     width: int | None = None,
-    seed: int = 0,
-    patience: int | None = None,
     ridge_images: int = 1024,
     validation_images: int = 128,
-    checkpoint: Path | str | None = None,
-    checkpoint_every: int = 200,
-    workers: int = 0,
-    progress: bool = True,
+    **training: Unpack[TrainingOptions],
 ) -> dict[str, Inverse]:
     """One module for every stage: from each tap to the tap before it, from the first to pixels.
 
@@ -138,16 +151,17 @@ def fit_modular(
     if not 0 <= image_share <= 1:
         raise BacksightError(f"image_share is a share of the loss from 0 to 1, not {image_share}.")
     chosen = _chosen(target, taps)
-    pairs = list(stage_pairs(target, chosen))
-    prepared = _Preparation(target, images, validation, ridge_images, validation_images, seed)
-    inverses = prepared.inverses(pairs, "modular", linear, width, True, progress)
+    settings = Training(**training)
+    prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
+    pairs = list(stage_pairs(target, chosen, prepared.forms(chosen)))
+    inverses = prepared.inverses(pairs, "modular", linear, width, True, settings.progress)
     ends = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
-    views = prepared.views(ends, progress)
+    views = prepared.views(ends, settings.progress)
     pixel_variance = inverses[chosen[0]].variance
 
     def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
         batch, recorded = _record(target, batch, chosen)
-        starts = _chain_starts(len(batch), len(chosen), chain_fraction, seed, step).to(batch.device)
+        starts = _chain_starts(len(batch), len(chosen), chain_fraction, settings.seed, step).to(batch.device)
         found: dict[str, Tensor] = {}
         made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
         for place, tap in reversed(list(enumerate(chosen))):
@@ -159,7 +173,7 @@ def fit_modular(
             layout = wanted if isinstance(wanted, Tokens) else None
             values = inverse.raw(given, layout)
             made[inverse.destination] = values.detach()
-            loss = F.mse_loss(values, batch if wanted is None else wanted.values) / inverse.variance
+            loss = _error(values, batch if wanted is None else wanted) / inverse.variance
             if (view := views.get(inverse.destination)) is not None and wanted is not None:
                 reconstructed: Any = inverse.wrap(values, given, layout)
                 seen = F.mse_loss(view.raw(reconstructed), view.raw(wanted)) / pixel_variance
@@ -171,17 +185,9 @@ def fit_modular(
         prepared,
         inverses,
         losses,
+        settings,
         title=f"modular inverses of {target.name}",
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        patience=patience,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        workers=workers,
-        progress=progress,
-        settings={"width": width, "chain_fraction": chain_fraction, "image_share": image_share},
+        identity={"width": width, "chain_fraction": chain_fraction, "image_share": image_share},
     )
 
 
@@ -191,37 +197,30 @@ def fit_polish(
     modules: Mapping[str, Inverse],
     *,
     validation: Any = None,
-    steps: int = 100,
-    batch_size: int = 16,
-    learning_rate: float = 3e-4,
-    seed: int = 0,
-    patience: int | None = None,
     validation_images: int = 128,
-    checkpoint: Path | str | None = None,
-    checkpoint_every: int = 200,
-    workers: int = 0,
-    progress: bool = True,
+    **training: Unpack[TrainingOptions],
 ) -> dict[str, Inverse]:
     """Train all modules of a chain together on the pixels it ends in: a family of its own, "modular_polished".
 
     modules: what `fit_modular` gave; they are copied, not changed. The images of a batch start their chains at
     different taps, equally many at each, and join on the way down. What the modules make between is no longer
     tied to what the target holds: look at intermediate representations of the modular family instead.
-    Other arguments: see `fit_direct`. Returns {tap: inverse}.
+    Other arguments: see `fit_direct`; here steps = 100 and learning_rate = 3e-4. Returns {tap: inverse}.
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
+    settings = Training(**(TrainingOptions(steps=100, learning_rate=3e-4) | training))
     polished = {tap: copy.deepcopy(module) for tap, module in modules.items()}
     order = _chain_order(target, polished)
-    prepared = _Preparation(target, images, validation, 0, validation_images, seed)
+    prepared = _Preparation(target, images, validation, 0, validation_images, settings.seed)
     for tap, inverse in polished.items():  # those that no chain runs through are only renamed
-        header = header_for(target, "modular_polished", tap, inverse.destination, images, seed)
+        header = header_for(target, "modular_polished", tap, inverse.destination, images, settings.seed)
         inverse.header = replace(header, steps=inverse.header.steps)
         inverse.residual.requires_grad_(True)
         inverse.to(prepared.device)
 
     def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
         batch, recorded = _record(target, batch, order)
-        generator = torch.Generator().manual_seed(_mixed(seed, step))
+        generator = torch.Generator().manual_seed(_mixed(settings.seed, step))
         starts = (torch.randperm(len(batch), generator=generator) + step) % len(order)
         rows = torch.empty(0, dtype=torch.long)
         flowing: Any = None
@@ -244,17 +243,9 @@ def fit_polish(
         prepared,
         polished,
         losses,
+        settings,
         title=f"polishing the chain of {target.name}",
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        patience=patience,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        workers=workers,
-        progress=progress,
-        settings={},
+        identity={},
     )
 
 
@@ -280,6 +271,11 @@ class _Preparation:
         self.target, self.images, self.seed = target.to(self.device), images, seed
         self.sample = _sample(images, max(ridge_images, MOMENT_IMAGES), seed)
         self.validation = None if validation is None else _sample(validation, validation_images, seed)
+
+    def forms(self, taps: Sequence[str]) -> dict[str, Form]:
+        """The forms of the taps, of one image."""
+        _, recorded = _record(self.target, next(iter(batches(self.sample[:1], 1))), taps)
+        return {tap: form_of(each) for tap, each in recorded.items()}
 
     def inverses(
         self,
@@ -341,13 +337,19 @@ class _Preparation:
         """One batch of every tap and of the pixels, and the moments of all."""
         first: dict[str, Any] = {}
         values: dict[str, list[Tensor]] = {tap: [] for tap in (PIXELS, *taps)}
+        hidden: dict[str, list[Tensor]] = {}
         for batch in batches(self.sample[:MOMENT_IMAGES], RECORDING_BATCH):
             batch, recorded = _record(self.target, batch, taps)
             first = first or {PIXELS: batch, **recorded}
             values[PIXELS].append(batch.flatten(2).transpose(1, 2))
             for tap in taps:
                 values[tap].append(recorded[tap].values)
-        moments = {tap: Moments.of(torch.cat(each), getattr(first[tap], "prefix", 0)) for tap, each in values.items()}
+                if (padding := getattr(recorded[tap], "padding", None)) is not None:
+                    hidden.setdefault(tap, []).append(padding)
+        moments = {}
+        for tap, each in values.items():
+            padding = torch.cat(hidden[tap]) if tap in hidden else None
+            moments[tap] = Moments.of(torch.cat(each), getattr(first[tap], "prefix", 0), padding)
         return first, moments
 
     def _linear_is_defined(self, pair: Pair, forms: Mapping[str, Any]) -> bool:
@@ -362,16 +364,12 @@ def _trained(
     prepared: _Preparation,
     inverses: dict[str, Inverse],
     losses: Callable[[Tensor, int], dict[str, Tensor]],
+    settings: Training,
     *,
     title: str,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    settings: Mapping[str, Any],
-    workers: int,
-    **training: Any,
+    identity: Mapping[str, Any],
 ) -> dict[str, Inverse]:
-    stream = _Stream(prepared.images, batch_size, seed, steps, workers)
+    stream = _Stream(prepared.images, settings)
     held_out = prepared.validation
 
     def validate() -> dict[str, float]:
@@ -387,25 +385,39 @@ def _trained(
         inverses,
         losses,
         stream,
-        steps=steps,
-        seed=seed,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        patience=settings.patience,
+        checkpoint=settings.checkpoint,
+        checkpoint_every=settings.checkpoint_every,
+        progress=settings.progress,
         validate=None if held_out is None else validate,
         identity={
             "target": prepared.target.weights_hash,
             "family": header.family,
             "data": header.data,
-            "batch_size": batch_size,
-            **settings,
+            "batch_size": settings.batch_size,
+            **identity,
         },
         plain=lambda name: "head" in name,
-        describe_batch=lambda batch: f"of {len(batch)} images (order of seed {seed})",
+        describe_batch=lambda batch: f"of {len(batch)} images (order of seed {settings.seed})",
         title=title,
-        **training,
     )
     for tap, inverse in inverses.items():
         inverse.requires_grad_(False)
         _note_training(inverse, history[history["module"].isin([tap, PIXELS])].reset_index(drop=True))
     return inverses
+
+
+def _error(values: Tensor, wanted: Tensor | Representation) -> Tensor:
+    """Mean squared error of values from images, or from a representation's values where they are no padding."""
+    if isinstance(wanted, Tensor):
+        return F.mse_loss(values, wanted)
+    if not isinstance(wanted, Tokens) or wanted.padding is None:
+        return F.mse_loss(values, wanted.values)
+    counted = ~F.pad(wanted.padding, (wanted.prefix, 0))
+    return F.mse_loss(values[counted], wanted.values[counted])
 
 
 def _note_training(inverse: Inverse, history: pd.DataFrame) -> None:
@@ -420,31 +432,42 @@ def _note_training(inverse: Inverse, history: pd.DataFrame) -> None:
 class _Stream:
     """Batch k of the shuffled images, a pure function of k; in order it is read as a stream."""
 
-    def __init__(self, images: Any, batch_size: int, seed: int, steps: int, workers: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.steps, self.workers = steps, workers
+    def __init__(self, images: Any, settings: Training) -> None:
+        self.images, self.settings = images, settings
         self.next: int | None = None
         self.iterator: Iterator[Tensor] = iter(())
 
     def __call__(self, step: int) -> Tensor:
         if step != self.next:
-            self.iterator = batches(self.images, self.batch_size, self.seed, self.workers, self.steps, start=step)
+            how = self.settings
+            self.iterator = batches(self.images, how.batch_size, how.seed, how.workers, how.steps, start=step)
         self.next = step + 1
         return next(self.iterator)
 
 
-def stage_pairs(target: Target, taps: Sequence[str]) -> Iterator[Pair]:
+def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
     """(tap, destination) of every stage of a chain: the tap before it, or "pixels" for the first.
 
     A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse ends
     where the backbone's does. As a stage of its own its inverse, ill-conditioned as it is, would blow up what the
-    modules above leave of error.
+    modules above leave of error. forms: of the taps; tokens on several grids were made from more than the tap before,
+    so that their inverse goes on to the nearest tap on a grid as fine as their finest: through a coarser one, what the
+    fine levels hold would be lost.
     """
     ends: dict[str, str] = {}
-    for tap, previous in zip(taps, (PIXELS, *taps[:-1]), strict=True):
+    for place, tap in enumerate(taps):
+        earlier = [each for each in taps[:place] if forms is None or _holds(forms[each], forms[tap])]
+        previous = earlier[-1] if earlier else PIXELS
         projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
         ends[tap] = ends[previous] if projected else previous
         yield tap, ends[tap]
+
+
+def _holds(earlier: Form, later: Form) -> bool:
+    """Whether a chain may go from the later tap through the earlier one."""
+    if len(later.grids) < 2 or earlier.kind != "tokens":
+        return True
+    return max(map(area, earlier.grids)) >= max(map(area, later.grids))
 
 
 def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]:
