@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from backsight.cli import main
 from backsight.errors import BacksightError
 from backsight.parameters import command_line_values, preset_values, read_notebook
-from backsight.runner import NotebookError, _tidy, check_inverses, plan_run, run_plan
+from backsight.runner import NotebookError, _tidy, check_inverses, check_weights, plan_run, run_plan
 from backsight.runs import complete_run, open_run, project_root, read_json, start_run, write_atomically
+from backsight.shipped import SHIPPED, refuse_unknown_name, refuse_unknown_taps, weights_folder
 
 DECLARATIONS = """\
 steps = 10  # optimiser steps
@@ -223,6 +224,89 @@ def test_inverses_of_another_target_are_refused(tmp_path: Path) -> None:
     (tmp_path / "direct--norm.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(BacksightError, match="direct--norm"):
         check_inverses(str(tmp_path), "scenes-vit")
+
+
+def _write_inverse(folder: Path, weights_hash: str, seed: int = 0) -> Path:
+    from backsight.inverses import InverseHeader
+
+    header = InverseHeader("linear", "scenes-vit", "shipped", weights_hash, "norm", "pixels", seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {"weight": np.zeros(1)},
+        folder / "linear--norm.safetensors",
+        {"backsight": json.dumps({"header": asdict(header)})},
+    )
+    return folder
+
+
+def test_inverses_of_other_weights_are_refused(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    """Before the kernel starts, although the name of the target is the same."""
+    from backsight.targets import load_target
+
+    own = load_target("scenes-vit").weights_hash
+    _write_inverse(tmp_path / "own", own, seed=1)
+    check_weights(str(tmp_path / "own"), "scenes-vit")
+    notebook = write_notebook('target = "scenes-vit"\ninverses = ""\nseed = 0')
+    other = _write_inverse(tmp_path / "other", "0123456789abcdef")
+    with pytest.raises(BacksightError, match=f"with the weights 0123456789abcdef, but scenes-vit has .* {own}"):
+        plan_run(notebook, assignments=[f"inverses={other}"])
+    _write_inverse(tmp_path / "seeds" / "0", own)
+    _write_inverse(tmp_path / "seeds" / "1", "0123456789abcdef", seed=1)
+    check_weights(str(tmp_path / "seeds"), "scenes-vit", seed=0)
+    with pytest.raises(BacksightError, match="other inverses"):
+        check_weights(str(tmp_path / "seeds"), "scenes-vit", seed=1)
+
+
+def test_what_is_seen_at_once_is_refused_at_once(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    """Without the target libraries, which take seconds to load."""
+    notebook = write_notebook('target = "scenes-vit"\ntaps = "blocks"\ninverses = ""\nout = ""')
+    foreign, cut = _write_inverse(tmp_path / "foreign", "0"), _write_inverse(tmp_path / "cut", "0")
+    for file in cut.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    refusals = {
+        "target=scenes-vitt": "nearest: scenes-vit",
+        "target=vit_base_patch16_225": "nearest: vit_base_patch16_2",
+        "taps=blocks.99": "no tap 'blocks.99'; nearest: blocks.",
+        "taps=[norm, block.1]": "no tap 'block.1'",
+        f"inverses={foreign} target=scenes-detr": "are of scenes-vit, not of scenes-detr",
+        f"inverses={cut}": "cut short",
+    }
+    program = (
+        "import sys\n"
+        "from backsight.errors import BacksightError\n"
+        "from backsight.runner import plan_run\n"
+        "for assignments in sys.argv[2:]:\n"
+        "    try:\n"
+        "        plan_run(sys.argv[1], assignments=assignments.split(' ') if 'inverses' in assignments else "
+        "[assignments])\n"
+        "    except BacksightError as error:\n"
+        "        print(error)\n"
+        "print({'torch', 'timm', 'transformers', 'nbformat'} & set(sys.modules))\n"
+    )
+    command = [sys.executable, "-c", program, str(notebook), *refusals]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == len(refusals) + 1, said
+    for line, words in zip(said, refusals.values(), strict=False):
+        assert words in line
+    assert said[-1] == "set()"
+
+
+def test_quick_refusals_pass_what_the_target_libraries_know() -> None:
+    for name in ("scenes-vit", "vit_base_patch16_224.augreg_in21k", "owner/name", "hf_hub:owner/name", "./a/folder"):
+        refuse_unknown_name(name)
+    for name in SHIPPED:
+        refuse_unknown_taps(name, "fine")
+    refuse_unknown_taps("vit_base_patch16_224", ["whatever"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_model_cards_list_the_taps(name: str) -> None:
+    from backsight.targets import load_target
+
+    card = read_json(weights_folder() / name / "card.json")
+    if card is None:
+        pytest.skip(f"data/weights/{name} is not made yet")
+    assert card["taps"] == list(load_target(name).available_taps)
 
 
 def test_paths_of_the_command_line_are_the_callers(

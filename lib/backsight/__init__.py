@@ -34,6 +34,7 @@ _HOMES = {
     "open_images": "data",
     "picture": "quality",
     "save_inverse": "inverses",
+    "suggest_taps": "targets",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,6 +8,8 @@ A notebook declares its parameters in the cell tagged `parameters`, one plain li
 The type is the annotation's, else the default's. Everything here happens before a kernel is started.
 """
 
+from __future__ import annotations
+
 import ast
 import io
 import json
@@ -18,13 +20,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
 import yaml
 
 from backsight.errors import BacksightError
 from backsight.runs import project_root, shown
+
+if TYPE_CHECKING:
+    import nbformat
 
 # Sections of a preset that belong to no single notebook: values for all, and the run graph (Snakefile).
 SHARED_SECTIONS = ("common", "graph")
@@ -65,15 +69,23 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook file, its content (nbformat 4) and its declared parameters by name."""
+    """A notebook file as it was read (nbformat 4), the source of its code cells, its declared parameters by name."""
 
     path: Path
-    content: nbformat.NotebookNode
+    text: str
+    code: tuple[str, ...]
     parameters: Mapping[str, Parameter]
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    @property
+    def content(self) -> nbformat.NotebookNode:
+        # Imported late: nbformat takes more than a second, and a wrong parameter is refused without it.
+        import nbformat
+
+        return nbformat.reads(self.text, as_version=4)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -90,14 +102,23 @@ def read_notebook(path: str | Path) -> Notebook:
         known = sorted({p.name for folder in (path.parent, _notebooks()) for p in folder.glob("*.ipynb")})
         raise BacksightError(f"no notebook {path}; {nearest(path.name, known)}.")
     try:
-        content = nbformat.read(path, as_version=4)
-    except Exception as error:  # nbformat raises its own, json's and jsonschema's errors
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        cells = [(each["cell_type"], "".join(each["source"]), _tags(each)) for each in content["cells"]]
+        if content["nbformat"] != 4:
+            raise ValueError("not nbformat 4")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BacksightError(f"{path} is not a notebook that can be read ({type(error).__name__}).") from error
-    tagged = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [source for _, source, tags in cells if "parameters" in tags]
     if len(tagged) > 1:
         raise BacksightError(f"{path} has {len(tagged)} cells tagged `parameters`; keep one.")
-    declared = _declared(tagged[0].source, path) if tagged else []
-    return Notebook(path, content, {parameter.name: parameter for parameter in declared})
+    declared = _declared(tagged[0], path) if tagged else []
+    code = tuple(source for kind, source, _ in cells if kind == "code")
+    return Notebook(path, text, code, {parameter.name: parameter for parameter in declared})
+
+
+def _tags(cell: Mapping[str, Any]) -> Sequence[str]:
+    return cell["metadata"].get("tags", [])
 
 
 def _notebooks() -> Path:

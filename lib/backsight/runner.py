@@ -6,6 +6,8 @@ anything is written; a cell that fails is a NotebookError, with the partial note
 complete only after every code cell has been seen to have run.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import os
@@ -19,9 +21,7 @@ from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import nbformat
+from typing import TYPE_CHECKING, Any
 
 from backsight.errors import BacksightError
 from backsight.parameters import Notebook, command_line_values, nearest, preset_values, read_notebook
@@ -39,6 +39,10 @@ from backsight.runs import (
     shown,
     start_run,
 )
+from backsight.shipped import inverse_files, made_for, refuse_unknown_name, refuse_unknown_taps
+
+if TYPE_CHECKING:
+    import nbformat
 
 _PROGRESS_BAR = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*[\r\n]?|\r")
 
@@ -85,7 +89,7 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """Two runs with equal identity have equal results: parameters (less the folder), notebook, code."""
-        sources = "\0".join(cell.source for cell in self.notebook.content.cells if cell.cell_type == "code")
+        sources = "\0".join(self.notebook.code)
         return {
             "notebook": self.notebook.name,
             "parameters": {name: value for name, value in self.values.items() if name != "out"},
@@ -155,9 +159,17 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             check_images(source, name)
     if isinstance(photograph := values.get("photograph"), str):
         check_photograph(photograph)
-    _check_targets(values)
-    if isinstance(inverses := values.get("inverses"), str) and inverses:
+    targets = _named_targets(values)
+    inverses = values.get("inverses")
+    # First what is seen at once, then what needs the target libraries, which take seconds.
+    for target in targets:
+        refuse_unknown_name(target)
+        refuse_unknown_taps(target, _taps(values))
+    if isinstance(inverses, str) and inverses:
         check_inverses(inverses, values.get("target"))
+    _check_targets(targets, values)
+    if isinstance(inverses, str) and inverses and values.get("pretrained", True):
+        check_weights(inverses, values.get("target"), values.get("seed"))
 
 
 def check_families(families: Sequence[Any]) -> None:
@@ -206,29 +218,36 @@ def check_photograph(photograph: str) -> None:
         )
 
 
-def _check_targets(values: Mapping[str, Any]) -> None:
+def _named_targets(values: Mapping[str, Any]) -> list[str]:
+    """The targets that a run reads, less the one that it makes itself."""
     named = values.get("targets") if isinstance(values.get("targets"), list) else []
-    targets = [name for name in [values.get("target"), *(named or [])] if isinstance(name, str) and name]
     if "targets" in values and named == []:
         raise BacksightError("targets is empty; name at least one (`backsight targets` lists them).")
-    # Imported late: the target libraries take seconds, and most refusals need none of them.
+    targets = [name for name in [values.get("target"), *(named or [])] if isinstance(name, str) and name]
     if retrained := values.get("retrain"):
         from backsight.recipes import RECIPES
 
         if retrained not in RECIPES:
             raise BacksightError(f"retrain: no recipe for {retrained!r}; {nearest(str(retrained), list(RECIPES))}.")
-    if targets:
-        from backsight.targets import check_image_size, check_taps, check_target
+    return [target for target in targets if target != retrained]
 
-        taps, size = values.get("taps"), values.get("image_size")
-        for target in targets:
-            if target == retrained:
-                continue  # its weights are what this run makes
-            if values.get("pretrained", True):
-                check_target(target)
-            check_taps(target, "blocks" if taps is None else taps)
-            if size is not None:
-                check_image_size(target, size)
+
+def _taps(values: Mapping[str, Any]) -> Any:
+    return "blocks" if values.get("taps") is None else values["taps"]
+
+
+def _check_targets(targets: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Refuse targets, taps and sizes that cannot work, with the target libraries."""
+    if not targets:
+        return
+    from backsight.targets import check_image_size, check_taps, check_target
+
+    for target in targets:
+        if values.get("pretrained", True):
+            check_target(target)
+        check_taps(target, _taps(values))
+        if (size := values.get("image_size")) is not None:
+            check_image_size(target, size)
 
 
 def check_inverses(source: str, target: Any) -> None:
@@ -236,14 +255,36 @@ def check_inverses(source: str, target: Any) -> None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise BacksightError(f"inverses: no folder {source!r}; give the folder of a finished training run.")
-    files = sorted(folder.rglob("*--*.safetensors"))
+    files = inverse_files(folder)
     if not files:
         raise BacksightError(f"inverses: the folder {source} holds no inverses (<family>--<tap>.safetensors).")
-    from backsight.inverses import read_header
+    names = sorted({made_for(path).target for path in files})
+    if isinstance(target, str) and not Path(target).exists() and target not in names:
+        raise BacksightError(f"inverses: those in {source} are of {', '.join(names)}, not of {target}.")
 
-    made_for = sorted({read_header(path).target for path in files})
-    if isinstance(target, str) and not Path(target).exists() and target not in made_for:
-        raise BacksightError(f"inverses: those in {source} are of {', '.join(made_for)}, not of {target}.")
+
+def check_weights(source: str, target: Any, seed: Any = None) -> None:
+    """Refuse inverses that were made for a target of the same name with other weights; seed: whose to judge.
+
+    Only where the target's weights lie in a folder of this machine: to compare them they have to be read.
+    """
+    if not isinstance(target, str):
+        return
+    files = {path: made_for(path) for path in inverse_files(Path(source).expanduser())}
+    files = {path: each for path, each in files.items() if each.target == target}
+    if len({each.seed for each in files.values()}) > 1:  # the notebook takes those of its own seed
+        files = {path: each for path, each in files.items() if each.seed == seed}
+    from backsight.targets import load_target, sources
+
+    if not files or sources.resolve(target).checkpoint is None:
+        return
+    weights_hash = load_target(target).weights_hash
+    for path, each in files.items():
+        if each.weights_hash != weights_hash:
+            raise BacksightError(
+                f"inverses: {shown(path)} was made for {target} with the weights {each.weights_hash}, but {target} "
+                f"has the weights {weights_hash} now: give other inverses, or train new ones with 02_train_inverse."
+            )
 
 
 def check_writable(folder: Path) -> None:
@@ -390,6 +431,8 @@ def _execute(plan: Plan, verbose: bool) -> None:
 
 def _check_every_cell_ran(plan: Plan) -> None:
     """Refuse a notebook with a code cell that never ran or shows an error; strip what is noise."""
+    import nbformat
+
     executed = nbformat.read(plan.partial, as_version=4)
     for index, cell in enumerate(executed.cells):
         if cell.cell_type != "code" or not cell.source.strip():

@@ -12,9 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backsight.errors import BacksightError
-from backsight.targets import detr, sources, timm_transformer
+from backsight.targets import (
+    conditional_detr,
+    dab_detr,
+    deformable_detr,
+    detr,
+    mask2former,
+    rt_detr,
+    sources,
+    timm_models,
+    yolos,
+)
 from backsight.targets.base import PIXELS, TAP_SETS, Family, Preprocessing, Size, Stage, Target, nearest
-from backsight.targets.module import ModuleTarget, module_target
+from backsight.targets.module import ModuleTarget, module_target, suggest_taps
 from backsight.targets.sources import Source
 
 __all__ = [
@@ -30,11 +40,18 @@ __all__ = [
     "list_targets",
     "load_target",
     "module_target",
+    "suggest_taps",
 ]
 
 FAMILIES: tuple[Family, ...] = (
-    timm_transformer.FAMILY,
+    timm_models.FAMILY,
     detr.FAMILY,
+    conditional_detr.FAMILY,
+    dab_detr.FAMILY,
+    deformable_detr.FAMILY,
+    rt_detr.FAMILY,
+    yolos.FAMILY,
+    mask2former.FAMILY,
 )
 
 
@@ -55,7 +72,7 @@ def load_target(name: str, taps: str | Sequence[str] = "blocks", pretrained: boo
 def list_targets() -> list[dict[str, str]]:
     """What can be inverted here and now: name, kind, status ("ready", "to fetch" or "missing") and what it needs.
 
-    Any other timm ViT or DeiT name, DETR id, folder or checkpoint works too; these are the usual ones.
+    Any other timm name, DETR id, folder or checkpoint works too; these are the usual ones.
     """
     shipped = sources.shipped_names()
     rows = [_row(name, _find(name)[1].kind, "ready", "") for name in shipped]

@@ -20,6 +20,7 @@ from backsight.representation import Grid, Tokens
 
 Order = Literal["bchw", "bhwc", "bnc", "bcn", "nbc", "bc"]
 LARGEST_PREFIX = 16  # class, distillation and register tokens of any published model
+USUAL_PREFIX = 5  # a class token and four registers: with more, channels-first tokens without any are likelier
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def guess_axes(
     """The most plausible axes of a tensor of this shape, or None where it is no representation of a picture.
 
     batch: images in the pass (2 or more tells a batch axis from others); size: (H, W) of the images; channels, grid:
-    where they are known. Of several readings that with the fewest prefix tokens counts, then the finest grid.
+    where they are known. Of several readings, tokens before channels come first (unless they need an unusual number of
+    prefix tokens and channels before tokens need none), then the fewest prefix tokens, then the finest grid.
     """
     if len(shape) == 2 and shape[0] == batch:
         return Axes("bc", (1, 1))
@@ -89,7 +91,7 @@ def guess_axes(
         return None
     sequence_first = shape[0] != batch
     ends = (shape[0], shape[2]) if sequence_first else (shape[1], shape[2])
-    readings: list[tuple[int, int, Axes]] = []
+    readings: list[tuple[bool, int, int, Axes]] = []
     for place, (count, width) in enumerate((ends, ends[::-1])):
         if (channels is not None and width != channels) or (sequence_first and place):
             continue
@@ -97,8 +99,8 @@ def guess_axes(
         for each in [grid] if grid is not None else _grids(size):
             prefix = count - each[0] * each[1]
             if 0 <= prefix <= LARGEST_PREFIX and (order != "bcn" or prefix == 0):
-                readings.append((place, prefix, Axes(order, each, prefix)))
-    return min(readings, key=lambda reading: reading[:2])[2] if readings else None
+                readings.append((prefix > USUAL_PREFIX, place, prefix, Axes(order, each, prefix)))
+    return min(readings, key=lambda reading: reading[:3])[3] if readings else None
 
 
 def _map_axes(shape: Sequence[int], size: Grid, channels: int | None, grid: Grid | None) -> Axes | None:

@@ -119,12 +119,16 @@ class Target(ABC):
         classes: Sequence[str] | None = None,
         taps: str | Sequence[str] = "blocks",
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = self._put_to_rest(model)
         self.name = name
         self.weights = weights
         self.preprocessing = preprocessing
         self.classes = None if classes is None else tuple(classes)
         self.taps = self.resolve_taps(taps)
+
+    def _put_to_rest(self, model: nn.Module) -> nn.Module:
+        """For good; a target of a user's own model does it for the time of a pass only."""
+        return model.eval().requires_grad_(False)
 
     # What a family says of itself.
 
@@ -244,11 +248,7 @@ class Target(ABC):
     @cached_property
     def weights_hash(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 over the names and bytes of the weights, names sorted."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_of(self.model)
 
     def depth(self, tap: str) -> float:
         """Place of a tap in forward order, for plots: 0 is the first tap, "pixels" is -1.
@@ -340,6 +340,15 @@ class Target(ABC):
             raise BacksightError(self._unknown_tap(tap))
         if previous != PIXELS and self.available_taps.index(previous) >= self.available_taps.index(tap):
             raise BacksightError(f"In {self.name} the tap {previous!r} does not lie before {tap!r}: swap them.")
+
+
+def hash_of(model: nn.Module) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over the names and bytes of a model's weights, names sorted."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

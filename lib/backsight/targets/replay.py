@@ -3,6 +3,7 @@
     observe(model, run)                every module call of one pass, in order: shapes, and which tensors are cuts
     recording_places(model, places)    what lies at places, read by hooks
     playing(model, values)             the same pass with other values at places: the rest of a model behind a tap
+    frozen(model)                      passes that leave a model of the user exactly as it was
 
 A *cut* is a tensor through which everything goes that the output knows of the input. It is found exactly, from the
 graph that autograd keeps of one pass: of all paths from the output back to the input, all run through a cut.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,27 +47,37 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor at a place: its shape, and whether it is a cut of the pass."""
+    """A tensor at a place: its shape, and whether it is a cut of the pass.
+
+    same: a number that tensors of one pass share where they are one and the same (a block and the container that ends
+    with it); -1 where autograd knows no path from the images to it.
+    """
 
     element: Element
     shape: tuple[int, ...]
     cut: bool
+    same: int = -1
 
 
 @dataclass(frozen=True)
 class Call:
-    """A module's call in a pass. path, kind: of the module; number: from 0; found: the float tensors it returns."""
+    """A module's call in a pass.
+
+    path, kind: of the module; number: from 0; found: the float tensors it returns; cut: whether these, taken together,
+    are one.
+    """
 
     path: str
     kind: str
     number: int
     found: tuple[Found, ...]
+    cut: bool = False
 
 
 def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]]:
     """Every floating-point tensor in nested tuples, lists, dictionaries and data classes, with its keys, in order."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() and not output.is_nested:
             yield at, output
         return
     for key, part in _parts(output):
@@ -241,18 +255,25 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor) -> l
             handles.append(module.register_forward_hook(looking(path)))
         leaf = images.detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            output = run(leaf)
+            # A copy, because a model may write into its input, and autograd lets no one write into a leaf.
+            output = run(leaf.clone())
     finally:
         for handle in handles:
             handle.remove()
     roots = [edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None]
     cuts = _cuts(roots)
+    numbers: dict[Edge, int] = {}
+    for call in seen:
+        for _, _, edge in call.tensors:
+            if edge is not None:
+                numbers.setdefault(edge, len(numbers))
     return [
         Call(
             call.path,
             call.kind,
             call.number,
-            tuple(Found(element, shape, edge in cuts) for element, shape, edge in call.tensors),
+            tuple(Found(element, shape, edge in cuts, numbers.get(edge, -1)) for element, shape, edge in call.tensors),
+            _all_pass_through(roots, {edge for _, _, edge in call.tensors if edge is not None}, cuts),
         )
         for call in seen
     ]
@@ -296,3 +317,65 @@ def _cuts(roots: list[Edge]) -> set[Edge]:
                 through[each, number] += up[node]
     total = sum(down[node] for node, _ in roots)
     return {edge for edge, paths in through.items() if paths * down[edge[0]] == total}
+
+
+def _all_pass_through(roots: list[Edge], edges: set[Edge], cuts: Collection[Edge]) -> bool:
+    """Whether no path from the roots to a leaf avoids these edges."""
+    if not roots or not edges:
+        return False
+    if len(edges) == 1 or any(edge in cuts for edge in edges):
+        return any(edge in cuts for edge in edges)
+    pending, entered = [edge for edge in roots if edge not in edges], set[Any]()
+    while pending:
+        node, _ = pending.pop()
+        if node in entered:
+            continue
+        entered.add(node)
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if not following:
+            return False
+        pending.extend(edge for edge in following if edge not in edges)
+    return True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, without gradients of its parameters; after it, it is exactly as it was.
+
+    That is: the mode of every module, which parameters want gradients, what buffers hold, and the random states. A
+    model that draws random numbers draws the same ones in every such block. Compiled parts run uncompiled, and torch's
+    attention takes its ordinary path, because hooks see nothing of the fast ones.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The values of the buffers as they are now; one that a pass replaces (a cache that has grown) stays replaced.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model of a user may draw from it)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        try:
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, _ in modes:
+                module.training = False  # not eval(), which some models override
+            for parameter in wanting:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for module, mode in modes:
+                module.training = mode
+            for parameter in wanting:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    if not torch.equal(buffer, values):
+                        buffer.copy_(values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -22,11 +23,16 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.runs import project_root
+from backsight.shipped import SHIPPED, weights_folder
 
-SHIPPED = ("scenes-vit", "scenes-detr")
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files: says which tensor lies in which of them
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", INDEX_SUFFIX)
 CHECKPOINT_NAMES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+INDEX_NAMES = tuple(f"{name}{INDEX_SUFFIX}" for name in CHECKPOINT_NAMES[:2])
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of training scripts, the best weights first
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of data parallel, compiled and Lightning models
+LAYER_LISTS = ("layer", "layers", "blocks", "stages")
+NAMED_KEYS = 3  # of each kind, in an error about weights that do not fit
 HUB_PREFIXES = ("hf_hub:", "hf-hub:")
 NETWORK_TIMEOUT = 3.0  # seconds; a hub that answers does so in a fraction of one
 
@@ -37,7 +43,7 @@ class Source:
 
     name: as the user wrote it; label: what `Target.weights` says once the weights are loaded;
     architecture: a timm name or hub id when the name says so; config: the folder's config.json, empty if none;
-    folder, checkpoint: where the files are, if they are local.
+    folder, checkpoint: where the files are, if they are local; of a checkpoint in several files, its index.
     """
 
     name: str
@@ -46,11 +52,6 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     checkpoint: Path | None = None
-
-
-def weights_folder() -> Path:
-    """Where shipped targets lie, and downloaded weights may be put: data/weights of the project."""
-    return project_root() / "data" / "weights"
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -94,7 +95,7 @@ def _from_path(name: str, path: Path, architecture: str | None) -> Source:
         return _local(name, name, path, _checkpoint_in(path), architecture)
     if not path.exists():
         raise BacksightError(f"There is no file or folder {str(path)!r}: check the path of the target.")
-    if path.suffix not in CHECKPOINT_SUFFIXES:
+    if not path.name.endswith(CHECKPOINT_SUFFIXES):
         raise BacksightError(
             f"{path.name} is not a checkpoint: a target is a folder with config.json or a file ending in "
             f"{', '.join(CHECKPOINT_SUFFIXES)}."
@@ -117,7 +118,7 @@ def _local(name: str, label: str, folder: Path, checkpoint: Path | None, archite
 
 
 def _checkpoint_in(folder: Path) -> Path | None:
-    return next((folder / each for each in CHECKPOINT_NAMES if (folder / each).exists()), None)
+    return next((folder / each for each in (*CHECKPOINT_NAMES, *INDEX_NAMES) if (folder / each).exists()), None)
 
 
 def _path(text: str) -> Path:
@@ -147,9 +148,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dictionary in a checkpoint; never unpickles anything but tensors and plain containers.
 
-    Wrappers of training scripts (`model`, `state_dict`, … and the prefix `module.`) are taken off.
-    Raises BacksightError on a corrupt, truncated or unsafe file.
+    path: of the file, or of the index of a checkpoint in several files. Wrappers of training scripts (`model`,
+    `state_dict`, …) and prefixes that all names have (`module.`, …) are taken off.
+    Raises BacksightError on a corrupt, truncated, incomplete or unsafe file.
     """
+    if path.name.endswith(INDEX_SUFFIX):
+        return {name: tensor for part in _parts(path) for name, tensor in read_checkpoint(part).items()}
     with _checkpoint_errors(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -161,16 +165,36 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a checkpoint, from its header where the format has one.
 
-    Raises BacksightError on a corrupt, truncated or unsafe file.
+    Raises BacksightError on a corrupt, truncated, incomplete or unsafe file.
     """
+    if path.name.endswith(INDEX_SUFFIX):
+        return {name: shape for part in _parts(path) for name, shape in read_shapes(part).items()}
     with _checkpoint_errors(path):
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        state = _unwrapped(path, _load_pickled_tensors(path))
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return shapes_of(_unwrapped(path, _load_pickled_tensors(path)))
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that the index of a checkpoint names. Raises BacksightError where it names none, or one is missing."""
+    content = read_json(index).get("weight_map")
+    names = sorted(set(map(str, content.values()))) if isinstance(content, Mapping) else []
+    if not names:
+        raise BacksightError(f"{index.name} in {index.parent.name} names no files of weights: replace it.")
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise BacksightError(
+            f"The checkpoint {index.name} in {index.parent.name} lacks {len(absent)} of its {len(names)} files "
+            f"({_first_few(absent)}): put them beside it."
+        )
+    return [index.parent / name for name in names]
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a state dictionary."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def compare_shapes(source: Source, expected: Mapping[str, Tensor], renamed: bool = False) -> None:
@@ -179,17 +203,66 @@ def compare_shapes(source: Source, expected: Mapping[str, Tensor], renamed: bool
     renamed: the loader renames tensors, so that a tensor of the right shape under any name counts.
     """
     assert source.checkpoint is not None
-    found = read_shapes(source.checkpoint)
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    misfit = f"{source.checkpoint.name} does not fit {source.name}"
-    advice = "correct config.json or the checkpoint"
-    if wrong := [name for name in wanted if name in found and wanted[name] != found[name]]:
-        raise BacksightError(f"{misfit}: {wrong[0]} is {found[wrong[0]]} instead of {wanted[wrong[0]]}; {advice}.")
+    if words := misfit(read_shapes(source.checkpoint), shapes_of(expected), renamed):
+        raise BacksightError(does_not_fit(source.name, source.checkpoint, words))
+
+
+def does_not_fit(name: str, checkpoint: Path, words: str) -> str:
+    """The sentence that refuses a checkpoint; words: what `misfit` says of it."""
+    return f"{checkpoint.name} does not fit {name}: {words}; correct the configuration or the checkpoint."
+
+
+def misfit(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], renamed: bool = False) -> str:
+    """Which keys of a checkpoint differ from the architecture's, or "" where it fits.
+
+    found, wanted: shapes by name; renamed: names that differ may mean the same tensor if the shapes agree.
+    Keys without a place are a reason by themselves only where they are of a layer that the architecture has not:
+    checkpoints carry counters, buffers and further heads without which a model is whole.
+    """
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    further = _further_layers(unexpected, wanted)
+    other = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
     if renamed:
-        if lacking := Counter(wanted.values()) - Counter(found.values()):
-            raise BacksightError(f"{misfit}: no weight of the shape {next(iter(lacking))} is left in it; {advice}.")
-    elif missing := sorted(wanted.keys() - found.keys()):
-        raise BacksightError(f"{misfit}: it lacks {len(missing)} weights, {missing[0]} among them; {advice}.")
+        missing, unexpected = _unpaired(missing, wanted, unexpected, found)
+    if not missing and not other and not further:
+        return ""
+    differing = [f"{name} {found[name]} instead of {wanted[name]}" for name in other]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
+    return ", ".join(f"{len(keys)} {kind} ({_first_few(keys)})" for kind, keys in kinds.items() if keys)
+
+
+def _unpaired(
+    missing: list[str],
+    wanted: Mapping[str, tuple[int, ...]],
+    unexpected: list[str],
+    found: Mapping[str, tuple[int, ...]],
+) -> tuple[list[str], list[str]]:
+    """The names left over on both sides when each missing tensor is given an unexpected one of its shape."""
+    lacking = Counter(wanted[name] for name in missing) - Counter(found[name] for name in unexpected)
+    spare = Counter(found[name] for name in unexpected) - Counter(wanted[name] for name in missing)
+    return [name for name in missing if lacking[wanted[name]]], [name for name in unexpected if spare[found[name]]]
+
+
+def _further_layers(unexpected: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
+    """The names that belong to `blocks.12` where the architecture has `blocks.0` and others, but not this one."""
+    layers = {layer for name in wanted for layer in _layers(name)}
+    lists = {layer.rpartition(".")[0] for layer in layers}
+    return [
+        name
+        for name in unexpected
+        if any(layer not in layers and layer.rpartition(".")[0] in lists for layer in _layers(name))
+    ]
+
+
+def _layers(name: str) -> list[str]:
+    """ "layers.0" and "layers.0.blocks.1" of "layers.0.blocks.1.norm.bias"."""
+    found = re.finditer(rf"(?:^|\.)(?:{'|'.join(LAYER_LISTS)})\.\d+(?=\.)", name)
+    return [name[: match.end()] for match in found]
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:NAMED_KEYS], *(["…"] if len(names) > NAMED_KEYS else [])])
 
 
 @contextmanager
@@ -214,18 +287,21 @@ def _load_pickled_tensors(path: Path) -> Any:
 
 
 def _unwrapped(path: Path, content: Any) -> dict[str, Tensor]:
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     state = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if isinstance(content, Mapping)
         else {}
     )
     if not state:
         raise BacksightError(f"The checkpoint {path.name} in {path.parent.name} holds no weights: replace it.")
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 # The hub

@@ -1,0 +1,205 @@
+"""What of timm can be inverted: a small variant of every architecture module, with random weights.
+
+    python benchmarks/zoo.py                     every module, to results/reference/zoo.csv (about an hour on one core)
+    python benchmarks/zoo.py --only swin_transformer --only xcit     these, whose rows are replaced in the table
+
+A module works when it offers taps, `from_tap` agrees with the model at every one of them, and linear inverses of all of
+them have been fitted on 64 small images. Each module has a process of its own, with limited memory and time, so that
+one that fails takes no other with it. PSNRs are of random weights: they say that a fit has come about, not how well
+the trained model can be inverted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from backsight.data import open_images, tensor
+from backsight.errors import BacksightError
+from backsight.fit import fit_linear
+from backsight.progress import progress_bar
+from backsight.runs import project_root
+from backsight.targets.base import Target
+from backsight.targets.timm_models import random_target
+
+IMAGES = 64
+AGREEMENT = 1e-4  # of the output's own scale
+SIZES = (64, 96, 128, 224)  # the first that a model takes; small images keep a fit in seconds
+MEMORY = 12 * 2**30  # bytes of address space
+SECONDS = 900  # for a module
+VARIANTS = 3  # names of a module that are counted, the most promising ones: counting all takes minutes
+SMALL = ("test", "pico", "nano", "atto", "tiny", "_ti_", "xxs", "small", "_s", "xs", "_b0", "_m0", "_m1", "18", "050", "base")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module of timm. works: taps, agreement and inverses; reason: why not; worst_from_tap_error: in the output's
+    own scale; psnr_first, psnr_last: in dB, of the linear inverses on held-out images."""
+
+    module: str
+    model: str
+    parameters: int = 0
+    height: int = 0
+    width: int = 0
+    offers_forward_intermediates: bool = False
+    taps: int = 0
+    grids: str = ""
+    works: bool = False
+    reason: str = ""
+    worst_from_tap_error: float = float("nan")
+    psnr_first: float = float("nan")
+    psnr_last: float = float("nan")
+    seconds: float = 0.0
+
+
+def smallest(module: str) -> tuple[str, int]:
+    """(name, parameters) of the smallest variant, among those whose names promise it."""
+    import timm
+
+    names = timm.list_models(module=module)
+    ranked = sorted(names, key=lambda name: (next((n for n, s in enumerate(SMALL) if s in name), len(SMALL)), name))
+    counted = []
+    for name in ranked[:VARIANTS]:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, pretrained=False)
+        counted.append((sum(each.numel() for each in model.parameters()), name))
+    parameters, name = min(counted)
+    return name, parameters
+
+
+def made(name: str) -> Target:
+    """With random weights, at the smallest size that it takes. Raises BacksightError with the last reason."""
+    refusal: BacksightError | None = None
+    for size in (*SIZES, None):
+        for built in (True, False):  # at this size, or for its own and run at this one
+            try:
+                return random_target(name, size, built)
+            except BacksightError as error:
+                refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def walked(module: str) -> Row:
+    """One module's row."""
+    from timm.models import model_entrypoint
+
+    start = time.perf_counter()
+    name, parameters = smallest(module)
+    row: dict[str, Any] = {"module": module, "model": name, "parameters": parameters}
+    try:
+        import timm
+
+        with torch.device("meta"):
+            bare = timm.create_model(name, pretrained=False)
+        row["offers_forward_intermediates"] = hasattr(bare, "forward_intermediates")
+        del bare, model_entrypoint
+        target = made(name)
+        row |= {"height": target.image_size[0], "width": target.image_size[1], "taps": len(target.taps)}
+        images = tensor(open_images("scenes", "train", target.image_size, IMAGES))
+        row |= agreement(target, images[:2])
+        inverses = fit_linear(target, images, progress=False)
+        scores = [inverses[tap].score.psnr for tap in target.taps]
+        row |= {"psnr_first": scores[0], "psnr_last": scores[-1]}
+        error = row["worst_from_tap_error"]
+        row["works"] = error <= AGREEMENT
+        row["reason"] = "" if row["works"] else f"from_tap differs from the model by {error:.1e} of its output"
+    except (BacksightError, RuntimeError, MemoryError) as error:
+        row["reason"] = " ".join(str(error).split())[:200] or type(error).__name__
+    return Row(**row, seconds=round(time.perf_counter() - start, 1))
+
+
+def agreement(target: Target, images: Tensor) -> dict[str, Any]:
+    """The largest difference of from_tap and model, over the taps, and the taps' grids.
+
+    Every tap is checked on two images put in the other order, so that a pass that did not read the tap would differ,
+    unless the output says nothing of the image.
+    """
+    output, recorded = target(images), target.record(images)
+    assert isinstance(output, Tensor)
+    scale = output.abs().max().clamp(min=torch.finfo(output.dtype).tiny)
+    worst = 0.0
+    for tap, representation in recorded.items():
+        behind = target.from_tap(tap, representation.index([1, 0]))
+        assert isinstance(behind, Tensor)
+        difference = float((behind - output.flip(0)).abs().max() / scale)
+        worst = max(worst, difference if difference == difference else float("inf"))
+    grids = dict.fromkeys(f"{h}x{w}" for each in recorded.values() for h, w in each.grids)  # type: ignore[union-attr]
+    return {"worst_from_tap_error": worst, "grids": " ".join(grids)}
+
+
+def in_a_process(module: str) -> Row:
+    """One module's row, from a process with limited memory and time."""
+    start = time.perf_counter()
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+    command = [sys.executable, __file__, "--row", module]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, preexec_fn=limited, check=False)
+        with contextlib.suppress(ValueError, IndexError):
+            return Row(**json.loads(done.stdout.strip().splitlines()[-1]))
+        reason = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        reason = f"not finished in {SECONDS} seconds"
+    return Row(module, "", reason=reason[:200], seconds=round(time.perf_counter() - start, 1))
+
+
+def write(rows: Sequence[Row]) -> None:
+    """The table, with these rows in the place of older ones of the same modules."""
+    path = project_root() / "results" / "reference" / "zoo.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [each.name for each in fields(Row)]
+    table = pd.DataFrame([asdict(row) for row in rows], columns=columns)
+    if path.exists():
+        older = pd.read_csv(path)
+        table = pd.concat([older[~older["module"].isin(table["module"])], table])
+    partial = path.with_suffix(".csv.partial")
+    table.sort_values("module").to_csv(partial, index=False, float_format="%.3g")
+    os.replace(partial, path)
+
+
+def main() -> None:
+    """Walk the modules, print their rows as they come, and write the table."""
+    from timm.models import list_modules
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="NAME", help="a module of timm; may be given several times")
+    parser.add_argument("--row", metavar="NAME", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        warnings.simplefilter("ignore")
+        print(json.dumps(asdict(walked(given.row))))
+        return
+    modules = sorted(list_modules())
+    if unknown := sorted(set(given.only or ()) - set(modules)):
+        parser.error(f"timm has no module {', '.join(unknown)}; there are: {', '.join(modules)}")
+    rows = []
+    bar = progress_bar(given.only or modules, desc="modules")
+    for module in bar:
+        rows.append(row := in_a_process(module))
+        said = f"{row.taps} taps, {row.worst_from_tap_error:.0e}" if row.works else row.reason
+        bar.write(f"{'works  ' if row.works else 'refused'} {module:26} {row.model:34} {said} ({row.seconds:.0f} s)")
+        write(rows)
+    offering = [row for row in rows if row.offers_forward_intermediates]
+    working = sum(row.works for row in offering)
+    print(f"{working} of {len(offering)} modules that offer forward_intermediates work")
+
+
+if __name__ == "__main__":
+    main()

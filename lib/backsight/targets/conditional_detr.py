@@ -1,0 +1,88 @@
+"""Conditional DETR of transformers: ConditionalDetrForObjectDetection, any backbone.
+
+    pixels ─► backbone.i ─► projection ─► encoder.layers.i ─► decoder.layers.i ─► decoder.layernorm ─► predictions
+              (the last map counts)  (Tokens with code)        (Queries)           (Queries)
+
+Facts of transformers 5.23 that the taps stand on: layers are post-norm, so the norm that ends a half-step returns the
+stream; `decoder.layers.i` is the layer's own output, before `decoder.layernorm`, and with `auxiliary_loss=True` the
+next layer reads the normalised stream; reference points come from the learned queries alone, so what follows
+`decoder.layernorm` needs nothing of the image beside it. Classes are judged one by one (sigmoid focal loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from backsight.targets.base import Target
+from backsight.targets.detection import DetectionTarget, Spot, layer_spots
+from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, example, family, small_resnet
+from backsight.targets.replay import Place
+
+ATTENTION = {"attn": "self_attn_layer_norm"}
+CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}
+
+
+class ConditionalDetr(DetectionTarget):
+    """A transformers ConditionalDetrForObjectDetection."""
+
+    @property
+    def _read_levels(self) -> tuple[int, ...]:
+        return (len(self._levels) - 1,)
+
+    def _spots(self) -> dict[str, Spot]:
+        config, levels = self.model.config, self._read_levels
+        entering = Place("model.encoder", side="input")
+        # With auxiliary losses the norm runs behind every layer, and once more at the end.
+        final = Place("model.decoder.layernorm", call=config.decoder_layers if config.auxiliary_loss else 0)
+        return {
+            **self._backbone_spots(),
+            "projection": Spot("tokens", "projection", (entering,), levels, positioned=True),
+            **layer_spots(
+                "encoder", config.encoder_layers, ATTENTION, "tokens", "encoder", levels=levels, positioned=True
+            ),
+            **layer_spots("decoder", config.decoder_layers, CROSS_ATTENTION, "queries", "decoder"),
+            "decoder.layernorm": Spot("queries", "norm", (final,), alone=True),
+        }
+
+    @property
+    def _memory(self) -> Spot:
+        leaving = Place("model.encoder", element=("last_hidden_state",))
+        return Spot("tokens", "encoder", (leaving,), self._read_levels, positioned=True)
+
+    def _codes(self) -> dict[int, Place]:
+        return {level: Place("model.position_embedding") for level in self._read_levels}
+
+
+ARCHITECTURE = Architecture(
+    "conditional_detr",
+    "ConditionalDetrConfig",
+    "ConditionalDetrForObjectDetection",
+    ConditionalDetr,
+    heads=("class_labels_classifier.weight",),
+    out_indices=lambda _: [1, 2, 3, 4],
+    published={"microsoft/conditional-detr-resnet-50": {"num_labels": PUBLISHED_LABELS}},
+)
+
+
+def small(**changes: Any) -> Target:
+    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16), of which the last counts."""
+    settings: dict[str, Any] = {
+        "backbone_config": small_resnet(),
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 40,
+        "decoder_ffn_dim": 48,
+        "num_queries": 6,
+    }
+    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
+
+
+def _examples() -> Mapping[str, Callable[[], Target]]:
+    return {"plain": small, "auxiliary losses": lambda: small(auxiliary_loss=True)}
+
+
+FAMILY = family("transformers Conditional DETR", [ARCHITECTURE], _examples)

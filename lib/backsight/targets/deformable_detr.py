@@ -1,0 +1,124 @@
+"""Deformable DETR of transformers: DeformableDetrForObjectDetection, with box refinement and two stages too.
+
+    pixels ─► backbone.i ─► projection ─► encoder.layers.i ─► decoder.layers.i ─► predictions
+              (maps)        (Tokens of all levels, with       (Queries)
+                             position + level embedding)
+
+Facts of transformers 5.23 that the taps stand on: the encoder's tokens are those of all levels one after the other,
+the finest first; levels beyond the backbone's are made in the projection, by convolutions of stride 2; layers are
+post-norm, so the norm that ends a half-step returns the stream; there is no norm behind the last decoder layer.
+Reference points of a layer come from those before it (box refinement), the first ones and the queries from the
+encoder's output (two stages): `from_tap` computes them again. Classes are judged one by one (sigmoid focal loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from backsight.targets.base import Target
+from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
+from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, example, family, small_resnet
+from backsight.targets.replay import Place
+
+ATTENTION = {"attn": "self_attn_layer_norm"}
+CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}
+
+
+class DeformableDetr(DetectionTarget):
+    """A transformers DeformableDetrForObjectDetection."""
+
+    @property
+    def _further_levels(self) -> int:
+        return max(0, int(self.model.config.num_feature_levels) - len(self._levels))
+
+    @property
+    def _all_levels(self) -> tuple[int, ...]:
+        return tuple(range(len(self._levels) + self._further_levels))
+
+    def _spots(self) -> dict[str, Spot]:
+        config, levels = self.model.config, self._all_levels
+        entering = Place("model.encoder", side="input")
+        return {
+            **self._backbone_spots(),
+            "projection": Spot("tokens", "projection", (entering,), levels, positioned=True),
+            **layer_spots(
+                "encoder", config.encoder_layers, ATTENTION, "tokens", "encoder", levels=levels, positioned=True
+            ),
+            **layer_spots("decoder", config.decoder_layers, CROSS_ATTENTION, "queries", "decoder"),
+        }
+
+    @property
+    def _memory(self) -> Spot:
+        leaving = Place("model.encoder", element=("last_hidden_state",))
+        return Spot("tokens", "encoder", (leaving,), self._all_levels, positioned=True)
+
+    def _codes(self) -> dict[int, Place]:
+        return {level: Place("model.position_embedding", call=level) for level in self._all_levels}
+
+    def _code(self, level: int, code: Tensor) -> Tensor:
+        return flat(code) + self.model.model.level_embed[level]
+
+    @property
+    def _least_tokens(self) -> int:
+        config = self.model.config
+        return int(config.two_stage_num_proposals) if config.two_stage else 0
+
+
+ARCHITECTURE = Architecture(
+    "deformable_detr",
+    "DeformableDetrConfig",
+    "DeformableDetrForObjectDetection",
+    DeformableDetr,
+    heads=("class_embed.0.weight", "model.decoder.class_embed.0.weight"),
+    out_indices=lambda values: [2, 3, 4] if values.get("num_feature_levels", 4) > 1 else [4],
+    published={
+        "SenseTime/deformable-detr": {"num_labels": PUBLISHED_LABELS},
+        "SenseTime/deformable-detr-single-scale": {"num_labels": PUBLISHED_LABELS, "num_feature_levels": 1},
+        "SenseTime/deformable-detr-single-scale-dc5": {
+            "num_labels": PUBLISHED_LABELS,
+            "num_feature_levels": 1,
+            "dilation": True,
+        },
+        "SenseTime/deformable-detr-with-box-refine": {"num_labels": PUBLISHED_LABELS, "with_box_refine": True},
+        "SenseTime/deformable-detr-with-box-refine-two-stage": {
+            "num_labels": PUBLISHED_LABELS,
+            "with_box_refine": True,
+            "two_stage": True,
+        },
+    },
+)
+
+
+def small(**changes: Any) -> Target:
+    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16) and one level more."""
+    settings: dict[str, Any] = {
+        "backbone_config": small_resnet(),
+        "num_feature_levels": 3,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 40,
+        "decoder_ffn_dim": 48,
+        "encoder_n_points": 2,
+        "decoder_n_points": 2,
+        "num_queries": 6,
+    }
+    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
+
+
+def _examples() -> Mapping[str, Callable[[], Target]]:
+    two_stage = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 6}
+    return {
+        "plain": small,
+        "box refinement": lambda: small(with_box_refine=True),
+        "two stages": lambda: small(**two_stage),
+        "learned positions": lambda: small(position_embedding_type="learned"),
+    }
+
+
+FAMILY = family("transformers Deformable DETR", [ARCHITECTURE], _examples)
