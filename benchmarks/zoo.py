@@ -30,7 +30,7 @@ from torch import Tensor
 
 from backsight.data import open_images, tensor
 from backsight.errors import BacksightError
-from backsight.fit import fit_linear
+from backsight.linear import fit_linear
 from backsight.progress import progress_bar
 from backsight.runs import project_root
 from backsight.targets.base import Target
@@ -42,7 +42,24 @@ SIZES = (64, 96, 128, 224)  # the first that a model takes; small images keep a 
 MEMORY = 12 * 2**30  # bytes of address space
 SECONDS = 900  # for a module
 VARIANTS = 3  # names of a module that are counted, the most promising ones: counting all takes minutes
-SMALL = ("test", "pico", "nano", "atto", "tiny", "_ti_", "xxs", "small", "_s", "xs", "_b0", "_m0", "_m1", "18", "050", "base")
+SMALL = (
+    "test",
+    "pico",
+    "nano",
+    "atto",
+    "tiny",
+    "_ti_",
+    "xxs",
+    "small",
+    "_s",
+    "xs",
+    "_b0",
+    "_m0",
+    "_m1",
+    "18",
+    "050",
+    "base",
+)
 
 
 @dataclass(frozen=True)
@@ -96,18 +113,15 @@ def made(name: str) -> Target:
 
 def walked(module: str) -> Row:
     """One module's row."""
-    from timm.models import model_entrypoint
+    import timm
 
     start = time.perf_counter()
     name, parameters = smallest(module)
+    with torch.device("meta"):
+        offers = hasattr(timm.create_model(name, pretrained=False), "forward_intermediates")
     row: dict[str, Any] = {"module": module, "model": name, "parameters": parameters}
+    row["offers_forward_intermediates"] = offers
     try:
-        import timm
-
-        with torch.device("meta"):
-            bare = timm.create_model(name, pretrained=False)
-        row["offers_forward_intermediates"] = hasattr(bare, "forward_intermediates")
-        del bare, model_entrypoint
         target = made(name)
         row |= {"height": target.image_size[0], "width": target.image_size[1], "taps": len(target.taps)}
         images = tensor(open_images("scenes", "train", target.image_size, IMAGES))

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from backsight.errors import BacksightError
 from backsight.runs import available_cores, project_root, results_root, shown
+from backsight.shipped import SHIPPED
 
 Verdict = Literal["OK", "NOTE", "FAIL"]
 FREE_DISK_GIB = 2
@@ -108,7 +109,7 @@ def _kernel(root: Path) -> Iterator[Finding]:
 def _data(root: Path) -> Iterator[Finding]:
     from backsight.photographs import PHOTOGRAPHS, photograph_path
 
-    for name in ("scenes-vit", "scenes-detr"):
+    for name in SHIPPED:
         if (root / "data" / "weights" / name / "model.safetensors").is_file():
             yield Finding("OK", name, f"shipped in data/weights/{name}")
         else:

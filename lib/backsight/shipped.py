@@ -19,7 +19,7 @@ from typing import Any
 from backsight.errors import BacksightError
 from backsight.runs import project_root
 
-SHIPPED = ("scenes-vit", "scenes-detr")
+SHIPPED = ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr", "scenes-deformable-detr")
 TAP_SETS = ("blocks", "components", "fine")
 PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)?")  # no path, no hub repository: only a shipped or a timm name
 

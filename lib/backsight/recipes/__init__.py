@@ -1,4 +1,4 @@
-"""How the shipped targets (scenes-vit, scenes-swin, scenes-detr, scenes-deformable-detr) are trained and scored.
+"""How the shipped targets are trained and scored.
 
 folder = train_target(RECIPES["scenes-vit"], "data/weights/scenes-vit")
 scores = score_target(load_target(str(folder)))

@@ -13,6 +13,7 @@ from backsight.scenes import CLASSES, SPLIT_PHOTOGRAPHS
 
 DESCRIPTIONS = {
     "scenes-vit": "a timm `VisionTransformer` that names the dominant object of a scene",
+    "scenes-deit": "a timm `VisionTransformerDistilled`, taught by scenes-vit, that names the dominant object",
     "scenes-swin": "a timm `SwinTransformer` that names the dominant object of a scene",
     "scenes-detr": "a transformers `DetrForObjectDetection` that detects all objects of a scene",
     "scenes-deformable-detr": "a transformers `DeformableDetrForObjectDetection` that detects all objects of a scene",

@@ -307,7 +307,7 @@ def _preprocessing(model: Any, blueprint: _Blueprint) -> Preprocessing:
     """As the description says, or the model's own configuration; at the size that the model was built for."""
     from timm.data import resolve_model_data_config
 
-    data = {**resolve_model_data_config(model), **(blueprint.pretrained if blueprint.by_class else {})}
+    data = blueprint.pretrained if blueprint.by_class else resolve_model_data_config(model)
     built = blueprint.arguments.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = (built, built) if isinstance(built, int) else tuple(built or data["input_size"][1:])
     return Preprocessing(
@@ -408,11 +408,10 @@ def random_target(name: str, size: int | None = None, built_for_it: bool = True,
     Raises BacksightError where the model does not take the size.
     """
     arguments = {"img_size": size} if size and built_for_it else {}
-    config = {"architecture": name, "model_args": arguments}
+    config: dict[str, Any] = {"architecture": name, "model_args": arguments}
     if size:
         config["pretrained_cfg"] = {"input_size": (3, size, size)}
-    target = _load(Source(name, "random", config=config), pretrained=False, seed=seed)
-    return target
+    return _load(Source(name, "random", config=config), pretrained=False, seed=seed)
 
 
 # Small examples, which the tests of all families walk
