@@ -102,11 +102,10 @@ def made(name: str) -> Target:
     """With random weights, at the smallest size that it takes. Raises BacksightError with the last reason."""
     refusal: BacksightError | None = None
     for size in (*SIZES, None):
-        for built in (True, False):  # at this size, or for its own and run at this one
-            try:
-                return random_target(name, size, built)
-            except BacksightError as error:
-                refusal = error
+        try:
+            return random_target(name, size)
+        except BacksightError as error:
+            refusal = error
     assert refusal is not None
     raise refusal
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.measures import (
-    METRIC_COLUMNS,
     bootstrap_interval,
     determination,
     feature_cosine,
@@ -29,6 +28,7 @@ from backsight.measures import (
     ssim,
 )
 from backsight.representation import Queries, Tokens
+from backsight.runs import METRIC_COLUMNS
 
 
 def pair(batch: int = 3, height: int = 17, width: int = 23, noise: float = 0.1) -> tuple[Tensor, Tensor]:

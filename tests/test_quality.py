@@ -7,8 +7,9 @@ import torch
 from backsight.errors import BacksightError
 from backsight.families import fit_family, fit_or_load, load_families, save_family
 from backsight.linear import fit_linear
-from backsight.measures import METRIC_COLUMNS, null_mean
+from backsight.measures import null_mean
 from backsight.quality import check_claims, evaluate_quality, paired_difference, picture, quality_images
+from backsight.runs import METRIC_COLUMNS
 from backsight.targets import load_target
 
 

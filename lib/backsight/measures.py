@@ -18,22 +18,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.representation import AnyRepresentation, Representation
+from backsight.runs import METRIC_COLUMNS
 
-METRIC_COLUMNS = (
-    "target",
-    "weights",
-    "dataset",
-    "split",
-    "tap",
-    "depth",
-    "inverse",
-    "measure",
-    "value",
-    "low",
-    "high",
-    "n",
-    "seed",
-)
 DRAWS_AT_ONCE = 2**21  # numbers of a bootstrap held in memory
 PSNR_CEILING = 100.0  # dB, of two images that are equal to within float32 rounding
 # SSIM windows (pixels -> sigma of the Gaussian); torchmetrics derives the window from sigma.

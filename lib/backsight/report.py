@@ -34,9 +34,9 @@ from backsight.figures import (
     taps_in_order,
     target_colour,
 )
-from backsight.measures import METRIC_COLUMNS
 from backsight.runs import (
     FINISHED,
+    METRIC_COLUMNS,
     METRICS,
     STARTED,
     project_root,

@@ -35,6 +35,22 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+# The tidy table of every run, in this order; a study adds columns of its own behind them.
+METRIC_COLUMNS = (
+    "target",
+    "weights",
+    "dataset",
+    "split",
+    "tap",
+    "depth",
+    "inverse",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "n",
+    "seed",
+)
 RUN_VARIABLE = "BACKSIGHT_RUN"
 RESULTS_VARIABLE = "BACKSIGHT_RESULTS"
 STARTED, FINISHED = "started.json", "run.json"
@@ -236,11 +252,9 @@ class Run:
     def save_metrics(self, frame: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
         """Save the run's tidy table (as metrics.partial.csv until the run is complete) and return it.
 
-        frame: rows with at least measures.METRIC_COLUMNS. Raises BacksightError where one is absent.
+        frame: rows with at least METRIC_COLUMNS. Raises BacksightError where one is absent.
         """
         import pandas as pd
-
-        from backsight.measures import METRIC_COLUMNS
 
         table = pd.DataFrame(frame)
         if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:

@@ -88,18 +88,19 @@ def _names(labels: Any) -> tuple[str, ...] | None:
     return tuple(str(label) for label in labels) if labels else None
 
 
-def _construct(source: Source, blueprint: _Blueprint, **extra: Any) -> Any:
+def _construct(source: Source, blueprint: _Blueprint) -> Any:
     """The model with random weights. Raises BacksightError where the description builds none."""
     import timm
 
     try:
         if blueprint.by_class:
-            return _class_named(source, blueprint.architecture)(**{**blueprint.arguments, **extra})
+            return _class_named(source, blueprint.architecture)(**blueprint.arguments)
         _refuse_unknown(source, blueprint.architecture)
         fields = {each.name for each in dataclasses.fields(timm.models.PretrainedCfg)}
         overlay = {key: value for key, value in blueprint.pretrained.items() if key in fields}
-        arguments = {**blueprint.arguments, **extra}
-        return timm.create_model(blueprint.architecture, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
+        return timm.create_model(
+            blueprint.architecture, pretrained=False, pretrained_cfg_overlay=overlay, **blueprint.arguments
+        )
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise BacksightError(f"{source.name} describes no {blueprint.architecture} ({reason}): correct it.") from error
@@ -166,10 +167,9 @@ def _classes_in(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
     Original DINOv2, CLIP, … layouts are renamed by timm's filter: their head cannot be read off by name.
     """
     head = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    weight = f"{head if isinstance(head, str) else head[0]}.weight"
-    if _foreign_layout(model, shapes) or weight not in shapes:
-        return 0
-    return shapes[weight][0]
+    names = [f"{head if isinstance(head, str) else head[0]}.weight", "head.weight"]  # as it is, and as it was published
+    found = next((name for name in names if name in shapes), None)
+    return 0 if found is None or _foreign_layout(model, shapes) else shapes[found][0]
 
 
 def _foreign_layout(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -184,12 +184,14 @@ def _build(source: Source, pretrained: bool, seed: int) -> tuple[Any, _Blueprint
     if not blueprint.by_class and blueprint.architecture == source.architecture:
         blueprint = _named_blueprint(source, blueprint)
     checkpoint = _checkpoint(source, blueprint) if pretrained or source.checkpoint else None
-    extra = _adapted(source, blueprint, sources.read_shapes(checkpoint)) if checkpoint else {}
+    if checkpoint is not None:
+        extra = _adapted(source, blueprint, sources.read_shapes(checkpoint))
+        blueprint = dataclasses.replace(blueprint, arguments={**blueprint.arguments, **extra})
     with seeded(seed):
-        model = _construct(source, blueprint, **extra)
+        model = _construct(source, blueprint)
         if pretrained and checkpoint is not None:
-            model = _filled(source, blueprint, model, sources.read_checkpoint(checkpoint), checkpoint, extra)
-    return model, dataclasses.replace(blueprint, arguments={**blueprint.arguments, **extra})
+            model = _filled(source, blueprint, model, sources.read_checkpoint(checkpoint), checkpoint)
+    return model, blueprint
 
 
 def _named_blueprint(source: Source, blueprint: _Blueprint) -> _Blueprint:
@@ -258,7 +260,6 @@ def _filled(
     model: Any,
     state: Mapping[str, torch.Tensor],
     checkpoint: Path,
-    extra: Mapping[str, Any],
 ) -> Any:
     """The model with the checkpoint's weights; every weight must be there and fit."""
     try:
@@ -268,7 +269,6 @@ def _filled(
         import timm
 
         # timm's own loading renames foreign layouts (DINOv2, CLIP, DeiT-3) and needs the class count of the file.
-        count = extra.get("num_classes", getattr(model, "num_classes", 0))
         overlay = {
             **{key: value for key, value in model.pretrained_cfg.items() if key not in ("file", "url")},
             "state_dict": state,
@@ -276,11 +276,10 @@ def _filled(
             "hf_hub_id": None,
             "hf_hub_filename": None,
             "custom_load": False,
-            **({"num_classes": count} if "num_classes" in extra else {}),
+            "num_classes": model.num_classes,
         }
-        arguments = {**blueprint.arguments, **extra}
         filled: Any = timm.create_model(
-            blueprint.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+            blueprint.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **blueprint.arguments
         )
         filled.pretrained_cfg.pop("state_dict", None)
         return filled
@@ -375,17 +374,17 @@ def _check(source: Source) -> None:
 def _check_shapes(source: Source, checkpoint: Path) -> None:
     """Refuse a checkpoint that does not fit, from names and shapes alone.
 
-    Where the names are foreign, timm's own loading renames them; whether it does is tried without values.
+    Where names differ, timm's own loading may rename them; whether it does is tried without values.
     """
     shapes = sources.read_shapes(checkpoint)
     with torch.device("meta"):
         model, blueprint = _build(source, pretrained=False, seed=0)
         words = sources.misfit(shapes, sources.shapes_of(model.state_dict()))
-        if words and not blueprint.by_class and _foreign_layout(model, shapes):
-            state = {name: torch.empty(shape) for name, shape in shapes.items()}
-            _filled(source, blueprint, model, state, checkpoint, {})
-        elif words:
+        if words and blueprint.by_class:
             raise BacksightError(sources.does_not_fit(source.name, checkpoint, words))
+        if words:
+            state = {name: torch.empty(shape) for name, shape in shapes.items()}
+            _filled(source, blueprint, model, state, checkpoint)
 
 
 def _listed() -> dict[str, str]:
@@ -401,16 +400,21 @@ def _all_names() -> list[str]:
     return list(timm.list_models())
 
 
-def random_target(name: str, size: int | None = None, built_for_it: bool = True, seed: int = 0) -> Target:
+def random_target(name: str, size: int | None = None, seed: int = 0, **arguments: Any) -> Target:
     """A timm name with random weights, for images of another side than its own.
 
-    built_for_it: the model is built for this size, else for its own and run at this one.
+    arguments: of the model. Where it takes `img_size`, it is built for this one, else it is run at it as it is.
     Raises BacksightError where the model does not take the size.
     """
-    arguments = {"img_size": size} if size and built_for_it else {}
     config: dict[str, Any] = {"architecture": name, "model_args": arguments}
-    if size:
-        config["pretrained_cfg"] = {"input_size": (3, size, size)}
+    if size is not None:
+        config |= {"pretrained_cfg": {"input_size": (3, size, size)}, "model_args": {**arguments, "img_size": size}}
+        source = Source(name, "random", config=config)
+        try:
+            with torch.device("meta"):
+                _build(source, pretrained=False, seed=seed)
+        except BacksightError:
+            config["model_args"] = arguments
     return _load(Source(name, "random", config=config), pretrained=False, seed=seed)
 
 
@@ -450,7 +454,7 @@ EXAMPLES: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
     "Swin": ("SwinTransformer", 64, {**_WINDOWS, "img_size": 64}),
     "Swin V2": ("SwinTransformerV2", 64, {**_WINDOWS, "img_size": 64}),
     "PVT V2": ("PyramidVisionTransformerV2", 64, _PYRAMID),
-    "Hiera": ("Hiera", 64, {"img_size": (64, 64), "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}),
+    "Hiera": ("Hiera", 64, {"img_size": (64, 64), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}),
     "PoolFormer": ("MetaFormer", 64, _FOUR_STAGES),
     "ConvNeXt": ("ConvNeXt", 64, _FOUR_STAGES),
 }
