@@ -43,7 +43,7 @@ bench: $(INSTALLED)
 	for benchmark in $(sort $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$benchmark; done
 
 clean:
-	rm -rf results/{default,smoke,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results/{default,smoke,comparison,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-venv:

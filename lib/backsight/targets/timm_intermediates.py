@@ -11,7 +11,8 @@ Nothing is said of single architectures here; what a model is made of is read of
 A *block* is a numbered child of a ModuleList or Sequential that has modules of its own and holds no other block; a
 *stage* holds blocks. Where several modules return the same tensor (`stages.0`, `stages.0.blocks.1`), the tap has the
 name in the model's `feature_info`, else that of the block, else the shortest. `patch_embed` is, as in a ViT, what
-enters the first block, with position and class token.
+enters the first block, with position and class token. Where two streams run side by side and a module returns both
+(TNT, CrossViT, HRNet), the tap's representation is the first, and the others travel in its context.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ class TimmIntermediates(Target):
         return {tap: [each for each in there if len(there) == 1 or each in used] for tap, there in places.items()}
 
     def _read(self, places: Mapping[str, Sequence[Place]], size: Size) -> dict[str, Read]:
-        """Those taps that are pictures: the first of their places that is one, how it is read, and its tokens here."""
+        """Those taps that are pictures: the first of their places that is one, what is there, and how it is read."""
         images = self._looked_at(size)
         wanted = {f"{tap}:{number}": place for tap in places for number, place in enumerate(places[tap])}
         with torch.no_grad():
@@ -336,9 +337,11 @@ class TimmIntermediates(Target):
 
     def _rest(self, tap: str, representation: Any) -> Tensor:
         found = self._found[tap]
-        if not isinstance(representation, Tokens) or representation.channels != self._form(tap)[1]:
+        channels = self._form(tap)[1]
+        fits = isinstance(representation, Tokens) and len(representation.grids) == 1
+        if not fits or representation.channels != channels:
             raise BacksightError(
-                f"{tap} of {self.name} holds tokens of {self._form(tap)[1]} channels, not a representation "
+                f"{tap} of {self.name} holds tokens of {channels} channels on one grid, not a representation "
                 f"{representation.signature}."
             )
         size = self._size_of(tap, representation)
@@ -356,8 +359,7 @@ class TimmIntermediates(Target):
         # Clones, because an activation in place would write into the representation.
         clones = {element: tensor.clone() for element, tensor in tensors.items()}
         values = {place: clone for element, clone in clones.items() for place in found.places(element)}
-        channels = len(self.preprocessing.mean)
-        blank = representation.values.new_zeros(representation.batch, channels, *size)
+        blank = representation.values.new_zeros(representation.batch, len(self.preprocessing.mean), *size)
         with playing(self.model, values):
             return self._output(blank)
 
@@ -454,7 +456,8 @@ def _candidates(model: nn.Module, calls: Sequence[Call]) -> list[_Candidate]:
 def _outputs(call: Call, index: int) -> Iterator[_Output]:
     """The first tensor that is a cut, or, where only all of them together are one, all of them."""
     single = next((found.same for found in call.found if found.cut), None)
-    found = [each for each in call.found if (call.cut if single is None else each.same == single)]
+    # What does not come from the images (same: -1) is the same in every pass.
+    found = [each for each in call.found if (call.cut and each.same >= 0 if single is None else each.same == single)]
     if found and call.path:  # the model itself returns its output, which is no representation
         first: dict[int, Element] = {}
         elements: dict[Element, list[Element]] = {}
@@ -573,11 +576,13 @@ def _guess(tensor: Tensor, around: Sequence[Layout], size: Size) -> Layout | Non
         likely = [Layout(shape, axes) for axes in readings if _keeps_aspect(axes.grid, size)]
         forms, orders = [layout.form for layout in around], [layout.axes.order for layout in around]
         return max(likely, key=lambda each: (each.form in forms, each.axes.order in orders[:1]), default=None)
-    # Without any known grid the shape alone says it; with one, other numbers of tokens are not the picture (PiT's class
-    # token alone, whose channels are as many as a grid of tokens).
-    grids: list[Grid | None] = [*{layout.axes.grid: None for layout in around if layout.axes.grid != (1, 1)}]
-    guesses = [guess_axes(tensor.shape, LOOKED_AT, size, grid=grid) for grid in grids or [None]]
-    axes = min((each for each in guesses if each is not None), key=lambda each: each.prefix, default=None)
+    grids = dict.fromkeys(layout.axes.grid for layout in around if layout.axes.grid != (1, 1))
+    known = [axes for grid in grids if (axes := guess_axes(tensor.shape, LOOKED_AT, size, grid=grid)) is not None]
+    if known:
+        return Layout(shape, min(known, key=lambda axes: axes.prefix))
+    # By the shape alone, channels before tokens are not believed: PiT's class token has as many channels as a grid
+    # could have tokens.
+    axes = guess_axes(tensor.shape, LOOKED_AT, size, channels=shape[-1])
     return None if axes is None else Layout(shape, axes)
 
 
