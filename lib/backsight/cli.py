@@ -1,6 +1,7 @@
 """The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BacksightError as error:
         print(f"backsight: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("backsight: stopped; the same command resumes.", file=sys.stderr)
         return 130

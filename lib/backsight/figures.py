@@ -634,16 +634,21 @@ def class_scores(card: Mapping[str, Any], measure: str | None = None, width: flo
 def score_curve(curves: Mapping[str, pd.DataFrame], width: float = COLUMN_WIDTH, height: float = 2.3) -> ShownFigure:
     """The validation score of targets by training step. curves: {target: table with step and top1 or ap50 and ap}."""
     names = {"top1": "top-1 accuracy", "ap50": "AP50", "ap": "AP"}
-    with _styled_figure(width, height) as figure:
-        panels = figure.subplots(1, len(curves), squeeze=False)[0]
-        for axes, (target, curve) in zip(panels, curves.items(), strict=True):
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    with _styled_figure(width, height * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for empty in panels[len(curves) :]:
+            empty.set_axis_off()
+        for axes, (target, curve) in zip(panels, curves.items(), strict=False):
             for measure, style in zip([name for name in names if name in curve], ("-", "--"), strict=False):
                 axes.plot(curve["step"], curve[measure], style, color=target_colour(target), label=names[measure])
             axes.set_ylim(0, 1)
             axes.set_title(target)
             axes.set_xlabel("training step")
             axes.legend(loc="lower right")
-        panels[0].set_ylabel("score on validation scenes")
+        for axes in panels[::columns]:
+            axes.set_ylabel("score on validation scenes")
         figure.caption = "The targets' score on validation scenes while they were trained."
         ends = [f"{target} {curve.iloc[-1].to_dict()}" for target, curve in curves.items()]
         figure.description = f"Curves of the score by training step; at the end: {'; '.join(ends)}."
