@@ -16,7 +16,7 @@ from typing import Any
 
 from backsight.targets.base import Target
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -70,13 +70,7 @@ def small(**changes: Any) -> Target:
     settings: dict[str, Any] = {
         "backbone_config": small_resnet(),
         "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 48,
-        "num_queries": 6,
+        **SMALL_LAYERS,
     }
     return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backsight.targets.base import Target
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -98,15 +98,9 @@ def small(**changes: Any) -> Target:
         "backbone_config": small_resnet(),
         "num_feature_levels": 3,
         "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 48,
+        **SMALL_LAYERS,
         "encoder_n_points": 2,
         "decoder_n_points": 2,
-        "num_queries": 6,
     }
     return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
 

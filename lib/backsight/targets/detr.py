@@ -24,7 +24,7 @@ from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.targets.base import Size, Target
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -208,13 +208,7 @@ def small(**changes: Any) -> Target:
     settings: dict[str, Any] = {
         "backbone_config": small_resnet(),
         "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 48,
-        "num_queries": 6,
+        **SMALL_LAYERS,
     }
     return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
 

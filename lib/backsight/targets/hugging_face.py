@@ -143,6 +143,18 @@ def example(architecture: Architecture, size: Size, **config: Any) -> Target:
     return architecture.target(scattered(model), f"small {architecture.model_type}", preprocessing, "random", CLASSES)
 
 
+# Two layers each, heads and widths that differ, for the examples of the detectors.
+SMALL_LAYERS: dict[str, Any] = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 48,
+    "num_queries": 6,
+}
+
+
 def small_resnet() -> Any:
     """The configuration of a small ResNet with maps of the strides 8 and 16, for examples."""
     from transformers import ResNetConfig
