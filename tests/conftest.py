@@ -1,6 +1,7 @@
 """What every test needs: no network, few threads, tiny notebooks, and the real photographs where they are."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def write_notebook(tmp_path: Path) -> NotebookWriter:
         return path
 
     return write
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, and every fixture, draws the same numbers alone, in any order and on any worker."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

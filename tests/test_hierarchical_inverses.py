@@ -345,19 +345,25 @@ def test_padding_is_neither_fitted_nor_looked_at(ends: tuple[str, str], monkeypa
             torch.testing.assert_close(one.values[seen], other.values[seen])
 
 
-def test_windows_see_their_own_tokens_and_a_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shifted", "top", "left"), [(False, 8, 16), (True, 4, 12)])
+def test_windows_see_their_own_tokens_and_a_summary(monkeypatch, shifted: bool, top: int, left: int) -> None:
     layer = residuals.AttentionLayer(8, 2, 16).eval()
-    grids, x = ((11, 19), (3, 4)), torch.randn(2, 2 + 221, 8)
+    grids, x, change = ((11, 19), (3, 4)), torch.randn(2, 2 + 221, 8), torch.linspace(-9, 9, 8)
     whole = residuals.attend(layer, x, grids, 2)
     monkeypatch.setattr(residuals, "GLOBAL_TOKENS", 1)
-    for shifted in (False, True):
-        made = residuals.attend(layer, x, grids, 2, shifted=shifted)
-        assert made.shape == whole.shape
-        changed = x.clone()
-        changed[:, 2 + 10 * 19 + 18] += torch.linspace(-9, 9, 8)  # the last cell of the first grid
-        moved = (residuals.attend(layer, changed, grids, 2, shifted=shifted) - made).abs().amax(dim=2)
-        assert (moved > 0).all()  # by the summary everywhere …
-        assert moved[:, 2 + 10 * 19 + 17].min() > moved[:, 2].max()  # … and most in its own window
+    made = residuals.attend(layer, x, grids, 2, shifted=shifted)
+    assert made.shape == whole.shape
+    last = 2 + 10 * 19 + 18  # the last cell of the first grid, whose window starts at (top, left)
+    changed = x.clone()
+    changed[:, last] += change
+    assert (residuals.attend(layer, changed, grids, 2, shifted=shifted) != made).any(dim=2).all()  # by the summary …
+    changed[:, last - 1] -= change  # … of which this leaves nothing
+    moved = (residuals.attend(layer, changed, grids, 2, shifted=shifted) - made).abs().amax(dim=2)
+    own = torch.zeros(11, 19, dtype=torch.bool)
+    own[top:, left:] = True
+    inside, outside = moved[:, 2 : 2 + 209][:, own.flatten()], moved[:, 2 : 2 + 209][:, ~own.flatten()]
+    assert inside.min() > 10 * outside.max()
+    torch.testing.assert_close(moved[:, 2 + 209 :], torch.zeros(2, 12), atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ end to end
