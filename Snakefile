@@ -1,4 +1,6 @@
-"""The run graph: one preset's targets x families x seeds, each notebook through the strict runner, then the page.
+"""The run graph: one preset's targets x families x seeds, then the studies, the figures and the page.
+
+Every notebook goes through the strict runner.
 
     snakemake --cores 2 --config preset=default      (make run)
 
@@ -28,25 +30,49 @@ def folder_name(name):
 
 
 targets = {folder_name(name): {"name": name, **entry} for name, entry in graph["targets"].items()}
-# What a target is judged on: images and, where there are several seeds, each seed's inverses by themselves.
-judgements = {
-    (target, folder_name(name) + (f"-seed{seed}" if len(graph["seeds"]) > 1 else "")): {"images": name, "seed": seed}
-    for target, entry in targets.items()
-    for name in entry["quality"]
-    for seed in graph["seeds"]
-}
-quality_runs = [f"quality-{target}-{judgement}" for target, judgement in judgements]
-train_runs = {
-    (target, seed): [f"train-{target}-{family}-seed{seed}" for family in graph["families"]]
-    for target in targets
-    for seed in graph["seeds"]
-}
+seeds = graph["seeds"]
+# Families trained on the same architectures with random weights, for these seeds: null models. Linear ones are fitted
+# where they are needed, for every seed.
+untrained = graph.get("untrained", [])
 once = {notebook.partition("_")[2]: notebook for notebook in graph["once"]}
+# Studies of one target, by the first part of their runs' names; `quality` is one, for each data set it is judged on.
+studies = {
+    notebook.partition("_")[2].replace("_", "-"): notebook
+    for entry in targets.values()
+    for notebook in entry.get("studies", [])
+}
+judgements = {(target, folder_name(name)): name for target, entry in targets.items() for name in entry["quality"]}
+# What comes after everything else, from its tables alone.
+last = {notebook.partition("_")[2]: notebook for notebook in graph.get("last", [])}
+
+
+def trained(target):
+    """The training runs of a target: every family and seed, then those of the untrained target."""
+    own = [f"train-{target}-{family}-seed{seed}" for family in graph["families"] for seed in seeds]
+    nulls = [family for family in graph["families"] if family != "linear"]
+    return own + [f"train-{target}-untrained-{family}-seed{seed}" for family in nulls for seed in untrained]
+
+
+train_runs = [run for target in targets for run in trained(target)]
+quality_runs = [f"quality-{target}-{judgement}" for target, judgement in judgements]
+study_runs = [
+    f"{study}-{target}"
+    for target, entry in targets.items()
+    for study, notebook in studies.items()
+    if notebook in entry.get("studies", [])
+]
+
+
+def finished(runs):
+    return [results / run / "run.json" for run in runs]
 
 
 wildcard_constraints:
     run="|".join(once) or "none",
+    study="|".join(studies) or "none",
+    last="|".join(last) or "none",
     target="|".join(map(re.escape, targets)),
+    weights="|-untrained",
     family="|".join(graph["families"]),
     seed=r"\d+",
     judgement="|".join(re.escape(judgement) for _, judgement in judgements),
@@ -62,14 +88,9 @@ def strict_run(notebook, **parameters):
     )
 
 
-def judged(wildcards):
-    """The images and the seed of a quality run."""
-    return judgements[wildcards.target, wildcards.judgement]
-
-
 rule page:
     input:
-        [results / run / "run.json" for run in [*once, *sum(train_runs.values(), []), *quality_runs]],
+        finished([*once, *train_runs, *quality_runs, *study_runs, *last]),
     output:
         results / "index.html",
     message:
@@ -95,27 +116,26 @@ rule train:
     input:
         notebooks / "02_train_inverse.ipynb",
     output:
-        results / "train-{target}-{family}-seed{seed}" / "run.json",
-        results / "train-{target}-{family}-seed{seed}" / "metrics.csv",
+        results / "train-{target}{weights}-{family}-seed{seed}" / "run.json",
+        results / "train-{target}{weights}-{family}-seed{seed}" / "metrics.csv",
     log:
-        results / "train-{target}-{family}-seed{seed}" / "log.txt",
+        results / "train-{target}{weights}-{family}-seed{seed}" / "log.txt",
     params:
         target=lambda wildcards: targets[wildcards.target]["name"],
         images=lambda wildcards: targets[wildcards.target]["train"],
         families=lambda wildcards: json.dumps([wildcards.family]),
+        pretrained=lambda wildcards: "false" if wildcards.weights else "true",
         seed=lambda wildcards: wildcards.seed,
     message:
-        "train {wildcards.family} inverses of {wildcards.target}, seed {wildcards.seed}"
+        "train {wildcards.family} inverses of {wildcards.target}{wildcards.weights}, seed {wildcards.seed}"
     shell:
-        strict_run("{input[0]:q}", target=..., images=..., families=..., seed=...)
+        strict_run("{input[0]:q}", target=..., images=..., families=..., pretrained=..., seed=...)
 
 
 rule quality:
     input:
         notebooks / "03_quality.ipynb",
-        lambda wildcards: [
-            results / run / "run.json" for run in train_runs[wildcards.target, judged(wildcards)["seed"]]
-        ],
+        lambda wildcards: finished(trained(wildcards.target)),
     output:
         results / "quality-{target}-{judgement}" / "run.json",
         results / "quality-{target}-{judgement}" / "metrics.csv",
@@ -123,11 +143,48 @@ rule quality:
         results / "quality-{target}-{judgement}" / "log.txt",
     params:
         target=lambda wildcards: targets[wildcards.target]["name"],
-        images=lambda wildcards: judged(wildcards)["images"],
+        images=lambda wildcards: judgements[wildcards.target, wildcards.judgement],
         trained_on=lambda wildcards: targets[wildcards.target]["train"],
         inverses=results,
-        seed=lambda wildcards: judged(wildcards)["seed"],
+        seeds=json.dumps(seeds),
     message:
         "quality of {wildcards.target} on {wildcards.judgement}"
     shell:
-        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seed=...)
+        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seeds=...)
+
+
+rule study:
+    input:
+        lambda wildcards: notebooks / f"{studies[wildcards.study]}.ipynb",
+        lambda wildcards: finished(trained(wildcards.target)),
+    output:
+        results / "{study}-{target}" / "run.json",
+        results / "{study}-{target}" / "metrics.csv",
+    log:
+        results / "{study}-{target}" / "log.txt",
+    params:
+        target=lambda wildcards: targets[wildcards.target]["name"],
+        images=lambda wildcards: targets[wildcards.target]["quality"][0],
+        trained_on=lambda wildcards: targets[wildcards.target]["train"],
+        inverses=results,
+        seeds=json.dumps(seeds),
+    message:
+        "{wildcards.study} of {wildcards.target}"
+    shell:
+        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seeds=...)
+
+
+rule last:
+    input:
+        lambda wildcards: notebooks / f"{last[wildcards.last]}.ipynb",
+        finished([*once, *quality_runs, *study_runs]),
+    output:
+        results / "{last}" / "run.json",
+    log:
+        results / "{last}" / "log.txt",
+    params:
+        results=results,
+    message:
+        "{wildcards.last}"
+    shell:
+        strict_run("{input[0]:q}", results=...)

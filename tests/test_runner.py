@@ -257,6 +257,16 @@ def test_inverses_of_other_weights_are_refused(write_notebook: NotebookWriter, t
         check_weights(str(tmp_path / "seeds"), "scenes-vit", seed=1)
 
 
+def test_training_seeds_are_checked_before_the_kernel(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    notebook = write_notebook('target = "scenes-vit"\ninverses = ""\nseeds = [0, 1, 2]\nseed = 0')
+    for said in ("[]", "[0, 0]", "[-1]"):
+        with pytest.raises(BacksightError, match=r"seeds must be a list of different whole numbers"):
+            plan_run(notebook, assignments=[f"seeds={said}"])
+    folder = _write_inverse(tmp_path, "0123456789abcdef", seed=1)
+    with pytest.raises(BacksightError, match=r"the seeds \[1\], none with \[0, 2\]"):
+        plan_run(notebook, assignments=[f"inverses={folder}"])
+
+
 def test_what_is_seen_at_once_is_refused_at_once(write_notebook: NotebookWriter, tmp_path: Path) -> None:
     """Without the target libraries, which take seconds to load."""
     notebook = write_notebook('target = "scenes-vit"\ntaps = "blocks"\ninverses = ""\nout = ""')

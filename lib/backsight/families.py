@@ -1,6 +1,6 @@
 """The inverse families by name: fit one, save it, find it again, and turn it into images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ from torch import Tensor
 from backsight.data import open_images
 from backsight.errors import BacksightError
 from backsight.fit import fit_direct, fit_modular, fit_polish
-from backsight.inverses import Chain, Inverse, header_for, load_inverse, read_header, save_inverse
+from backsight.inverses import Chain, Inverse, InverseHeader, header_for, load_inverse, read_header, save_inverse
 from backsight.linear import LinearInverse, fit_linear
 from backsight.representation import Representation
 from backsight.runs import project_root
-from backsight.targets import PIXELS, Target
+from backsight.shipped import inverse_files
+from backsight.targets import PIXELS, Target, load_target
 from backsight.targets.base import nearest
 
 Reconstruct = Callable[[Representation], Tensor]
@@ -72,19 +73,103 @@ def fit_or_load(
     return {"linear": dict(fit_linear(target, images, target.taps, seed=seed))}
 
 
+def families_by_seed(
+    target: Target,
+    folder: str | Path = "",
+    seeds: Sequence[int] = (0, 1, 2),
+    count: int = 2000,
+    trained_on: str = "scenes",
+) -> dict[int, dict[str, dict[str, Reconstruct]]]:
+    """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
+
+    folder: with the runs of 02_train_inverse for each of the seeds; "": linear inverses, fitted here once a seed on
+    `count` training images of `trained_on`, others for every seed. Raises BacksightError as `load_families`, and
+    where no family is there for all seeds.
+    """
+    by_seed = {}
+    for seed in _distinct(seeds):
+        found = load_families(folder, target, seed) if folder else _linear_family(target, count, seed, trained_on)
+        chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}
+        by_seed[seed] = {family: taps for family, taps in chosen.items() if taps}
+    common = [family for family in by_seed[seeds[0]] if all(family in each for each in by_seed.values())]
+    if not common:
+        raise BacksightError(
+            f"{folder} holds no inverse family of {target.name} at its chosen taps for all of the seeds {list(seeds)}: "
+            "run 02_train_inverse with each of them."
+        )
+    return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
+
+
+def untrained_by_seed(
+    target: Target,
+    folder: str | Path = "",
+    seeds: Sequence[int] = (0, 1, 2),
+    count: int = 2000,
+    trained_on: str = "scenes",
+) -> dict[int, tuple[Target, dict[str, dict[str, Reconstruct]]]]:
+    """{seed: (the architecture with random weights drawn anew, {family: {tap: reconstruction}})}: the null models.
+
+    Linear inverses are fitted here where `folder` has none; trained families are there for the seeds whose runs of
+    02_train_inverse with pretrained = false are in `folder`.
+    """
+    made: dict[int, tuple[Target, dict[str, dict[str, Reconstruct]]]] = {}
+    for seed in _distinct(seeds):
+        untrained = _untrained(target, folder, seed)
+        families: dict[str, dict[str, Reconstruct]] = {}
+        if folder and _headers(folder, untrained):
+            families = {f: dict(taps) for f, taps in load_families(folder, untrained, seed).items()}
+        if "linear" not in families:
+            families = _linear_family(untrained, count, seed, trained_on) | families
+        made[seed] = (untrained, families)
+    return made
+
+
+def _untrained(target: Target, folder: str | Path, seed: int) -> Target:
+    """The target with random weights: those of the folder's inverses, where it has some for this seed."""
+    drawn = target.untrained(seed)
+    if not folder or _headers(folder, drawn):
+        return drawn
+    headers = [read_header(path) for path in inverse_files(Path(folder))]
+    if any((each.target, each.weights, each.seed) == (target.name, "random", seed) for each in headers):
+        built = load_target(target.name, target.taps, pretrained=False, seed=seed)  # as 02_train_inverse does
+        return built if _headers(folder, built) else drawn
+    return drawn
+
+
+def _distinct(seeds: Sequence[int]) -> Sequence[int]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise BacksightError(f"seeds = {list(seeds)}: give at least one training seed, and each of them once.")
+    return seeds
+
+
+def _linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, dict[str, Reconstruct]]:
+    images = open_images(trained_on, "train", target.image_size, count, seed)
+    return {"linear": dict(fit_linear(target, images, target.taps, seed=seed, progress=False))}
+
+
+def _headers(folder: str | Path, target: Target) -> dict[Path, InverseHeader]:
+    """Of all inverses of this target, by name and weights, in a folder and its sub-folders."""
+    headers = {path: read_header(path) for path in inverse_files(Path(folder))}
+    return {
+        path: header
+        for path, header in headers.items()
+        if (header.target, header.weights_hash) == (target.name, target.weights_hash)
+    }
+
+
 def load_families(folder: str | Path, target: Target, seed: int | None = None) -> dict[str, dict[str, Any]]:
     """{family: {tap: inverse to pixels}} of every inverse for `target` in a folder and its sub-folders.
 
-    Modules of a modular family become chains that end in pixels. seed: whose inverses to take where the folder holds
-    inverses of several training seeds. Raises BacksightError where the folder holds no inverse of this target, or two
-    for one tap.
+    Modules of a modular family become chains that end in pixels; inverses of the same architecture with other weights
+    are passed over. seed: whose inverses to take where the folder holds inverses of several training seeds. Raises
+    BacksightError where the folder holds no inverse of this target, or two for one tap.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
-    headers = {path: read_header(path) for path in sorted(folder.rglob("*--*.safetensors"))}
-    others = {header.target for header in headers.values() if header.target != target.name}
-    headers = {path: header for path, header in headers.items() if header.target == target.name}
+    headers = _headers(folder, target)
+    if not headers:
+        _refuse_without_inverses(folder, target)
     seeds = sorted({header.seed for header in headers.values()})
     if len(seeds) > 1:
         if seed not in seeds:
@@ -98,16 +183,26 @@ def load_families(folder: str | Path, target: Target, seed: int | None = None) -
                 f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
             )
         modules[header.source] = load_inverse(path, target)
-    if not found:
-        hint = f"; it has inverses of {', '.join(sorted(others))}" if others else ""
-        raise BacksightError(
-            f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
-        )
     order = {tap: place for place, tap in enumerate(target.available_taps)}
     return {
         family: as_reconstructions({tap: found[family][tap] for tap in sorted(found[family], key=order.__getitem__)})
         for family in sorted(found, key=_family_order)
     }
+
+
+def _refuse_without_inverses(folder: Path, target: Target) -> None:
+    others = [read_header(path) for path in inverse_files(folder)]
+    for header in others:
+        if header.target == target.name:
+            raise BacksightError(
+                f"the inverses in {folder} were made for {target.name} with the weights {header.weights_hash}, not "
+                f"{target.weights_hash}: load that target, or fit inverses for this one."
+            )
+    names = sorted({header.target for header in others})
+    hint = f"; it has inverses of {', '.join(names)}" if names else ""
+    raise BacksightError(
+        f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
+    )
 
 
 def shipped_inverses(target: Target) -> Path | None:

@@ -154,6 +154,8 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             raise BacksightError(f"{name} must be at least {least}, not {value}.")
     if isinstance(families := values.get("families"), list):
         check_families(families)
+    if "seeds" in values:
+        check_seeds(values["seeds"])
     for name in ("images", "trained_on"):
         if isinstance(source := values.get(name), str):
             check_images(source, name)
@@ -166,10 +168,11 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
         refuse_unknown_name(target)
         refuse_unknown_taps(target, _taps(values))
     if isinstance(inverses, str) and inverses:
-        check_inverses(inverses, values.get("target"))
+        check_inverses(inverses, values.get("target"), values.get("seeds", ()))
     _check_targets(targets, values)
     if isinstance(inverses, str) and inverses and values.get("pretrained", True):
-        check_weights(inverses, values.get("target"), values.get("seed"))
+        for seed in values.get("seeds") or [values.get("seed")]:
+            check_weights(inverses, values.get("target"), seed)
 
 
 def check_families(families: Sequence[Any]) -> None:
@@ -250,17 +253,34 @@ def _check_targets(targets: Sequence[str], values: Mapping[str, Any]) -> None:
             check_image_size(target, size)
 
 
-def check_inverses(source: str, target: Any) -> None:
-    """Refuse a folder (searched to the bottom) without inverses, with a damaged one, or with none of the target."""
+def check_seeds(seeds: Any) -> None:
+    """Refuse training seeds that are no distinct whole numbers from 0."""
+    fine = isinstance(seeds, list) and seeds and all(type(each) is int and each >= 0 for each in seeds)
+    if not fine or len(set(seeds)) < len(seeds):
+        raise BacksightError(f"seeds must be a list of different whole numbers from 0, such as [0, 1, 2], not {seeds}.")
+
+
+def check_inverses(source: str, target: Any, seeds: Sequence[int] = ()) -> None:
+    """Refuse a folder (searched to the bottom) without inverses, with a damaged one, or with none of the target.
+
+    seeds: training seeds of which the target has to have inverses.
+    """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise BacksightError(f"inverses: no folder {source!r}; give the folder of a finished training run.")
     files = inverse_files(folder)
     if not files:
         raise BacksightError(f"inverses: the folder {source} holds no inverses (<family>--<tap>.safetensors).")
-    names = sorted({made_for(path).target for path in files})
+    made = [made_for(path) for path in files]
+    names = sorted({each.target for each in made})
     if isinstance(target, str) and not Path(target).exists() and target not in names:
         raise BacksightError(f"inverses: those in {source} are of {', '.join(names)}, not of {target}.")
+    there = sorted({each.seed for each in made if each.target == target and each.weights != "random"})
+    if there and (missing := [seed for seed in seeds if seed not in there]):
+        raise BacksightError(
+            f"inverses: those of {target} in {source} were trained with the seeds {there}, none with {missing}: "
+            "train them with 02_train_inverse, or set seeds to those that are there."
+        )
 
 
 def check_weights(source: str, target: Any, seed: Any = None) -> None:
@@ -271,7 +291,8 @@ def check_weights(source: str, target: Any, seed: Any = None) -> None:
     if not isinstance(target, str):
         return
     files = {path: made_for(path) for path in inverse_files(Path(source).expanduser())}
-    files = {path: each for path, each in files.items() if each.target == target}
+    # Inverses of an untrained target may lie beside those of the trained one: they are null models.
+    files = {path: each for path, each in files.items() if each.target == target and each.weights != "random"}
     if len({each.seed for each in files.values()}) > 1:  # the notebook takes those of its own seed
         files = {path: each for path, each in files.items() if each.seed == seed}
     from backsight.targets import load_target, sources

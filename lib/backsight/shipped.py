@@ -26,9 +26,10 @@ PLAIN_NAME = re.compile(r"[\w-]+(\.[\w-]+)?")  # no path, no hub repository: onl
 
 @dataclass(frozen=True)
 class MadeFor:
-    """Which target an inverse file was made for, with which weights, and the seed of its training."""
+    """Which target an inverse file was made for, with which weights ("random": untrained), the seed of its training."""
 
     target: str
+    weights: str
     weights_hash: str
     seed: int
 
@@ -101,7 +102,7 @@ def made_for(path: Path) -> MadeFor:
         ) from error
     try:
         said = json.loads(header["__metadata__"]["backsight"])["header"]
-        return MadeFor(str(said["target"]), str(said["weights_hash"]), int(said.get("seed", 0)))
+        return MadeFor(str(said["target"]), str(said["weights"]), str(said["weights_hash"]), int(said.get("seed", 0)))
     except (KeyError, TypeError, ValueError) as error:
         raise BacksightError(f"{path} holds no inverse of backsight: name a file that save_inverse() wrote.") from error
 

@@ -1,0 +1,132 @@
+"""Intervals over training seeds and images: what every number of a study carries.
+
+A study trains its inverses with several seeds and judges all of them on the same images. Both were drawn, so both are
+drawn again: seeds as clusters, and images, which all seeds share.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from backsight.errors import BacksightError
+from backsight.measures import metrics_row
+
+RESAMPLES = 1000
+LEVEL = 0.95
+DRAWS_AT_ONCE = 2**21  # numbers of a bootstrap held in memory
+Values = Tensor | np.ndarray | Sequence[Any]
+
+
+def pooled_rows(
+    values: Mapping[int, Values] | Values, measure: str, seed: int = 0, **columns: Any
+) -> list[dict[str, Any]]:
+    """One tidy row: the mean over training seeds and images, with its 95 % interval.
+
+    values: {training seed: (N,)} or (S, N), one value an image, NaN where an image has none; seed: of the bootstrap;
+    columns: as of `measures.metrics_row`. `n` counts the images that have a value in any seed, `seeds` the training
+    seeds. The interval is NaN where nothing has a value.
+    """
+    table = as_table(values)
+    value, low, high = pooled_interval(table, seed)
+    images = int((~np.isnan(table)).any(0).sum())
+    return [metrics_row(measure, value, low, high, images, seed, seeds=len(table), **columns)]
+
+
+def pooled_interval(
+    values: Mapping[int, Values] | Values, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """(mean, low, high) over (S, N) values of S training seeds for N images: a bootstrap of seeds and of images.
+
+    Each resample draws S seeds and N images with replacement; the images drawn are the same for every seed, since
+    seeds were judged on the same images. With one seed it is the bootstrap over images alone, and says nothing of how
+    training varies. NaN: an image without a value. Source: Davison & Hinkley, Bootstrap Methods, 3.8 (crossed units).
+    """
+    return pooled_ratio(table := as_table(values), np.ones_like(table), seed, level, resamples)
+
+
+def pooled_ratio(
+    numerator: Mapping[int, Values] | Values,
+    denominator: Mapping[int, Values] | Values,
+    seed: int = 0,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float, float]:
+    """(value, low, high) of sum(numerator) / sum(denominator), both (S, N), such as the 1 - R² of a set of images."""
+    above, below = as_table(numerator), as_table(denominator)
+    if above.shape != below.shape:
+        raise BacksightError(f"pooled_ratio() needs two tables of one shape, not {above.shape} and {below.shape}.")
+    if not 0 < level < 1:
+        raise BacksightError(f"The level of an interval lies between 0 and 1, but level is {level}.")
+    seen = ~(np.isnan(above) | np.isnan(below))
+    above, below = np.where(seen, above, 0.0), np.where(seen, below, 0.0)
+    if below.sum() == 0:
+        return float("nan"), float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    count = above.shape[1]
+    ratios = []
+    for start in range(0, resamples, step := max(1, DRAWS_AT_ONCE // count)):
+        draws = min(step, resamples - start)
+        by_seed = _weights(generator, draws, len(above))
+        by_image = _weights(generator, draws, count)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios.append(((by_seed @ above) * by_image).sum(1) / ((by_seed @ below) * by_image).sum(1))
+    every = np.concatenate(ratios)
+    low, high = np.quantile(every[np.isfinite(every)], [(1 - level) / 2, (1 + level) / 2])
+    return float(above.sum() / below.sum()), float(low), float(high)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[np.ndarray], Any],
+    count: int,
+    seed: int = 0,
+    resamples: int = 300,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    level: float = LEVEL,
+) -> tuple[Any, Any]:
+    """(low, high) of a statistic of images, such as a CKA, a slope or an average precision.
+
+    statistic: of the indices (integers, some of them several times) of the images drawn, a number or an array;
+    clusters: (count,) labels; whole clusters are drawn. Resamples in which a value is NaN do not count for it.
+    """
+    if count < 1:
+        raise BacksightError("bootstrap_statistic() needs at least one image.")
+    groups = _members(np.arange(count) if clusters is None else np.asarray(clusters), count)
+    generator = np.random.default_rng(seed)
+    drawn = [
+        np.concatenate([groups[i] for i in generator.integers(len(groups), size=len(groups))]) for _ in range(resamples)
+    ]
+    every = np.stack([np.asarray(statistic(indices), float) for indices in drawn])
+    if np.isnan(every).all():
+        return np.nan, np.nan
+    low, high = np.nanquantile(every, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return (float(low), float(high)) if every.ndim == 1 else (low, high)
+
+
+def as_table(values: Mapping[int, Values] | Values) -> np.ndarray:
+    """(S, N) float64 from {seed: (N,)}, (S, N) or, of one seed, (N,)."""
+    if isinstance(values, Mapping):
+        if len({len(each) for each in values.values()}) > 1:
+            raise BacksightError("Every training seed needs one value for each of the same images.")
+        values = [_numpy(each) for each in values.values()]
+    table = np.atleast_2d(np.asarray(_numpy(values), float))
+    if table.ndim != 2 or not table.size:
+        raise BacksightError(f"Values need the shape (seeds, images) with at least one of each, not {table.shape}.")
+    return table
+
+
+def _numpy(values: Any) -> Any:
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+
+
+def _weights(generator: np.random.Generator, draws: int, count: int) -> np.ndarray:
+    """(draws, count): how often each of `count` units is drawn in each of the resamples."""
+    drawn = generator.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count).astype(float)
+
+
+def _members(labels: np.ndarray, count: int) -> list[np.ndarray]:
+    if labels.shape != (count,):
+        raise BacksightError(f"bootstrap_statistic() needs one cluster for each of {count} images, not {labels.shape}.")
+    return [np.flatnonzero(labels == label) for label in np.unique(labels)]
