@@ -287,6 +287,20 @@ def test_metrics_of_all_runs_are_one_table(folder: Path, page: Page) -> None:
     )
 
 
+def test_nulls_of_several_families_count_once() -> None:
+    """Every family brings its own shuffled and untrained nulls: a table shows those of the chain."""
+    table = rows(VIT).assign(run="a", seeds=3, family=float("nan"))
+    null = table[table.inverse == "linear"].assign(inverse="null_shuffled")
+    nulls = [null.assign(family=family, value=null.value + place) for place, family in enumerate(["linear", "modular"])]
+    for order in (nulls, nulls[::-1]):
+        groups = report.depth_groups(pd.concat([table, *order]), {"a": "03_quality"}, VIT)
+        shown_nulls = groups[0].rows.query("inverse == 'null_shuffled'")
+        assert set(shown_nulls.family) == {"modular"}
+        assert not shown_nulls.duplicated(["tap", "measure"]).any()
+        assert len(groups[0].rows) == len(table[table.measure != "mse"]) + len(shown_nulls)
+        assert "3 training seeds" in report.depth_tables(groups[0])[0].facts
+
+
 def test_several_seeds_are_averaged_and_their_intervals_joined() -> None:
     both = pd.concat([rows(VIT).assign(run="a"), rows(VIT, better=1, seed=1).assign(run="b")])
     again = pd.concat([both, rows(VIT, better=9).assign(run="c")])  # seed 0 once more: the last run counts

@@ -49,7 +49,17 @@ PAGE = "index.html"
 TEMPLATE = "report.html.jinja"
 # Tables are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
 TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse", "00_quickstart")
-PICTURE_NOTEBOOKS = ("00_quickstart", "03_quality", "02_train_inverse")
+# Notebooks in the order in which their figures are shown, and what each is about.
+STUDIES: Mapping[str, str] = {
+    "00_quickstart": "One photograph",
+    "03_quality": "Shape and detail",
+    "04_cross_layer": "Do layers speak the same code?",
+    "05_colour": "Colour",
+    "06_modular_vs_direct": "Modular against direct inverses",
+    "10_tradeoff": "Trained to be invertible",
+    "02_train_inverse": "Training of the inverses",
+}
+NULL_FAMILIES = ("modular", "linear", "direct")  # whose nulls a table shows: the first that is there
 TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # decimals
 DATASET_ORDER = ("scenes", "photographs")
 FAMILY_NOTES: Mapping[str, str] = {
@@ -107,6 +117,7 @@ class Picture:
     target: str
     colour: str
     shows_images: bool
+    notebook: str
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,7 @@ def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
                 target=target,
                 colour=target_colour(target),
                 shows_images=told["Comment"] == PICTURES,
+                notebook=run.notebook,
             )
         )
     return pictures
@@ -294,7 +306,7 @@ def depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: st
     chosen = next((name for name in TABLE_NOTEBOOKS if (made_by == name).any()), None)
     if chosen is None:
         return []
-    rows = rows[made_by == chosen].copy()
+    rows = one_null_each(rows[made_by == chosen])
     names = ["weights", "dataset", "split"]
     rows[names] = rows[names].astype(object).fillna("unnamed").astype(str)
     rows = rows.sort_values("run", kind="stable")
@@ -305,6 +317,17 @@ def depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: st
         for weights, dataset, split in keys
     ]
     return sorted(groups, key=lambda g: (g.split != "test", _dataset_rank(g.dataset), g.dataset, g.weights))
+
+
+def one_null_each(rows: pd.DataFrame) -> pd.DataFrame:
+    """A copy with the nulls of one inverse family, the first of NULL_FAMILIES that has them, where several have."""
+    if "family" not in rows:
+        return rows.copy()
+    families = rows["family"].where(rows["inverse"].map(_is_null))
+    rank = families.map({family: place for place, family in enumerate(NULL_FAMILIES)}).fillna(len(NULL_FAMILIES))
+    keys = [rows[name] for name in ("weights", "dataset", "split", "tap", "inverse", "measure")]
+    least = rank.groupby(keys, dropna=False).transform("min")
+    return rows[families.isna() | (rank == least)].copy()
 
 
 def _dataset_rank(dataset: str) -> int:
@@ -371,10 +394,14 @@ def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
 
 
 def _facts(group: Group, rows: pd.DataFrame) -> str:
-    seeds = sorted(int(seed) for seed in rows["seed"].dropna().unique())
     images = "image" if rows["n"].max() == 1 else "images"
+    if "seeds" in rows and rows["seeds"].notna().any():
+        seeds = _plural(int(rows["seeds"].max()), "training seed")
+    else:
+        each = sorted(int(seed) for seed in rows["seed"].dropna().unique())
+        seeds = f"{_plural(len(each), 'seed')} ({', '.join(map(str, each))})"
     return (
-        f"n = {_span(rows['n'])} {images}, {_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), "
+        f"n = {_span(rows['n'])} {images}, {seeds}, "
         f"data set {group.dataset}, split {group.split}, {group.weights} weights"
     )
 
@@ -507,7 +534,7 @@ def run_facts(run: ReportRun, page_folder: Path) -> dict[str, Any]:
         "notebooks": [(path.name, _link(path, page_folder)) for path in sorted(run.folder.glob("*.ipynb"))],
         "tables": [
             (path.name, _link(path, page_folder))
-            for path in sorted(run.folder.glob("*.csv"))
+            for path in sorted([*run.folder.glob("*.csv"), *run.folder.glob("*.md")])
             if not path.name.startswith(".")
         ],
         "seed": run.record.get("seed", "–"),
@@ -588,10 +615,12 @@ def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) 
 
 
 def _by_picture_order(runs: Sequence[ReportRun]) -> list[ReportRun]:
+    order = list(STUDIES)
+
     def rank(run: ReportRun) -> tuple[int, int, str]:
-        known = run.notebook in PICTURE_NOTEBOOKS
+        known = run.notebook in order
         images = str(run.parameters.get("images", ""))
-        return PICTURE_NOTEBOOKS.index(run.notebook) if known else 99, _dataset_rank(images), run.name
+        return order.index(run.notebook) if known else len(order), _dataset_rank(images), run.name
 
     return sorted(runs, key=rank)
 
@@ -612,7 +641,8 @@ def _hero(pictures: Sequence[Picture], names: Sequence[str]) -> Iterator[Picture
 def _target_section(
     name: str, runs: Sequence[ReportRun], pictures: Sequence[Picture], groups: Sequence[Group], hero: Sequence[Picture]
 ) -> dict[str, Any]:
-    own = [picture for picture in pictures if picture.target == name]
+    own = [picture for picture in pictures if picture.target == name and picture not in hero]
+    notebooks = list(dict.fromkeys(picture.notebook for picture in own))
     weights: Mapping[str, Any] = next((w[name] for run in runs if name in (w := run.record.get("weights") or {})), {})
     card = read_card(name) or {}
     return {
@@ -620,8 +650,10 @@ def _target_section(
         "anchor": "target-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "colour": target_colour(name),
         "facts": [*_weight_facts(weights), *card_facts(card)],
-        "pictures": [picture for picture in own if picture.shows_images and picture not in hero],
-        "plots": [picture for picture in own if not picture.shows_images],
+        "studies": [
+            (STUDIES.get(notebook, notebook), [picture for picture in own if picture.notebook == notebook])
+            for notebook in notebooks
+        ],
         "groups": [(f"{group.dataset}, {group.split}", depth_tables(group)) for group in groups],
         "card": card_tables(card),
     }
