@@ -1,4 +1,5 @@
-# make run    build the environment, then results/$(PRESET): every layer of both targets, and its page
+# make run    build the environment, then results/$(PRESET): every layer of both targets, the studies, and the page
+# make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
 # make test   everything that is checked, with a pytest summary as the last line
 # make lab    the notebooks in JupyterLab        make lint    style and types
 # make bench  results/bench/*.csv                make clean   remove what these commands make
@@ -17,12 +18,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS = $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
-.PHONY: run test lab lint bench clean clean-venv install
+.PHONY: run study test lab lint bench clean clean-venv install
 
 run: $(INSTALLED)
 	$(BIN)/snakemake --config preset=$(PRESET) --cores $(CORES) --rerun-incomplete --nolock --keep-going \
 		--show-failed-logs --quiet rules host
 	@echo "Open results/$(PRESET)/index.html"
+
+study:
+	$(MAKE) run PRESET=study
 
 # One process for each file at a time; a test process or a kernel computes with one thread.
 test: $(INSTALLED)
@@ -43,7 +47,7 @@ bench: $(INSTALLED)
 	for benchmark in $(sort $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$benchmark; done
 
 clean:
-	rm -rf results/{default,smoke,comparison,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results/{default,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-venv:

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import NotebookWriter
 
+from backsight.runs import project_root
+
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--rerun-incomplete", "--nolock"]
 TRAIN = """\
 import json, time
@@ -45,30 +47,45 @@ def dry_run(root: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("preset", "train", "quality"), [("default", 6, 4), ("paper", 18, 6)])
-def test_a_preset_is_a_graph(
-    root: Path, write_notebook: NotebookWriter, tmp_path: Path, preset: str, train: int, quality: int
-) -> None:
-    """Both targets, all families, every seed; no notebook needs to be finished for the graph to be right."""
-    for name in ("00_quickstart", "01_targets", "02_train_inverse", "03_quality"):
+PRESETS = sorted(path.stem for path in (project_root() / "notebooks" / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_graph(root: Path, write_notebook: NotebookWriter, tmp_path: Path, preset: str) -> None:
+    """Every target, family and seed, every study; no notebook needs to be finished for the graph to be right."""
+    graph = yaml.safe_load((root / "notebooks" / "presets" / f"{preset}.yaml").read_text())["graph"]
+    targets, seeds, families = graph["targets"].values(), len(graph["seeds"]), len(graph["families"])
+    studies = [study for target in targets for study in target.get("studies", [])]
+    nulls = len(graph.get("untrained", [])) * (families - ("linear" in graph["families"]))
+    expected = {
+        "once": len(graph["once"]),
+        "train": len(targets) * (families * seeds + nulls),
+        "quality": sum(len(target["quality"]) for target in targets),
+        "study": len(studies),
+        "last": len(graph.get("last", [])),
+        "page": 1,
+    }
+    for name in {*graph["once"], "02_train_inverse", "03_quality", *studies, *graph.get("last", [])}:
         write_notebook("seed = 0", name=name)
     planned = dry_run(root, "--config", f"preset={preset}", f"notebooks={tmp_path}", f"results={tmp_path}/results")
     counts = dict(line.split()[:2] for line in planned.splitlines() if len(line.split()) == 2)
-    assert counts.get("train") == str(train), planned
-    assert counts.get("quality") == str(quality), planned
+    found = {rule: int(counts.get(rule, 0)) for rule in expected}
+    assert found == expected, planned
+    if preset in ("default", "study", "paper"):
+        assert seeds >= 3, "one training seed says nothing of how training varies"
 
 
 def test_the_graph_is_built_and_resumed(root: Path, write_notebook: NotebookWriter, tmp_path: Path) -> None:
     notebooks, results = tmp_path / "notebooks", tmp_path / "results"
     # Targets and images under names that the runner leaves unchecked, to spare the test their libraries.
     write_notebook(
-        'target = None\nimages = "scenes"\nfamilies = ["linear"]\nseed = 0\nout = ""',
+        'target = None\nimages = "scenes"\nfamilies = ["linear"]\npretrained = True\nseed = 0\nout = ""',
         TRAIN,
         name="02_train_inverse",
         folder=notebooks,
     )
     write_notebook(
-        'target = None\nimages = "scenes"\ntrained_on = "scenes"\ninverses = ""\nseed = 0\nout = ""',
+        'target = None\nimages = "scenes"\ntrained_on = "scenes"\ninverses = ""\nseeds = [0]\nout = ""',
         QUALITY,
         name="03_quality",
         folder=notebooks,
