@@ -1,5 +1,6 @@
 """Quality of inverses: nulls stand beside every score, files are found again, claims follow from the numbers."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -8,7 +9,17 @@ from backsight.errors import BacksightError
 from backsight.families import fit_family, fit_or_load, load_families, save_family
 from backsight.linear import fit_linear
 from backsight.measures import null_mean
-from backsight.quality import check_claims, evaluate_quality, paired_difference, picture, quality_images
+from backsight.quality import (
+    CELLS,
+    check_claims,
+    compare_families,
+    evaluate_quality,
+    gallery_images,
+    paired_difference,
+    picture,
+    quality_images,
+    with_nulls_of,
+)
 from backsight.runs import METRIC_COLUMNS
 from backsight.targets import load_target
 
@@ -82,6 +93,106 @@ def test_kept_pictures_are_the_reconstructions_of_the_first_images(quality, targ
     table = paired_difference(quality.per_image, "direct", "linear", target.taps)
     assert list(table.tap) == list(target.taps)
     assert (table.n == 20).all()
+
+
+@pytest.fixture(scope="module")
+def by_seed(target, images):
+    """Two training seeds of two families, all nulls, a measure of its own and maps."""
+    train, test = images[:60], images[60:]
+    families, untrained = {}, {}
+    for seed in (4, 7):
+        part = train[: 40 + seed]
+        linear = fit_linear(target, part, target.taps, progress=False)
+        families[seed] = {"linear": linear, "direct": dict(linear)}
+        drawn = target.untrained(seed)
+        untrained[seed] = drawn, {"linear": fit_linear(drawn, part, target.taps, progress=False)}
+
+    def places(judged):
+        return lambda made: {("place", (("further", "x"),)): judged.places.float() + 0 * made.flatten(1).mean(1)}
+
+    return evaluate_quality(
+        target,
+        test,
+        families,
+        null_mean(train),
+        untrained,
+        batch_size=7,
+        progress=False,
+        shuffled_families=["linear", "direct"],
+        measures=[places],
+        measured=10,
+        maps_of="linear",
+    )
+
+
+def test_training_seeds_are_pooled_into_one_row(by_seed, target):
+    metrics = by_seed.metrics
+    assert not metrics.duplicated(["inverse", "family", "tap", "measure", "row", "column"]).any()
+    rows = metrics[metrics.measure == "psnr"]
+    assert (rows.seeds == np.where(rows.inverse == "null_mean", 1, 2)).all()
+    assert (rows.n == 20).all() or set(rows[rows.n < 20].inverse) == {"null_shuffled"}
+    nulls = rows[rows.inverse.isin(["null_shuffled", "null_untrained"])]
+    assert set(zip(nulls.inverse, nulls.family, strict=True)) == {
+        ("null_shuffled", "linear"),
+        ("null_shuffled", "direct"),
+        ("null_untrained", "linear"),
+    }
+    assert rows[rows.inverse == "null_mean"].family.isna().all()
+    linear = by_seed.per_image.query("inverse == 'linear'").groupby("tap").psnr.mean()
+    pooled = rows[rows.inverse == "linear"].set_index("tap").value
+    assert pooled.to_dict() == pytest.approx(linear.to_dict(), rel=1e-5)
+    assert set(by_seed.per_image.train_seed) == {4, 7}
+
+
+def test_further_measures_see_the_first_images_and_of_the_nulls_the_first_seed(by_seed):
+    rows = by_seed.metrics.query("measure == 'place'")
+    assert (rows.n == 10).all()
+    assert (rows.value == 4.5).all()  # the mean place of ten
+    assert (rows.further == "x").all()
+    ours = ~rows.inverse.str.startswith("null_")
+    assert (rows[ours].seeds == 2).all()
+    assert (rows[~ours & (rows.inverse != "null_mean")].seeds == 1).all()
+
+
+def test_maps_are_the_picture_in_parts(by_seed, target):
+    maps = by_seed.metrics.query("measure == 'patch_r2'")
+    assert set(maps.inverse) == {"linear"}
+    for tap in target.taps:
+        at = maps[maps.tap == tap]
+        assert set(zip(at.row, at.column, strict=True)) == {(r, c) for r in range(CELLS) for c in range(CELLS)}
+    whole = by_seed.metrics.query("measure == 'r2' and inverse == 'linear'").set_index("tap").value
+    assert maps.groupby("tap").value.max().gt(whole - 1e-6).all()
+
+
+def test_one_family_s_nulls_are_chosen_for_curves(by_seed, target):
+    from backsight.figures import depth_curves
+
+    with pytest.raises(BacksightError, match="several values"):
+        depth_curves(by_seed.metrics, "psnr")
+    chosen = with_nulls_of(by_seed.metrics, "direct")
+    depth_curves(chosen, "psnr")
+    psnr = chosen[chosen.measure == "psnr"]
+    assert dict(psnr[psnr.inverse.str.startswith("null_")].groupby("inverse").family.first().dropna()) == {
+        "null_shuffled": "direct",
+        "null_untrained": "linear",  # the only one there is
+    }
+    table = paired_difference(by_seed.per_image, "linear", "direct", target.taps)
+    assert (table.value == 0).all()  # the same inverses
+    assert (table.n == 20).all()
+    assert compare_families(by_seed.metrics, "linear", "direct").difference.eq(0).all()
+    null = paired_difference(by_seed.per_image, "linear", "null_mean", target.taps)
+    assert (null.value > 2).all()
+    assert check_claims(by_seed.metrics).holds.all()
+
+
+def test_a_gallery_holds_the_judged_images_first_and_no_image_twice():
+    judged, _, _ = quality_images("photographs", (16, 16), 4, seed=0)
+    among = gallery_images("photographs", (16, 16), judged, 30, seed=0)
+    assert torch.equal(among[:4], judged)
+    assert len(among) <= 30
+    assert len(torch.unique((among * 255).round().flatten(1), dim=0)) == len(among)
+    few = gallery_images("photographs", (16, 16), judged, 2, seed=0)
+    assert torch.equal(few, judged)
 
 
 def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, quality):

@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write index.html over the runs in a folder")
     report.add_argument("folder", metavar="FOLDER", type=Path)
     report.set_defaults(command=_report)
+
+    findings = commands.add_parser("findings", help="write what the runs in a folder say of the paper's claims")
+    findings.add_argument("folder", metavar="FOLDER", type=Path, help="holds the runs, such as results/reference")
+    findings.add_argument("page", metavar="PAGE", type=Path, help="the Markdown file to write, such as FINDINGS.md")
+    findings.set_defaults(command=_findings)
     return parser
 
 
@@ -100,6 +105,14 @@ def _report(options: argparse.Namespace) -> int:
     from backsight.report import write_report
 
     print(write_report(options.folder))
+    return 0
+
+
+def _findings(options: argparse.Namespace) -> int:
+    from backsight.findings import write_findings
+    from backsight.runs import shown
+
+    print(shown(write_findings(options.folder, options.page)))
     return 0
 
 

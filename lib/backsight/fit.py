@@ -79,7 +79,7 @@ def fit_direct(
     taps: str | Sequence[str] | None = None,
     *,
     validation: Any = None,
-    linear: Mapping[Pair, LinearInverse] | None = None,
+    linear: Mapping[Pair, LinearInverse | None] | None = None,
     width: int | None = None,
     ridge_images: int = 1024,
     validation_images: int = 128,
@@ -89,10 +89,10 @@ def fit_direct(
 
     images, validation: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1], without padding. taps: as
     `load_target` takes them, default the target's own. linear: closed-form starts {(tap, "pixels"): LinearInverse}
-    that are there already; the others are fitted on `ridge_images` of the images. width: channels of the
-    convolutions on the grid. validation: `validation_images` of it choose the best weights. training: steps = 400,
-    batch_size = 16, learning_rate = 4e-3, seed = 0, patience, checkpoint, checkpoint_every, workers, progress; see
-    `Training`.
+    that are there already, None for a start at the mean with random weights; the others are fitted on
+    `ridge_images` of the images. width: channels of the convolutions on the grid. validation: `validation_images` of
+    it choose the best weights. training: steps = 400, batch_size = 16, learning_rate = 4e-3, seed = 0, patience,
+    checkpoint, checkpoint_every, workers, progress; see `Training`.
     Returns {tap: inverse}, in forward order; `inverse.history` is its training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
@@ -123,7 +123,7 @@ def fit_modular(
     taps: str | Sequence[str] | None = None,
     *,
     validation: Any = None,
-    linear: Mapping[Pair, LinearInverse] | None = None,
+    linear: Mapping[Pair, LinearInverse | None] | None = None,
     chain_fraction: float = 0.25,
     image_share: float = 0.9,
     width: int | None = None,
@@ -281,7 +281,7 @@ class _Preparation:
         self,
         pairs: Sequence[Pair],
         family: str,
-        linear: Mapping[Pair, LinearInverse] | None,
+        linear: Mapping[Pair, LinearInverse | None] | None,
         width: int | None,
         stages: bool,
         progress: bool,

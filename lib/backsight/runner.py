@@ -51,7 +51,7 @@ KERNEL_START_SECONDS = 180
 IMAGE_SOURCES = ("scenes", "photographs")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 # Parameters that hold a path; on the command line they are relative to the caller's folder.
-PATHS = ("images", "trained_on", "inverses", "target", "photograph")
+PATHS = ("images", "trained_on", "inverses", "target", "photograph", "results")
 # The least value with a meaning; a notebook's own default is allowed below it (steps = 0: the recipe's number).
 MINIMA: Mapping[str, int] = {
     "seed": 0,
