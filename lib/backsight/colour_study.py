@@ -74,6 +74,15 @@ def uniform_by_seed(target: Target, seeds: Sequence[int], count: int) -> Familie
     return found
 
 
+def only(wanted: Sequence[str], families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
+    """Of the inverses of several training seeds, the families that are wanted. Raises BacksightError for none."""
+    chosen = {seed: {name: taps for name, taps in found.items() if name in wanted} for seed, found in families.items()}
+    if not all(chosen.values()):
+        there = sorted({name for found in families.values() for name in found})
+        raise BacksightError(f"families is {list(wanted)}, and the inverses here are {', '.join(there)}: name one.")
+    return chosen
+
+
 def merged(*families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
     """The families of several sources, seed by seed."""
     together: dict[int, dict[str, Mapping[str, Reconstruct]]] = {}

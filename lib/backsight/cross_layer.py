@@ -24,7 +24,7 @@ from backsight.data import batches, tensor
 from backsight.errors import BacksightError
 from backsight.families import Reconstruct, families_by_seed
 from backsight.intervals import bootstrap_statistic, pooled_ratio, pooled_rows
-from backsight.linear import LinearInverse, _image_errors, fit_linear_pairs
+from backsight.linear import LinearInverse, fit_linear_pairs, image_errors
 from backsight.measures import metrics_row, psnr, shuffled
 from backsight.representation import Queries, Representation, Tokens
 from backsight.similarity import (
@@ -693,7 +693,7 @@ def prediction_errors(
         if shuffle:
             given = {tap: _shuffled(each, generator, state) for tap, each in recorded.items()}
         for i, j in pairs:
-            errors = [torch.stack(_image_errors(each[i, j], given[i], recorded[j])) for each in predictors.values()]
+            errors = [torch.stack(image_errors(each[i, j], given[i], recorded[j])) for each in predictors.values()]
             parts[i, j].append(torch.stack(errors, dim=1))
     joined = {pair: torch.cat(each, dim=2).double().numpy() for pair, each in parts.items()}
     return {pair: (each[0], each[1]) for pair, each in joined.items()}

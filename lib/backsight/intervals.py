@@ -4,7 +4,8 @@ A study trains its inverses with several seeds and judges all of them on the sam
 drawn again: seeds as clusters, and images, which all seeds share.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,8 @@ def pooled_ratio(
     above, below = np.where(seen, above, 0.0), np.where(seen, below, 0.0)
     if below.sum() == 0:
         return float("nan"), float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    count = above.shape[1]
     ratios = []
-    for start in range(0, resamples, step := max(1, DRAWS_AT_ONCE // count)):
-        draws = min(step, resamples - start)
-        by_seed = _weights(generator, draws, len(above))
-        by_image = _weights(generator, draws, count)
+    for by_seed, by_image in _draws(seed, resamples, *above.shape):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios.append(((by_seed @ above) * by_image).sum(1) / ((by_seed @ below) * by_image).sum(1))
     every = np.concatenate(ratios)
@@ -118,6 +114,25 @@ def as_table(values: Mapping[int, Values] | Values) -> np.ndarray:
 
 def _numpy(values: Any) -> Any:
     return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else values
+
+
+def _draws(seed: int, resamples: int, seeds: int, images: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """How often each resample draws each training seed and each image: (draws, seeds), (draws, images), in parts."""
+    if resamples * images <= DRAWS_AT_ONCE // 8:  # a study asks for the same draws thousands of times
+        return _kept_draws(seed, resamples, seeds, images)
+    return _made_draws(seed, resamples, seeds, images)
+
+
+@lru_cache(maxsize=16)
+def _kept_draws(*key: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    return tuple(_made_draws(*key))
+
+
+def _made_draws(seed: int, resamples: int, seeds: int, images: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, step := max(1, DRAWS_AT_ONCE // images)):
+        draws = min(step, resamples - start)
+        yield _weights(generator, draws, seeds), _weights(generator, draws, images)
 
 
 def _weights(generator: np.random.Generator, draws: int, count: int) -> np.ndarray:

@@ -630,7 +630,7 @@ def _score_sample(inverses: dict[Pair, LinearInverse], sample: _Sample, seed: in
             wanted = images if destination == PIXELS else recorded[destination]
             representation = recorded[source].to(device)
             with torch.no_grad():
-                error, total = _image_errors(inverse, representation, wanted)
+                error, total = image_errors(inverse, representation, wanted)
                 errors.append(error)
                 totals.append(total)
                 if destination == PIXELS:
@@ -645,7 +645,7 @@ def _score_sample(inverses: dict[Pair, LinearInverse], sample: _Sample, seed: in
         inverse.score = LinearScore(**scores)
 
 
-def _image_errors(
+def image_errors(
     inverse: LinearInverse, source: Representation, wanted: Tensor | Representation
 ) -> tuple[Tensor, Tensor]:
     """(B,), (B,): squared error of each image, and of the training mean, in the space that was regressed."""
