@@ -287,7 +287,7 @@ def test_nulls_stand_beside_the_trainings(setting: Setting, starts: Starts) -> N
     assert set(nulls) == {"null_mean", "null_shuffled", "null_untrained"}
     table = efficiency.tidy(setting, nulls.values(), **COLUMNS)
     assert set(table.tap) == {*setting.judged, ALL}
-    assert (table.part == "null").all()
+    assert (table.part == "nulls").all()
     first = setting.judged[0]
     own = efficiency.tap_psnr(setting.target, {first: starts.maps[first, "pixels"]}, setting.test)[first]
     assert own.mean() > nulls["null_mean"].values[first].mean() > nulls["null_shuffled"].values[first].mean()

@@ -704,7 +704,7 @@ def reference_trials(setting: Setting, families: Mapping[int, Mapping[str, Mappi
 
 
 def null_trials(setting: Setting, starts: Starts) -> list[Trial]:
-    """The part "null": the mean training image, linear inverses of another image's representation, and linear
+    """The part "nulls": the mean training image, linear inverses of another image's representation, and linear
     inverses of the same architecture with random weights (fitted on `ridge_images`), at the judged taps."""
     seed, target = starts.seed, setting.target
     mean = null_mean(setting.train(seed, setting.ridge_images))
@@ -725,7 +725,7 @@ def null_trials(setting: Setting, starts: Starts) -> list[Trial]:
     }
     unknown = math.nan
     return [
-        Trial("null", name, "closed_form", 0, unknown, 0, seed, found, unknown, unknown, 0)
+        Trial("nulls", name, "closed_form", 0, unknown, 0, seed, found, unknown, unknown, 0)
         for name, found in values.items()
     ]
 

@@ -564,7 +564,7 @@ def _pictures_of(study: Study, run: str, label: str) -> Iterator[StudyFigure]:
             shows_images = image.info.get("Comment") == PICTURES
             said = str(image.info.get("Title", ""))
         if shows_images:
-            name = f"pictures-{_file_name(path.stem.removeprefix('pictures-'))}-{label}"
+            name = f"pictures-{_file_name(run)}-{_file_name(path.stem.removeprefix('pictures'))}".rstrip("-")
             figure = stacked_pictures({f"{label}: {re.sub('[-_]+', ' ', path.stem)}": path})
             figure.caption = said
             yield StudyFigure(name, f"Pictures of {run}", figure, runs=(run,), note="Single images (n = 1 each).")

@@ -10,7 +10,7 @@ LEAST_SEEDS seeds; "not measured" where no run has the numbers.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -402,24 +402,41 @@ def _deep_care_less(study: Study) -> Iterator[Evidence]:
 
 
 def _reverts(study: Study) -> Iterator[Evidence]:
-    """The prototype-reversion index of classes that own a hue, at the deepest taps: itself, and above what an inverse
-    of the untrained target makes."""
+    """The prototype-reversion index of classes that own a hue, at the deepest taps, above its placebo: the size of the
+    index of colour-free classes for a hue that was dealt to them. And above what an inverse of the untrained target
+    makes; and by inverses that were fitted on uniform hues, which know no prototype."""
     every = fullest_run(_scenes_first(study.rows(COLOUR, "reversion_index")))
-    rows = _pooled_shifts(every, category="canonical")
+    rows, free = _pooled_shifts(every, category="canonical"), _pooled_shifts(every, category="colour_free")
     for target in _targets(rows):
         of = rows[rows["target"] == target]
         main = _main_family(of)
         if main.empty:
             continue
         nulls = _has(of, inverse="null_untrained", family=_family(main))
+        placebos = _has(free[free["target"] == target], inverse=str(main["inverse"].iloc[0]))
+        uniform, uniform_placebos = (_has(each, target=target, inverse="linear_uniform") for each in (rows, free))
         for tap in deep_taps(main).values():
+            what = f"prototype-reversion index at {tap}"
             found = estimate_of(main[main["tap"] == tap])
-            if found is not None:
-                yield Evidence(target, f"prototype-reversion index at {tap}{_by(main)}", "index", found)
-            above = difference(found, estimate_of(nulls[nulls["tap"] == tap]))
-            if above is not None:
-                what = f"prototype-reversion index at {tap}{_by(main)}, above null_untrained"
-                yield Evidence(target, what, "index", above)
+            for said, index, placebo in (
+                (f"{_by(main)}, above the size of its placebo", found, _size(placebos, tap)),
+                (f"{_by(main)}, above null_untrained", found, estimate_of(nulls[nulls["tap"] == tap])),
+                (
+                    " (linear, fitted on uniform hues), above the size of its placebo",
+                    estimate_of(uniform[uniform["tap"] == tap]),
+                    _size(uniform_placebos, tap),
+                ),
+            ):
+                if (above := difference(index, placebo)) is not None:
+                    yield Evidence(target, what + said, "index", above)
+
+
+def _size(rows: pd.DataFrame, tap: str) -> Estimate | None:
+    """The estimate at a tap without its sign."""
+    found = estimate_of(rows[rows["tap"] == tap])
+    if found is None or found.value >= 0:
+        return found
+    return replace(found, value=-found.value, low=-found.high, high=-found.low)
 
 
 # ------------------------------------------------------------------------------------------------ 4. modular and direct
@@ -619,8 +636,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "reconstructions revert to the prototype's colour",
         "Recoloured objects come back in the prototypical colour of their class.",
-        "the prototype-reversion index (0: an honest inverse, 1: a painter of canonical colours) is above zero at the "
-        "deepest taps",
+        "the prototype-reversion index (0: an honest inverse, 1: a painter of canonical colours) is at the deepest "
+        "taps above the same index of classes that own no hue (placebo), and above that of an untrained target",
         "That the target imagines the prototype: inverses learn the colours of their training scenes as well, and an "
         "index above zero can be the inverse's guess.",
         (COLOUR,),

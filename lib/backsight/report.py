@@ -226,12 +226,17 @@ def collect_metrics(runs: Sequence[ReportRun]) -> pd.DataFrame:
     return table[[*METRIC_COLUMNS, *added, "run"]]
 
 
-def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
-    """The figures of a run with the captions that they carry (figures.ShownFigure); what is no PNG is left out."""
+def read_pictures(run: ReportRun, page_folder: Path, targets: Sequence[str] = ()) -> list[Picture]:
+    """The figures of a run with the captions that they carry (figures.ShownFigure); what is no PNG is left out.
+
+    targets: those of the page, whose own figures are not taken from 07_figures, which draws them again.
+    """
     from PIL import Image
 
     pictures = []
     for path in sorted((run.folder / "figures").glob("*.png")):
+        if _is_elsewhere(run, path.stem, targets):
+            continue
         data = path.read_bytes()
         try:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -259,6 +264,14 @@ def read_pictures(run: ReportRun, page_folder: Path) -> list[Picture]:
             )
         )
     return pictures
+
+
+def _is_elsewhere(run: ReportRun, stem: str, targets: Sequence[str]) -> bool:
+    """Whether the page shows this figure in another place: 07_figures draws those of single targets again, and the
+    pictures of a training are those of the quality of its inverses."""
+    if run.notebook == "07_figures":
+        return stem.startswith("pictures") or any(target in stem for target in targets)
+    return run.notebook == "02_train_inverse" and stem.startswith("pictures")
 
 
 def _title(run: ReportRun, stem: str) -> str:
@@ -581,8 +594,8 @@ def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) 
 
     complete = [run for run in runs if not run.problem]
     notebooks = {run.name: run.notebook for run in complete}
-    pictures = [picture for run in _by_picture_order(complete) for picture in read_pictures(run, folder)]
     names = _target_order(complete, metrics)
+    pictures = [picture for run in _by_picture_order(complete) for picture in read_pictures(run, folder, names)]
     hero = list(_hero(pictures, names))
     groups = {name: depth_groups(metrics, notebooks, name) for name in names}
     targets = [_target_section(name, complete, pictures, groups[name], hero) for name in names]
