@@ -215,7 +215,7 @@ def colour_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
             pooled = common | _pooled(region)
             rows += _measure_rows(record, by_seed, curve, seed, pooled)
             rows += _index_rows(record, by_seed, curve, seed, pooled)
-    return rows
+    return [row for row in rows if row["n"] != 1]  # one object that kept a hue says nothing of the others
 
 
 def index_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
