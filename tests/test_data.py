@@ -1,7 +1,10 @@
 """Every file format becomes the right RGB, splits share nothing, and what cannot be read is named."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
 import struct
 import warnings
 import zlib
@@ -775,3 +778,37 @@ def test_no_warning_without_a_reason(numbered):
         warnings.simplefilter("error")
         list(batches(numbered, 3))
         open_images("photographs", size=16)[0]
+
+
+def test_a_killed_worker_is_one_sentence(numbered):
+    """Killed between two batches, while the consumer computes: the next batches say so, and the consumer goes on."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = batches(numbered, 2, steps=100, workers=2)
+    next(stream)
+    workers = [process for process in multiprocessing.active_children() if process.pid not in before]
+    assert len(workers) == 2
+    os.kill(workers[0].pid, signal.SIGKILL)
+    workers[0].join()
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    with pytest.raises(SourceError, match=r"a process that reads .* ahead was killed .*fewer workers") as caught:
+        list(stream)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (4, 3), (64, 5)])
+def test_automatic_workers_fit_the_machine_and_the_batches(numbered, monkeypatch, cores, workers):
+    """Ten images in batches of two: never more than the five batches; and eight at most."""
+    monkeypatch.setattr(data, "available_cores", lambda: cores)
+    asked: list[int] = []
+    monkeypatch.setattr(data, "_read_ahead", lambda reader, indices, number: asked.append(number) or iter(()))
+    list(batches(numbered, 2, workers="auto"))
+    list(batches(numbered, 2, workers="auto", steps=1000))
+    assert asked == ([workers, min(cores - 1, 8)] if workers else [])
+
+
+@pytest.mark.parametrize("workers", [-1, "many", 1.5])
+def test_a_number_of_workers_that_is_none_is_refused(numbered, workers):
+    with pytest.raises(SourceError, match="workers is"):
+        batches(numbered, 2, workers=workers)

@@ -205,7 +205,7 @@ def check_images(source: str, name: str = "images") -> None:
     except OSError as error:
         raise BacksightError(f"{name}: the folder {source} cannot be read: {error.strerror}.") from error
     if not any(
-        file.lower().endswith(IMAGE_SUFFIXES) for _, _, files in os.walk(folder, followlinks=True) for file in files
+        file.lower().endswith((*IMAGE_SUFFIXES, ".tar")) for _, _, files in os.walk(folder, followlinks=True) for file in files
     ):
         raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
 
