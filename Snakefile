@@ -2,7 +2,8 @@
 
 Every notebook goes through the strict runner.
 
-    snakemake --cores 2 --config preset=default      (make run)
+    snakemake --cores 2 --config preset=default                      (make run)
+    snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
 A job is finished when its run.json is there. The runner locks each run's folder, so snakemake's own lock, which a
 kill leaves behind, is not needed (--nolock). Other notebooks or another place: --config notebooks=DIR results=DIR.
@@ -78,13 +79,25 @@ wildcard_constraints:
     judgement="|".join(re.escape(judgement) for _, judgement in judgements),
 
 
+# The folder of a rule's outputs, in its shell command. With a storage provider (profiles/kubernetes) a rule's files are
+# copies, in a folder of their own, that snakemake fetches and stores. A run's folder holds more than its rule names, so
+# it lies on a volume that all jobs see, and what the rule names is then copied to where snakemake expects it.
+folder, hand_over = '"$(dirname {output[0]:q})"', ""
+where = workflow.storage_settings
+if where.default_storage_provider is not None:
+    place = str(where.default_storage_prefix).strip("/")
+    copies = f"{where.local_storage_prefix / where.default_storage_provider / place}/"
+    folder = f'"$(dirname {{output[0]:q}} | cut -c {len(copies) + 1}-)"'
+    hand_over = f' && for file in {{output:q}}; do cp {folder}/"$(basename "$file")" "$file"; done'
+
+
 def strict_run(notebook, **parameters):
     """The shell command of one notebook: its parameters, then its folder from the rule's first output."""
     values = " ".join(f"-p {name}={{params.{name}:q}}" for name in parameters)
     return (
         "OMP_NUM_THREADS={threads} "
         f"{backsight} run {notebook} -f {shlex.quote(str(preset_file))} {values} "
-        '--out "$(dirname {output[0]:q})" 2>&1 | tee {log:q}'
+        f"--out {folder} 2>&1 | tee {{log:q}}{hand_over}"
     )
 
 
@@ -96,7 +109,7 @@ rule page:
     message:
         f"page of {results}"
     shell:
-        f"{backsight} report {shlex.quote(str(results))}"
+        f"{backsight} report {shlex.quote(str(results))}{hand_over}"
 
 
 rule once:
