@@ -97,7 +97,7 @@ def memory() -> list[Row]:
 
     seconds = interleaved({"moments": moments, "stored": stored})
     accumulator = moments()
-    ours = sum(each.nbytes for each in (accumulator.gram, *accumulator.crosses))
+    ours = sum(each.nbytes for each in (accumulator.upper, *accumulator.crosses))
     theirs = features.nbytes + outputs.nbytes
     difference = float((found["ours"] - found["stored"]).norm() / found["stored"].norm())
     case = f"{len(features)} tokens, 128 inputs, 192 outputs"

@@ -410,7 +410,7 @@ def test_untrained_chains_are_the_closed_forms(fitted) -> None:
     prepared = _Preparation(target, images, None, 12, 4, seed=0)
     pairs = list(stage_pairs(target, target.taps, prepared.forms(target.taps)))
     linear = fit_linear_pairs(target, prepared.sample, pairs, progress=False)
-    inverses = prepared.inverses(pairs, "modular", linear, None, True, False)
+    inverses, _ = prepared.inverses(pairs, "modular", linear, None, False, stages=True)
     recorded = target.record(images[:2])
     plain = {source: linear[source, end] for source, end in pairs}
     for tap in target.taps:

@@ -93,7 +93,7 @@ def detr_modules(detr) -> dict[str, Inverse]:
 def _untouched(target: Target, pairs: list, family: str, stages: bool, images: torch.Tensor) -> dict:
     prepared = fitting._Preparation(target, images, None, 48, 8, seed=0)
     linear = fit_linear_pairs(target, prepared.sample, pairs, progress=False)
-    return linear, prepared.inverses(pairs, family, linear, None, stages, progress=False)
+    return linear, prepared.inverses(pairs, family, linear, None, False, stages=stages)[0]
 
 
 @pytest.mark.parametrize("stages", [False, True], ids=["direct", "modular"])

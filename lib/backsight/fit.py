@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import pandas as pd
 import torch
@@ -26,14 +26,17 @@ from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.inverses import Chain, Inverse, Moments, header_for
 from backsight.layouts import PIXELS, Form, Pair, area, form_of, plan_layout
-from backsight.linear import LinearInverse, fit_linear_pairs
+from backsight.linear import LinearInverse, Request, fit_linear_requests, recorded_batches
+from backsight.processes import processes, share
 from backsight.representation import Queries, Representation, Tokens, concatenate
-from backsight.residuals import design_for
+from backsight.residuals import LAYERS, design_for
+from backsight.store import FeatureStore
 from backsight.targets.base import Target
-from backsight.training import accelerator, seeded, train
+from backsight.training import Precision, accelerator, seeded, train
 
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 RECORDING_BATCH = 64
+KEPT_BYTES = 2**30  # of representations of validation images; what is beyond is computed anew at each validation
 START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 # Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
 STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
@@ -43,9 +46,12 @@ STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 class Training:
     """How a fit trains; every fit takes these as keyword arguments.
 
-    patience: the training ends early after this many tenths of its steps without a better validation loss;
-    checkpoint: a file to resume from, written every `checkpoint_every` steps, see `training.train`; workers:
-    processes that read images ahead; progress: whether to show a bar.
+    batch_size: images of a step, of all processes together; patience: the training ends early after this many tenths
+    of its steps without a better validation loss; checkpoint: a file to resume from, written every `checkpoint_every`
+    steps, see `training.train`; workers: processes that read images ahead, "auto" by the machine; parts: equal parts of
+    a batch that go through the modules one after the other; recompute: the activations of layers are computed again on
+    the way back instead of kept (a third more time, a fraction of the memory); precision: "auto" is bfloat16 where the
+    machine is faster with it; progress: whether to show a bar.
     """
 
     steps: int = 400
@@ -55,7 +61,10 @@ class Training:
     patience: int | None = None
     checkpoint: Path | str | None = None
     checkpoint_every: int = 200
-    workers: int = 0
+    workers: int | Literal["auto"] = "auto"
+    parts: int = 1
+    recompute: bool = False
+    precision: Precision = "auto"
     progress: bool = True
 
 
@@ -69,8 +78,30 @@ class TrainingOptions(TypedDict, total=False):
     patience: int | None
     checkpoint: Path | str | None
     checkpoint_every: int
-    workers: int
+    workers: int | Literal["auto"]
+    parts: int
+    recompute: bool
+    precision: Precision
     progress: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, 3, H, W) and, where a store holds them or they were kept, their representations."""
+
+    images: Tensor
+    recorded: Mapping[str, Representation] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, number: int) -> list[Batch]:
+        """Equal parts, as many as `number` where the images can be divided so."""
+        pieces = torch.arange(len(self)).chunk(number)
+        return [
+            Batch(self.images[piece], self.recorded and {tap: each.index(piece) for tap, each in self.recorded.items()})
+            for piece in pieces
+        ]
 
 
 def fit_direct(
@@ -99,10 +130,10 @@ def fit_direct(
     settings = Training(**training)
     pairs = [(tap, PIXELS) for tap in _chosen(target, taps)]
     prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
-    inverses = prepared.inverses(pairs, "direct", linear, width, False, settings.progress)
+    inverses, _ = prepared.inverses(pairs, "direct", linear, width, settings.progress)
 
-    def losses(batch: Tensor, _step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, batch, list(inverses))
+    def losses(shown: Batch, _step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, shown, list(inverses))
         return {
             tap: F.mse_loss(inverse.raw(recorded[tap]), batch) / inverse.variance for tap, inverse in inverses.items()
         }
@@ -127,6 +158,7 @@ def fit_modular(
     chain_fraction: float = 0.25,
     image_share: float = 0.9,
     width: int | None = None,
+    depth: int | None = None,
     ridge_images: int = 1024,
     validation_images: int = 128,
     **training: Unpack[TrainingOptions],
@@ -142,6 +174,7 @@ def fit_modular(
     map from its destination to pixels makes of it; the rest is the error in the destination's own space. Where few
     directions hold most of the variance, as after a LayerNorm, the latter hardly sees what pictures are made of, and
     training would lose it again. chain_fraction=0 with image_share=0 is the plain modular training of the paper.
+    depth: at most so many layers in a module (default: as many as its stage has).
     Other arguments: see `fit_direct`; `linear` may hold {(tap, previous tap): LinearInverse}.
     Returns {tap: inverse}, in forward order.
     Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
@@ -154,13 +187,12 @@ def fit_modular(
     settings = Training(**training)
     prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
     pairs = list(stage_pairs(target, chosen, prepared.forms(chosen)))
-    inverses = prepared.inverses(pairs, "modular", linear, width, True, settings.progress)
     ends = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
-    views = prepared.views(ends, settings.progress)
+    inverses, views = prepared.inverses(pairs, "modular", linear, width, settings.progress, ends, depth, stages=True)
     pixel_variance = inverses[chosen[0]].variance
 
-    def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, batch, chosen)
+    def losses(shown: Batch, step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, shown, chosen)
         starts = _chain_starts(len(batch), len(chosen), chain_fraction, settings.seed, step).to(batch.device)
         found: dict[str, Tensor] = {}
         made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
@@ -187,7 +219,7 @@ def fit_modular(
         losses,
         settings,
         title=f"modular inverses of {target.name}",
-        identity={"width": width, "chain_fraction": chain_fraction, "image_share": image_share},
+        identity={"width": width, "depth": depth, "chain_fraction": chain_fraction, "image_share": image_share},
     )
 
 
@@ -218,8 +250,8 @@ def fit_polish(
         inverse.residual.requires_grad_(True)
         inverse.to(prepared.device)
 
-    def losses(batch: Tensor, step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, batch, order)
+    def losses(shown: Batch, step: int) -> dict[str, Tensor]:
+        batch, recorded = _record(target, shown, order)
         generator = torch.Generator().manual_seed(_mixed(settings.seed, step))
         starts = (torch.randperm(len(batch), generator=generator) + step) % len(order)
         rows = torch.empty(0, dtype=torch.long)
@@ -249,6 +281,11 @@ def fit_polish(
     )
 
 
+def _floor(destination: str) -> float:
+    """The least ridge strength of a stage that ends there."""
+    return PIXEL_FLOOR if destination == PIXELS else STAGE_FLOOR
+
+
 class _Preparation:
     """What every fit measures before it trains: a sample of the images, forms, moments, closed-form starts."""
 
@@ -274,7 +311,7 @@ class _Preparation:
 
     def forms(self, taps: Sequence[str]) -> dict[str, Form]:
         """The forms of the taps, of one image."""
-        _, recorded = _record(self.target, next(iter(batches(self.sample[:1], 1))), taps)
+        _, recorded = next(recorded_batches(self.target, self.sample, taps, 1))
         return {tap: form_of(each) for tap, each in recorded.items()}
 
     def inverses(
@@ -283,26 +320,30 @@ class _Preparation:
         family: str,
         linear: Mapping[Pair, LinearInverse | None] | None,
         width: int | None,
-        stages: bool,
         progress: bool,
-    ) -> dict[str, Inverse]:
-        """An untrained inverse for every pair: exactly the closed-form map."""
+        viewed: Sequence[str] = (),
+        depth: int | None = None,
+        stages: bool = False,
+    ) -> tuple[dict[str, Inverse], dict[str, LinearInverse]]:
+        """An untrained inverse for every pair, exactly the closed-form map, and the maps from `viewed` taps to pixels.
+
+        The latter tell how much of a picture an error at the tap is. All maps come from one pass over the sample.
+        """
         taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
         first, moments = self._measure(taps)
         forms = {tap: form_of(each) for tap, each in first.items()}
         starts = dict(linear or {})
-        missing = [pair for pair in pairs if pair not in starts and self._linear_is_defined(pair, forms)]
-        if missing:
-            starts |= fit_linear_pairs(
-                self.target,
-                self.sample,
-                missing,
-                validation=self.validation,
-                seed=self.seed,
-                progress=progress,
-                context=START_CONTEXT,
-                floors={pair: PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR for pair in missing} if stages else {},
+        views = {tap: Request(tap, PIXELS) for tap in viewed}
+        missing = {
+            (source, end): Request(source, end, START_CONTEXT, _floor(end) if stages else 0.0)
+            for source, end in pairs
+            if (source, end) not in starts and self._linear_is_defined((source, end), forms)
+        }
+        if requests := [*missing.values(), *views.values()]:
+            fitted = fit_linear_requests(
+                self.target, self.sample, requests, validation=self.validation, seed=self.seed, progress=progress
             )
+            starts |= {pair: fitted[request] for pair, request in missing.items()}
         made = {}
         for source, destination in pairs:
             end = first[destination]
@@ -314,6 +355,7 @@ class _Preparation:
                 positioned=position is not None,
                 reduction=self.target.reduction,
                 width=width,
+                depth=depth,
             )
             start = copy.deepcopy(starts.get((source, destination)))
             header = header_for(self.target, family, source, destination, self.images, self.seed)
@@ -321,25 +363,14 @@ class _Preparation:
             with seeded(self.seed):
                 inverse = Inverse(header, design, start, moments[source], moments[destination], position)
             made[source] = inverse.to(self.device)
-        return made
-
-    def views(self, taps: Sequence[str], progress: bool) -> dict[str, LinearInverse]:
-        """The closed-form map from each of the taps to pixels: how much of a picture an error there is."""
-        if not taps:
-            return {}
-        pairs = [(tap, PIXELS) for tap in taps]
-        fitted = fit_linear_pairs(
-            self.target, self.sample, pairs, validation=self.validation, seed=self.seed, progress=progress
-        )
-        return {tap: fitted[tap, PIXELS].requires_grad_(False) for tap in taps}
+        return made, {tap: fitted[request].requires_grad_(False) for tap, request in views.items()}
 
     def _measure(self, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
         """One batch of every tap and of the pixels, and the moments of all."""
         first: dict[str, Any] = {}
         values: dict[str, list[Tensor]] = {tap: [] for tap in (PIXELS, *taps)}
         hidden: dict[str, list[Tensor]] = {}
-        for batch in batches(self.sample[:MOMENT_IMAGES], RECORDING_BATCH):
-            batch, recorded = _record(self.target, batch, taps)
+        for batch, recorded in recorded_batches(self.target, self.sample, taps, RECORDING_BATCH, limit=MOMENT_IMAGES):
             first = first or {PIXELS: batch, **recorded}
             values[PIXELS].append(batch.flatten(2).transpose(1, 2))
             for tap in taps:
@@ -363,19 +394,19 @@ class _Preparation:
 def _trained(
     prepared: _Preparation,
     inverses: dict[str, Inverse],
-    losses: Callable[[Tensor, int], dict[str, Tensor]],
+    losses: Callable[[Batch, int], dict[str, Tensor]],
     settings: Training,
     *,
     title: str,
     identity: Mapping[str, Any],
 ) -> dict[str, Inverse]:
     stream = _Stream(prepared.images, settings)
-    held_out = prepared.validation
+    held_out = None if prepared.validation is None else _HeldOut(prepared.target, prepared.validation, list(inverses))
 
     def validate() -> dict[str, float]:
         assert held_out is not None
         totals: dict[str, float] = {}
-        for batch in batches(held_out, RECORDING_BATCH):
+        for batch in held_out:
             for name, loss in losses(batch, -1).items():
                 totals[name] = totals.get(name, 0.0) + float(loss) * len(batch) / len(held_out)
         return totals
@@ -398,8 +429,12 @@ def _trained(
             "family": header.family,
             "data": header.data,
             "batch_size": settings.batch_size,
+            "parts": settings.parts,
             **identity,
         },
+        parts=lambda batch: batch.parts(settings.parts),
+        precision=settings.precision,
+        recompute=(lambda module: isinstance(module, LAYERS)) if settings.recompute else None,
         plain=lambda name: "head" in name,
         describe_batch=lambda batch: f"of {len(batch)} images (order of seed {settings.seed})",
         title=title,
@@ -430,19 +465,61 @@ def _note_training(inverse: Inverse, history: pd.DataFrame) -> None:
 
 
 class _Stream:
-    """Batch k of the shuffled images, a pure function of k; in order it is read as a stream."""
+    """Batch k of this process's shuffled images, a pure function of k; in order it is read as a stream.
+
+    A store of features gives the representations with the images.
+    """
 
     def __init__(self, images: Any, settings: Training) -> None:
-        self.images, self.settings = images, settings
+        self.images, self.settings = share(images), settings
+        self.size = max(1, settings.batch_size // processes().num_processes)
         self.next: int | None = None
-        self.iterator: Iterator[Tensor] = iter(())
+        self.iterator: Iterator[Batch] = iter(())
 
-    def __call__(self, step: int) -> Tensor:
+    def __call__(self, step: int) -> Batch:
         if step != self.next:
-            how = self.settings
-            self.iterator = batches(self.images, how.batch_size, how.seed, how.workers, how.steps, start=step)
+            self.iterator = self._from(step)
         self.next = step + 1
         return next(self.iterator)
+
+    def _from(self, step: int) -> Iterator[Batch]:
+        how = self.settings
+        if isinstance(self.images, FeatureStore):
+            for images, recorded in self.images.passes(self.size, how.seed, how.steps, start=step):
+                yield Batch(images, recorded)
+        else:
+            for images in batches(self.images, self.size, how.seed, how.workers, how.steps, start=step):
+                yield Batch(images)
+
+
+class _HeldOut:
+    """This process's validation images, in batches; what the target makes of them is kept, up to KEPT_BYTES."""
+
+    def __init__(self, target: Target, images: Tensor | FeatureStore, taps: Sequence[str]) -> None:
+        self.target, self.images, self.taps = target, share(images), taps
+        self.kept: list[Batch] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.kept
+        done = sum(map(len, self.kept))
+        room = KEPT_BYTES - sum(_bytes(batch) for batch in self.kept)
+        if done == len(self):
+            return
+        rest = self.images[done:] if isinstance(self.images, Tensor) else self.images.subset(slice(done, None))
+        for images, recorded in recorded_batches(self.target, rest, self.taps, RECORDING_BATCH):
+            batch = Batch(images, recorded)
+            room -= _bytes(batch)
+            if room >= 0:
+                self.kept.append(batch)
+            yield batch
+
+
+def _bytes(batch: Batch) -> int:
+    tensors = [batch.images, *(each.values for each in (batch.recorded or {}).values())]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
@@ -474,17 +551,21 @@ def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]
     return target.taps if taps is None else target.resolve_taps(taps)
 
 
-def _sample(images: Any, count: int, seed: int) -> Tensor:
-    """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W)."""
+def _sample(images: Any, count: int, seed: int) -> Tensor | FeatureStore:
+    """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W), or of a store."""
     count = min(count, len(images))
     size = min(count, RECORDING_BATCH)
+    if isinstance(images, FeatureStore):
+        return images.drawn(count, seed)
     drawn = batches(images, max(1, size), seed, steps=math.ceil(count / max(1, size)))
     return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
 
 
-def _record(target: Target, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Representation]]:
+def _record(target: Target, batch: Batch, taps: Sequence[str]) -> tuple[Tensor, Mapping[str, Representation]]:
     """Images on the target's device and the representations, in float32; queries without the encoder's output."""
-    images = images.to(target.device)
+    images = batch.images.to(target.device)
+    if batch.recorded is not None:
+        return images, {tap: batch.recorded[tap].to(target.device) for tap in taps}
     with torch.autocast(images.device.type, enabled=False):
         recorded = target.record(images, taps)
     return images, {tap: Queries(each.values) if isinstance(each, Queries) else each for tap, each in recorded.items()}

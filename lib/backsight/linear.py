@@ -13,14 +13,16 @@ What a row of the regression is, for tokens on any grids and for sets, is decide
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from backsight.data import batches
@@ -42,9 +44,11 @@ from backsight.layouts import (
     unpack,
 )
 from backsight.measures import bootstrap_interval, determination, psnr
+from backsight.processes import in_order, processes, share
 from backsight.progress import progress_bar
 from backsight.representation import Grid, Queries, Representation, Tokens
 from backsight.ridge import RidgeAccumulator, RidgePath, Spectrum
+from backsight.store import FeatureStore
 
 __all__ = [
     "ALPHAS",
@@ -57,15 +61,18 @@ __all__ = [
     "LinearInverse",
     "LinearScore",
     "Pair",
+    "Request",
     "RidgeAccumulator",
     "RidgePath",
     "Spectrum",
     "fit_linear",
     "fit_linear_pairs",
+    "fit_linear_requests",
     "form_of",
     "pack_destination",
     "pack_source",
     "plan_layout",
+    "recorded_batches",
     "unpack",
 ]
 
@@ -74,6 +81,9 @@ RANK = 128  # of the maps that read a whole set of queries
 MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they are drawn anew for every batch
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 SAMPLE_BYTES = 256 * 2**20  # validation images kept for intervals, over all taps
+WIDE = 512  # inputs of a row from which "auto" takes its products in float32: below, float64 costs next to nothing
+Products = Literal["auto", "float64", "float32"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class AffineMap(nn.Module):
@@ -126,6 +136,18 @@ class LinearScore:
     psnr_low: float | None = None
     psnr_high: float | None = None
     images: int = 0
+
+
+class Request(NamedTuple):
+    """A linear map that is wanted: between two taps (or to "pixels"), each row reading context x context tokens.
+
+    floor: the least ridge strength, for a map that will read an input with errors in it.
+    """
+
+    source: str
+    destination: str
+    context: int = 1
+    floor: float = 0.0
 
 
 class LinearInverse(nn.Module):
@@ -287,13 +309,22 @@ def _words(form: Form) -> str:
 class _Group:
     """Maps that read the same rows: one Gram matrix, one eigendecomposition.
 
-    members: (pair, layout, block).
+    members: (request, layout, block).
     """
 
-    members: list[tuple[Pair, Layout, str]]
+    members: list[tuple[Request, Layout, str]]
     projection: Tensor | None
-    training: RidgeAccumulator = field(default_factory=RidgeAccumulator)
-    validation: RidgeAccumulator = field(default_factory=RidgeAccumulator)
+    products: InitVar[Products] = "auto"
+    training: RidgeAccumulator = field(init=False)
+    validation: RidgeAccumulator = field(init=False)
+
+    def __post_init__(self, products: Products) -> None:
+        _, layout, block = self.members[0]
+        if products == "auto":
+            wide = layout.rows == "patches" and layout.inputs(block) >= WIDE
+            products = "float32" if wide else "float64"
+        precision = {"float32": torch.float32, "float64": torch.float64}[products]
+        self.training, self.validation = RidgeAccumulator(precision), RidgeAccumulator(precision)
 
     def update(
         self,
@@ -304,14 +335,14 @@ class _Group:
         seed: int,
     ) -> None:
         """Add a batch. packed: the destinations' rows of this batch, shared with the other groups."""
-        (source, _), layout, block = self.members[0]
+        request, layout, block = self.members[0]
         wanted = [_packed(member, images, recorded, packed) for member in self.members]
         accumulator = self.validation if validation else self.training
         count = len(wanted[0]) // len(images)
         drawn = _drawn_rows(count, seed).to(images.device) if count > MAXIMUM_ROWS else None
         step = max(1, PACKED_VALUES // (count * layout.inputs(block)))
         for start in range(0, len(images), step):
-            part = recorded[source]
+            part = recorded[request.source]
             if step < len(images):
                 part = part.index(torch.arange(start, min(start + step, len(images)), device=images.device))
             rows = [pack_source(part, layout, block, self.projection)]
@@ -326,12 +357,13 @@ class _Group:
 
 
 def _packed(
-    member: tuple[Pair, Layout, str],
+    member: tuple[Request, Layout, str],
     images: Tensor,
     recorded: dict[str, Representation],
     packed: dict[tuple[Any, ...], Tensor],
 ) -> Tensor:
-    (_, destination), layout, block = member
+    request, layout, block = member
+    destination = request.destination
     on_grid = layout.rows == "patches" and block in layout.main
     rows = (layout.row_grid(block), layout.patch_of(block)) if on_grid else None
     key = (destination, block, rows, layout.pooling)
@@ -379,6 +411,8 @@ def fit_linear(
     seed: int = 0,
     progress: bool = True,
     context: int = 1,
+    products: Products = "auto",
+    precision: Precision = "float32",
 ) -> dict[str, LinearInverse]:
     """The linear inverse of every tap, to pixels or to the tap `to`, in one pass over the images.
 
@@ -399,6 +433,8 @@ def fit_linear(
         seed,
         progress,
         context=context,
+        products=products,
+        precision=precision,
     )
     return {tap: fitted[tap, to] for tap in names}
 
@@ -417,6 +453,8 @@ def fit_linear_pairs(
     maximum_outputs: int | None = None,
     context: int = 1,
     floors: Mapping[Pair, float] | None = None,
+    products: Products = "auto",
+    precision: Precision = "float32",
 ) -> dict[Pair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
@@ -430,70 +468,144 @@ def fit_linear_pairs(
     (default 128); seed: of the projection of a long set and of the bootstrap; maximum_inputs,
     maximum_outputs: see `plan_layout`; context: side of the square of tokens that the map of one token reads, 1 (what
     that token alone says, the `linear` family) or an odd number above (a convolution in closed form); floors: the least
-    strength for some pairs, for maps that will read an input with errors in it.
+    strength for some pairs, for maps that will read an input with errors in it; products: precision of the moments'
+    matrix products (their sums are float64 always), "auto": float32 for rows of WIDE values and more, which moves R² by
+    less than 1e-6 where the inputs have full rank; precision: of the frozen forward pass. Under `accelerate launch`
+    every process reads its share of the images, and all return the same maps.
 
     Returns {(source, destination): LinearInverse}, each scored on the validation images. Raises
     BacksightError on an unknown tap, on ends between which no map is defined, and on too few images.
     """
-    pairs = list(dict.fromkeys(pairs))
-    _check_request(target, pairs, alphas, context)
+    requests = {pair: Request(*pair, context, (floors or {}).get(pair, 0.0)) for pair in dict.fromkeys(pairs)}
+    fitted = fit_linear_requests(
+        target,
+        images,
+        list(requests.values()),
+        validation,
+        alphas,
+        batch_size,
+        rank,
+        seed,
+        progress,
+        maximum_inputs,
+        maximum_outputs,
+        products,
+        precision,
+    )
+    return {pair: fitted[request] for pair, request in requests.items()}
+
+
+def fit_linear_requests(
+    target: Any,
+    images: Any,
+    requests: Sequence[Request],
+    validation: Any = None,
+    alphas: Sequence[float] = ALPHAS,
+    batch_size: int = 64,
+    rank: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    maximum_inputs: int = MAXIMUM_INPUTS,
+    maximum_outputs: int | None = None,
+    products: Products = "auto",
+    precision: Precision = "float32",
+) -> dict[Request, LinearInverse]:
+    """`fit_linear_pairs` for maps of several contexts and floors, in one pass over the images."""
+    _check_requests(target, requests, alphas)
     for each in (images, validation):
         if getattr(each, "fit", None) == "pad":
             raise BacksightError(
                 f"The images {each.name!r} are padded, and linear maps are fitted on whole images: open them with "
                 "fit='crop' or fit='stretch'."
             )
-    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
-    groups: list[_Group] = []
-    layouts: dict[Pair, Layout] = {}
-    positions: dict[Pair, tuple[Literal["none", "source", "fixed"], Tensor | None]] = {}
-    sample = _Sample()
-    passes = _passes(target, images, validation, taps, batch_size, progress)
+    ends = (tap for request in requests for tap in (request.source, request.destination))
+    taps = list(dict.fromkeys(tap for tap in ends if tap != PIXELS))
+    passes = _passes(target, images, validation, taps, batch_size, progress, precision)
+
+    def planned(request: Request, source: Representation, destination: Tensor | Representation) -> Layout:
+        return plan_layout(
+            (request.source, request.destination),
+            form_of(source),
+            form_of(destination),
+            getattr(target, "reduction", None),
+            maximum_inputs,
+            maximum_outputs,
+            request.context,
+        )
+
+    moments = _accumulated(passes, requests, planned, products, seed)
+    return _solved(moments, alphas, rank or RANK, seed)
+
+
+@dataclass
+class _Moments:
+    """All that a fit keeps of the images: its size does not depend on their number."""
+
+    layouts: dict[Request, Layout] = field(default_factory=dict)
+    positions: dict[Request, tuple[Literal["none", "source", "fixed"], Tensor | None]] = field(default_factory=dict)
+    groups: list[_Group] = field(default_factory=list)
+    sample: _Sample = field(default_factory=_Sample)
+
+
+def _accumulated(
+    passes: Iterable[tuple[Tensor, dict[str, Representation], bool]],
+    requests: Sequence[Request],
+    planned: Callable[[Request, Representation, Tensor | Representation], Layout],
+    products: Products,
+    seed: int,
+) -> _Moments:
+    """The moments of all processes' passes: (images, representations, whether they are held out)."""
+    moments = _Moments()
     for number, (batch, recorded, held_out) in enumerate(passes):
-        if not layouts:
-            for pair in pairs:
-                ends = recorded[pair[0]], batch if pair[1] == PIXELS else recorded[pair[1]]
-                reduction = getattr(target, "reduction", None)
-                layouts[pair] = plan_layout(
-                    pair, form_of(ends[0]), form_of(ends[1]), reduction, maximum_inputs, maximum_outputs, context
-                )
-                positions[pair] = _position_rule(*ends)
-            groups = _grouped(layouts, seed, batch.device)
+        if not moments.layouts:
+            for request in requests:
+                at_end = batch if request.destination == PIXELS else recorded[request.destination]
+                moments.layouts[request] = planned(request, recorded[request.source], at_end)
+                moments.positions[request] = _position_rule(recorded[request.source], at_end)
+            moments.groups = _grouped(moments.layouts, seed, batch.device, products)
         packed: dict[tuple[Any, ...], Tensor] = {}
-        for group in groups:
+        for group in moments.groups:
             group.update(batch, recorded, held_out, packed, seed + number)
         if held_out:
-            sample.add(batch, recorded)
+            moments.sample.add(batch, recorded)
+    for group in moments.groups:
+        group.training, group.validation = group.training.gathered(), group.validation.gathered()
+    return moments
 
+
+def _solved(moments: _Moments, alphas: Sequence[float], rank: int, seed: int) -> dict[Request, LinearInverse]:
+    """The maps of all requests, each of the strength that the validation moments choose, with their scores."""
+    groups = moments.groups
     if not groups or any(min(each.training.count, each.validation.count) == 0 for each in groups):
         raise BacksightError(
             "A linear fit needs at least 5 images, or images both to fit and to validate on: "
             "give a larger `images`, or a `validation` that is not empty."
         )
     inverses = {}
-    for pair, layout in layouts.items():
-        rule, position = positions[pair]
+    for request, layout in moments.layouts.items():
+        rule, position = moments.positions[request]
         blocks = {
             block: (group, part)
             for group in groups
             for part, (each, _, block) in enumerate(group.members)
-            if each == pair
+            if each == request
         }
-        allowed = [alpha for alpha in alphas if alpha >= (floors or {}).get(pair, 0)] or [max(alphas)]
-        inverses[pair] = _solve(pair, layout, blocks, allowed, rank or RANK, rule, position)
-    _score_sample(inverses, sample, seed)
+        allowed = [alpha for alpha in alphas if alpha >= request.floor] or [max(alphas)]
+        inverses[request] = _solve(request, layout, blocks, allowed, rank, rule, position)
+    _score_sample(inverses, moments.sample, seed)
     return inverses
 
 
-def _check_request(target: Any, pairs: Sequence[Pair], alphas: Sequence[float], context: int) -> None:
-    if not pairs:
+def _check_requests(target: Any, requests: Sequence[Request], alphas: Sequence[float]) -> None:
+    if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
     if not alphas or min(alphas) <= 0:
         raise BacksightError(f"Ridge strengths must be above 0, but alphas is {list(alphas)}.")
-    if context < 1 or context % 2 == 0:
-        raise BacksightError(f"The context of a linear map is an odd number of tokens from 1, not {context}.")
+    for context in {request.context for request in requests}:
+        if context < 1 or context % 2 == 0:
+            raise BacksightError(f"The context of a linear map is an odd number of tokens from 1, not {context}.")
     available = getattr(target, "available_taps", target.taps)
-    for source, destination in pairs:
+    for source, destination, *_ in requests:
         for tap, allowed in ((source, tuple(available)), (destination, (PIXELS, *available))):
             if tap not in allowed:
                 nearest = get_close_matches(tap, allowed, n=3, cutoff=0.3) or list(allowed[:5])
@@ -506,52 +618,89 @@ def _check_request(target: Any, pairs: Sequence[Pair], alphas: Sequence[float], 
 
 
 def _passes(
-    target: Any, images: Any, validation: Any, taps: Sequence[str], batch_size: int, progress: bool
+    target: Any,
+    images: Any,
+    validation: Any,
+    taps: Sequence[str],
+    batch_size: int,
+    progress: bool,
+    precision: Precision,
 ) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
     """Every batch with its representations and whether it is held out: one forward pass an image."""
-    device = next((each.device for each in target.model.parameters()), torch.device("cpu"))
+    state = processes()
     seen = 0
     for held_out, source in ((False, images), (True, validation)):
         if source is None:
             continue
+        own = share(source)
         bar = progress_bar(
-            batches(source, batch_size),
-            total=-(-len(source) // batch_size),
+            recorded_batches(target, own, taps, batch_size, precision),
+            total=-(-len(own) // batch_size),
             desc=f"{'validating' if held_out else 'fitting'} linear maps",
-            show=progress,
+            show=progress and state.is_main_process,
         )
-        for batch in bar:
-            batch = batch.to(device)
-            recorded = {tap: _without_context(each) for tap, each in target.record(batch, taps).items()}
+        for batch, recorded in bar:
             if validation is not None:
                 yield batch, recorded, held_out
                 continue
-            order = torch.arange(seen, seen + len(batch)) % 5 == 4
+            places = torch.arange(seen, seen + len(batch)) * state.num_processes + state.process_index
+            order = places % 5 == 4
             seen += len(batch)
             for which, is_held_out in ((~order, False), (order, True)):
                 if which.any():
-                    chosen = which.nonzero().flatten().to(device)
+                    chosen = which.nonzero().flatten().to(batch.device)
                     part = {tap: each.index(chosen) for tap, each in recorded.items()}
                     yield batch[chosen], part, is_held_out
 
 
-def _without_context(representation: Representation) -> Representation:
-    """Queries without the encoder's output: an inverse must not see it."""
-    return Queries(representation.values) if isinstance(representation, Queries) else representation
+def recorded_batches(
+    target: Any,
+    images: Any,
+    taps: Sequence[str],
+    batch_size: int,
+    precision: Precision = "float32",
+    limit: int | None = None,
+) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
+    """Batches with their representations: read where a store holds them, else from the frozen pass.
+
+    limit: about this many of the first images. Values are float32, and queries come without the encoder's output.
+    """
+    device = next((each.device for each in target.model.parameters()), torch.device("cpu"))
+    steps = None if limit is None else -(-min(limit, len(images)) // batch_size)
+    if isinstance(images, FeatureStore) and set(taps) <= set(images.taps):
+        images.check(target)
+        for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
+            yield batch.to(device), {tap: recorded[tap].to(device) for tap in taps}
+        return
+    for batch in itertools.islice(batches(images, batch_size), steps):
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            recorded = target.record(batch, taps)
+        yield batch, {tap: _plain(each) for tap, each in recorded.items()}
 
 
-def _grouped(layouts: dict[Pair, Layout], seed: int, device: torch.device) -> list[_Group]:
-    groups: dict[tuple[str, Reading, Grid | None], _Group] = {}
-    for pair, layout in layouts.items():
+def _plain(representation: Representation) -> Representation:
+    """In float32, and queries without the encoder's output: an inverse must not see it."""
+    if isinstance(representation, Queries):
+        return Queries(representation.values.float())
+    return representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device, products: Products) -> list[_Group]:
+    groups: dict[tuple[str, Reading, Grid | None], list[tuple[Request, Layout, str]]] = {}
+    for request, layout in layouts.items():
         for block in layout.blocks:
             reading = layout.reading(block)
             # Gathered cells make rows of another number, which the destination's grid decides.
             rows = None if reading.gathered == (1, 1) else layout.row_grid(block)
-            key = (pair[0], reading, rows)
+            key = (request.source, reading, rows)
             if key not in groups:
-                groups[key] = _Group([], _projection(layout, seed, device) if block == "set" else None)
-            groups[key].members.append((pair, layout, block))
-    return list(groups.values())
+                groups[key] = []
+            groups[key].append((request, layout, block))
+    return [
+        _Group(members, _projection(members[0][1], seed, device) if members[0][2] == "set" else None, products)
+        for members in groups.values()
+    ]
 
 
 def _projection(layout: Layout, seed: int, device: torch.device) -> Tensor | None:
@@ -576,7 +725,7 @@ def _position_rule(
 
 
 def _solve(
-    pair: Pair,
+    request: Request,
     layout: Layout,
     blocks: dict[str, tuple[_Group, int]],
     alphas: Sequence[float],
@@ -608,7 +757,8 @@ def _solve(
         # The largest matrices of a fit; they are not read again.
         group.training.crosses[part] = group.validation.crosses[part] = torch.empty(0)
     score = LinearScore(alpha=chosen[layout.main[0]], r2=1 - unexplained / total if total > 0 else math.nan)
-    inverse = LinearInverse(*pair, layout, ranks, score, rule, (0,) if position is None else tuple(position.shape))
+    shape = (0,) if position is None else tuple(position.shape)
+    inverse = LinearInverse(request.source, request.destination, layout, ranks, score, rule, shape)
     for block, state in states.items():
         inverse.maps[block].load_state_dict({name: tensor.float() for name, tensor in state.items()})
     group = blocks[layout.main[0]][0]
@@ -616,16 +766,17 @@ def _solve(
         inverse.get_buffer("projection").copy_(group.projection)
     if position is not None:
         inverse.get_buffer("position").copy_(position)
-    return inverse.to(group.training.gram.device).eval()
+    return inverse.to(group.training.upper.device).eval()
 
 
-def _score_sample(inverses: dict[Pair, LinearInverse], sample: _Sample, seed: int) -> None:
+def _score_sample(inverses: dict[Request, LinearInverse], sample: _Sample, seed: int) -> None:
     """Add PSNR and the intervals over images to the scores."""
-    if not sample.batches:
+    if not sum(gather_object([len(sample.batches)])):
         return
-    for (source, destination), inverse in inverses.items():
+    for (source, destination, *_), inverse in inverses.items():
         device = next(inverse.buffers()).device
-        errors, totals, ratios = [], [], []
+        scores = asdict(inverse.score)
+        errors, totals, ratios = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for images, recorded in sample.batches:
             wanted = images if destination == PIXELS else recorded[destination]
             representation = recorded[source].to(device)
@@ -635,11 +786,11 @@ def _score_sample(inverses: dict[Pair, LinearInverse], sample: _Sample, seed: in
                 totals.append(total)
                 if destination == PIXELS:
                     ratios.append(psnr(images, inverse(representation).cpu()))
-        scores = asdict(inverse.score)
-        _, scores["r2_low"], scores["r2_high"] = determination(torch.cat(errors), torch.cat(totals), seed=seed)
-        scores["images"] = sum(len(each) for each in errors)
-        if ratios:
-            values = torch.cat(ratios)
+        every_error, every_total = in_order(torch.cat(errors)), in_order(torch.cat(totals))
+        _, scores["r2_low"], scores["r2_high"] = determination(every_error, every_total, seed=seed)
+        scores["images"] = len(every_error)
+        if destination == PIXELS:
+            values = in_order(torch.cat(ratios))
             scores["psnr"] = float(values.mean())
             scores["psnr_low"], scores["psnr_high"] = bootstrap_interval(values, seed=seed)
         inverse.score = LinearScore(**scores)

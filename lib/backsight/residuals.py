@@ -559,6 +559,7 @@ class MlpResidual(nn.Module):
         return self.head(F.gelu(self.middle(F.gelu(x))))
 
 
+LAYERS = (Block, AttentionLayer, ResidualConvolutions)  # what a training may compute again instead of keeping
 RESIDUALS: dict[str, type[nn.Module]] = {
     "upsampling": UpsamplingResidual,
     "set_upsampling": SetUpsamplingResidual,
@@ -581,11 +582,13 @@ def design_for(
     positioned: bool = False,
     reduction: Grid | None = None,
     width: int | None = None,
+    depth: int | None = None,
 ) -> Design:
     """The residual for these two ends and the stage of the target between them (None for direct decoders).
 
     positioned: whether the destination has a positional code; reduction: pixels a token side, used where it
-    fits the grid; width: channels of the convolutions on the grid, by default three quarters of the source's.
+    fits the grid; width: channels of the convolutions on the grid, by default three quarters of the source's; depth: at
+    most so many layers of attention, by default as many as the stage has.
     Raises BacksightError where there is no module from the one form to the other.
     """
     kind, patch = _kind(source, destination, stage), (1, 1)
@@ -597,12 +600,13 @@ def design_for(
         patch = reduction or (8, 8)
     if width is None:
         width = min(384, max(64 if kind == "set_upsampling" else 32, source.channels * 3 // 4 // 16 * 16))
-    depth, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
+    layers, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
     mixing: Literal["attention", "convolution"] = "convolution" if between in LOCAL_STAGES else "attention"
     if stage is not None and kind in ("blocks", "encoder", "decoder", "queries", "splitting") and mixing == "attention":
-        depth, heads, hidden = max(1, stage.depth), stage.heads or heads, stage.hidden or hidden
+        layers = max(1, min(stage.depth, depth or stage.depth))
+        heads, hidden = stage.heads or heads, stage.hidden or hidden
     heads = _divisor(_attention_width(kind, source, destination, width), heads)
-    return Design(kind, source, destination, depth, heads, hidden, width, patch, positioned, mixing)
+    return Design(kind, source, destination, layers, heads, hidden, width, patch, positioned, mixing)
 
 
 def _attention_width(kind: str, source: Form, destination: Form, width: int) -> int:

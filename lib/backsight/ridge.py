@@ -2,7 +2,9 @@
 
 Moments are accumulated in float64 about the mean of the first batch. Features of deep layers are nearly
 collinear and hold a few huge channels: directions whose spread is below 3e-4 of the largest are lost in a
-float32 Gram matrix, but they are present in the float32 features (tests/test_linear.py shows both).
+float32 Gram matrix, but they are present in the float32 features (tests/test_linear.py shows both). The products of
+blocks of rows may be taken in float32 all the same (`products`), which halves the cost where float64 runs at half
+speed; their rounding errors are independent and average out over blocks, since the blocks are summed in float64.
 Inputs are standardised, so that a ridge strength means the same at every tap.
 """
 
@@ -11,14 +13,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.processes import processes
 
-CHUNK_VALUES = 2**24  # float64 values that an update converts at once
+CHUNK_VALUES = 2**24  # values that an update converts at once
+BLOCK_ROWS = 4096  # rows whose products are summed in float32 before they enter the float64 sums
+PANELS = 2  # column panels of a Gram matrix: only those on and above the diagonal are computed, 3/4 of the work
+PANEL_WIDTH = 256  # a panel is at least as wide; narrower matrix products run below the machine's peak
 
 
 class RidgeAccumulator:
@@ -26,13 +34,15 @@ class RidgeAccumulator:
 
     `update(x, y, …)` adds rows; accumulators of different rows add (`+`); nothing else is kept of the data.
     All outputs share the Gram matrix of the inputs and its one eigendecomposition (`spectrum`).
+    products: the precision of the matrix products of a block of rows; sums are float64 always.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, products: torch.dtype = torch.float64) -> None:
+        self.products = products
         self.count = 0
         self.input_shift = torch.empty(0)
         self.input_sum = torch.empty(0)
-        self.gram = torch.empty(0)
+        self.upper = torch.empty(0)  # of the Gram matrix; below the diagonal there are parts of it only
         self.output_shifts: list[Tensor] = []
         self.output_sums: list[Tensor] = []
         self.output_squares: list[Tensor] = []
@@ -54,43 +64,93 @@ class RidgeAccumulator:
                 f"but got {widths[0]} and {widths[1:]}."
             )
         rows = max(64, CHUNK_VALUES // sum(widths))
+        if self.products != torch.float64:
+            rows = min(rows, BLOCK_ROWS)
+        shifts = [shift.to(self.products) for shift in (self.input_shift, *self.output_shifts)]
         for start in range(0, len(inputs), rows):
-            x = inputs[start : start + rows].to(self.gram, copy=True).sub_(self.input_shift)
+            x = self._centred(inputs[start : start + rows], shifts[0])
             self.input_sum += x.sum(0)
-            self.gram.addmm_(x.T, x)
+            for first, last in _panels(len(shifts[0])):
+                _add_product(self.upper[first:last, first:], x[:, first:last], x[:, first:])
             for index, output in enumerate(outputs):
-                y = output[start : start + rows].to(self.gram, copy=True).sub_(self.output_shifts[index])
+                y = self._centred(output[start : start + rows], shifts[index + 1])
                 self.output_sums[index] += y.sum(0)
-                self.output_squares[index] += torch.linalg.vector_norm(y, dim=0).square_()
-                self.crosses[index].addmm_(x.T, y)
+                self.output_squares[index] += torch.linalg.vector_norm(y, dim=0).double().square_()
+                _add_product(self.crosses[index], x, y)
         self.count += len(inputs)
+
+    def _centred(self, rows: Tensor, shift: Tensor) -> Tensor:
+        if rows.dtype == self.products and rows.device == shift.device:
+            return rows - shift
+        return rows.to(shift, copy=True).sub_(shift)
+
+    @property
+    def gram(self) -> Tensor:
+        """(D, D): sum over rows of (x - shift)(x - shift)ᵀ."""
+        return self.upper.triu() + self.upper.triu(1).T
 
     def _start(self, inputs: Tensor, outputs: Sequence[Tensor]) -> None:
         device = torch.device("cpu") if inputs.device.type == "mps" else inputs.device  # mps has no float64
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.input_shift = inputs.to(**options).mean(0)
         self.input_sum = torch.zeros(inputs.shape[1], **options)
-        self.gram = torch.zeros(inputs.shape[1], inputs.shape[1], **options)
+        self.upper = torch.zeros(inputs.shape[1], inputs.shape[1], **options)
         self.output_shifts = [each.to(**options).mean(0) for each in outputs]
         self.output_sums = [torch.zeros(each.shape[1], **options) for each in outputs]
         self.output_squares = [torch.zeros(each.shape[1], **options) for each in outputs]
         self.crosses = [torch.zeros(inputs.shape[1], each.shape[1], **options) for each in outputs]
 
+    def about(self, input_shift: Tensor, output_shifts: Sequence[Tensor]) -> RidgeAccumulator:
+        """The same moments about other shifts: a copy, to which moments about these can be added entry by entry."""
+        moved = RidgeAccumulator(self.products)
+        moved.count = self.count
+        moved.input_shift, moved.output_shifts = input_shift, list(output_shifts)
+        moved.upper = self.gram_about(input_shift)
+        moved.input_sum = self.input_sum + self.count * (self.input_shift - input_shift)
+        for part, shift in enumerate(output_shifts):
+            moved.output_sums.append(self.output_sums[part] + self.count * (self.output_shifts[part] - shift))
+            moved.output_squares.append(self.square_about(shift, part))
+            moved.crosses.append(self.cross_about(input_shift, shift, part))
+        return moved
+
     def __add__(self, other: RidgeAccumulator) -> RidgeAccumulator:
         """The moments of the rows of both."""
         if self.count == 0 or other.count == 0:
             return self if other.count == 0 else other
-        total = RidgeAccumulator()
-        total.count = self.count + other.count
-        total.input_shift, total.output_shifts = self.input_shift, self.output_shifts
-        total.gram = self.gram + other.gram_about(self.input_shift)
-        total.input_sum = self.input_sum + other.input_sum + other.count * (other.input_shift - self.input_shift)
-        for part, shift in enumerate(self.output_shifts):
-            moved = other.output_shifts[part] - shift
-            total.output_sums.append(self.output_sums[part] + other.output_sums[part] + other.count * moved)
-            total.output_squares.append(self.output_squares[part] + other.square_about(shift, part))
-            total.crosses.append(self.crosses[part] + other.cross_about(self.input_shift, shift, part))
+        total = other.about(self.input_shift, self.output_shifts)
+        total.count += self.count
+        for sums, own in zip(total.sums(), self.sums(), strict=True):
+            sums += own
         return total
+
+    def sums(self) -> list[Tensor]:
+        """All that is summed over rows; of the Gram matrix, the part above the diagonal counts."""
+        return [self.upper, self.input_sum, *self.output_sums, *self.output_squares, *self.crosses]
+
+    def gathered(self) -> RidgeAccumulator:
+        """The moments of the rows of all processes of a distributed run, the same on each; alone: these.
+
+        The moments are moved to the shifts of the first process that has rows, then summed.
+        """
+        state = processes()
+        if state.num_processes == 1:
+            return self
+        shifts = [self.input_shift.cpu(), *(each.cpu() for each in self.output_shifts)] if self.count else []
+        first = next((each for each in gather_object([shifts]) if each), None)
+        if first is None:
+            return self
+        input_shift, *output_shifts = (
+            each.to(state.device if state.device.type == "cuda" else "cpu") for each in first
+        )
+        if self.count:
+            moved = self.about(input_shift, output_shifts)
+        else:
+            moved = RidgeAccumulator(self.products)
+            moved._start(input_shift[None], [each[None] for each in output_shifts])
+        for sums in moved.sums():
+            sums.copy_(reduce(sums, "sum"))
+        moved.count = sum(gather_object([self.count]))
+        return moved
 
     def input_mean(self) -> Tensor:
         """(D,) mean of the inputs."""
@@ -172,6 +232,21 @@ class RidgeAccumulator:
     def total_variance(self, center: Tensor, part: int = 0) -> float:
         """Mean squared distance, a value, of the outputs from `center` (E,): the error of a constant."""
         return float(self.square_about(center, part).sum()) / (self.count * len(center))
+
+
+def _panels(width: int) -> list[tuple[int, int]]:
+    """(first, last) columns of the panels of a symmetric matrix."""
+    panels = max(1, min(PANELS, width // PANEL_WIDTH))
+    bounds = [width * number // panels for number in range(panels + 1)]
+    return list(pairwise(bounds))
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """sums (D, E) float64 += leftᵀ @ right, of (M, D) and (M, E)."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left.T, right)
+    else:
+        sums += left.T @ right
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""Linear inverses of every tap of ViT-B/16 from one stream of images: what they cost beside the plain forward pass.
+
+A minute on two cores; SIZE=full takes more images and counts the memory of more of them. Weights are random, which
+changes no time. The floor is counted, not fitted: FLOPs of the pass, of the Gram and of the cross matrices.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from table import Row, compare, interleaved, write
+from torch import Tensor
+
+from backsight.efficiency import count_flops
+from backsight.linear import ALPHAS, RANK, _accumulated, _passes, _solved, fit_linear, form_of, plan_layout
+from backsight.targets import load_target
+from backsight.targets.base import Target
+from backsight.training import faster_in_bfloat16
+
+FULL = os.environ.get("SIZE") == "full"
+IMAGES = 64 if FULL else 8
+BATCH = 16 if FULL else 8
+REPEATS = 5
+
+
+def matmul_peak(kind: torch.dtype, side: int = 0) -> float:
+    """FLOP/s of a product of square matrices, by default of a size that fills the machine."""
+    side = side or (4096 if torch.cuda.is_available() else 1536)
+    matrix = torch.ones(side, side, dtype=kind, device="cuda" if torch.cuda.is_available() else "cpu")
+    return 2 * side**3 / statistics.median(_seconds(lambda: matrix @ matrix) for _ in range(5))
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def moments(target: Target, images: Tensor, products: str, precision: str) -> object:
+    """The pass alone: every fifth image is held out, as without a validation split."""
+    taps = target.taps[:13]  # the patch embedding and twelve blocks
+    pairs = [(tap, "pixels") for tap in taps]
+
+    def planned(pair, source, destination):  # type: ignore[no-untyped-def]
+        return plan_layout(pair, form_of(source), form_of(destination), target.reduction)
+
+    passes = _passes(target, images, None, taps, BATCH, False, precision)  # type: ignore[arg-type]
+    return _accumulated(passes, pairs, planned, products, 0)  # type: ignore[arg-type]
+
+
+def stream() -> list[Row]:
+    """The pass with all moments against the plain frozen pass over the same images."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target("vit_base_patch16_224", pretrained=False).to(device)
+    images = torch.rand(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+    def plain(precision: str = "float32") -> None:
+        for batch in images.split(BATCH):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                target(batch.to(device))
+
+    cases: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "float32": lambda: moments(target, images, "float32", "float32"),
+        "float64": lambda: moments(target, images, "float64", "float32"),
+    }
+    if faster_in_bfloat16([target.model]):
+        cases["bfloat16"] = lambda: moments(target, images, "float32", "bfloat16")
+    seconds = interleaved(cases, REPEATS)
+    forward = count_flops(lambda: target(images[:1].to(device)))
+    tokens, inputs, outputs = 197, 768, 768
+    gram, cross = 13 * 2 * tokens * inputs**2, 13 * 2 * (tokens - 1) * inputs * outputs
+    floor = 1 + (0.5 * gram + cross) / forward
+    case = f"ViT-B/16, 13 taps, {IMAGES} images of 224 px"
+    rows = [
+        compare(
+            "one_pass", case, f"seconds, all moments ({name}) / plain pass", seconds[name], "s", seconds["plain"], goal
+        )
+        for name, goal in (("float32", "<= 1.25"), ("float64", "<= 1.25"), ("bfloat16", "<= 0.6"))
+        if name in seconds
+    ]
+    if "bfloat16" not in seconds:
+        text = "seconds of a bfloat16 matrix product / float32 (no bfloat16 in hardware: its pass is not run)"
+        fast, slow = (matmul_peak(kind, 512) for kind in (torch.float32, torch.bfloat16))
+        rows.append(compare("one_pass", case, text, 1 / slow, "s a FLOP", 1 / fast, "<= 0.5 to be of use"))
+    rows.append(
+        Row("one_pass", case, "counted floor: FLOPs of pass and moments / pass", floor, "1", 1.0, floor, "a floor")
+    )
+    for kind, name in ((torch.float32, "float32"), (torch.float64, "float64")):
+        peak = matmul_peak(kind)
+        extra = (seconds[name] - seconds["plain"]) / IMAGES
+        done = 0.75 * gram + cross  # two panels: three quarters of the Gram matrix
+        rows.append(
+            compare("one_pass", case, f"FLOP/s of the moments ({name}) / matmul peak", done / extra, "1/s", peak, "1")
+        )
+    peak = matmul_peak(torch.float32)
+    rate = forward * IMAGES / seconds["plain"]
+    rows.append(compare("one_pass", case, "FLOP/s of the plain pass / matmul peak", rate, "1/s", peak, "1"))
+    return [*rows, *solves(target, images, seconds["plain"] / IMAGES)]
+
+
+def solves(target: Target, images: Tensor, forward: float) -> list[Row]:
+    """What comes once, whatever the number of images: 21 ridge strengths of 13 taps, their choice and scores."""
+    kept = moments(target, images[:8], "float32", "float32")
+    together = _seconds(lambda: _solved(kept, ALPHAS, {}, RANK, 0))  # type: ignore[arg-type]
+    case = f"ViT-B/16, 13 taps, {len(ALPHAS)} strengths"
+    return [
+        compare(
+            "one_pass",
+            case,
+            "seconds of all solves / forward pass of one image",
+            together,
+            "s",
+            forward,
+            "the cost of a few images",
+        )
+    ]
+
+
+def memory() -> list[Row]:
+    """Peak resident memory of a fit on four times the images, which are made as they are read."""
+    import resource
+
+    from backsight.data import ImageSource
+
+    class Made(ImageSource):
+        def image(self, index: int) -> Tensor:
+            return torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(index)).to(torch.uint8)
+
+    target = load_target("scenes-vit", pretrained=False)
+    peaks = []
+    for count in (1000, 4000) if FULL else (400, 1600):
+        source = Made("made", "train", (64, 64), [None] * count)  # type: ignore[list-item]
+        fit_linear(target, source, progress=False)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return [compare("one_pass", "scenes-vit, 4 x the images", "peak memory", peaks[1], "B", peaks[0], "1")]
+
+
+if __name__ == "__main__":
+    write("one_pass", [*memory(), *stream()])
