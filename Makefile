@@ -2,7 +2,7 @@
 # make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
 # make test   everything that is checked, with a pytest summary as the last line
 # make lab    the notebooks in JupyterLab        make lint    style and types
-# make bench  results/bench/*.csv                make clean   remove what these commands make
+# make bench  results/bench/*.csv, ten minutes   make clean   remove what these commands make
 #
 # Needs Python 3.11 or 3.12, make and the package registry that pip or uv is set up for.
 
@@ -43,8 +43,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# SIZE=full: real sizes, and the whole timm zoo; hours.
 bench: $(INSTALLED)
-	for benchmark in $(sort $(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$benchmark; done
+	for benchmark in $(sort $(filter-out %/table.py $(if $(filter full,$(SIZE)),,%/zoo.py),$(wildcard benchmarks/[a-z]*.py))); do \
+		SIZE=$(SIZE) $(BIN)/python $$benchmark; done
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf results/{default,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

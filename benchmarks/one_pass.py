@@ -16,7 +16,18 @@ from table import Row, compare, interleaved, write
 from torch import Tensor
 
 from backsight.efficiency import count_flops
-from backsight.linear import ALPHAS, RANK, _accumulated, _passes, _solved, fit_linear, form_of, plan_layout
+from backsight.linear import (
+    ALPHAS,
+    PIXELS,
+    RANK,
+    Request,
+    _accumulated,
+    _passes,
+    _solved,
+    fit_linear,
+    form_of,
+    plan_layout,
+)
 from backsight.targets import load_target
 from backsight.targets.base import Target
 from backsight.training import faster_in_bfloat16
@@ -45,13 +56,13 @@ def _seconds(function: Callable[[], object]) -> float:
 def moments(target: Target, images: Tensor, products: str, precision: str) -> object:
     """The pass alone: every fifth image is held out, as without a validation split."""
     taps = target.taps[:13]  # the patch embedding and twelve blocks
-    pairs = [(tap, "pixels") for tap in taps]
+    requests = [Request(tap, PIXELS) for tap in taps]
 
-    def planned(pair, source, destination):  # type: ignore[no-untyped-def]
-        return plan_layout(pair, form_of(source), form_of(destination), target.reduction)
+    def planned(request, source, destination):  # type: ignore[no-untyped-def]
+        return plan_layout((request.source, PIXELS), form_of(source), form_of(destination), target.reduction)
 
     passes = _passes(target, images, None, taps, BATCH, False, precision)  # type: ignore[arg-type]
-    return _accumulated(passes, pairs, planned, products, 0)  # type: ignore[arg-type]
+    return _accumulated(passes, requests, planned, products, 0)  # type: ignore[arg-type]
 
 
 def stream() -> list[Row]:
@@ -108,7 +119,7 @@ def stream() -> list[Row]:
 def solves(target: Target, images: Tensor, forward: float) -> list[Row]:
     """What comes once, whatever the number of images: 21 ridge strengths of 13 taps, their choice and scores."""
     kept = moments(target, images[:8], "float32", "float32")
-    together = _seconds(lambda: _solved(kept, ALPHAS, {}, RANK, 0))  # type: ignore[arg-type]
+    together = _seconds(lambda: _solved(kept, ALPHAS, RANK, 0))  # type: ignore[arg-type]
     case = f"ViT-B/16, 13 taps, {len(ALPHAS)} strengths"
     return [
         compare(

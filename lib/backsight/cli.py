@@ -48,6 +48,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
     run.set_defaults(command=_run)
 
+    plan = commands.add_parser("plan", help="estimate time, memory and disk of a preset before it is run")
+    plan.add_argument("preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    plan.add_argument("--cores", type=int, metavar="N", help="jobs at once (default: all cores of this machine)")
+    plan.set_defaults(command=_plan)
+
+    fit = commands.add_parser("fit", help="fit inverses without a notebook, also under `accelerate launch`")
+    fit.add_argument("target", metavar="TARGET", help="anything that load_target takes")
+    fit.add_argument("images", metavar="IMAGES", help="scenes, a folder, a COCO or ImageNet root")
+    fit.add_argument("out", metavar="OUT", type=Path, help="where the inverses go; 03_quality takes it as `inverses`")
+    fit.add_argument("--taps", default="blocks", help="blocks, components, fine, or names with commas")
+    fit.add_argument("--families", default="linear,modular", help="names with commas")
+    fit.add_argument("--steps", type=int, default=400, help="of training")
+    fit.add_argument("--batch-size", type=int, default=16, help="images of a step, of all processes together")
+    fit.add_argument("--train-images", type=int, help="at most so many (default: all)")
+    fit.add_argument("--validation-images", type=int, help="at most so many (default: all)")
+    fit.add_argument("--features", default="auto", choices=("auto", "always", "never"), help="record them on disk")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--random-weights", action="store_true", help="of the target, for a control")
+    fit.set_defaults(command=_fit)
+
     targets = commands.add_parser("targets", help="list what can be inverted here and now")
     targets.set_defaults(command=_targets)
 
@@ -78,6 +98,42 @@ def _run(options: argparse.Namespace) -> int:
     except NotebookError as error:
         print(f"backsight: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from backsight.plan import plan_preset
+
+    print(plan_preset(options.preset, options.cores))
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from backsight.families import fit_and_save
+    from backsight.processes import is_first
+    from backsight.runner import check_families, check_images, check_writable
+    from backsight.runs import shown
+    from backsight.targets import load_target
+
+    families = [family.strip() for family in options.families.split(",")]
+    check_families(families)
+    check_images(options.images)
+    check_writable(options.out)
+    target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)
+    files = fit_and_save(
+        target,
+        options.images,
+        families,
+        options.out,
+        train_images=options.train_images,
+        validation_images=options.validation_images,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        features=options.features,
+        seed=options.seed,
+    )
+    if is_first():
+        print(f"{len(files)} inverses in {shown(options.out)}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -11,14 +11,17 @@ from backsight.errors import BacksightError
 from backsight.fit import fit_direct, fit_modular, fit_polish
 from backsight.inverses import Chain, Inverse, InverseHeader, header_for, load_inverse, read_header, save_inverse
 from backsight.linear import LinearInverse, fit_linear
+from backsight.processes import first_process_first, is_first, wait_for_all
 from backsight.representation import Representation
 from backsight.runs import project_root
 from backsight.shipped import inverse_files
+from backsight.store import features_or_images
 from backsight.targets import PIXELS, Target, load_target
 from backsight.targets.base import nearest
 
 Reconstruct = Callable[[Representation], Tensor]
 FAMILIES = ("linear", "direct", "modular", "modular_polished")
+Features = Literal["auto", "always", "never"]
 
 
 def fit_family(
@@ -33,15 +36,21 @@ def fit_family(
     chain_fraction: float = 0.25,
     modules: Mapping[str, Inverse] | None = None,
     checkpoint: Path | None = None,
+    features: Features = "never",
     progress: bool = True,
 ) -> dict[str, Any]:
     """The inverses of one family at every tap of the target: {tap: inverse}; see `fit_linear`, `fit_direct`, ….
 
     modules: of a modular family that is there already, which "modular_polished" starts from (else it is trained
-    first). checkpoint: a folder to resume an interrupted training from. Raises BacksightError on an unknown family.
+    first). checkpoint: a folder to resume an interrupted training from. features: whether what the frozen target makes
+    of the training images is recorded on disk and read from there, "auto" where every image is shown twice or more;
+    where the disk is too small, it is computed at every step after all. Raises BacksightError on an unknown family.
     """
     if family not in FAMILIES:
         raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, FAMILIES)}.")
+    often = family != "linear" and steps * batch_size >= 2 * len(images)
+    if features == "always" or (features == "auto" and often):
+        images = features_or_images(target, images, target.taps, progress=progress)
     common: dict[str, Any] = {"validation": validation, "seed": seed, "progress": progress}
     if family == "linear":
         return fit_linear(target, images, target.taps, **common)
@@ -55,6 +64,37 @@ def fit_family(
         first = common | {"checkpoint": None if checkpoint is None else checkpoint / "modular.safetensors"}
         modules = fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **first)
     return fit_polish(target, images, modules, **common)
+
+
+def fit_and_save(
+    target: Target,
+    source: str,
+    families: Sequence[str],
+    out: Path,
+    *,
+    train_images: int | None = None,
+    validation_images: int | None = None,
+    seed: int = 0,
+    **training: Any,
+) -> list[Path]:
+    """Fit families on a source's training split, and write them to `out`, resuming what was interrupted.
+
+    source: as `open_images` takes it; training: the other arguments of `fit_family`. Under `accelerate launch` all
+    processes fit, each on its share of the images, and the first one opens what has to be made or recorded, and writes.
+    Returns the files. Raises BacksightError as `open_images` and `fit_family` do.
+    """
+    with first_process_first():
+        train = open_images(source, "train", target.image_size, train_images, seed)
+        validation = open_images(source, "validation", target.image_size, validation_images, seed)
+    fitted: dict[str, dict[str, Any]] = {}
+    files: list[Path] = []
+    for family in families:
+        settings = {**training, "modules": fitted.get("modular"), "checkpoint": out / "checkpoints", "seed": seed}
+        fitted[family] = fit_family(family, target, train, validation, **settings)
+        if is_first():
+            files += save_family(target, family, fitted[family], out, train, seed)
+    wait_for_all()
+    return files
 
 
 def fit_or_load(

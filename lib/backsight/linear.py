@@ -81,7 +81,7 @@ RANK = 128  # of the maps that read a whole set of queries
 MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they are drawn anew for every batch
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 SAMPLE_BYTES = 256 * 2**20  # validation images kept for intervals, over all taps
-WIDE = 512  # inputs of a row from which "auto" takes its products in float32: below, float64 costs next to nothing
+WIDE = 512  # inputs of a row from which the moments' products weigh on a GPU
 Products = Literal["auto", "float64", "float32"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -314,17 +314,12 @@ class _Group:
 
     members: list[tuple[Request, Layout, str]]
     projection: Tensor | None
-    products: InitVar[Products] = "auto"
+    products: InitVar[torch.dtype] = torch.float64
     training: RidgeAccumulator = field(init=False)
     validation: RidgeAccumulator = field(init=False)
 
-    def __post_init__(self, products: Products) -> None:
-        _, layout, block = self.members[0]
-        if products == "auto":
-            wide = layout.rows == "patches" and layout.inputs(block) >= WIDE
-            products = "float32" if wide else "float64"
-        precision = {"float32": torch.float32, "float64": torch.float64}[products]
-        self.training, self.validation = RidgeAccumulator(precision), RidgeAccumulator(precision)
+    def __post_init__(self, products: torch.dtype) -> None:
+        self.training, self.validation = RidgeAccumulator(products), RidgeAccumulator(products)
 
     def update(
         self,
@@ -469,9 +464,9 @@ def fit_linear_pairs(
     maximum_outputs: see `plan_layout`; context: side of the square of tokens that the map of one token reads, 1 (what
     that token alone says, the `linear` family) or an odd number above (a convolution in closed form); floors: the least
     strength for some pairs, for maps that will read an input with errors in it; products: precision of the moments'
-    matrix products (their sums are float64 always), "auto": float32 for rows of WIDE values and more, which moves R² by
-    less than 1e-6 where the inputs have full rank; precision: of the frozen forward pass. Under `accelerate launch`
-    every process reads its share of the images, and all return the same maps.
+    matrix products (their sums are float64 always), "auto": float64, but float32 for rows of WIDE values and more on a
+    GPU, where float64 is slow; it moves R² by less than 1e-6 where the inputs have full rank; precision: of the frozen
+    forward pass. Under `accelerate launch` every process reads its share of the images, and all return the same maps.
 
     Returns {(source, destination): LinearInverse}, each scored on the validation images. Raises
     BacksightError on an unknown tap, on ends between which no map is defined, and on too few images.
@@ -697,10 +692,14 @@ def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device, pr
             if key not in groups:
                 groups[key] = []
             groups[key].append((request, layout, block))
-    return [
-        _Group(members, _projection(members[0][1], seed, device) if members[0][2] == "set" else None, products)
-        for members in groups.values()
-    ]
+    made = []
+    for members in groups.values():
+        _, layout, block = members[0]
+        projection = _projection(layout, seed, device) if block == "set" else None
+        wide = layout.rows == "patches" and layout.inputs(block) >= WIDE
+        fast = products == "float32" or (products == "auto" and wide and device.type == "cuda")
+        made.append(_Group(members, projection, torch.float32 if fast else torch.float64))
+    return made
 
 
 def _projection(layout: Layout, seed: int, device: torch.device) -> Tensor | None:

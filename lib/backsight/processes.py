@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,3 +81,10 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     processes().wait_for_everyone()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process goes through the block alone, then the others: what it makes on disk, they find."""
+    with processes().main_process_first():
+        yield

@@ -143,6 +143,9 @@ def _relocated(name: str, value: Any) -> Any:
     return shown(path.absolute()) if path.exists() else value
 
 
+FEATURES = ("auto", "always", "never")  # families.Features, whose module takes seconds to import
+
+
 def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse values that no notebook can work with: BacksightError, before weights or images are read.
 
@@ -154,6 +157,8 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             raise BacksightError(f"{name} must be at least {least}, not {value}.")
     if isinstance(families := values.get("families"), list):
         check_families(families)
+    if (features := values.get("features", "auto")) not in FEATURES:
+        raise BacksightError(f"features is {features!r}; it is one of {', '.join(FEATURES)}.")
     if "seeds" in values:
         check_seeds(values["seeds"])
     for name in ("images", "trained_on"):
@@ -205,7 +210,9 @@ def check_images(source: str, name: str = "images") -> None:
     except OSError as error:
         raise BacksightError(f"{name}: the folder {source} cannot be read: {error.strerror}.") from error
     if not any(
-        file.lower().endswith((*IMAGE_SUFFIXES, ".tar")) for _, _, files in os.walk(folder, followlinks=True) for file in files
+        file.lower().endswith((*IMAGE_SUFFIXES, ".tar"))
+        for _, _, files in os.walk(folder, followlinks=True)
+        for file in files
     ):
         raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
 

@@ -166,6 +166,8 @@ def train(
     state, best = _State(), dict[str, dict[str, Tensor]]()
     path = None if checkpoint is None else Path(checkpoint)
     with seeded(seed, machine.device):
+        if path is not None and is_first():
+            _remove_unfinished(path)
         if path is not None and path.exists():
             state, best = _load_checkpoint(path, modules, optimizers, identity)
         started = time.perf_counter() - state.seconds
@@ -329,6 +331,12 @@ def _save_checkpoint(
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     metadata = {"state": asdict(state), "best": list(best), "identity": identity}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def _remove_unfinished(path: Path) -> None:
+    """What a kill in the middle of writing the checkpoint has left: our temporary file, or safetensors' own."""
+    for stray in (*path.parent.glob(f".{path.name}.*.partial"), *path.parent.glob(".tmp??????")):
+        stray.unlink(missing_ok=True)
 
 
 def _load_checkpoint(
