@@ -29,7 +29,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, SourceError
 from backsight.photographs import PHOTOGRAPHS, photograph_path
 from backsight.runs import available_cores
 
@@ -62,10 +62,6 @@ _INTERPOLATIONS = {
 }
 _FITS = ("crop", "pad", "stretch")
 Fit = Literal["crop", "pad", "stretch"]
-
-
-class SourceError(BacksightError):
-    """A source, split or option that gives no images; the sentence says what to do."""
 
 
 class ImageError(BacksightError):

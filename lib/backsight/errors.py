@@ -3,3 +3,7 @@
 
 class BacksightError(Exception):
     """One sentence that says what is wrong, where, and what to do."""
+
+
+class SourceError(BacksightError):
+    """A source of images, a split or an option that gives none; the sentence says what to do."""

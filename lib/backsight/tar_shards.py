@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from backsight.data import SourceError
+from backsight.errors import SourceError
 from backsight.progress import progress_bar
 
 VERSION = 1  # part of the cache key: raise it whenever an index is made in another way
