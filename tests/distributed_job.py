@@ -70,7 +70,7 @@ def target(found: dict[str, torch.Tensor]) -> None:
             found[f"{name}/{tap}/weight"] = inverse.weight.clone()
             score = inverse.score
             found[f"{name}/{tap}/score"] = torch.tensor([score.r2, score.r2_low, score.psnr, score.images])
-    modules = fit_modular(frozen, images, validation=held_out, steps=3, batch_size=4, progress=False)
+    modules = fit_modular(frozen, images, steps=3, batch_size=4, progress=False)
     for tap, module in modules.items():
         for key, tensor in module.residual.state_dict().items():
             found[f"modular/{tap}/{key}"] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from backsight.cli import main
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.families import fit_family, load_families
-from backsight.fit import fit_direct, fit_modular
+from backsight.fit import Batch, fit_direct, fit_modular
 from backsight.linear import Request, fit_linear_pairs, fit_linear_requests
 from backsight.processes import share
 from backsight.residuals import LAYERS
 from backsight.ridge import RidgeAccumulator
 from backsight.store import FeatureStore, record_features
 from backsight.targets.base import Target
-from backsight.training import faster_in_bfloat16, recomputing
+from backsight.training import _add_gradients, faster_in_bfloat16, recomputing
 
 QUICK = {"steps": 3, "batch_size": 4, "ridge_images": 16, "validation_images": 8, "progress": False}
 
@@ -98,11 +99,26 @@ def test_features_are_recorded_where_every_image_is_shown_twice(
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(vit: Target, images: Tensor) -> None:
-    """chain_fraction draws by batch, so that it is off here; the layers have no statistics of the batch."""
-    settings = {**QUICK, "chain_fraction": 0.0}
-    whole, parts = (fit_modular(vit, images, parts=number, **settings) for number in (1, 2))
-    _close(_weights(whole), _weights(parts), 1e-3)
-    assert any((tensor != 0).any() for key, tensor in _weights(parts).items() if key.endswith("head.weight"))
+    recorded = vit.record(images[:6].float() / 255)
+    whole = Batch(images[:6], recorded)
+    weight = torch.ones(recorded[vit.taps[0]].channels, requires_grad=True)
+
+    def losses(batch: Batch, step: int) -> dict[str, Tensor]:
+        assert len(batch.images) == len(batch)
+        return {tap: (batch.recorded[tap].values * weight).square().mean() for tap in vit.taps}
+
+    found = []
+    for number in (1, 2, 3):
+        weight.grad = None
+        values = _add_gradients(losses, whole.parts(number), 0, nullcontext)
+        found.append((values, weight.grad))
+    for values, gradient in found[1:]:
+        assert values == pytest.approx(found[0][0], rel=1e-5)
+        assert torch.allclose(gradient, found[0][1], rtol=1e-4)
+    assert (
+        _weights(fit_modular(vit, images, parts=2, **QUICK)).keys()
+        == _weights(fit_modular(vit, images, **QUICK)).keys()
+    )
 
 
 def test_layers_computed_again_give_the_same_inverses(vit: Target, images: Tensor) -> None:
@@ -186,7 +202,7 @@ def test_products_in_float32_and_in_panels_give_the_moments(width: int) -> None:
         for start in range(0, 900, 350):
             accumulator.update(inputs[start : start + 350], outputs[start : start + 350])
         found = accumulator.gram_about(accumulator.input_mean())
-        assert torch.equal(found, found.T)
+        assert torch.equal(accumulator.gram, accumulator.gram.T)
         assert (found - exact.T @ exact).abs().max() <= tolerance * 900
 
 

@@ -32,7 +32,7 @@ from backsight.representation import Queries, Representation, Tokens, concatenat
 from backsight.residuals import LAYERS, design_for
 from backsight.store import FeatureStore
 from backsight.targets.base import Target
-from backsight.training import Precision, accelerator, seeded, train
+from backsight.training import Precision, seeded, train, training_device
 
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 RECORDING_BATCH = 64
@@ -304,7 +304,7 @@ class _Preparation:
                     f"The images {each.name!r} are padded, and inverses are trained on whole images: open them "
                     "with fit='crop' or fit='stretch'."
                 )
-        self.device = accelerator().device
+        self.device = training_device()
         self.target, self.images, self.seed = target.to(self.device), images, seed
         self.sample = _sample(images, max(ridge_images, MOMENT_IMAGES), seed)
         self.validation = None if validation is None else _sample(validation, validation_images, seed)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,13 +27,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from backsight.errors import BacksightError
 from backsight.optimizers import Optimizers
-from backsight.processes import average, is_first, on_cpus, wait_for_all
+from backsight.processes import average, is_first, processes, wait_for_all
 from backsight.progress import progress_bar
 
 HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
 LOGGED_POINTS = 200  # rows of each module in the history, however long the training
 WIDE = 512  # rows and columns of a matrix from which bfloat16 pays on a CPU that has it
 Precision = Literal["auto", "float32", "bfloat16"]
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -50,10 +50,9 @@ class _State:
     history: list[tuple[int, str, str, float, float]] = field(default_factory=list)
 
 
-def accelerator(precision: Precision = "auto", modules: Iterable[nn.Module] = ()) -> Accelerator:
-    """The device and precision of a training of these modules; "auto": bfloat16 where that is faster."""
-    mixed = faster_in_bfloat16(modules) if precision == "auto" else precision == "bfloat16"
-    return Accelerator(mixed_precision="bf16" if mixed else "no", cpu=on_cpus())
+def training_device() -> torch.device:
+    """This process's device, as accelerate finds it."""
+    return processes().device
 
 
 def faster_in_bfloat16(modules: Iterable[nn.Module] = ()) -> bool:
@@ -140,9 +139,11 @@ def train(
     """
     if steps < 0:
         raise BacksightError(f"A training needs a number of steps of at least 0, not {steps}.")
-    machine = accelerator(precision, modules.values())
+    device = training_device()
+    mixed = faster_in_bfloat16(modules.values()) if precision == "auto" else precision == "bfloat16"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=mixed)
     for module in modules.values():
-        module.to(machine.device)
+        module.to(device)
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
     trained = {name: parameters for name, parameters in trained.items() if parameters}
     if not trained or steps == 0:
@@ -165,17 +166,15 @@ def train(
     log_every = max(1, steps // LOGGED_POINTS)
     state, best = _State(), dict[str, dict[str, Tensor]]()
     path = None if checkpoint is None else Path(checkpoint)
-    with seeded(seed, machine.device):
+    with seeded(seed, device):
         if path is not None and is_first():
             _remove_unfinished(path)
         if path is not None and path.exists():
             state, best = _load_checkpoint(path, modules, optimizers, identity)
         started = time.perf_counter() - state.seconds
         if validate is not None and state.step == 0:
-            _validate(state, best, modules, validate, machine, started)
-        bar = progress_bar(
-            total=steps, initial=state.step, desc=title, unit="step", show=progress and machine.is_main_process
-        )
+            _validate(state, best, modules, validate, autocast, started)
+        bar = progress_bar(total=steps, initial=state.step, desc=title, unit="step", show=progress and is_first())
         try:
             while state.step < steps:
                 _set_training(modules, True)
@@ -183,7 +182,7 @@ def train(
                 for parameter in (each for parameters in trained.values() for each in parameters):
                     parameter.grad = None
                 with recomputing(modules, recompute):
-                    numbers = _add_gradients(losses, parts(batch), state.step, machine)
+                    numbers = _add_gradients(losses, parts(batch), state.step, autocast)
                 for name, number in numbers.items():
                     _finite(number, "loss", name, state.step, describe_batch(batch))
                 average(p.grad for parameters in trained.values() for p in parameters if p.grad is not None)
@@ -202,7 +201,7 @@ def train(
                     _log(state, "train", means, started)
                     state.sums, state.summed = {}, 0
                 if validate is not None and (state.step % validate_every == 0 or state.step == steps):
-                    _validate(state, best, modules, validate, machine, started)
+                    _validate(state, best, modules, validate, autocast, started)
                     if patience is not None and min(state.stale.values()) >= patience:
                         break
                 if path is not None and state.step % checkpoint_every == 0 and state.step < steps:
@@ -221,18 +220,18 @@ def train(
 
 
 def _add_gradients(
-    losses: Callable[[Any, int], Mapping[str, Tensor]], parts: Sequence[Any], step: int, machine: Accelerator
+    losses: Callable[[Any, int], Mapping[str, Tensor]], parts: Sequence[Any], step: int, autocast: Autocast
 ) -> dict[str, float]:
     """Backward through every part; the losses of the batch, means over its parts and over all processes."""
     names: list[str] = []
     total = torch.empty(0)
     for part in parts:
-        with machine.autocast():
+        with autocast():
             values = losses(part, step)
         stacked = torch.stack(list(values.values()))
         names, total = list(values), stacked.detach() + (total if len(total) else 0.0)
         if torch.isfinite(stacked).all():  # else the caller says so, before any weight has changed
-            machine.backward(stacked.sum() / len(parts))
+            (stacked.sum() / len(parts)).backward()
     total = total / len(parts)
     average([total])
     return dict(zip(names, total.tolist(), strict=True))
@@ -292,12 +291,12 @@ def _validate(
     best: dict[str, dict[str, Tensor]],
     modules: Mapping[str, nn.Module],
     validate: Callable[[], Mapping[str, float]],
-    machine: Accelerator,
+    autocast: Autocast,
     started: float,
 ) -> None:
     """Keep the weights of every module (of all, for a joint loss) whose validation loss is a new best."""
     _set_training(modules, False)
-    with torch.no_grad(), machine.autocast():
+    with torch.no_grad(), autocast():
         found = dict(validate())
     values = torch.tensor(list(found.values()), dtype=torch.float64)
     average([values])
