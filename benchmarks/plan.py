@@ -1,6 +1,6 @@
-"""What `backsight plan` predicts for three trainings, against what `backsight run` then takes for them.
+"""What `backsight plan` predicts for a training, against what `backsight run` then takes for it.
 
-About two minutes on two cores; both compute on one thread. SIZE=full: more images and steps.
+About two minutes on two cores; both compute on one thread. SIZE=full: three families, more images and steps.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from table import Row, compare, write
 from backsight.plan import plan_preset
 from backsight.runs import project_root
 
-TARGET, FAMILIES = "scenes-vit", ("linear", "direct", "modular")
-IMAGES, STEPS = (3000, 100) if os.environ.get("SIZE") == "full" else (600, 6)
+TARGET, FULL = "scenes-vit", os.environ.get("SIZE") == "full"
+FAMILIES = ("linear", "direct", "modular") if FULL else ("modular",)
+IMAGES, STEPS = (3000, 100) if FULL else (600, 20)
 
 
 def seconds_of_run(preset: Path, family: str, folder: Path) -> float:

@@ -115,10 +115,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(vit: Target, images: Ten
     for values, gradient in found[1:]:
         assert values == pytest.approx(found[0][0], rel=1e-5)
         assert torch.allclose(gradient, found[0][1], rtol=1e-4)
-    assert (
-        _weights(fit_modular(vit, images, parts=2, **QUICK)).keys()
-        == _weights(fit_modular(vit, images, **QUICK)).keys()
-    )
+    moved = _weights(fit_modular(vit, images, parts=2, **QUICK))
+    assert all((moved[key] != 0).any() for key in moved if key.endswith("head.weight"))
 
 
 def test_layers_computed_again_give_the_same_inverses(vit: Target, images: Tensor) -> None:
