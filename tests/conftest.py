@@ -16,6 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NotebookWriter = Callable[..., Path]
+LONGEST = (
+    "test_notebooks.py",
+    "test_snakefile.py",
+    "test_hierarchical_inverses.py",
+    "test_timm_zoo.py",
+    "test_processes.py",
+)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +71,11 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out of nbval the notebooks that ask for it: test_notebooks re-executes them at smoke size."""
+    """The longest files first, so that no worker has one left at the end.
+
+    nbval leaves out the notebooks that ask for it: test_notebooks re-executes them at smoke size.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     left_out = [item for item in items if item.path.suffix == ".ipynb" and validated_at_smoke_size(item.path)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

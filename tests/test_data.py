@@ -812,3 +812,9 @@ def test_automatic_workers_fit_the_machine_and_the_batches(numbered, monkeypatch
 def test_a_number_of_workers_that_is_none_is_refused(numbered, workers):
     with pytest.raises(SourceError, match="workers is"):
         batches(numbered, 2, workers=workers)
+
+
+def test_a_stream_that_starts_behind_its_end_is_empty(tmp_path: Path) -> None:
+    assert list(batches(torch.zeros(4, 3, 2, 2), 2, steps=3, start=5)) == []
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    assert list(batches(open_images(tmp_path, "all", 8), 1, steps=2, start=3)) == []

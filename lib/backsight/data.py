@@ -883,14 +883,14 @@ def _batches(
     indices = index_batches(len(images), batch_size, shuffle_seed, endless=steps is not None, start=start)
     if isinstance(images, Tensor):
         for number, chosen in enumerate(indices, start):
-            if number == steps:
+            if steps is not None and number >= steps:
                 return
             yield _unit(images[torch.from_numpy(chosen)])
         return
     reader = _Reader(images)
     fetched = _read_ahead(reader, indices, workers) if workers else (reader[chosen] for chosen in indices)
     number, failed = start, 0
-    while number != steps:
+    while steps is None or number < steps:
         stack, failures = next(fetched, (None, None))
         if failures is None:
             break

@@ -379,11 +379,14 @@ def modular_against_direct(rows: pd.DataFrame, width: float = COLUMN_WIDTH, pane
 Say = Callable[[str], object]
 
 
-def study_figures(study: Study, scheme: bool = True, seed: int = 0, say: Say = print) -> list[StudyFigure]:
+def study_figures(
+    study: Study, scheme: bool = True, seed: int = 0, say: Say = print, only: Sequence[str] = ()
+) -> list[StudyFigure]:
     """Every figure that the runs of a study allow, in the order of the story.
 
-    scheme: draw the method as well, with a shipped target; seed: which test scene it shows. What cannot be drawn is
-    told through `say`, in a sentence that names the run which would make it.
+    scheme: draw the method as well, with a shipped target; seed: which test scene it shows; only: notebooks, such as
+    "05_colour", to whose figures it is limited. What cannot be drawn is told through `say`, in a sentence that names
+    the run which would make it. Raises BacksightError where `only` names a notebook without figures.
     """
     makers: list[tuple[str, str, Callable[[Study, Say], Iterator[StudyFigure]]]] = [
         ("reconstructions and quality", QUALITY, _quality_figures),
@@ -392,8 +395,13 @@ def study_figures(study: Study, scheme: bool = True, seed: int = 0, say: Say = p
         ("efficiency", EFFICIENCY, _efficiency_figures),
         ("trade-off", TRADEOFF, _tradeoff_figures),
     ]
+    with_figures = [notebook for _, notebook, _ in makers]
+    if unknown := [notebook for notebook in only if notebook not in with_figures]:
+        raise BacksightError(f"There are no figures of {unknown[0]!r}; there are some of {', '.join(with_figures)}.")
     drawn = list(_scheme(seed, say)) if scheme else []
     for title, notebook, maker in makers:
+        if only and notebook not in only:
+            continue
         if study.runs(notebook):
             drawn += maker(study, say)
         else:

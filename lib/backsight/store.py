@@ -544,19 +544,22 @@ class _Recorder:
         return StoreEstimate(len(self.images), size, free, allowed if limit is None else min(limit, allowed), place)
 
     def found(self, place: Path, progress: bool) -> FeatureStore:
-        """The store that is there already. The code of a user's own model is in no key: its first image is compared."""
+        """The store that is there already.
+
+        Its first image is passed once more and compared: what is in no key (a user's own code, a changed setting of a
+        checkpoint with the same weights) is seen there.
+        """
         store = FeatureStore(place)
-        if self.target.kind == "module":
-            index = min(set(range(len(store))) - set(store._failures))
-            _, kept = store.read([index])
-            for tap, representation in self.first.items():
-                values = representation.values.float().cpu()
-                same = _Form.of(representation) == store._forms[tap]
-                if not same or (kept[tap].values - values).norm() > 0.01 * values.norm():
-                    raise BacksightError(
-                        f"{self.target.name} gives other features at {tap} now than when {shown(place)} was recorded, "
-                        "with the same weights: its code has changed; delete this folder."
-                    )
+        index = min(set(range(len(store))) - set(store._failures))
+        _, kept = store.read([index])
+        for tap, representation in self.first.items():
+            values = representation.values.float().cpu()
+            same = _Form.of(representation) == store._forms[tap]
+            if not same or (kept[tap].values - values).norm() > 0.01 * values.norm():
+                raise BacksightError(
+                    f"{self.target.name} gives other features at {tap} now than when {shown(place)} was recorded, "
+                    "with the same weights: its code or its settings have changed; delete this folder."
+                )
         _say(f"features of {len(store)} images: reused from {shown(place)}", progress)
         return store
 
