@@ -16,8 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NotebookWriter = Callable[..., Path]
+# What takes longest, in this order; a worker that starts one of these last would keep the others waiting.
 LONGEST = (
-    "test_notebooks.py",
+    "test_runs_at_smoke_size[07_figures]",
+    "test_runs_at_smoke_size",
+    "test_graph_faults.py",
     "test_snakefile.py",
     "test_hierarchical_inverses.py",
     "test_timm_zoo.py",
@@ -70,12 +73,16 @@ def pytest_runtest_setup() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker has one left at the end.
+    """The longest first; a file is one worker's, so that its fixtures are made once, but each notebook's run is free.
 
     nbval leaves out the notebooks that ask for it: test_notebooks re-executes them at smoke size.
     """
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+    for item in items:
+        free = item.name.startswith("test_runs_at_smoke_size")
+        item.add_marker(pytest.mark.xdist_group(item.name if free else item.path.name))
     left_out = [item for item in items if item.path.suffix == ".ipynb" and validated_at_smoke_size(item.path)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
