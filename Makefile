@@ -28,12 +28,12 @@ run: $(INSTALLED)
 study:
 	$(MAKE) run PRESET=study
 
-# One process for each file (and for each notebook's run) at a time; a test process or a kernel computes with one thread.
+# One process for each file at a time; a test process or a kernel computes with one thread.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 BACKSIGHT_RESULTS=$(CURDIR)/results/test \
 	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),--nbval $(NOTEBOOKS) --nbval-kernel-name python3 \
 		--nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 180) \
-		-n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 15 $(PYTEST_OPTIONS)
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_OPTIONS)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks

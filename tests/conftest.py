@@ -16,10 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NotebookWriter = Callable[..., Path]
-# What takes longest, in this order; a worker that starts one of these last would keep the others waiting.
+# What takes longest, in this order; a test process that starts one of these last would keep the other waiting.
 LONGEST = (
-    "test_runs_at_smoke_size[07_figures]",
-    "test_runs_at_smoke_size",
+    "test_last_notebooks_run.py",
+    "test_first_notebooks_run.py",
     "test_graph_faults.py",
     "test_snakefile.py",
     "test_hierarchical_inverses.py",
@@ -73,16 +73,12 @@ def pytest_runtest_setup() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first; a file is one worker's, so that its fixtures are made once, but each notebook's run is free.
+    """The longest files first.
 
-    nbval leaves out the notebooks that ask for it: test_notebooks re-executes them at smoke size.
+    nbval leaves out the notebooks that ask for it: notebook_runs re-executes them at smoke size.
     """
-    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
-    for item in items:
-        free = item.name.startswith("test_runs_at_smoke_size")
-        item.add_marker(pytest.mark.xdist_group(item.name if free else item.path.name))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     left_out = [item for item in items if item.path.suffix == ".ipynb" and validated_at_smoke_size(item.path)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

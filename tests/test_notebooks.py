@@ -1,18 +1,16 @@
-"""The committed notebooks: executed, clean, and running from top to bottom at smoke size within the presets."""
+"""The committed notebooks: executed, clean, and with parameters that the presets fit; notebook_runs.py runs them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import committed_notebooks, validated_at_smoke_size
+from conftest import committed_notebooks
 
 from backsight.errors import BacksightError
 from backsight.parameters import read_notebook, read_preset
-from backsight.runner import plan_run, run_plan
-from backsight.runs import project_root, read_json
+from backsight.runner import plan_run
+from backsight.runs import project_root
 
 NOTEBOOKS = committed_notebooks()
 PRESETS = sorted(path.stem for path in (project_root() / "notebooks" / "presets").glob("*.yaml"))
@@ -69,30 +67,3 @@ def test_fits_the_presets(path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_notebooks_that_exist(preset: str) -> None:
     assert set(read_preset(preset)) - {"common", "graph"} <= {path.stem for path in NOTEBOOKS}
-
-
-@each_notebook
-def test_runs_at_smoke_size(path: Path, tmp_path: Path) -> None:
-    run_plan(plan_run(path, "smoke", out=tmp_path / path.stem))
-    record = read_json(tmp_path / path.stem / "run.json")
-    assert record is not None
-    assert record["status"] == "complete"
-    if validated_at_smoke_size(path):
-        # Too long to be run again as committed: its smoke run has to come out the same twice.
-        nbval = ["--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "--nbval-cell-timeout", "300", "-q"]
-        executed = tmp_path / path.stem / path.name
-        _allow_as_committed(executed)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *nbval, "-p", "no:cacheprovider", "-p", "no:xdist", str(executed)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
-
-
-def _allow_as_committed(executed: Path) -> None:
-    """Take the mark off an executed copy, which would leave it out of nbval."""
-    content = json.loads(executed.read_text(encoding="utf-8"))
-    content["metadata"].pop("backsight", None)
-    executed.write_text(json.dumps(content), encoding="utf-8")
