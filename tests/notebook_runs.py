@@ -1,4 +1,4 @@
-"""Runs a notebook from top to bottom at smoke size. Two files of tests share the notebooks, so that two processes can."""
+"""A notebook from top to bottom at smoke size. Two files of tests share the notebooks, so that two processes can."""
 
 import json
 import subprocess

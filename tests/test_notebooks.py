@@ -1,6 +1,5 @@
 """The committed notebooks: executed, clean, and with parameters that the presets fit; notebook_runs.py runs them."""
 
-import json
 from pathlib import Path
 
 import nbformat
