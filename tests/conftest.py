@@ -25,6 +25,11 @@ LONGEST = (
     "test_hierarchical_inverses.py",
     "test_timm_zoo.py",
     "test_processes.py",
+    "test_store.py",
+    "test_training_faults.py",
+    "test_engine.py",
+    "test_plan.py",
+    "test_profiles.py",
 )
 
 
