@@ -31,7 +31,7 @@ from backsight.targets.base import Target
 DEPTHS = (2, 4, 8, 12, 24)
 FULL = os.environ.get("SIZE") == "full"
 WIDTH = 384 if FULL else 96
-BATCH = 16
+BATCH = 8
 GOALS = {"chains": "2 in the long run", "direct": "1", "modular": "1", "linear": "0 passes more"}
 
 

@@ -20,7 +20,7 @@ from backsight.runs import project_root
 
 TARGET, FULL = "scenes-vit", os.environ.get("SIZE") == "full"
 FAMILIES = ("linear", "direct", "modular") if FULL else ("modular",)
-IMAGES, STEPS = (3000, 100) if FULL else (600, 20)
+IMAGES, STEPS = (3000, 100) if FULL else (600, 6)
 
 
 def seconds_of_run(preset: Path, family: str, folder: Path) -> float:
