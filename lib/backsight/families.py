@@ -77,7 +77,7 @@ def fit_and_save(
     seed: int = 0,
     **training: Any,
 ) -> list[Path]:
-    """Fit families on a source's training split, and write them to `out`, resuming what was interrupted.
+    """Fit families on a source's training split, and write them to `out`; an interrupted training resumes.
 
     source: as `open_images` takes it; training: the other arguments of `fit_family`. Under `accelerate launch` all
     processes fit, each on its share of the images, and the first one opens what has to be made or recorded, and writes.

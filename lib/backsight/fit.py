@@ -50,7 +50,7 @@ class Training:
     of its steps without a better validation loss; checkpoint: a file to resume from, written every `checkpoint_every`
     steps, see `training.train`; workers: processes that read images ahead, "auto" by the machine; parts: equal parts of
     a batch that go through the modules one after the other; recompute: the activations of layers are computed again on
-    the way back instead of kept (a third more time, a fraction of the memory); precision: "auto" is bfloat16 where the
+    the way back instead of kept (one more forward pass, less memory); precision: "auto" is bfloat16 where the
     machine is faster with it; progress: whether to show a bar.
     """
 
@@ -430,6 +430,7 @@ def _trained(
             "data": header.data,
             "batch_size": settings.batch_size,
             "parts": settings.parts,
+            "precision": settings.precision,
             **identity,
         },
         parts=lambda batch: batch.parts(settings.parts),
