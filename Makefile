@@ -1,8 +1,9 @@
 # make run    build the environment, then results/$(PRESET): every layer of both targets, the studies, and the page
 # make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
 # make test   everything that is checked, with a pytest summary as the last line
-# make lab    the notebooks in JupyterLab        make lint    style and types
-# make bench  results/bench/*.csv, ten minutes   make clean   remove what these commands make
+# make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
+# make bench  results/bench/*.csv, a quarter of an hour
+# make lint   style and types                    make clean   remove what these commands make
 #
 # Needs Python 3.11 or 3.12, make and the package registry that pip or uv is set up for.
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS = $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
-.PHONY: run study test lab lint bench clean clean-venv install
+.PHONY: run study test browser lab explore lint bench clean clean-venv install
 
 run: $(INSTALLED)
 	$(BIN)/snakemake --config preset=$(PRESET) --cores $(CORES) --rerun-incomplete --nolock --keep-going \
@@ -28,8 +29,19 @@ run: $(INSTALLED)
 study:
 	$(MAKE) run PRESET=study
 
+# The pages are tested in Chromium. A build machine (CI set, root, Debian's packages) gets it; elsewhere the tests that
+# need it are skipped and say how to install it.
+browser:
+	@if [ -n "$${CI:-}" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& ! command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null; then \
+		echo "Installing Chromium for the tests of the pages."; \
+		for attempt in 1 2; do \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+				chromium fonts-dejavu-core >/dev/null && break; done || true; \
+	fi
+
 # One process for each file at a time; a test process or a kernel computes with one thread.
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 BACKSIGHT_RESULTS=$(CURDIR)/results/test \
 	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),--nbval $(NOTEBOOKS) --nbval-kernel-name python3 \
 		--nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 180) \
@@ -37,6 +49,9 @@ test: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks
+
+explore: $(INSTALLED)
+	$(BIN)/backsight explore
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -71,7 +86,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 		[ -x $$uv ] || $$python -m pip install --quiet --target .uv uv || uv=""; fi; \
 	if [ -n "$$uv" ] \
 		&& { [ -x $(BIN)/python ] || $$uv venv --quiet --python "$$python" $(VENV); } \
-		&& $$uv pip sync --quiet --python $(BIN)/python requirements.lock \
+		&& $$uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock \
 		&& $$uv pip install --quiet --python $(BIN)/python --no-deps -e .; then \
 		echo "Installed requirements.lock into $(VENV) with $$($$uv --version)."; \
 	else \

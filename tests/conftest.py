@@ -20,6 +20,7 @@ NotebookWriter = Callable[..., Path]
 LONGEST = (
     "test_last_notebooks_run.py",
     "test_first_notebooks_run.py",
+    "test_explorer_page.py",
     "test_graph_faults.py",
     "test_snakefile.py",
     "test_hierarchical_inverses.py",
@@ -29,6 +30,8 @@ LONGEST = (
     "test_training_faults.py",
     "test_engine.py",
     "test_plan.py",
+    "test_explorer.py",
+    "test_gallery.py",
     "test_profiles.py",
 )
 

@@ -216,7 +216,7 @@ def bands(size: Sequence[int]) -> list[tuple[float, Tensor]]:
     return [(round(low * math.sqrt(2), 1), (radius >= low) & (radius < 2 * low)) for low in lowest]
 
 
-def _spectrum(images: Tensor) -> Tensor:
+def spectrum(images: Tensor) -> Tensor:
     """(B, H, W // 2 + 1) power summed over channels, under a Hann window that hides the picture's rim."""
     height, width = images.shape[2:]
     window = (
@@ -303,7 +303,7 @@ def detail(judged: Judged) -> Callable[[Tensor], Values]:
     within = tolerance(size)
     true_edges = edges(images)
     octaves = [(centre, chosen.to(images.device)) for centre, chosen in bands(size)]
-    power = _spectrum(images)
+    power = spectrum(images)
     powers = [power[:, chosen].sum(1) for _, chosen in octaves]
     places = None if judged.masks is None else regions(judged.masks)
     inside = judged.largest
@@ -315,7 +315,7 @@ def detail(judged: Judged) -> Callable[[Tensor], Values]:
     def measured(made: Tensor) -> Values:
         values: dict[Key, Any] = {}
         values.update(compare_edges(true_edges, edges(made), within))
-        error = _spectrum(made - images)
+        error = spectrum(made - images)
         for (centre, chosen), whole in zip(octaves, powers, strict=True):
             values["band_error", (("band", centre),)] = Ratio(error[:, chosen].sum(1), whole)
         if places is not None:

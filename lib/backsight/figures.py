@@ -168,7 +168,7 @@ def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
 
 
 @contextmanager
-def _styled_figure(width: float, height: float, layout: str | None = "constrained") -> Iterator[ShownFigure]:
+def styled_figure(width: float, height: float, layout: str | None = "constrained") -> Iterator[ShownFigure]:
     """A new figure in our style, in inches. It is laid out before the style is left: ticks read it as late as that."""
     with rc_context(_STYLE):
         figure = ShownFigure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ def depth_curves(
     targets = list(dict.fromkeys(rows["panel"]))
     datasets = list(dict.fromkeys(zip(rows["dataset"], rows["split"], strict=True)))
     names = inverse_order(list(rows["inverse"]))
-    with _styled_figure(width, panel_height * len(datasets) + 0.75) as figure:
+    with styled_figure(width, panel_height * len(datasets) + 0.75) as figure:
         grid = figure.subplots(len(datasets), len(targets), squeeze=False, sharey=True)
         for (row, column), axes in np.ndenumerate(grid):
             dataset, split = datasets[row]
@@ -455,7 +455,7 @@ def _picture_grid(rows: Sequence[_Row], taps: Sequence[str], width: float) -> Sh
     block = header + len(rows) * (tall + caption)
     height = blocks * block + (blocks - 1) * between + 0.02
 
-    with _styled_figure(width, height, layout=None) as figure:
+    with styled_figure(width, height, layout=None) as figure:
 
         def write(x: float, y: float, text: str, **options: Any) -> None:
             figure.text(x / width, 1 - y / height, text, **{"fontsize": SMALL, "ha": "center", **options})
@@ -536,7 +536,7 @@ def training_curves(history: pd.DataFrame, width: float = COLUMN_WIDTH, height: 
         raise BacksightError("the history has no rows: nothing was trained.")
     modules = list(dict.fromkeys(history["module"]))
     colours = seaborn.color_palette("viridis", len(modules) + 1)[: len(modules)]  # the last, yellow, is too pale
-    with _styled_figure(width, height) as figure:
+    with styled_figure(width, height) as figure:
         axes = figure.subplots()
         for module, colour in zip(modules, colours, strict=True):
             rows = history[history["module"] == module]
@@ -603,7 +603,7 @@ def class_scores(card: Mapping[str, Any], measure: str | None = None, width: flo
     colour = target_colour(str(card.get("target", "")))
     look: dict[str, dict[str, Any]] = {"mixed": {"color": colour}, "uniform": {"color": colour, "alpha": 0.4}}
     dashes = {"mixed": (0, (6, 2)), "uniform": (0, (1, 1.5))}
-    with _styled_figure(width, 0.27 * len(classes) + 1.1) as figure:
+    with styled_figure(width, 0.27 * len(classes) + 1.1) as figure:
         axes = figure.subplots()
         for rule, shift in (("mixed", -0.19), ("uniform", 0.19)):
             values = table.loc[classes, rule].to_numpy(float)
@@ -636,7 +636,7 @@ def score_curve(curves: Mapping[str, pd.DataFrame], width: float = COLUMN_WIDTH,
     names = {"top1": "top-1 accuracy", "ap50": "AP50", "ap": "AP"}
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
-    with _styled_figure(width, height * rows) as figure:
+    with styled_figure(width, height * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
         for empty in panels[len(curves) :]:
             empty.set_axis_off()
@@ -661,7 +661,7 @@ def scenes_sheet(
     """The first scenes of a split, one row for each colour rule: the same geometry, other hues."""
     from backsight.scenes import SceneOptions, render_many
 
-    with _styled_figure(width, width / count * len(rules) + 0.1) as figure:
+    with styled_figure(width, width / count * len(rules) + 0.1) as figure:
         grid = figure.subplots(len(rules), count, squeeze=False)
         for row, rule in zip(grid, rules, strict=True):
             options = SceneOptions(rule=rule)  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ from backsight.figures import (
     NORMAL,
     SMALL,
     ShownFigure,
-    _styled_figure,
     family_colour,
     inverse_order,
+    styled_figure,
     taps_in_order,
 )
 from backsight.recolour import PERMUTATIONS
@@ -139,7 +139,7 @@ def hue_shift_grid(
     if any(len(each) != len(titles) for each in rows.values()):
         raise BacksightError(f"{len(titles)} titles need as many pictures in every row.")
     cell = (width - 0.95) / len(titles)
-    with _styled_figure(width, cell * len(rows) + 0.3) as figure:
+    with styled_figure(width, cell * len(rows) + 0.3) as figure:
         figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
         grid = figure.subplots(len(rows), len(titles), squeeze=False)
         for (name, each), line in zip(rows.items(), grid, strict=True):
@@ -182,7 +182,7 @@ def response_curves(
     panels = [(target, name) for target in dict.fromkeys(curve["target"]) for name in names]
     taps = taps_in_order(curve)
     palette = {tap: colormaps["viridis"](0.92 * i / max(len(taps) - 1, 1)) for i, tap in enumerate(taps)}
-    with _styled_figure(width, 2.0 * len(panels) + 0.75) as figure:
+    with styled_figure(width, 2.0 * len(panels) + 0.75) as figure:
         grid = figure.subplots(len(panels), len(regions), squeeze=False, sharex=True, sharey=True)
         for (target, name), line in zip(panels, grid, strict=True):
             for region, axes in zip(regions, line, strict=True):
@@ -229,7 +229,7 @@ def hues_by_depth(
     hues = sorted(rows["amount"].unique())
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    with _styled_figure(width, 2.1 * lines + 0.75) as figure:
+    with styled_figure(width, 2.1 * lines + 0.75) as figure:
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for (target, name), axes in zip(panels, grid, strict=False):
             here = rows[(rows.target == target) & (rows.inverse == name)]
@@ -279,7 +279,7 @@ def outcome_bars(table: pd.DataFrame, region: str = "object", width: float = COL
     rows = rows[(rows["inverse"] != "null_untrained") | (rows["family"] == "linear")]
     categories = [name for name in CATEGORY_NAMES if name in set(rows["category"])]
     panels = [(target, name) for target in dict.fromkeys(rows["target"]) for name in names]
-    with _styled_figure(width, 1.35 * len(panels) + 1.1) as figure:
+    with styled_figure(width, 1.35 * len(panels) + 1.1) as figure:
         grid = figure.subplots(len(panels), len(categories), squeeze=False, sharey=True, sharex="col")
         for (target, name), line in zip(panels, grid, strict=True):
             for category, axes in zip(categories, line, strict=True):
@@ -330,7 +330,7 @@ def reversion_by_depth(table: pd.DataFrame, region: str = "object", width: float
     columns = min(2, len(targets))
     lines = -(-len(targets) // columns)
     painter = rows[(rows.inverse == "painter") & (rows.category == "canonical")]["value"].mean()
-    with _styled_figure(width, 2.4 * lines + 0.9) as figure:
+    with styled_figure(width, 2.4 * lines + 0.9) as figure:
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for target, axes in zip(targets, grid, strict=False):
             here = rows[(rows.target == target) & ~rows.inverse.isin(["painter", "null_mean"])]
@@ -398,7 +398,7 @@ def accuracy_curves(table: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownFi
         raise BacksightError("the table holds neither top1 nor ap50: the target's answers were not judged.")
     rows = table[table["measure"].isin(measures)]
     targets = list(dict.fromkeys(rows["target"]))
-    with _styled_figure(width, 3.0 * len(targets) + 0.55) as figure:
+    with styled_figure(width, 3.0 * len(targets) + 0.55) as figure:
         grid = figure.subplots(len(targets), 2, squeeze=False, width_ratios=[1.15, 1])
         for target, (left, right) in zip(targets, grid, strict=True):
             here = rows[rows["target"] == target]

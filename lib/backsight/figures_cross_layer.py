@@ -21,7 +21,7 @@ from backsight.figures import (
     SMALL,
     ShownFigure,
     _psnr,
-    _styled_figure,
+    styled_figure,
     target_colour,
 )
 
@@ -114,7 +114,7 @@ def cross_matrix(
     down = -(-len(panels) // columns)
     values = np.concatenate([rows["value"].to_numpy(float) for rows in panels.values()])
     limits = float(np.nanmin(values)), float(np.nanmax(values))
-    with _styled_figure(width, (width / columns * 0.95) * down + 0.2) as figure:
+    with styled_figure(width, (width / columns * 0.95) * down + 0.2) as figure:
         grid = figure.subplots(down, columns, squeeze=False).flatten()
         for empty in grid[len(panels) :]:
             empty.set_axis_off()
@@ -154,7 +154,7 @@ def similarity_matrices(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> S
             lines.append((_INVERSES[null].removeprefix("null: ") if null else "the target", tables))
     order = tap_matrix(pd.concat(_matrix_rows(metrics, *pair) for pair in shown)).index
     cell = width / len(shown)
-    with _styled_figure(width, (cell * 0.8 + 0.1) * len(lines) + 0.55) as figure:
+    with styled_figure(width, (cell * 0.8 + 0.1) * len(lines) + 0.55) as figure:
         grid = figure.subplots(len(lines), len(shown), squeeze=False, sharex=True, sharey=True)
         for row, (label, tables) in enumerate(lines):
             for column, (table, (measure, _)) in enumerate(zip(tables, shown, strict=True)):
@@ -260,7 +260,7 @@ def cross_grid(
     tall = cell * np.shape(image)[1] / np.shape(image)[2]
     across = left + len(taps) * (cell + gap)
     height = top + len(taps) * (tall + gap) + 0.02
-    with _styled_figure(across, height, layout=None) as figure:
+    with styled_figure(across, height, layout=None) as figure:
 
         def draw(x: float, y: float, picture: Any, wide: float = cell, high: float = tall) -> Axes:
             axes = figure.add_axes((x / across, 1 - (y + high) / height, wide / across, high / height))
@@ -336,7 +336,7 @@ def decay_curve(
     slopes = metrics[metrics["measure"] == measure.replace("cross_loss", "decay_slope")]
     lines = list(dict.fromkeys(zip(rows["target"], rows["group"], strict=True)))
     targets = list(dict.fromkeys(rows["target"]))
-    with _styled_figure(width, height + 0.17 * len(lines)) as figure:
+    with styled_figure(width, height + 0.17 * len(lines)) as figure:
         panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
         told: dict[tuple[str, str], list[str]] = {}
         looks: dict[tuple[str, str], dict[str, Any]] = {}
@@ -402,7 +402,7 @@ def half_step_curves(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height:
     if not measures:
         raise BacksightError("the table has no step between taps: give metrics.csv of 04_cross_layer.")
     components = [name for name in _COMPONENTS if name in set(chosen["component"])]
-    with _styled_figure(width, height + 0.3) as figure:
+    with styled_figure(width, height + 0.3) as figure:
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
         for axes, measure in zip(panels, measures, strict=True):
             at = chosen[(chosen["measure"] == measure) & (chosen["inverse"] != "null_shuffled")]

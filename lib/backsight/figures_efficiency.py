@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from backsight.errors import BacksightError
-from backsight.figures import COLUMN_WIDTH, INVERSE_NAMES, SMALL, ShownFigure, _styled_figure, family_colour
+from backsight.figures import COLUMN_WIDTH, INVERSE_NAMES, SMALL, ShownFigure, family_colour, styled_figure
 
 NAMES: Mapping[str, str] = MappingProxyType(
     dict(INVERSE_NAMES)
@@ -57,7 +57,7 @@ def efficiency_curves(metrics: pd.DataFrame, tap: str = "all", width: float = CO
     metrics: tidy rows of one target; those with part "curve" and this tap ("all": the mean over the judged taps).
     """
     rows = _part(metrics, "curve", tap)
-    with _styled_figure(width, 4.6) as figure:
+    with styled_figure(width, 4.6) as figure:
         panels = figure.subplots(2, 2, sharey=True).flatten()
         for axes, (cost, (label, unit)) in zip(panels, COSTS.items(), strict=True):
             for method, line in _by_method(rows):
@@ -98,7 +98,7 @@ def tap_scores(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownFigur
     longest = rows.groupby("inverse")["steps"].transform("max")
     rows = rows[rows["steps"] == longest].sort_values("depth", kind="stable")
     taps = list(dict.fromkeys(rows["tap"]))
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         methods = _by_method(rows)
         for number, (method, line) in enumerate(methods):
@@ -135,7 +135,7 @@ def chain_errors(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownFig
     if not panels:
         raise BacksightError("the table has no chain_error: give the metrics.csv of 06_modular_vs_direct.")
     counts = [panel[2]["module"].nunique() for panel in panels]
-    with _styled_figure(width, 3.0) as figure:
+    with styled_figure(width, 3.0) as figure:
         grid = figure.subplots(
             1, len(panels), squeeze=False, sharey=True, gridspec_kw={"width_ratios": [max(2, c) for c in counts]}
         )
@@ -171,7 +171,7 @@ def data_size_curves(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> Show
     metrics: tidy rows of one target with part "data" and tap "all".
     """
     rows = _part(metrics, "data", "all").sort_values("train_images")
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         for method, line in _by_method(rows, "train_images"):
             _errors(axes, line["train_images"], line, method)
@@ -198,7 +198,7 @@ def search_curves(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownFi
     metrics: tidy rows of one target with part "search" and tap "all".
     """
     rows = _part(metrics, "search", "all")
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         for start, style in (("closed_form", "-"), ("random", "--")):
             for method, line in _by_method(rows[rows["start"] == start], "learning_rate"):
@@ -231,7 +231,7 @@ def start_scores(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownFig
     both = pd.concat([started, plain])
     both = both[both["tap"].isin(shared) & both["inverse"].isin(methods)].sort_values("depth", kind="stable")
     taps = list(dict.fromkeys(both["tap"]))
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         for number, method in enumerate(methods):
             for start, filled in (("closed_form", True), ("random", False)):
@@ -262,7 +262,7 @@ def cost_of_pictures(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> Show
     rows = _of(metrics, "per_image")
     rows = rows[rows["measure"] == "psnr"]
     tap = str(rows["tap"].iloc[0])
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         for method, line in _by_method(rows):
             _errors(axes, line["flops"] / 1e12, line, method)
@@ -290,7 +290,7 @@ def method_grid(images: Any, made: Mapping[str, Any], tap: str, width: float = C
     columns = len(made) + 1
     cell = width / columns
     tall = cell * inputs.shape[2] / inputs.shape[3]
-    with _styled_figure(width, (tall + 0.17) * len(inputs) + 0.4) as figure:
+    with styled_figure(width, (tall + 0.17) * len(inputs) + 0.4) as figure:
         grid = figure.subplots(len(inputs), columns, squeeze=False)
         for row, image in enumerate(inputs):
             for axes, (name, picture) in zip(

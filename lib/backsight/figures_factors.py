@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from backsight.errors import BacksightError
-from backsight.figures import COLUMN_WIDTH, NORMAL, SMALL, ShownFigure, _styled_figure, taps_in_order, target_colour
+from backsight.figures import COLUMN_WIDTH, NORMAL, SMALL, ShownFigure, styled_figure, taps_in_order, target_colour
 
 MEASURE = "factor_score"
 FACTOR_NAMES: Mapping[str, str] = MappingProxyType(
@@ -56,7 +56,7 @@ def factor_heatmap(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> ShownF
     factors = _factors(rows)
     cell, header = 0.23, 0.95
     height = len(blocks) * (len(factors) * cell + header) + 0.35
-    with _styled_figure(width, height) as figure:
+    with styled_figure(width, height) as figure:
         grid = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
         for axes, (target, group, taps) in zip(grid, blocks, strict=True):
             _draw_cells(axes, group, factors, taps)
@@ -85,7 +85,7 @@ def factor_curves(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_heig
     targets = list(dict.fromkeys(rows["target"]))
     across = min(3, len(factors))
     lines = math.ceil(len(factors) / across)
-    with _styled_figure(width, panel_height * lines * len(targets) + 0.75) as figure:
+    with styled_figure(width, panel_height * lines * len(targets) + 0.75) as figure:
         grid = figure.subplots(lines * len(targets), across, squeeze=False)
         for number, target in enumerate(targets):
             group = rows[rows["target"] == target]

@@ -21,8 +21,8 @@ from backsight.figures import (
     ShownFigure,
     _draw_curves,
     _legend_in_two_rows,
-    _styled_figure,
     inverse_order,
+    styled_figure,
     taps_in_order,
 )
 from backsight.quality import with_nulls_of
@@ -64,7 +64,7 @@ def detail_curves(
     rows = with_nulls_of(_clean(metrics), family)
     names = inverse_order(list(rows["inverse"]))
     lines = math.ceil(len(chosen) / columns)
-    with _styled_figure(width, 1.75 * lines + 0.75) as figure:
+    with styled_figure(width, 1.75 * lines + 0.75) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
         for axes, measure in zip(panels, chosen, strict=False):
             at = rows[rows["measure"] == measure]
@@ -98,7 +98,7 @@ def band_curves(metrics: pd.DataFrame, family: str, width: float = COLUMN_WIDTH)
         raise BacksightError("the table has no band_error: run 03_quality.")
     taps = taps_in_order(rows)
     colours = seaborn.color_palette("viridis", len(taps) + 1)
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         axes = figure.subplots()
         for tap, colour in zip(taps, colours, strict=False):
             at = rows[(rows["tap"] == tap) & (rows["inverse"] == family)].sort_values("band")
@@ -137,7 +137,7 @@ def noise_curves(
     taps = taps_in_order(rows)
     colours = dict(zip(taps, seaborn.color_palette("viridis", len(taps) + 1), strict=False))
     chance = rows[rows["inverse"] == "null_shuffled"]["value"].mean()
-    with _styled_figure(width, 2.9) as figure:
+    with styled_figure(width, 2.9) as figure:
         panels = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
         for axes, family in zip(panels, chosen, strict=True):
             for tap in taps:
@@ -179,7 +179,7 @@ def cycle_matrix(metrics: pd.DataFrame, families: Sequence[str], width: float = 
         raise BacksightError("the table has no cycle_cosine: run 03_quality.")
     taps = taps_in_order(rows)
     across = list(dict.fromkeys(rows["cycle_tap"]))
-    with _styled_figure(width, width / len(chosen) * 0.8 + 1.2) as figure:
+    with styled_figure(width, width / len(chosen) * 0.8 + 1.2) as figure:
         panels = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
         for axes, name in zip(panels, chosen, strict=True):
             at = rows[rows["inverse"] == name].pivot_table(index="tap", columns="cycle_tap", values="value")
@@ -207,7 +207,7 @@ def information_maps(metrics: pd.DataFrame, width: float = COLUMN_WIDTH) -> Show
     across = min(len(taps), 6)
     down = math.ceil(len(taps) / across)
     low = min(0.0, float(rows["value"].min()))
-    with _styled_figure(width, down * (width / across + 0.1) + 0.35) as figure:
+    with styled_figure(width, down * (width / across + 0.1) + 0.35) as figure:
         panels = figure.subplots(down, across, squeeze=False).ravel()
         for axes, tap in zip(panels, taps, strict=False):
             at = rows[rows["tap"] == tap]
@@ -244,7 +244,7 @@ def error_maps(
         for tap, made in reconstructions.items()
     }
     most = max(float(each.max()) for each in maps.values())
-    with _styled_figure(width, len(inputs) * (width / (len(taps) + 2)) + 0.5) as figure:
+    with styled_figure(width, len(inputs) * (width / (len(taps) + 2)) + 0.5) as figure:
         grid = figure.subplots(len(inputs), len(taps) + 1, squeeze=False)
         for axes in grid.ravel():
             axes.set_axis_off()

@@ -25,9 +25,9 @@ from backsight.figures import (
     SMALL,
     TARGET_COLOURS,
     ShownFigure,
-    _styled_figure,
     depth_curves,
     inverse_order,
+    styled_figure,
     taps_in_order,
     target_colour,
 )
@@ -120,7 +120,7 @@ def method_scheme(
     box, top = 0.3, 0.22
     rows = (top, top + 0.62, top + 1.18)  # upper edges: modules, inverses, pictures, in inches from the top
     height = rows[2] + picture + 0.3
-    with _styled_figure(width, height, layout=None) as figure:
+    with styled_figure(width, height, layout=None) as figure:
         page = figure.add_axes((0, 0, 1, 1))
         page.set_xlim(0, width)
         page.set_ylim(height, 0)
@@ -211,7 +211,7 @@ def stacked_pictures(
     head = 0.2
     heights = {title: width * array.shape[0] / array.shape[1] for title, array in arrays.items()}
     height = sum(heights.values()) + head * len(arrays)
-    with _styled_figure(width, height, layout=None) as figure:
+    with styled_figure(width, height, layout=None) as figure:
         top = 0.0
         for title, array in arrays.items():
             figure.text(0.01, 1 - (top + head / 2) / height, title, weight="bold", va="center", fontsize=NORMAL)
@@ -286,7 +286,7 @@ def targets_by_depth(
     lines = -(-len(measures) // columns)
     targets = _in_order(chosen["target"])
     told, families = [], []
-    with _styled_figure(width, panel_height * lines + 0.55) as figure:
+    with styled_figure(width, panel_height * lines + 0.55) as figure:
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for empty in panels[len(measures) :]:
             empty.set_axis_off()
@@ -356,7 +356,7 @@ def modular_against_direct(rows: pd.DataFrame, width: float = COLUMN_WIDTH, pane
             lines[target] = pd.DataFrame(found)
     if not lines:
         raise BacksightError("no target has both a modular and a direct inverse: train both with 02_train_inverse.")
-    with _styled_figure(width, panel_height + 0.5) as figure:
+    with styled_figure(width, panel_height + 0.5) as figure:
         axes = figure.subplots()
         for target, line in lines.items():
             axes.plot(line["x"], line["value"], marker="o", markersize=3, color=target_colour(target), label=target)

@@ -22,7 +22,7 @@ from backsight.figures import (
     ShownFigure,
     _pixels,
     _psnr,
-    _styled_figure,
+    styled_figure,
     taps_in_order,
 )
 from backsight.tradeoff import FRESH, RANDOM_HUES, START
@@ -84,7 +84,7 @@ def task_by_t(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: float 
         ("probe_top1", "probe", "#029e73", "^"),
     ]
     lines = [line for line in lines if len(_rows(metrics, *line[:2]))]
-    with _styled_figure(width, height) as figure:
+    with styled_figure(width, height) as figure:
         axes = figure.subplots()
         handles, drawn = [], []
         for place, (measure, inverse, colour, marker) in enumerate(lines):
@@ -132,7 +132,7 @@ def score_against_psnr(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, heigh
     ts = sorted(set(psnr["t"].dropna()))
     start_score = scores[~scores["tuned"].astype(bool)].iloc[0]
     markers = "osD^vPX"
-    with _styled_figure(width, height) as figure:
+    with styled_figure(width, height) as figure:
         axes = figure.subplots()
         for place, tap in enumerate(chosen):
             at = psnr[psnr["tap"] == tap]
@@ -221,7 +221,7 @@ def by_depth(
         raise BacksightError(f"the table has none of {', '.join(measures)} at any tap: choose other measures.")
     lines = max(1, (len(panels) + 1) // 2)
     columns = min(2, len(panels))
-    with _styled_figure(width, panel_height * lines + 0.5) as figure:
+    with styled_figure(width, panel_height * lines + 0.5) as figure:
         grid = figure.subplots(lines, columns, squeeze=False)
         nulls: dict[str, None] = {}
         for axes, (measure, rows) in zip(grid.flat, panels, strict=False):
@@ -287,7 +287,7 @@ def pictures_by_t(
         raise BacksightError("pictures by t need reconstructions of the shape of the images, at least for one t.")
     names = {"input": inputs, **{("untouched" if name == START else name): each for name, each in made.items()}}
     side = width / len(names)
-    with _styled_figure(width, (side + 0.1) * len(inputs) + 0.2) as figure:
+    with styled_figure(width, (side + 0.1) * len(inputs) + 0.2) as figure:
         grid = figure.subplots(len(inputs), len(names), squeeze=False)
         for column, (name, values) in enumerate(names.items()):
             psnr = _psnr(inputs, values)

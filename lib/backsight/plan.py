@@ -52,6 +52,7 @@ FIGURES: Mapping[str, int] = {
     "05_colour": 8,
     "06_modular_vs_direct": 8,
     "07_figures": 0,
+    "08_explorer": 1,
     "10_tradeoff": 6,
 }
 OUTPUT_BYTES = 4 * 2**20
@@ -589,6 +590,13 @@ def _targets(count: Count, families: Mapping[str, int]) -> None:
         count.add("seconds", 0.003 * count["evaluate"], MACHINE)  # average precisions, intervals
 
 
+def _explorer(count: Count, families: Mapping[str, int]) -> None:
+    for name in count["targets"]:
+        count.add("load", 1, name)
+        count.add("forward", 8 * count["scenes"], name)  # eight hues of each (explorer.seeing.HUES)
+        count.add("seconds", 0.03 * 8 * count["scenes"], MACHINE)  # they come back from every tap, by two families
+
+
 COUNTS: Mapping[str, Callable[[Count, Mapping[str, int]], None]] = {
     "00_quickstart": _quickstart,
     "01_targets": _targets,
@@ -597,6 +605,7 @@ COUNTS: Mapping[str, Callable[[Count, Mapping[str, int]], None]] = {
     "04_cross_layer": _cross_layer,
     "05_colour": _colour,
     "06_modular_vs_direct": _modular_vs_direct,
+    "08_explorer": _explorer,
     "10_tradeoff": _tradeoff,
 }
 

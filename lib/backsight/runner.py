@@ -64,6 +64,7 @@ MINIMA: Mapping[str, int] = {
     "null_images": 1,
     "evaluate": 1,
     "batch_size": 1,
+    "scenes": 1,
 }
 # What to fetch when a preset names a data set that is not there; data/README.md says the same at length.
 DOWNLOADS: Mapping[str, str] = {
@@ -166,6 +167,14 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             check_images(source, name)
     if isinstance(photograph := values.get("photograph"), str):
         check_photograph(photograph)
+    if isinstance(pictures := values.get("pictures"), list):
+        from backsight.frames import check_pictures
+
+        check_pictures(pictures)
+    if isinstance(query := values.get("query"), str) and query:
+        from backsight.explorer.view import from_query
+
+        from_query(query)
     targets = _named_targets(values)
     inverses = values.get("inverses")
     # First what is seen at once, then what needs the target libraries, which take seconds.
@@ -385,9 +394,11 @@ def _changes(record: Mapping[str, Any], plan: Plan) -> str:
 
 def _clear(plan: Plan) -> None:
     """Remove what an earlier run made, and nothing else: its results must not be mixed with the new ones."""
-    for file in (FINISHED, STARTED, METRICS, PARTIAL_METRICS, plan.executed.name, plan.partial.name):
+    from backsight.frames import FRAME_TABLE, FRAMES
+
+    for file in (FINISHED, STARTED, METRICS, PARTIAL_METRICS, FRAME_TABLE, plan.executed.name, plan.partial.name):
         (plan.folder / file).unlink(missing_ok=True)
-    for folder in ("figures", "inverses", "checkpoints"):
+    for folder in ("figures", FRAMES, "inverses", "checkpoints"):
         shutil.rmtree(plan.folder / folder, ignore_errors=True)
 
 
@@ -477,13 +488,15 @@ def _check_every_cell_ran(plan: Plan) -> None:
 
 
 def _tidy(executed: nbformat.NotebookNode) -> None:
-    """Take out what is noise in a saved notebook: timings in the metadata, and progress bars."""
-    executed.metadata.pop("papermill", None)
+    """Take out what is noise in a saved notebook: timings in the metadata, progress bars, widgets without a kernel."""
+    for noise in ("papermill", "widgets"):
+        executed.metadata.pop(noise, None)
     for cell in executed.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             for output in cell.outputs:
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 if output.output_type == "stream" and output.name == "stderr":
                     output.text = _PROGRESS_BAR.sub("", output.text).lstrip("\n")
             cell.outputs = [
