@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--random-weights", action="store_true", help="of the target, for a control")
     fit.set_defaults(command=_fit)
 
+    explore = commands.add_parser("explore", help="open the explorer alone in a browser (loopback only)")
+    explore.add_argument("--port", type=int, default=0, help="default: any free one")
+    explore.add_argument("--no-browser", action="store_true", help="only say the address")
+    explore.set_defaults(command=_explore)
+
     targets = commands.add_parser("targets", help="list what can be inverted here and now")
     targets.set_defaults(command=_targets)
 
@@ -76,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write index.html over the runs in a folder")
     report.add_argument("folder", metavar="FOLDER", type=Path)
+    report.add_argument(
+        "--embed", action="store_true", help="figures inside the page: one large file that can be sent by itself"
+    )
     report.set_defaults(command=_report)
 
     findings = commands.add_parser("findings", help="write what the runs in a folder say of the paper's claims")
@@ -137,6 +145,12 @@ def _fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _explore(options: argparse.Namespace) -> int:
+    from backsight.explorer.serve import serve
+
+    return serve(options.port, not options.no_browser)
+
+
 def _targets(options: argparse.Namespace) -> int:
     from backsight.targets import list_targets
 
@@ -160,7 +174,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from backsight.report import write_report
 
-    print(write_report(options.folder))
+    print(write_report(options.folder, options.embed))
     return 0
 
 

@@ -1,14 +1,17 @@
-"""One self-contained page over the runs in a folder: the pictures first, then the numbers, then how they were made.
+"""One page over the runs in a folder: pictures to play with first, then the numbers, then how they were made.
 
-write_report(folder) reads every complete run below the folder and writes index.html (pictures inside, no request to
-anywhere) and metrics.csv (the runs' tables in one, with a column `run`). The figures of a run bring their captions and
-say whether they show images or numbers (figures.ShownFigure); a figure belongs to the target that its file's name or
-its run names.
+write_report(folder) reads every complete run below the folder and writes index.html (no request to anywhere but the
+files beside it; with embed=True to nothing at all) and metrics.csv (the runs' tables in one, with a column `run`). A
+folder with a table but without any record, as in the committed results/reference, is taken as it is. The figures of a
+run bring their captions and say whether they show images or numbers (figures.ShownFigure); a figure belongs to the
+target that its file's name or its run names. Every number of a table knows the lines it is made of (report_sources).
 """
 
 import base64
+import csv
 import io
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,9 @@ from backsight.figures import (
     taps_in_order,
     target_colour,
 )
+from backsight.frames import FRAME_TABLE
+from backsight.report_frames import read_play
+from backsight.report_sources import LINE, CitedFile, Ledger, Source, Traced, read_lines, sources_of, with_lines
 from backsight.runs import (
     FINISHED,
     METRIC_COLUMNS,
@@ -44,20 +50,26 @@ from backsight.runs import (
     shown,
     write_atomically,
 )
+from backsight.study import notebook_of
 
 PAGE = "index.html"
 TEMPLATE = "report.html.jinja"
+STYLE, SCRIPT = "report.css", "report.js"  # written into the page
+DIFFERENCE_GAIN = 2  # of the difference of input and reconstruction: more would be white all over for deep layers
+TARGETS = "01_targets"  # the notebook whose table holds the scores of the models themselves
 # Tables are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
 TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse", "00_quickstart")
 # Notebooks in the order in which their figures are shown, and what each is about.
 STUDIES: Mapping[str, str] = {
-    "00_quickstart": "One photograph",
+    "00_quickstart": "Single pictures",
     "03_quality": "Shape and detail",
     "04_cross_layer": "Do layers speak the same code?",
     "05_colour": "Colour",
+    "08_explorer": "Where the hue is lost",
     "06_modular_vs_direct": "Modular against direct inverses",
     "10_tradeoff": "Trained to be invertible",
     "02_train_inverse": "Training of the inverses",
+    TARGETS: "Classes and training",
 }
 NULL_FAMILIES = ("modular", "linear", "direct")  # whose nulls a table shows: the first that is there
 TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # decimals
@@ -105,10 +117,14 @@ class ReportRun:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a run, to be embedded: where it lies, what it shows, and for which target ("" for none)."""
+    """A figure of a run: where it lies, what it shows, and for which target ("" for none).
+
+    source: what the page loads, the file's link or a data URI; table: the link of the run's metrics.csv, or "".
+    """
 
     source: str
     link: str
+    table: str
     width: int
     height: int
     title: str
@@ -121,11 +137,9 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One number of a table with its interval; share: 0 to 1, its place between the mean image and the best."""
+class Cell(Traced):
+    """One number of a table; share: 0 to 1, its place between the mean image and the best."""
 
-    text: str
-    interval: str = ""
     best: bool = False
     share: float | None = None
 
@@ -149,11 +163,12 @@ class Table:
     has_difference: bool
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, embed: bool = False) -> Path:
     """Write index.html and metrics.csv over the runs in the sub-folders of `folder`; returns the page's path.
 
-    Runs that failed or never finished are listed as missing. Raises BacksightError where the folder does not exist
-    or holds no complete run.
+    embed: figures inside the page, which is then one file that can be sent; else they are loaded from the runs' folders
+    beside it. Frames are inside in both cases. Runs that failed or never finished are listed as missing. Raises
+    BacksightError where the folder does not exist or holds no complete run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -166,9 +181,10 @@ def write_report(folder: str | Path) -> Path:
             f"{shown(folder)} holds no complete run{unfinished}: run a notebook into a folder below it first."
         )
     metrics = collect_metrics(complete)
-    page = render_page(folder, runs, metrics)
+    page = render_page(folder, runs, metrics, embed)
+    table = metrics.drop(columns=LINE, errors="ignore")
     try:
-        write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
+        write_atomically(folder / METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return write_atomically(
             folder / PAGE, lambda temporary: temporary.write_text(page, encoding="utf-8", newline="\n")
         )
@@ -190,7 +206,15 @@ def read_runs(folder: Path) -> list[ReportRun]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (FINISHED, STARTED, "log.txt")) or any(folder.glob("*.ipynb"))
+    return any((folder / name).exists() for name in (FINISHED, STARTED, METRICS, "log.txt")) or any(
+        folder.glob("*.ipynb")
+    )
+
+
+def _has_no_record(folder: Path) -> bool:
+    """Whether only results are there, as in the committed run: a table, and no trace of an unfinished run."""
+    traces = (FINISHED, STARTED, "log.txt")
+    return (folder / METRICS).exists() and not any((folder / name).exists() for name in traces)
 
 
 def read_run(folder: Path) -> ReportRun:
@@ -198,26 +222,37 @@ def read_run(folder: Path) -> ReportRun:
     finished = read_json(folder / FINISHED)
     record = finished or read_json(folder / STARTED) or {}
     nothing = pd.DataFrame(columns=list(METRIC_COLUMNS))
-    if finished is None:
+    if finished is None and not _has_no_record(folder):
         problem = "it was started and did not finish" if record else "it never started"
         if (folder / FINISHED).exists():
             problem = f"its {FINISHED} cannot be read"
         return ReportRun(folder, record, nothing, problem)
-    if finished.get("status") != "complete":
+    if finished is not None and finished.get("status") != "complete":
         return ReportRun(folder, record, nothing, f"its status is {finished.get('status')!r}, not 'complete'")
     if not (folder / METRICS).exists():
         return ReportRun(folder, record, nothing, "")
     try:
-        metrics = pd.read_csv(folder / METRICS)
-    except (OSError, ValueError) as error:
+        metrics = with_lines(pd.read_csv(folder / METRICS, low_memory=False), folder / METRICS)
+    except (OSError, ValueError, csv.Error) as error:
         return ReportRun(folder, record, nothing, f"its {METRICS} cannot be read ({type(error).__name__})")
     if missing := [column for column in METRIC_COLUMNS if column not in metrics.columns]:
         return ReportRun(folder, record, nothing, f"its {METRICS} lacks the columns {', '.join(missing)}")
+    if finished is None:
+        record = _guessed_record(folder, metrics)
     return ReportRun(folder, record, metrics, "")
 
 
+def _guessed_record(folder: Path, metrics: pd.DataFrame) -> dict[str, Any]:
+    """What a table without a record tells: its notebook (study.notebook_of), targets and, where it is one, data set."""
+    datasets = [str(name) for name in metrics["dataset"].dropna().unique()]
+    parameters: dict[str, Any] = {"targets": [str(name) for name in metrics["target"].dropna().unique()]}
+    if len(datasets) == 1:
+        parameters["images"] = datasets[0]
+    return {"notebook": notebook_of(folder.name, metrics), "parameters": parameters}
+
+
 def collect_metrics(runs: Sequence[ReportRun]) -> pd.DataFrame:
-    """The tables of all runs in one, METRIC_COLUMNS first, then what studies add, then `run`."""
+    """The tables of all runs in one, METRIC_COLUMNS first, then what studies add, then LINE and `run`."""
     tables = [run.metrics.assign(run=run.name) for run in runs if len(run.metrics)]
     if not tables:
         return pd.DataFrame(columns=[*METRIC_COLUMNS, "run"])
@@ -226,10 +261,11 @@ def collect_metrics(runs: Sequence[ReportRun]) -> pd.DataFrame:
     return table[[*METRIC_COLUMNS, *added, "run"]]
 
 
-def read_pictures(run: ReportRun, page_folder: Path, targets: Sequence[str] = ()) -> list[Picture]:
+def read_pictures(run: ReportRun, page_folder: Path, targets: Sequence[str] = (), embed: bool = False) -> list[Picture]:
     """The figures of a run with the captions that they carry (figures.ShownFigure); what is no PNG is left out.
 
-    targets: those of the page, whose own figures are not taken from 07_figures, which draws them again.
+    targets: those of the page, whose own figures are not taken from 07_figures, which draws them again; embed: with
+    their pixels, not with a link to them.
     """
     from PIL import Image
 
@@ -250,8 +286,9 @@ def read_pictures(run: ReportRun, page_folder: Path, targets: Sequence[str] = ()
         alt = told["Description"] or f"{title}{f' of {target}' if target else ''} (run {run.name})."
         pictures.append(
             Picture(
-                source=_embedded(data),
+                source=_embedded(data) if embed else _link(path, page_folder),
                 link=_link(path, page_folder),
+                table=_link(run.folder / METRICS, page_folder) if len(run.metrics) else "",
                 width=width,
                 height=height,
                 title=title,
@@ -356,6 +393,12 @@ def depth_tables(group: Group) -> list[Table]:
     ]
 
 
+def _sources_by_cell(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[Source, ...]]:
+    """{(tap, inverse): the places that `_numbers` averages}."""
+    groups = rows.groupby([rows["tap"].astype(str), rows["inverse"].astype(str)], sort=False)
+    return {(str(tap), str(inverse)): sources_of(part) for (tap, inverse), part in groups}
+
+
 def _numbers(rows: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
     """{(tap, inverse): (value, low, high)} over seeds, of rows of one measure."""
     table = over_seeds(rows)
@@ -373,6 +416,7 @@ def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
     families = [name for name in inverses if not _is_null(name)]
     nulls = [name for name in inverses if _is_null(name)]
     numbers = _numbers(rows)
+    sources = _sources_by_cell(rows)
     values = {key: number[0] for key, number in numbers.items() if not math.isnan(number[0])}
     floor = min((v for (_, name), v in values.items() if name == "null_mean"), default=0.0)
     ceiling = max((v for (_, name), v in values.items() if name in families), default=floor)
@@ -383,17 +427,22 @@ def _depth_table(group: Group, measure: str, rows: pd.DataFrame) -> Table:
             return Cell("–")
         value, low, high = numbers[tap, inverse]
         interval = "" if math.isnan(low) else f"{_number(low, decimals)} to {_number(high, decimals)}"
+        text, places = _number(value, decimals), sources[tap, inverse]
         if inverse in nulls:
-            return Cell(_number(value, decimals), interval)
+            return Cell(text, interval, places)
         best = max(values[tap, name] for name in families if (tap, name) in values)
         share = min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if ceiling > floor else None
         is_best = len(families) > 1 and round(value, decimals) == round(best, decimals)
-        return Cell(_number(value, decimals), interval, is_best, share)
+        return Cell(text, interval, places, best=is_best, share=share)
 
     def difference(tap: str) -> Cell:
         if (tap, "modular") not in values or (tap, "direct") not in values:
             return Cell("–")
-        return Cell(_number(values[tap, "modular"] - values[tap, "direct"], decimals, sign=True))
+        return Cell(
+            _number(values[tap, "modular"] - values[tap, "direct"], decimals, sign=True),
+            sources=sources[tap, "modular"],
+            minus=sources[tap, "direct"],
+        )
 
     columns = [Column(INVERSE_NAMES.get(name, name), family_colour(name), False) for name in families]
     columns += [Column("chain minus direct (dB)", "", False)] if has_difference else []
@@ -441,13 +490,13 @@ class Glance:
     colour: str
     data: str
     first: str
-    first_value: str
+    first_value: Traced
     last: str
-    last_value: str
+    last_value: Traced
     last_family: str
     step: str
-    step_value: str
-    mean_image: str
+    step_value: Traced
+    mean_image: Traced
 
 
 def glance(group: Group) -> Glance | None:
@@ -462,21 +511,27 @@ def glance(group: Group) -> Glance | None:
     if not best:
         return None
     taps = list(best)
-    steps = [(best[after][0] - best[before][0], f"{before} → {after}") for before, after in pairwise(taps)]
-    step_value, step = min(steps, default=(math.nan, "–"))
-    means = [value for (_, name), (value, _, _) in numbers.items() if name == "null_mean"]
+    sources = _sources_by_cell(rows)
+    places = {tap: sources[tap, family] for tap, (_, family) in best.items()}
+    steps = [(best[after][0] - best[before][0], before, after) for before, after in pairwise(taps)]
+    step, step_value = "–", Traced("")
+    if steps:
+        change, before, after = min(steps)
+        step = f"{before} → {after}"
+        step_value = Traced(_number(change, 1, sign=True), sources=places[after], minus=places[before])
+    means = rows[(rows["inverse"] == "null_mean") & rows["value"].notna()]
     return Glance(
         target=group.target,
         colour=target_colour(group.target),
         data=f"{group.dataset}, {group.split}",
         first=taps[0],
-        first_value=f"{_number(best[taps[0]][0], 1)} dB",
+        first_value=Traced(_number(best[taps[0]][0], 1), sources=places[taps[0]]),
         last=taps[-1],
-        last_value=f"{_number(best[taps[-1]][0], 1)} dB",
+        last_value=Traced(_number(best[taps[-1]][0], 1), sources=places[taps[-1]]),
         last_family=INVERSE_NAMES.get(best[taps[-1]][1], best[taps[-1]][1]),
         step=step,
-        step_value="" if math.isnan(step_value) else f"{_number(step_value, 1, sign=True)} dB",
-        mean_image=f"{_number(sum(means) / len(means), 1)} dB" if means else "–",
+        step_value=step_value,
+        mean_image=Traced(_number(means["value"].mean(), 1), sources=sources_of(means)) if len(means) else Traced("–"),
     )
 
 
@@ -492,29 +547,88 @@ def read_card(target: str) -> dict[str, Any] | None:
     return read_json(folder / "card.json")
 
 
-def card_tables(card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A card's scores as rows (classes, measure, typical hue, any hue): over all classes, and class by class."""
-    try:
-        scores = card_scores(card)
-    except BacksightError:
-        return None
-    overall: list[dict[str, str]] = []
-    single: list[dict[str, str]] = []
+CARD_COLUMNS = ("rule", "measure", "classes", "value", "low", "high", "n")
+
+
+def measured_scores(runs: Sequence[ReportRun], target: str) -> pd.DataFrame | None:
+    """The rows in which the last run of 01_targets scored the target itself; None where none did."""
+    for run in reversed(runs):
+        if run.notebook == TARGETS and {"rule", "classes"} <= set(run.metrics.columns):
+            rows = run.metrics[(run.metrics["target"] == target) & run.metrics["rule"].notna()]
+            if len(rows):
+                return rows.assign(run=run.name)
+    return None
+
+
+def card_name(target: str) -> str:
+    return f"data/weights/{target}/card.json"
+
+
+def card_tables(card: Mapping[str, Any], target: str, measured: pd.DataFrame | None = None) -> dict[str, Any] | None:
+    """The scores of a model itself as rows (classes, measure, typical hue, any hue): all classes, and class by class.
+
+    measured: the rows of a run (measured_scores); without them the scores of the model's card.
+    """
+    if measured is None:
+        try:
+            scores = card_scores(card)
+        except BacksightError:
+            return None
+        places: list[tuple[Source, ...]] = [(Source(card_name(target), place),) for place in range(1, len(scores) + 1)]
+    else:
+        scores = measured
+        places = [(source,) for source in sources_of(scores)]
+        if len(places) != len(scores):
+            places = [()] * len(scores)
+    scores = scores.reset_index(drop=True)
+    overall: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
     for (classes, measure), part in scores.groupby(["classes", "measure"], sort=False):
-        row = {"classes": str(classes), "measure": MEASURE_NAMES.get(str(measure), str(measure))}
+        row: dict[str, Any] = {"classes": str(classes), "measure": MEASURE_NAMES.get(str(measure), str(measure))}
         for rule in ("mixed", "uniform"):
             found = part[part["rule"] == rule]
-            row[rule], row[f"{rule}_interval"] = "–", ""
-            if len(found):
+            row[rule] = Traced("–")
+            if len(found) and pd.notna(found.iloc[0]["value"]):
                 score = found.iloc[0]
-                row[rule] = _number(score["value"], 3)
+                interval = ""
                 if pd.notna(score["low"]):
-                    row[f"{rule}_interval"] = f"{_number(score['low'], 3)} to {_number(score['high'], 3)}"
+                    interval = f"{_number(score['low'], 3)} to {_number(score['high'], 3)}"
+                row[rule] = Traced(_number(score["value"], 3), interval, places[int(found.index[0])])
         (overall if classes in ("all", "canonical", "colour-free") else single).append(row)
     names = {"all": "all classes", "canonical": "classes with a typical hue", "colour-free": "colour-free classes"}
     overall = [row | {"classes": names[row["classes"]]} for row in overall]
     counts = scores.loc[scores["classes"] == "all", "n"].dropna()
     return {"overall": overall, "single": single, "n": _span(counts) if len(counts) else "unknown"}
+
+
+def cited_files(runs: Sequence[ReportRun], cards: Mapping[str, Mapping[str, Any]], page_folder: Path) -> Ledger:
+    """The ledger of all files that a number of the page can come from. cards: {target: card}."""
+    files: dict[str, CitedFile] = {}
+    for run in runs:
+        for name in (METRICS, FRAME_TABLE):
+            if (run.folder / name).is_file():
+                columns, rows = read_lines(run.folder / name)
+                link = _link(run.folder / name, page_folder)
+                files[f"{run.name}/{name}"] = CitedFile(f"{run.name}/{name}", link, "line", columns, rows)
+    for target, card in cards.items():
+        entries = {
+            place: [str(score.get(column, "")) for column in CARD_COLUMNS]
+            for place, score in enumerate(card.get("scores") or [], start=1)
+        }
+        name = card_name(target)
+        files[name] = CitedFile(name, _card_link(target, page_folder), "entry", CARD_COLUMNS, entries)
+    return Ledger(files)
+
+
+def _card_link(target: str, page_folder: Path) -> str:
+    """The card as seen from a page inside the project; "" from one outside, which may be moved without the project."""
+    try:
+        root = project_root().resolve()
+        page_folder.resolve().relative_to(root)
+    except (BacksightError, ValueError):
+        return ""
+    card = root / card_name(target)
+    return quote(Path(os.path.relpath(card, page_folder.resolve())).as_posix()) if card.is_file() else ""
 
 
 def card_facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -552,8 +666,9 @@ def run_facts(run: ReportRun, page_folder: Path) -> dict[str, Any]:
         ],
         "seed": run.record.get("seed", "–"),
         "seconds": "–" if total is None else _duration(total),
+        "record": _link(run.folder / FINISHED, page_folder) if (run.folder / FINISHED).exists() else "",
         "phases": [(name, _duration(value)) for name, value in seconds.items()],
-        "started": str(run.record.get("started", "unknown")).replace("T", " ").replace("+00:00", " UTC"),
+        "started": str(run.record.get("started", "no record kept")).replace("T", " ").replace("+00:00", " UTC"),
         "commit": f"{str(commit)[:10]}{' + changes' if run.record.get('modified') else ''}" if commit else "none",
         "hardware": _hardware(run.record.get("hardware") or {}),
     }
@@ -588,23 +703,38 @@ def _versions(runs: Iterable[ReportRun]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) -> str:
-    """The page's HTML; the same runs give the same text."""
+def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame, embed: bool = False) -> str:
+    """The page's HTML; the same runs give the same text. embed: as write_report."""
     from jinja2 import Environment, StrictUndefined
 
     complete = [run for run in runs if not run.problem]
     notebooks = {run.name: run.notebook for run in complete}
     names = _target_order(complete, metrics)
-    pictures = [picture for run in _by_picture_order(complete) for picture in read_pictures(run, folder, names)]
-    hero = list(_hero(pictures, names))
+    cards = {name: card for name in names if (card := read_card(name))}
+    ledger = cited_files(complete, cards, folder)
+    pictures = [each for run in _by_picture_order(complete) for each in read_pictures(run, folder, names, embed)]
+    play, unplayable = read_play([run.folder for run in complete])
+    hero = [] if play else list(_hero(pictures, names))
     groups = {name: depth_groups(metrics, notebooks, name) for name in names}
-    targets = [_target_section(name, complete, pictures, groups[name], hero) for name in names]
+    targets = [
+        _target_section(name, complete, pictures, groups[name], hero, cards.get(name, {}), folder) for name in names
+    ]
     shown_groups = [group for name in names for group in groups[name][:1]]
     used = inverse_order([inverse for name in names for group in groups[name] for inverse in group.rows["inverse"]])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("backsight") / TEMPLATE).read_text(encoding="utf-8"))
+    package = files("backsight")
+    template = environment.from_string((package / TEMPLATE).read_text(encoding="utf-8"))
+    known = [run_facts(run, folder) for run in complete]
     return template.render(
         name=folder.resolve().name,
+        rebuilt=_listed([name for name in names if groups[name] or (play and name in play.target_names)]),
+        style=(package / STYLE).read_text(encoding="utf-8"),
+        script=(package / SCRIPT).read_text(encoding="utf-8"),
+        embed=embed,
+        ledger=ledger,
+        play=play,
+        gain=DIFFERENCE_GAIN,
+        unplayable=unplayable,
         hero=hero,
         targets=targets,
         glances=[found for group in shown_groups if (found := glance(group))],
@@ -619,12 +749,17 @@ def render_page(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) 
             for name in used
         ],
         others=[picture for picture in pictures if picture.target not in names and picture not in hero],
-        runs=[run_facts(run, folder) for run in complete],
+        runs=known,
+        hardware=[told for told in dict.fromkeys(run["hardware"] for run in known) if told != "unknown"],
         missing=[run_facts(run, folder) for run in runs if run.problem],
         versions=_versions(complete),
         metrics_file=METRICS,
         metrics_rows=len(metrics),
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def _by_picture_order(runs: Sequence[ReportRun]) -> list[ReportRun]:
@@ -652,12 +787,18 @@ def _hero(pictures: Sequence[Picture], names: Sequence[str]) -> Iterator[Picture
 
 
 def _target_section(
-    name: str, runs: Sequence[ReportRun], pictures: Sequence[Picture], groups: Sequence[Group], hero: Sequence[Picture]
+    name: str,
+    runs: Sequence[ReportRun],
+    pictures: Sequence[Picture],
+    groups: Sequence[Group],
+    hero: Sequence[Picture],
+    card: Mapping[str, Any],
+    page_folder: Path,
 ) -> dict[str, Any]:
     own = [picture for picture in pictures if picture.target == name and picture not in hero]
     notebooks = list(dict.fromkeys(picture.notebook for picture in own))
     weights: Mapping[str, Any] = next((w[name] for run in runs if name in (w := run.record.get("weights") or {})), {})
-    card = read_card(name) or {}
+    measured = measured_scores(runs, name)
     return {
         "name": name,
         "anchor": "target-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
@@ -668,7 +809,8 @@ def _target_section(
             for notebook in notebooks
         ],
         "groups": [(f"{group.dataset}, {group.split}", depth_tables(group)) for group in groups],
-        "card": card_tables(card),
+        "card": card_tables(card, name, measured),
+        "card_link": _card_link(name, page_folder) if card else "",
     }
 
 
