@@ -66,6 +66,7 @@ MINIMA: Mapping[str, int] = {
     "batch_size": 1,
     "scenes": 1,
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 # What to fetch when a preset names a data set that is not there; data/README.md says the same at length.
 DOWNLOADS: Mapping[str, str] = {
     "data/coco": "download the train2017 and val2017 images and the instance annotations of COCO 2017 into "
@@ -496,16 +497,17 @@ def _tidy(executed: nbformat.NotebookNode) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             for output in cell.outputs:
-                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
                 if output.output_type == "stream" and output.name == "stderr":
                     output.text = _PROGRESS_BAR.sub("", output.text).lstrip("\n")
             cell.outputs = [
                 output for output in cell.outputs if output.get("text") != "" and not _is_progress_bar(output)
             ]
+            for output in cell.outputs:  # what is left of a widget without its kernel: its words
+                output.get("data", {}).pop(WIDGET, None)
 
 
 def _is_progress_bar(output: Any) -> bool:
     """A bar in a notebook is a widget whose plain text is the bar; once gone, an empty widget."""
     data = output.get("data", {})
     plain = str(data.get("text/plain", "")).strip()
-    return "application/vnd.jupyter.widget-view+json" in data and (not plain or "%|" in plain or "it/s" in plain)
+    return WIDGET in data and (not plain or "%|" in plain or "it/s" in plain)
