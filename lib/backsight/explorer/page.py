@@ -503,8 +503,8 @@ class Page:
         self.frame.send({"kind": "copy", "text": text, "what": what, "link": link})
 
     def _export(self, _: Any) -> None:
-        """The PNG, computed by a workbench of its own thread's turn: kept in results and handed to the browser."""
-        self._latest.wait(60)
+        """The PNG of the view: kept in results and handed to the browser."""
+        self._latest.wait(60)  # the thread must not use the workbench meanwhile
         view = self.view
         try:
             content = self.workbench.png(view)
