@@ -475,3 +475,13 @@ def test_waits_say_when_time_is_up() -> None:
     assert latest.wait(0.01) is False
     assert latest.wait(10) is True
     latest.close()
+
+
+def test_the_curve_marks_the_depth_at_once_where_it_is_known(page: Page) -> None:
+    marked = page.rows[0].hue.value
+    page.depth.value = 5
+    assert page.wait()
+    assert page.workbench.knows_hues(page.view)
+    assert not page.workbench.knows_hues(replace(page.view, noise=0.7))
+    assert page.rows[0].hue.value != marked
+    assert page.workbench.hues(page.view) == page.workbench.hues(replace(page.view, tap="norm"))

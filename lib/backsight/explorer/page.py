@@ -382,6 +382,8 @@ class Page:
         seen = self.workbench.see(view)
         self.seen = seen
         self.rows[0].show(seen, bench, True, view.removed)
+        if self.workbench.knows_hues(view):
+            self.rows[0].show_hues(self.workbench.hues(view), seen.tap, view.family)
         self._say(" ".join(seen.remarks), unless_said=True)
         milliseconds = 1000 * (time.perf_counter() - start)
         self.frame.query = view.to_query()

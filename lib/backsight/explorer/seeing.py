@@ -271,8 +271,7 @@ class Workbench:
 
         One hue alone tells little: an inverse that always paints the usual colour is right whenever it is met.
         """
-        bench = self.bench(view.target)
-        key = replace(view, tap="", inverse_tap="", hue_shift=0.0, compare="")
+        bench, key = self.bench(view.target), _without_place(view)
         if key not in bench.curves:
             turned = [given(replace(view, hue_shift=360.0 * i / HUES), bench) for i in range(HUES)]
             images = torch.cat([each.image for each in turned])
@@ -291,6 +290,10 @@ class Workbench:
             while len(bench.curves) > RECORDS_KEPT:
                 bench.curves.popitem(last=False)
         return bench.curves[key]
+
+    def knows_hues(self, view: View) -> bool:
+        """Whether `hues` is at hand without computing anything."""
+        return self.is_loaded(view.target) and _without_place(view) in self.bench(view.target).curves
 
     def png(self, view: View) -> bytes:
         """Input, reconstruction and difference side by side (a second row for `compare`), with the view inside.
@@ -315,6 +318,11 @@ class Workbench:
         file = io.BytesIO()
         Image.fromarray(np.concatenate(padded)).save(file, "PNG", pnginfo=notes)
         return file.getvalue()
+
+
+def _without_place(view: View) -> View:
+    """What the curve of hues depends on."""
+    return replace(view, tap="", inverse_tap="", hue_shift=0.0, compare="")
 
 
 def _number(value: float) -> float | None:
