@@ -169,7 +169,6 @@ def test_each_change_acts_where_it_should(workbench: Workbench) -> None:
     assert torch.allclose(erased.image[0, :, :8, :8], mean.expand(3, 8, 8))
     assert torch.equal(erased.image[..., 16:, 16:], plain.image[..., 16:, 16:])
     shuffled = workbench.see(View(tap="blocks.1", shuffled=(0, 1, 10)))
-    assert torch.equal(shuffled.image.sum(), shuffled.image.sum())
     assert not torch.equal(shuffled.image, plain.image)
     pieces = sorted(float(shuffled.image[..., r : r + 8, c : c + 8].sum()) for r, c in ((0, 0), (0, 8), (8, 16)))
     assert pieces == pytest.approx(
