@@ -25,6 +25,7 @@ from torch import Tensor
 
 from backsight.data import batches
 from backsight.errors import BacksightError
+from backsight.exact_chain import ChainSettings, solve_chain
 from backsight.exact_solver import Product, Roots, Settings, Solution, derivative_product, gmres, roots, solve
 from backsight.exact_steps import Lost, NotInvertibleError, Step, Walk, in_precision, residual_steps, walk
 from backsight.exact_tokens import Search, TokenRoots, token_map, token_roots, token_signs
@@ -35,6 +36,7 @@ from backsight.targets.base import PIXELS, Target, nearest
 
 __all__ = [
     "Amplification",
+    "ChainSettings",
     "Embedding",
     "ExactInverse",
     "ExactModel",
@@ -219,6 +221,11 @@ class Embedding:
     patch: tuple[int, int]
     prefix: Tensor
     size: tuple[int, int]
+
+    def stream(self, images: Tensor) -> Tensor:
+        """(B, P + n, C) of images (B, 3, H, W), which may leave [0, 1]."""
+        patches = patchify(images.to(self.matrix), self.patch) @ self.matrix + self.bias
+        return torch.cat([self.prefix.expand(len(images), -1, -1), patches], dim=1)
 
     def pixels(self, values: Tensor, start: Tensor | None = None) -> Tensor:
         """Unclamped images (B, 3, H, W) whose embedding is `values`, the nearest to `start` (default: grey).
@@ -654,6 +661,43 @@ class ExactInverse:
             prefix_error = (values[:, : len(constants)] - constants).flatten(1).norm(dim=1) / constants.norm()
         return Trace(values, to, tuple(reports), self.lost, prefix_error, time.perf_counter() - began)
 
+    def whole(
+        self,
+        representation: Representation,
+        start: Tensor,
+        truth: Mapping[str, Representation] | None = None,
+        settings: ChainSettings | None = None,
+        progress: Callable[[int, Tensor], None] | None = None,
+    ) -> Trace:
+        """Back to the first tap in one search over all half-steps together (`solve_chain`), from a start's images.
+
+        start: (B, 3, H, W), which may leave [0, 1], of a MAP inverse say; the prefix tokens are the constants that they
+        are, which rules out roots of single steps that do not agree. Raises BacksightError where the chain does not
+        reach the target's first tap, or where that is no affine map of patches.
+        """
+        first, embedding = self.model.target.available_taps[0], self.model.embedding
+        if self.reached != first or self.source == first or embedding is None:
+            raise BacksightError(
+                f"A whole chain is solved from a tap back to {first}, where the first stream is an affine map of "
+                f"patches; from {self.source} exactness ends at {self.reached}: use trace()."
+            )
+        if not isinstance(representation, Tokens) or representation.padding is not None:
+            raise BacksightError(f"The exact inverse of {self.source} reads unpadded tokens, not {representation}.")
+        steps, singles = (each.between(self.source, first) for each in (self.model.walk, self.model.single))
+        y, known = representation.values.double(), len(embedding.prefix)
+        found = solve_chain(steps, singles, y, embedding.stream(start.double()), known, settings, progress)
+        error, right = torch.full_like(found.residual, torch.nan), torch.full_like(found.residual, torch.nan)
+        if truth is not None:
+            there = truth[first].values.double()
+            error = (found.x - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)
+            right = ((found.x - there).norm(dim=-1) <= RIGHT * there.norm(dim=-1)).double().mean(1)
+        zeros = torch.zeros(len(y), dtype=torch.long)
+        solution = Solution(
+            y[:, :0], found.residual, found.iterations, found.passes, found.solved, zeros, zeros + 1, found.seconds
+        )
+        report = StepReport(self.source, first, solution, error, found.solved & (error > RIGHT), right)
+        return Trace(found.x, first, (report,), self.lost, torch.zeros_like(found.residual), found.seconds)
+
     def _squares(self, steps: Sequence[Step], streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Mean square of x̂ at the streams that left a norm, from the last sweep: variance / (variance + ε)."""
         found = {}
@@ -896,13 +940,15 @@ def amplification(
             back = _solved_product(forward, noise, tolerance, krylov)
             total += back.square().sum(1) / noise.square().sum(1)
         vector = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-        largest = x.new_zeros(len(x))
+        largest, missed = x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(iterations):
             vector = vector / vector.norm(dim=1, keepdim=True)
             back = _solved_product(forward, vector, tolerance, krylov)
+            pulled = _solved_product(backward, back.nan_to_num(0.0, 0.0), tolerance, krylov)
+            missed |= ~(back.isfinite().all(1) & pulled.isfinite().all(1))
             largest = back.norm(dim=1)
-            vector = _solved_product(backward, back.nan_to_num(0.0, 0.0), tolerance, krylov).nan_to_num(1.0, 1.0)
-    return Amplification((total / probes).sqrt(), largest)
+            vector = pulled.nan_to_num(1.0, 1.0)
+    return Amplification((total / probes).sqrt(), largest.masked_fill(missed, torch.inf))
 
 
 def _solved_product(product: Product, right: Tensor, tolerance: Tensor, krylov: int) -> Tensor:

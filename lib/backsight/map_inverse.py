@@ -136,9 +136,11 @@ class Likelihood:
         covariance = noise
         if self.spread is not None and stage > 0:
             covariance = noise + stage * (self.spread if self.spread.ndim == 3 else self.spread[None])
-        values, vectors = torch.linalg.eigh(covariance.double())
+        # All grid tokens share one: it is decomposed once.
+        different, which = torch.unique_consecutive(covariance.double(), return_inverse=True, dim=0)
+        values, vectors = torch.linalg.eigh(different)
         least = values.amax(-1, keepdim=True) * torch.finfo(torch.float64).eps
-        return (vectors * torch.maximum(values, least).rsqrt()[..., None, :]).to(self.noise)
+        return (vectors * torch.maximum(values, least).rsqrt()[..., None, :])[which].to(self.noise)
 
 
 @dataclass(frozen=True)
@@ -400,10 +402,10 @@ def pixel_forward(target: Target, tap: str, patch: tuple[int, int], grid: tuple[
     Unlike `target.record` it takes pixels outside [0, 1], where a search may go on its way.
     """
     (tap,) = target.resolve_taps([tap])
-    sites = target._sites((tap,))
 
     def forward(patches: Tensor) -> Tensor:
         images = unpatchify(patches, grid, patch)
+        sites = target._sites((tap,))  # for every pass anew: some count the calls of a module
         with recording(sites) as seen, sdpa_kernel(SDPBackend.MATH):
             output = target._forward(target.preprocessing.normalise(images), None)
             found = target._canonical((tap,), seen, output, images, None)[tap]
