@@ -1,9 +1,13 @@
 """How far back exact inversion goes on the shipped targets, and what it costs: shares, roots, passes, seconds.
 
-About three minutes on one core with a few images; SIZE=full, with the figures of the documentation, takes an hour.
+Minutes on one core with a few images; SIZE=full, with the figures of the documentation, takes an hour or more.
 Rows of `results/bench/exact.csv`: half-steps alone, from the true stream behind each; the roots of the half-steps that
 fold, and how often each rule picks the right one; chains from a tap to the embedding, where an image is followed as
-long as it is right, so that every one of them is back, or has met another root, or a step that was not solved.
+long as it is right, so that every one of them is back, or has met another root, or a step that was not solved (all as
+`backsight.exact_study` counts them); and what inverting costs by size, on random weights: seconds an image, with those
+of a float64 forward pass of the same blocks as the baseline, so that the ratio is in passes. Those models have no class
+token: timm starts it at almost nothing, where a LayerNorm is steep and folds, and its roots would be all that is timed.
+ViT-B/16 at 224 px is measured in SIZE=full alone: one MLP half-step of it did not end within the small size's time.
 `python benchmarks/exact.py FILE` writes the table there instead.
 """
 
@@ -12,21 +16,23 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from table import Row, write
+from table import Row, compare, write
 from torch import Tensor
 
 from backsight.data import batches, open_images
-from backsight.exact import RIGHT, ExactInverse, Search, Settings, TokenRoots, fit_exact, step_roots
-from backsight.exact_tokens import token_map, token_signs
+from backsight.exact import ExactInverse, ExactModel, Search, Settings, fit_exact
+from backsight.exact_steps import in_precision, walk
+from backsight.exact_study import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
 from backsight.families import load_families, shipped_inverses
 from backsight.representation import Representation
 from backsight.targets import Target, load_target
+from backsight.targets.timm_models import random_target
 
 FULL = os.environ.get("SIZE") == "full"
 SINGLE = Settings(alternatives=0, restarts=0, newton=20)  # the plain solver
@@ -35,6 +41,18 @@ PRECISIONS = {
     "float64, derivative": replace(SINGLE, products="derivative"),
     "float32 steps, float64 residuals": replace(SINGLE, products="derivative", precision=torch.float32),
 }
+METHODS = {"Newton": SINGLE, "Anderson first": replace(SINGLE, anderson=40)}
+ORACLE = Settings(restarts=0, newton=20, alternatives=16, curves=2)
+CHOOSING = Settings(restarts=0, newton=20, alternatives=4)
+NONE = (float("nan"), float("nan"), "")
+IN_SECONDS = ("seconds",)
+COUNTS = ("residual", "error", "error_back", "iterations", "passes", "roots", "prefix_error_lost")
+QUIET = {"progress": False}
+SIZES = ((64, 2), (64, 4), (64, 8), (128, 4), (224, 4)) if FULL else ((64, 2), (64, 4), (64, 8), (128, 4))  # px, blocks
+PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
+BASE = ("vit_base_patch16_224", 224)
+
+Truth = dict[str, Representation]
 
 
 def test_images(target: Target, count: int) -> Tensor:
@@ -48,200 +66,147 @@ def fitted(name: str, count: int) -> dict[str, ExactInverse]:
     return fit_exact(target, open_images("scenes", "train", target.image_size, count), "fine", completion, count)
 
 
-def figures(case: str, table: pd.DataFrame) -> Iterator[Row]:
-    """Of one step, or of the last step of a chain."""
-    for measure, value, unit in (
-        ("images", len(table), "1"),
-        ("solved to a relative residual of 1e-10", table["solved"].mean(), "share"),
-        (f"input back within {RIGHT:.0e}", (table["error"] <= RIGHT).mean(), "share"),
-        ("met another root here", table["another_root"].mean(), "share"),
-        (f"tokens back within {RIGHT:.0e}", table["right_tokens"].mean(), "share"),
-        ("relative error, median", table["error"].median(), "1"),
-        ("relative error of the images that are back, median", _back(table)["error"].median(), "1"),
-        ("residual, median", table["residual"].median(), "1"),
-        ("Newton iterations, mean", table["iterations"].mean(), "1"),
-        ("forward passes, mean", table["passes"].mean(), "1"),
-        ("seconds an image", table["seconds"].mean(), "s"),
-    ):
-        yield Row("exact", case, measure, float(value), unit, float("nan"), float("nan"), "")
-
-
-def _back(table: pd.DataFrame) -> pd.DataFrame:
-    return table[table["error"] <= RIGHT]
-
-
-def half_steps(
-    name: str, inverse: ExactInverse, truth: dict[str, Representation], settings: Settings, words: str
-) -> Iterator[Row]:
-    """Each by itself."""
-    for step in inverse.model.walk.between(inverse.source, inverse.reached):
-        if step.destination not in truth or step.source not in truth or step.kind == "norm":
+def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
+    """Of a study's tidy table, the columns that tell its rows apart in words; of quantiles the median."""
+    yield Row("exact", case, "images", float(table["n"].max()), "1", *NONE)
+    for _, row in table.iterrows():
+        measure, quantile = row["measure"], row["quantile"]
+        if pd.isna(row["value"]) or not (pd.isna(quantile) or quantile == 0.5):
             continue
-        one = ExactInverse(inverse.model, step.destination, settings)
-        trace = one.trace(truth[step.destination], truth, to=step.source)
-        yield from figures(f"{name}, {step.destination} alone, {words}", trace.table())
+        parts = [measure.replace("_", " ")]
+        parts += ["median"] if not pd.isna(quantile) else []
+        if measure.startswith(("lost_", "survived")) or (measure == "error_back" and not pd.isna(row["rule"])):
+            parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
+        elif not pd.isna(row["rule"]) and "right" in measure and row["step"] == row["tap"]:
+            parts.append(f"rule: {row['rule']}")
+        distance = "distance" in measure or measure.startswith("nearest")
+        unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS or distance else "share"
+        yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
+
+
+def half_steps(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str) -> Iterator[Row]:
+    """Each by itself, as far as it is a residual one."""
+    steps = [
+        step.destination
+        for step in inverse.model.walk.between(inverse.source, inverse.reached)
+        if step.kind != "norm" and step.destination in inverse.model.walk.taps
+    ]
+    for step, table in measure_half_steps(inverse, truth, settings, steps=steps, **QUIET).groupby("step", sort=False):
+        yield from rows_of(f"{name}, {step} alone, {words}", table)
 
 
 def chain(
-    name: str,
-    inverse: ExactInverse,
-    truth: dict[str, Representation],
-    settings: Settings,
-    words: str,
-    oracle: bool = False,
+    name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str, oracle: bool = False
 ) -> Iterator[Row]:
     """From the tap to where exactness ends; how every image fared, and where it was lost first."""
-    steps = inverse.model.walk.between(inverse.source, inverse.reached)
-    alive = torch.arange(truth[inverse.source].batch)
-    total, streams = len(alive), truth[inverse.source]
-    fates: dict[str, float] = {"another root": 0, "a step not solved": 0, "an error that has grown": 0}
-    case, lost = f"{name}, {inverse.source} to {inverse.reached}, {words}", []
-    began = time.perf_counter()
-    for step in reversed(steps):
-        if not len(alive) or step.source not in truth:
-            break
-        one = ExactInverse(inverse.model, step.destination, settings)
-        there = truth[step.source].index(alive)
-        traces = [
-            one.trace(streams.index(part), {step.source: there.index(part)}, step.source, oracle=oracle)
-            for part in torch.arange(len(alive)).split(one.batch_size)
-        ]
-        table = pd.concat([trace.table() for trace in traces])
-        right = torch.tensor((table["error"] <= RIGHT).to_numpy())
-        other = torch.tensor(table["another_root"].to_numpy()) & ~right
-        unsolved = ~torch.tensor(table["solved"].to_numpy()) & ~right & ~other
-        for fate, flags in zip(fates, (other, unsolved, ~right & ~other & ~unsolved), strict=True):
-            fates[fate] += int(flags.sum())
-            if bool(flags.any()) and fate != "an error that has grown":
-                lost.append((f"lost first to {fate} at {step.destination}", int(flags.sum()) / total, "share"))
-        if bool(right.any()):
-            error = float(table["error"][table["error"] <= RIGHT].median())
-            lost.append((f"back at {step.source}, relative error, median", error, "1"))
-        lost.append((f"back at {step.source} within {RIGHT:.0e}", int(right.sum()) / total, "share"))
-        values = torch.cat([trace.values for trace in traces])
-        alive, streams = alive[right], there.replace(values).index(right.nonzero().flatten())
-    for measure, value, unit in (
-        ("images", total, "1"),
-        (f"input back within {RIGHT:.0e}", len(alive) / total, "share"),
-        *((f"lost first to {fate}", count / total, "share") for fate, count in fates.items()),
-        ("seconds an image, as long as it is right", (time.perf_counter() - began) / total, "s"),
-        *lost,
-    ):
-        yield Row("exact", case, measure, float(value), unit, *NONE)
+    table = measure_chain(inverse, truth, settings, oracle=oracle, **QUIET)
+    yield from rows_of(f"{name}, {inverse.source} to {inverse.reached}, {words}", table)
 
 
-def folded(
-    inverse: ExactInverse, destination: str, truth: dict[str, Representation], examples: int, curves: int
-) -> Iterator[Row]:
+def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: int, curves: int) -> Iterator[Row]:
     """The roots of a half-step on tokens, from the true y, and how often each rule picks the truth's."""
-    model = inverse.model
-    step, single = (
-        next(each for each in steps.between(inverse.source, inverse.reached) if each.destination == destination)
-        for steps in (model.walk, model.single)
+    target = load_target(name)
+    folder = shipped_inverses(target)
+    modular = load_families(folder, target).get("modular", {}).get(step) if folder is not None else None
+    guess = modular_guess(inverse, step, modular)
+    table = measure_roots(
+        inverse,
+        step,
+        truth,
+        guesses={} if guess is None else {"modular": guess},
+        examples=examples,
+        search=Search(rounds=curves),
+        **QUIET,
     )
-    x, y = (truth[tap].values.double() for tap in (step.source, destination))
-    began = time.perf_counter()
+    yield from rows_of(f"{name}, roots of {step}, {examples} examples, {curves} rounds of curves", table)
+
+
+# What it costs by size
+
+
+def unfitted(target: Target, tap: str, settings: Settings) -> ExactInverse:
+    """With no closed-form starts: the search begins at y, which random weights do not move far."""
+    double = in_precision(target, torch.float64)
+    return ExactInverse(ExactModel(double, walk(double), walk(target), {}, {}, {}, None), tap, settings)
+
+
+def cost(case: str, target: Target, tap: str, images: int, settings: Settings) -> Iterator[Row]:
+    """Seconds and passes an image from a tap to the embedding; the baseline is the forward pass of these blocks."""
+    inverse = unfitted(target, tap, settings)
+    shape = (images, 3, *target.image_size)
+    pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0)).double()
+    taps = [inverse.reached, tap]
+    truth = inverse.model.target.record(pictures, taps)
+    steps = inverse.model.walk.between(tap, inverse.reached)
+    x = truth[inverse.reached].values
+    forward = []
     with torch.no_grad():
-        staged = model.starts[destination](step, y)
-        guess = staged[0].flatten(0, 1)
-        drawn = model.examples[destination].starts(y.flatten(0, 1), guess, examples)
-        starts = [staged[0], staged[-1], y, *(each.view_as(y) for each in drawn), 1.4 * staged[0]]
-        found = step_roots(step, y, starts, Search(rounds=curves), single)
-        seconds = time.perf_counter() - began
-        sign = token_signs(token_map(step.forward, step.jacobian), x.flatten(0, 1))
-    there = x.flatten(0, 1)[found.token]
-    near = (found.x - there).norm(dim=1) <= RIGHT * there.norm(dim=1)
-    has = torch.zeros(found.tokens, dtype=torch.bool)
-    has[found.token[near]] = True
-    prior = model.priors[step.source]
-    images, tokens = y.shape[:2]
-    rated = torch.stack([each for each in _placed(prior.distance, x, found)])
-    case = f"scenes-vit, roots of {destination}, {len(starts)} starts, {curves} rounds of curves"
-    rows = [
-        ("images", images, "1"),
-        ("truth with a negative determinant", (sign < 0).double().mean(), "share"),
-        ("tokens solved to a relative residual of 1e-10", (found.count > 0).double().mean(), "share"),
-        ("tokens of which several roots were found", (found.count > 1).double().mean(), "share"),
-        ("roots found of a token, mean", found.count.double().mean(), "1"),
-        ("tokens whose signs sum to 1", (found.degree == 1).double().mean(), "share"),
-        ("tokens whose truth was found", has.double().mean(), "share"),
-        ("images whose truth was found whole", has.view(images, tokens).all(1).double().mean(), "share"),
-        ("tokens whose signs sum to 1, truth found", has[found.degree == 1].double().mean(), "share"),
-        ("tokens whose signs do not, truth found", has[found.degree != 1].double().mean(), "share"),
-        ("seconds an image", seconds / images, "s"),
-    ]
-    for words, score in (
-        ("the most usual", rated),
-        ("the nearest to the ridge guess", (found.x - guess[found.token]).norm(dim=1)),
-        ("the shortest", found.x.norm(dim=1)),
-    ):
-        best = found.best(score)
-        right = near[best.clamp(min=0)] & (best >= 0)
-        rows.append((f"{words} is right, tokens", right.double().mean(), "share"))
-        rows.append(
-            (f"{words} is right, every token of an image", right.view(images, -1).all(1).double().mean(), "share")
-        )
-    for measure, value, unit in rows:
-        yield Row("exact", case, measure, float(value), unit, *NONE)
+        for _ in range(5):
+            began = time.perf_counter()
+            made = x
+            for step in steps:
+                made = step(made)
+            forward.append((time.perf_counter() - began) / images)
+    baseline = sorted(forward)[len(forward) // 2]
+    trace = inverse.trace(truth[tap])
+    error = (trace.values - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    passes = trace.table().groupby("sample")["passes"].sum() / len(steps)
+    yield compare("exact", case, "seconds an image", trace.seconds / images, "s", baseline, "")
+    yield Row("exact", case, "passes of a half-step, mean", float(passes.mean()), "1", *NONE)
+    yield Row("exact", case, "solved", float(trace.solved.double().mean()), "share", *NONE)
+    yield Row("exact", case, "relative error, largest", float(error.max()), "1", *NONE)
 
 
-def _placed(score: Callable[[Tensor], Tensor], x: Tensor, found: TokenRoots) -> Iterator[Tensor]:
-    """The score of every root, which is one of a whole stream: each is put into its token's place."""
-    tokens = x.shape[1]
-    for token, root in zip(found.token, found.x, strict=True):
-        stream = x[:1].clone()
-        stream[0, token % tokens] = root
-        yield score(stream)[0, token % tokens]
-
-
-NONE = (float("nan"), float("nan"), "")
-ORACLE = Settings(restarts=0, newton=20, alternatives=16, curves=2)
-CHOOSING = Settings(restarts=0, newton=20, alternatives=4)
+def costs(words: str) -> Iterator[Row]:
+    for side, depth in SIZES:
+        target = random_target("vit_tiny_patch16_224", side, depth=depth, **PATCHES_ALONE)
+        for method, settings in METHODS.items():
+            case = f"vit_tiny (192 wide), {side} px, {depth} blocks, random weights, {method}, {words}"
+            yield from cost(case, target, f"blocks.{depth - 1}", 1, settings)
+    if not FULL:
+        return
+    target = random_target(*BASE, **PATCHES_ALONE)
+    for last in (0, 11):
+        for method, settings in METHODS.items():
+            case = f"ViT-B/16, 224 px, {last + 1} of 12 blocks, one image, random weights, {method}, {words}"
+            yield from cost(case, target, f"blocks.{last}", 1, settings)
 
 
 def main() -> Iterator[Row]:
     threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
-    count = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
-    fit, alone, many, few = count
+    fit, alone, many, few = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
+    yield from costs(threads)
     inverses = fitted("scenes-vit", fit)
     last = inverses["blocks.5"]
-    truth = last.model.target.record(test_images(last.model.target, max(count[1:])).double(), "fine")
+    truth = recorded_truth(last, test_images(last.model.target, max(alone, many, few)))
 
-    def some(number: int) -> dict[str, Representation]:
+    def some(number: int) -> Truth:
         return {tap: each.index(torch.arange(number)) for tap, each in truth.items()}
 
     for tap in ("blocks.4", "blocks.3"):
         yield from chain("scenes-vit", inverses[tap], some(few), CHOOSING, threads)
-    yield from chain("scenes-vit", last, some(few), ORACLE, f"the root nearest to the truth, {threads}", oracle=True)
-    yield from chain(
-        "scenes-vit", inverses["blocks.4"], some(few), ORACLE, f"the root nearest to the truth, {threads}", True
-    )
+    for tap in ("blocks.5", "blocks.4"):
+        words = f"the root nearest to the truth, {threads}"
+        yield from chain("scenes-vit", inverses[tap], some(few), ORACLE, words, oracle=True)
     for tap in ("blocks.5", "blocks.0"):
-        yield from folded(last, tap, some(max(1, few // 2)), 8, 1)
+        yield from folded("scenes-vit", last, tap, some(max(1, few // 2)), 8 if FULL else 2, 1)
     yield from chain("scenes-vit", last, some(many), CHOOSING, threads)
     yield from half_steps("scenes-vit", last, some(alone), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
-    random = fit_exact(
-        untrained, open_images("scenes", "train", untrained.image_size, 40), ["blocks.5"], {}, 40, stages=2
-    )["blocks.5"]
-    recorded = random.model.target.record(test_images(untrained, 2 * few).double(), "fine")
+    images = open_images("scenes", "train", untrained.image_size, 40)
+    random = fit_exact(untrained, images, ["blocks.5"], {}, 40, stages=2)["blocks.5"]
+    recorded = recorded_truth(random, test_images(untrained, 2 * few))
     yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)
     for words, settings in PRECISIONS.items() if FULL else ():
-        eight = some(8)
-        one = ExactInverse(last.model, "blocks.4", settings)
-        trace = one.trace(eight["blocks.4"], eight, "blocks.3")
-        yield from figures(f"scenes-vit, blocks.4 to blocks.3, {words}", _last(trace.table()))
+        part = ExactInverse(last.model, "blocks.4", settings)
+        table = measure_half_steps(part, some(8), settings, steps=["blocks.4", "blocks.4.attn"], **QUIET)
+        for step, rows in table.groupby("step", sort=False):
+            yield from rows_of(f"scenes-vit, {step} alone, {words}", rows)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):
         if FULL:
             inverse = fitted(name, 128)[tap]
-            recorded = inverse.model.target.record(test_images(inverse.model.target, 16).double(), "fine")
+            recorded = recorded_truth(inverse, test_images(inverse.model.target, 16))
             yield from chain(name, inverse, recorded, CHOOSING, threads)
-
-
-def _last(table: pd.DataFrame) -> pd.DataFrame:
-    """Of the last step, with the cost of all."""
-    total = table.groupby("sample")[["seconds", "passes", "iterations"]].sum()
-    return table[table["to"] == table["to"].iloc[-1]].set_index("sample").assign(**total)
 
 
 if __name__ == "__main__":

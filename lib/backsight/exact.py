@@ -834,8 +834,10 @@ def fit_exact(
     step are left out; ask `ExactInverse(model, tap)` for the reason.
     """
     double = in_precision(target, torch.float64)
-    model = _fitted(double, walk(double), walk(target), images, count, stages, completion or {})
+    walked = walk(double)
     names = list(target.taps) if taps is None else list(target.resolve_taps(taps))
+    deepest = max((walked.taps[tap] for tap in names if tap in walked.taps), default=-1)
+    model = _fitted(double, walked, walk(target), images, count, stages, completion or {}, deepest)
     found = {}
     for tap in names:
         if model.walk.exact_from(tap) or tap == target.available_taps[0]:
@@ -844,8 +846,16 @@ def fit_exact(
 
 
 def _fitted(
-    double: Target, walked: Walk, single: Walk, images: Any, count: int, stages: int, completion: Mapping[str, Any]
+    double: Target,
+    walked: Walk,
+    single: Walk,
+    images: Any,
+    count: int,
+    stages: int,
+    completion: Mapping[str, Any],
+    deepest: int,
 ) -> ExactModel:
+    """Of the steps up to the stream number `deepest`."""
     order = sorted(walked.taps, key=walked.taps.__getitem__)
     collected: dict[str, list[Tensor]] = {tap: [] for tap in order}
     prefix = {}
@@ -861,6 +871,8 @@ def _fitted(
     starts, degrees, priors, examples, folding = {}, {}, {}, {}, {}
     with torch.no_grad():
         for number, step in walked.steps.items():
+            if number > deepest:
+                continue
             # The nearest tap before the step, and from there the steps themselves.
             near = max((tap for tap in order if walked.taps[tap] < number), key=walked.taps.__getitem__, default=None)
             if near is None or any(each not in walked.steps for each in range(walked.taps[near] + 1, number)):

@@ -33,7 +33,14 @@ SMALL, NORMAL = 7.0, 8.0  # points
 
 # seaborn's "colorblind" palette and two of Paul Tol's; families and targets never share a colour.
 FAMILY_COLOURS: Mapping[str, str] = MappingProxyType(
-    {"linear": "#0173b2", "direct": "#de8f05", "modular": "#029e73", "modular_polished": "#cc78bc"}
+    {
+        "linear": "#0173b2",
+        "direct": "#de8f05",
+        "modular": "#029e73",
+        "modular_polished": "#cc78bc",
+        "map": "#000000",
+        "exact": "#8c510a",
+    }
 )
 TARGET_COLOURS: Mapping[str, str] = MappingProxyType(
     {
@@ -46,7 +53,7 @@ TARGET_COLOURS: Mapping[str, str] = MappingProxyType(
 )
 _OTHER_COLOURS = ("#949494", "#ece133", "#fbafe4", "#44aa99")
 _FAMILY_MARKERS: Mapping[str, str] = MappingProxyType(
-    {"linear": "o", "direct": "s", "modular": "^", "modular_polished": "D"}
+    {"linear": "o", "direct": "s", "modular": "^", "modular_polished": "D", "map": "P", "exact": "X"}
 )
 _NULL_DASHES: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {"null_mean": (6, 2), "null_shuffled": (3, 1.5), "null_untrained": (1, 1.5)}
@@ -58,6 +65,8 @@ INVERSE_NAMES: Mapping[str, str] = MappingProxyType(
         "direct": "direct",
         "modular": "modular",
         "modular_polished": "modular, polished",
+        "map": "most probable (MAP)",
+        "exact": "exact",
         "null_mean": "null: mean image",
         "null_shuffled": "null: other image",
         "null_untrained": "null: untrained target",

@@ -31,7 +31,7 @@ from backsight.figures import (
 )
 
 NULL_COLOUR = "#5f5f5f"
-STUDY_COLOURS: Mapping[str, str] = {"map": "#000000", "steadied": "#6a51a3", "exact": "#8c510a"}
+STUDY_COLOURS: Mapping[str, str] = {"steadied": "#6a51a3"}
 STUDY_NAMES: Mapping[str, str] = {
     **INVERSE_NAMES,
     "map": "most probable (MAP)",

@@ -11,7 +11,8 @@ The networks are in residuals.py. A chain of modules leads from any tap down to 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -31,6 +32,9 @@ from backsight.residuals import RESIDUALS, Design, Surroundings, Upsampling, des
 from backsight.training import read_tensors, seeded, write_tensors
 
 if TYPE_CHECKING:
+    from backsight.exact import ExactInverse
+    from backsight.exact_files import Measured
+    from backsight.map_inverse import MapInverse
     from backsight.targets.base import Target
 
 __all__ = [
@@ -55,9 +59,9 @@ FORMAT = 1  # of the files
 class InverseHeader:
     """Where an inverse comes from; it is written into every file.
 
-    family: "linear" | "direct" | "modular" | "modular_polished"; target, weights, weights_hash: of the target;
+    family: one of `backsight.families.FAMILIES`; target, weights, weights_hash: of the target;
     source, destination: taps, or "pixels"; data: name and split of the training images; seed; steps: trained
-    (0 for linear); validation_loss: the best one, as a share of the destination's variance, or None.
+    (0 for what is not trained); validation_loss: the best one, as a share of the destination's variance, or None.
     """
 
     family: str
@@ -313,7 +317,7 @@ def header_for(
 
 
 def save_inverse(
-    inverse: Inverse | LinearInverse | Chain,
+    inverse: Inverse | LinearInverse | Chain | ExactInverse | MapInverse,
     path: Path | str,
     half: bool = False,
     header: InverseHeader | None = None,
@@ -321,21 +325,24 @@ def save_inverse(
     """Write an inverse of any family, or a chain, as one safetensors file with a JSON header in its metadata.
 
     half: store float16 (half the size; computing stays float32) wherever the values fit. header: of what holds
-    none itself, a LinearInverse or a chain of them; see `header_for`.
+    none itself, a LinearInverse or a chain of them, an exact or a MAP inverse; see `header_for`.
     Raises BacksightError without a header, and where the file cannot be written.
     """
-    tensors = dict(inverse.state_dict())
-    if half:
-        tensors = {key: _halved(tensor) for key, tensor in tensors.items()}
+    if isinstance(inverse, Inverse | LinearInverse | Chain):
+        said, tensors = described(inverse, half)
+    else:
+        from backsight.exact_files import packed  # which imports this module
+
+        said, tensors = packed(inverse, half)
     first = inverse.modules_in_order[0] if isinstance(inverse, Chain) else inverse
     if isinstance(first, Inverse):
         header = replace(first.header, destination=inverse.destination)
     if header is None:
         raise BacksightError(
-            f"The linear inverse of {inverse.source!r} does not know its target: save it with "
-            "header=header_for(target, 'linear', source, destination, images)."
+            f"The {first.family} inverse of {inverse.source!r} does not know its target: save it with "
+            f"header=header_for(target, {first.family!r}, source, destination, images)."
         )
-    description = {"format": FORMAT, "header": asdict(header), **_describe(inverse)}
+    description = {"format": FORMAT, "header": asdict(header), **said}
     return write_tensors(path, tensors, {"backsight": json.dumps(description)})
 
 
@@ -344,9 +351,12 @@ def read_header(path: Path | str) -> InverseHeader:
     return _read(path)[0]
 
 
-def load_inverse(path: Path | str, target: Target) -> Inverse | LinearInverse | Chain:
+def load_inverse(
+    path: Path | str, target: Target, measured: Measured | None = None
+) -> Inverse | LinearInverse | Chain | ExactInverse | MapInverse:
     """Read what `save_inverse` wrote, on the target's device.
 
+    measured: what exact and MAP inverses measure on the target, to share it among its files (default: anew).
     Raises BacksightError where the file is missing, damaged or of another kind, and where it inverts another
     target (the weight hash decides, not the name).
     """
@@ -356,16 +366,24 @@ def load_inverse(path: Path | str, target: Target) -> Inverse | LinearInverse | 
             f"The inverse {path} was made for {header.target} with the weights {header.weights_hash}, not for "
             f"{target.name} with {target.weights_hash}: load that target, or fit an inverse for this one."
         )
+    with damage_told(path):
+        if description["kind"] not in ("exact", "map"):
+            return rebuilt(description, tensors, target)
+    from backsight.exact_files import Measured, unpacked  # which imports this module
+
+    return unpacked(path, header, description, tensors, measured or Measured(target))
+
+
+@contextmanager
+def damage_told(path: Path | str) -> Iterator[None]:
+    """What goes wrong within, where a file is turned into an inverse, is the file's damage."""
     try:
-        with seeded(0):
-            inverse = _rebuild(description)
-        inverse.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise BacksightError(
             f"The inverse {path} does not fit its own header ({reason}): it is damaged, fit it again."
         ) from error
-    return inverse.eval().requires_grad_(False).to(next(target.model.parameters()).device)
 
 
 def _read(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Tensor]]:
@@ -380,6 +398,22 @@ def _read(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Te
 def library_versions() -> dict[str, str]:
     """Of the libraries that decide what an inverse computes."""
     return {name: version(name) for name in ("backsight", "torch", "timm", "transformers")}
+
+
+def described(inverse: Inverse | LinearInverse | Chain, half: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what a file says of a module, its numbers); half: float16 wherever they fit."""
+    tensors = dict(inverse.state_dict())
+    return _describe(inverse), {key: halved(tensor) for key, tensor in tensors.items()} if half else tensors
+
+
+def rebuilt(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> Inverse | LinearInverse | Chain:
+    """What `described` tells, on the target's device. Raises what torch and Python do where the two do not agree."""
+    with seeded(0):
+        inverse = _rebuild(description)
+    inverse.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return inverse.eval().requires_grad_(False).to(target.device)
 
 
 def _describe(inverse: nn.Module) -> dict[str, Any]:
@@ -417,6 +451,7 @@ def _rebuild(description: Mapping[str, Any]) -> Inverse | LinearInverse | Chain:
     return Inverse(InverseHeader(**description["header"]), design, linear, source, destination, position)
 
 
-def _halved(tensor: Tensor) -> Tensor:
+def halved(tensor: Tensor) -> Tensor:
+    """A float32 tensor as float16 where all of its values fit, others as they are."""
     half = tensor.half() if tensor.dtype == torch.float32 else tensor
     return half if bool(torch.isfinite(half).all()) else tensor

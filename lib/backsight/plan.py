@@ -37,6 +37,8 @@ MACHINE = ""  # the target of operations that are of no target
 RIDGE_IMAGES, VALIDATION_IMAGES = 1024, 128  # the defaults of fit_direct and fit_modular
 VALIDATIONS = 11  # of a training: before the first step, and at every tenth
 TRADEOFF_READERS = 3  # linear inverses fitted anew, trained along, and of the start
+MAP_STEPS = 14  # of a MAP search: two of each of seven stages, about
+HALF_STEP_SECONDS, CHAIN_SECONDS = 2.0, 1.5  # of one image: a half-step alone, a step of a whole chain
 NULL_SHIFTS = 8  # colour_study.NULL_SHIFTS
 GRADIENT = 3  # a pass with its gradient, in passes without
 FACTOR_INPUTS = 704  # of a probe of the factor table, about (factors.Summary)
@@ -54,6 +56,7 @@ FIGURES: Mapping[str, int] = {
     "07_figures": 0,
     "08_explorer": 1,
     "10_tradeoff": 6,
+    "11_exact": 20,
 }
 OUTPUT_BYTES = 4 * 2**20
 KEPT_SAMPLE = 256 * 2**20  # of validation images that a linear fit keeps for its intervals (linear.SAMPLE_BYTES)
@@ -575,6 +578,33 @@ def _tradeoff(count: Count, families: Mapping[str, int]) -> None:
         count.add("seconds", 0.02 * images * len(seeds) * (ts + 2), MACHINE)
 
 
+def _exact(count: Count, families: Mapping[str, int]) -> None:
+    values = count.job.values
+    held, fit, half = values["calibration_images"], values["fit_images"], values["half_step_images"]
+    jobs, few = len(values["taps"]) * len(values["noises"]), len(values["taps"])
+    count.add("load", 2 + len(values["untrained_seeds"]))
+    count.read(values["trained_on"], "train", fit, values["seed"])
+    count.read(values["trained_on"], "validation", held, values["seed"])
+    count.read(values["images"], "test", max(values["n"], values["chain_images"]))
+    # A pair of products is some four passes; MAP_STEPS of them a search, for images and for those that fit its gain.
+    solved = (jobs + 3 * few) * (values["n"] + 8) * values["products"]
+    solved += len(values["whole_taps"]) * values["whole_images"] * values["whole_products"]
+    count.add("forward", 4 * MAP_STEPS * solved)
+    for family in families:
+        count.decode(family, (jobs + few) * (values["n"] + held), few)
+    # What the solvers of half-steps and whole chains take is an allowance, of shipped sizes.
+    count.add(
+        "seconds",
+        HALF_STEP_SECONDS * (12 * half * (1 + len(values["untrained_seeds"])) + values["chain_images"]),
+        MACHINE,
+    )
+    count.add(
+        "seconds", CHAIN_SECONDS * len(values["whole_taps"]) * values["whole_images"] * values["iterations"], MACHINE
+    )
+    count.add("seconds", 30 * (len(values["root_steps"]) or 6) * values["root_images"], MACHINE)
+    count.add("interval", 40 * jobs, MACHINE)
+
+
 def _quickstart(count: Count, families: Mapping[str, int]) -> None:
     for name in count["targets"]:
         count.add("load", 1, name)
@@ -607,6 +637,7 @@ COUNTS: Mapping[str, Callable[[Count, Mapping[str, int]], None]] = {
     "06_modular_vs_direct": _modular_vs_direct,
     "08_explorer": _explorer,
     "10_tradeoff": _tradeoff,
+    "11_exact": _exact,
 }
 
 

@@ -67,6 +67,7 @@ STUDIES: Mapping[str, str] = {
     "05_colour": "Colour",
     "08_explorer": "Where the hue is lost",
     "06_modular_vs_direct": "Modular against direct inverses",
+    "11_exact": "Lost, or only hidden?",
     "10_tradeoff": "Trained to be invertible",
     "02_train_inverse": "Training of the inverses",
     TARGETS: "Classes and training",

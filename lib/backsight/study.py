@@ -19,8 +19,9 @@ from backsight.runs import FINISHED, METRIC_COLUMNS, METRICS, STARTED, project_r
 
 QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
 EFFICIENCY, TRADEOFF, TRAINING = "06_modular_vs_direct", "10_tradeoff", "02_train_inverse"
+EXACT = "11_exact"
 FIGURES = "07_figures"
-STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF)
+STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF, EXACT)
 # What the folder of a run is called where no run.json says which notebook made it: the notebook's name without its
 # number, or the first word of it ("quality-scenes-vit-scenes", "cross_layer-scenes-detr", "colour-…").
 _FIRST_WORDS: Mapping[str, str] = MappingProxyType(
@@ -32,13 +33,14 @@ _FIRST_WORDS: Mapping[str, str] = MappingProxyType(
         "modular": EFFICIENCY,
         "efficiency": EFFICIENCY,
         "tradeoff": TRADEOFF,
+        "exact": EXACT,
         "targets": "01_targets",
         "quickstart": "00_quickstart",
     }
 )
 # The column that only one study writes.
 _SIGNATURES: Mapping[str, str] = MappingProxyType(
-    {"source_tap": CROSS_LAYER, "perturbation": COLOUR, "flops": EFFICIENCY, "t": TRADEOFF}
+    {"study": EXACT, "source_tap": CROSS_LAYER, "perturbation": COLOUR, "flops": EFFICIENCY, "t": TRADEOFF}
 )
 CAPTIONS = "captions.md"
 
