@@ -28,7 +28,7 @@ from backsight.errors import BacksightError
 from backsight.exact_chain import ChainSettings, solve_chain
 from backsight.exact_solver import Product, Roots, Settings, Solution, derivative_product, gmres, roots, solve
 from backsight.exact_steps import Lost, NotInvertibleError, Step, Walk, in_precision, residual_steps, walk
-from backsight.exact_tokens import Search, TokenRoots, token_map, token_roots, token_signs
+from backsight.exact_tokens import Search, TokenRoots, newton, token_map, token_roots, token_signs
 from backsight.patches import patchify, unpatchify
 from backsight.representation import Representation, Tokens
 from backsight.ridge import RidgeAccumulator
@@ -61,6 +61,7 @@ __all__ = [
 
 RIGHT = 1e-5  # relative error up to which a solution counts as the input that was there
 SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
+DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
 STAGES = 4  # of a staged start
 ALPHAS = tuple(10.0**exponent for exponent in range(-10, 2))
 SWEEPS = 3  # of a post-norm chain: each brings the norms' ε in more exactly, by a factor of about 1e-5
@@ -329,10 +330,41 @@ def solve_step(
     shape = (batch * tokens, 1, channels) if step.tokenwise else (batch, tokens, channels)
     wanted, parts = wanted.reshape(shape), [start.reshape(shape) for start in starts]
     context = [each.reshape(*shape[:2], -1) for each in context]
-    found = solve(function, wanted, parts, settings, derivative, context)
+    dense = step.tokenwise and step.norm is None and step.jacobian is not None and channels <= DENSE
+    # Where a token's derivative is a small known matrix, only the cheap first try goes without it.
+    first = replace(settings, newton=0, restarts=0) if dense else settings
+    found = solve(function, wanted, parts[:1] if dense else parts, first, derivative, context)
+    if dense:
+        found = _densely(step, y, found, [part[:, 0] for part in parts], settings)
     if step.tokenwise and step.norm is None:
         found = _rooted(step, y, found, [part[:, 0] for part in parts], settings, score, usual, examples)
     return found.grouped(batch) if step.tokenwise else found
+
+
+def _densely(step: Step, y: Tensor, found: Solution, starts: list[Tensor], settings: Settings) -> Solution:
+    """With what Newton's method with full derivatives finds for the tokens that are not solved yet."""
+    began = time.perf_counter()
+    tokens, flat = token_map(step.forward, step.jacobian), y.flatten(0, 1)
+    search = Search(tolerance=settings.tolerance, goal=settings.goal, newton=settings.newton)
+    x, residual, number = found.x[:, 0].clone(), found.residual.clone(), found.start.clone()
+    solved, method = found.solved.clone(), found.method.clone()
+    generator = torch.Generator(device=y.device).manual_seed(settings.seed)
+    for attempt in range(len(starts) + settings.restarts):
+        at = (~solved).nonzero().flatten()
+        if not len(at):
+            break
+        start = starts[attempt % len(starts)][at]
+        if attempt >= len(starts):
+            noise = torch.randn(start.shape, generator=generator, dtype=y.dtype, device=y.device)
+            size = start.std(1, keepdim=True)
+            start = start + settings.spread * (attempt - len(starts) + 1) * size * noise
+        made, off = newton(tokens, flat[at], start, search)
+        better = off < residual[at]
+        took = at[better]
+        x[took], residual[took], number[took], method[took] = made[better], off[better], attempt, 2
+        solved[at] = residual[at] <= settings.tolerance
+    seconds = found.seconds + time.perf_counter() - began
+    return replace(found, x=x[:, None], residual=residual, solved=solved, start=number, method=method, seconds=seconds)
 
 
 def _rooted(

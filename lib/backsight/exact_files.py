@@ -23,9 +23,9 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.exact import (
-    Examples,
     ExactInverse,
     ExactModel,
+    Examples,
     LostDegrees,
     Prior,
     Settings,
@@ -79,7 +79,7 @@ def map_refusal(tap: str, representation: Representation) -> str:
     if not isinstance(representation, Tokens | Queries):
         return f"A MAP inverse reads tokens or queries, and {tap} holds {type(representation).__name__.lower()}."
     if isinstance(representation, Tokens) and representation.padding is not None:
-        return f"A MAP inverse reads unpadded tokens, and those of {tap} are padded: crop or stretch the images instead."
+        return f"A MAP inverse reads unpadded tokens, and those of {tap} are padded: crop or stretch images instead."
     return ""
 
 
@@ -205,9 +205,7 @@ def _unpacked_exact(
             ]
             starts[name] = StagedStart(tuple(stages))
         degrees = {name: LostDegrees(**named(f"degrees.{name}", "weight", "bias")) for name in description["degrees"]}
-        priors = {
-            name: Prior(**named(f"prior.{name}", "mean", "precision", "usual")) for name in description["priors"]
-        }
+        priors = {name: Prior(**named(f"prior.{name}", "mean", "precision", "usual")) for name in description["priors"]}
         examples = {name: Examples(**named(f"examples.{name}", "y", "error")) for name in description["examples"]}
         folding = {str(name): float(share) for name, share in description["folding"].items()}
         end, batch_size, completion = str(description["reached"]), int(description["batch_size"]), {}
@@ -284,13 +282,14 @@ def _unpacked_map(
         base = rebuilt(description["base"], _below("base", tensors), target)
         start = Steadied(base, (down, across), rows["mean"], rows["wiener"], tensors["weight"], tensors["bias"])
         likelihood = Likelihood(rows["noise"], rows.get("spread"))
-        fitted = (tensors[name] for name in ("factor", "basis", "gain"))
         return MapInverse(
             target,
             tap,
             noise,
             start,
-            *fitted,
+            tensors["factor"],
+            tensors["basis"],
+            tensors["gain"],
             likelihood,
             settings,
             tensors["shares"],

@@ -1,17 +1,24 @@
 """The inverse families by name: fit one, save it, find it again, and turn it into images."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from backsight.data import open_images
+from backsight.data import batches, open_images
 from backsight.errors import BacksightError
+from backsight.exact import ExactInverse, fit_exact
+from backsight.exact_files import Measured, exact_refusal, map_refusal
+from backsight.exact_steps import walk
 from backsight.fit import fit_direct, fit_modular, fit_polish
 from backsight.inverses import Chain, Inverse, InverseHeader, header_for, load_inverse, read_header, save_inverse
 from backsight.linear import LinearInverse, fit_linear
+from backsight.map_inverse import MapInverse, Noise, fit_map
 from backsight.processes import first_process_first, is_first, wait_for_all
+from backsight.progress import progress_bar
 from backsight.representation import Representation
 from backsight.runs import project_root
 from backsight.shipped import inverse_files
@@ -20,7 +27,8 @@ from backsight.targets import PIXELS, Target, load_target
 from backsight.targets.base import nearest
 
 Reconstruct = Callable[[Representation], Tensor]
-FAMILIES = ("linear", "direct", "modular", "modular_polished")
+FAMILIES = ("linear", "direct", "modular", "modular_polished", "exact", "map")
+SOLVED = ("exact", "map")  # no training: a fit of starts and covariances, and a search for every image
 Features = Literal["auto", "always", "never"]
 
 
@@ -35,6 +43,7 @@ def fit_family(
     seed: int = 0,
     chain_fraction: float = 0.25,
     modules: Mapping[str, Inverse] | None = None,
+    linear: Mapping[str, LinearInverse] | None = None,
     checkpoint: Path | None = None,
     features: Features = "never",
     progress: bool = True,
@@ -42,12 +51,23 @@ def fit_family(
     """The inverses of one family at every tap of the target: {tap: inverse}; see `fit_linear`, `fit_direct`, ….
 
     modules: of a modular family that is there already, which "modular_polished" starts from (else it is trained
-    first). checkpoint: a folder to resume an interrupted training from. features: whether what the frozen target makes
-    of the training images is recorded on disk and read from there, "auto" where every image is shown twice or more;
-    where the disk is too small, it is computed at every step after all. Raises BacksightError on an unknown family.
+    first), and "map" too (else from linear inverses). linear: inverses to pixels that are there already, which "exact"
+    ends with and "map" starts from (else they are fitted). checkpoint: a folder to resume an interrupted training
+    from. features: whether what the frozen target makes of the training images is recorded on disk and read from
+    there, "auto" where every image is shown twice or more; where the disk is too small, it is computed at every step
+    after all.
+
+    "exact" and "map" leave out, with a warning, the taps that they cannot read, and do not use steps, batch_size,
+    chain_fraction, checkpoint and features. "map" is fitted for what float32 keeps, and measured on `validation`,
+    which it needs. Raises BacksightError on an unknown family, and where "exact" or "map" can read no tap at all.
     """
     if family not in FAMILIES:
         raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, FAMILIES)}.")
+    if family in SOLVED:
+        ready = {tap: each for tap, each in (linear or {}).items() if each.destination == PIXELS}
+        if family == "exact":
+            return dict(_fit_exact(target, images, validation, ready, seed, progress))
+        return dict(_fit_map(target, images, validation, modules or {}, ready, seed, progress))
     often = family != "linear" and steps * batch_size >= 2 * len(images)
     if features == "always" or (features == "auto" and often):
         images = features_or_images(target, images, target.taps, progress=progress)
@@ -64,6 +84,78 @@ def fit_family(
         first = common | {"checkpoint": None if checkpoint is None else checkpoint / "modular.safetensors"}
         modules = fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **first)
     return fit_polish(target, images, modules, **common)
+
+
+def _fit_exact(
+    target: Target, images: Any, validation: Any, linear: Mapping[str, LinearInverse], seed: int, progress: bool
+) -> dict[str, ExactInverse]:
+    """With a linear inverse, given or fitted here, at every tap where exactness ends."""
+    found = fit_exact(target, images, target.taps)
+    # Without a measured patch embedding, the first tap's image would be the linear inverse's alone.
+    found = {tap: each for tap, each in found.items() if each.reached != tap or each.model.embedding is not None}
+    walked = next(iter(found.values())).model.walk if found else walk(target)
+    _tell_left_out(
+        "exact", target, {tap: exact_refusal(target, walked, tap) for tap in target.taps if tap not in found}
+    )
+    ends = list(dict.fromkeys(each.reached for each in found.values()))
+    completion = _with_linear(target, images, validation, linear, ends, seed, progress)
+    model = replace(next(iter(found.values())).model, completion=completion)
+    return {tap: ExactInverse(model, tap) for tap in found}
+
+
+def _fit_map(
+    target: Target,
+    images: Any,
+    validation: Any,
+    modules: Mapping[str, Any],
+    linear: Mapping[str, LinearInverse],
+    seed: int,
+    progress: bool,
+) -> dict[str, MapInverse]:
+    """From chains of the modules where they lead to pixels, else from linear inverses."""
+    if validation is None:
+        raise BacksightError(
+            "A MAP inverse is measured on held-out images: give `validation`, images that nothing was fitted on."
+        )
+    recorded = target.record(next(batches(validation, 1)), target.taps)
+    refused = {tap: map_refusal(tap, each) for tap, each in recorded.items()}
+    _tell_left_out("map", target, {tap: reason for tap, reason in refused.items() if reason})
+    taps = [tap for tap in target.taps if not refused[tap]]
+    chains = {tap: Chain(modules, tap) for tap in taps if tap in modules}
+    bases: dict[str, Any] = {tap: chain for tap, chain in chains.items() if chain.destination == PIXELS}
+    without = [tap for tap in taps if tap not in bases]
+    bases |= _with_linear(target, images, validation, linear, without, seed, progress)
+    return {
+        tap: fit_map(target, tap, bases[tap], validation, Noise("float32"), seed=seed)
+        for tap in progress_bar(taps, show=progress, desc="MAP inverses")
+    }
+
+
+def _with_linear(
+    target: Target,
+    images: Any,
+    validation: Any,
+    linear: Mapping[str, LinearInverse],
+    taps: Sequence[str],
+    seed: int,
+    progress: bool,
+) -> dict[str, LinearInverse]:
+    """The linear inverses of these taps; those that are not there are fitted."""
+    missing = [tap for tap in taps if tap not in linear]
+    fitted = {}
+    if missing:
+        fitted = fit_linear(target, images, missing, validation=validation, seed=seed, progress=progress)
+    return {tap: linear[tap] if tap in linear else fitted[tap] for tap in taps}
+
+
+def _tell_left_out(family: str, target: Target, refused: Mapping[str, str]) -> None:
+    """Warn once of the taps that a family cannot read; raise BacksightError where it can read none."""
+    if not refused:
+        return
+    taps, reason = ", ".join(refused), next(iter(refused.values()))
+    if set(target.taps) <= set(refused):
+        raise BacksightError(f"{target.name} has no {family} inverse at any of its taps ({taps}). {reason}")
+    warnings.warn(f"{target.name} has no {family} inverse at {taps}. {reason}", stacklevel=4)
 
 
 def fit_and_save(
@@ -89,7 +181,8 @@ def fit_and_save(
     fitted: dict[str, dict[str, Any]] = {}
     files: list[Path] = []
     for family in families:
-        settings = {**training, "modules": fitted.get("modular"), "checkpoint": out / "checkpoints", "seed": seed}
+        settings = {**training, "modules": fitted.get("modular"), "linear": fitted.get("linear"), "seed": seed}
+        settings["checkpoint"] = out / "checkpoints"
         fitted[family] = fit_family(family, target, train, validation, **settings)
         if is_first():
             files += save_family(target, family, fitted[family], out, train, seed)
@@ -216,13 +309,14 @@ def load_families(folder: str | Path, target: Target, seed: int | None = None) -
             raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
         headers = {path: header for path, header in headers.items() if header.seed == seed}
     found: dict[str, dict[str, Any]] = {}
+    measured = Measured(target)
     for path, header in headers.items():
         modules = found.setdefault(header.family, {})
         if header.source in modules:
             raise BacksightError(
                 f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
             )
-        modules[header.source] = load_inverse(path, target)
+        modules[header.source] = load_inverse(path, target, measured)
     order = {tap: place for place, tap in enumerate(target.available_taps)}
     return {
         family: as_reconstructions({tap: found[family][tap] for tap in sorted(found[family], key=order.__getitem__)})
@@ -252,7 +346,7 @@ def shipped_inverses(target: Target) -> Path | None:
 
 
 def _family_order(family: str) -> tuple[int, str]:
-    known = ("linear", "direct", "modular")
+    known = ("linear", "direct", "modular", "exact", "map")
     first = family.split("_")[0]
     return (known.index(first) if first in known else len(known), family)
 
@@ -260,7 +354,7 @@ def _family_order(family: str) -> tuple[int, str]:
 def save_family(
     target: Target,
     family: str,
-    inverses: Mapping[str, Inverse | LinearInverse],
+    inverses: Mapping[str, Inverse | LinearInverse | ExactInverse | MapInverse],
     folder: str | Path,
     images: Any = None,
     seed: int = 0,
@@ -274,7 +368,7 @@ def save_family(
     return files
 
 
-def as_reconstructions(modules: Mapping[str, Inverse | LinearInverse]) -> dict[str, Reconstruct]:
+def as_reconstructions(modules: Mapping[str, Any]) -> dict[str, Reconstruct]:
     """{tap: images from that tap}: the modules themselves where they end in pixels, else chains of them."""
     if all(module.destination == PIXELS for module in modules.values()):
         return dict(modules)

@@ -21,6 +21,7 @@ from backsight.study import (
     COLOUR,
     CROSS_LAYER,
     EFFICIENCY,
+    EXACT,
     QUALITY,
     TRADEOFF,
     Study,
@@ -32,6 +33,8 @@ from backsight.study import (
 AGREED, DISAGREED, UNDECIDED, UNMEASURED = "agreed", "disagreed", "cannot tell", "not measured"
 VERDICTS = (AGREED, DISAGREED, UNDECIDED, UNMEASURED)
 LEAST_SEEDS = 3  # training seeds behind a number of a trained inverse, before it may decide
+HALF_OF_IT = 0.5  # share of what decoders lose with depth: more of it has to be out of reach to count as lost
+HIDDEN = 3.0  # dB: what MAP gains on the best decoder where a picture counts as hidden from decoders, not lost
 AS_GOOD = 0.5  # dB: a chain this little below the direct decoder still counts as as good
 FINDING_COLUMNS = (
     "claim",
@@ -576,6 +579,42 @@ def _largest_t(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["t"] == rows["t"].max()]
 
 
+# --------------------------------------------------------------------------------------------- 12. lost, or only hidden
+
+
+def _lost_for_good(study: Study) -> Iterator[Evidence]:
+    """What decoders do not read: how much of it the model's own inverse gets back, at which noise, and how exactly."""
+    rows = fullest_run(_has(study.rows(EXACT, "depth_cost_recovered"), of="psnr"))
+    for target in _targets(rows):
+        of = rows[(rows["target"] == target) & (rows["against"] != "linear")]
+        of = of[of["tap"] == list(deep_taps(of).values())[-1]] if len(of) else of
+        for against in sorted(set(of["against"])):
+            found = estimate_of(of[of["against"] == against])
+            if found is not None:
+                left = Estimate(1 - found.value, 1 - found.high, 1 - found.low, found.n, found.seeds, found.runs)
+                said = f"loss of PSNR with depth, to {of['tap'].iloc[0]}, that MAP has as well, of that of {against}"
+                yield Evidence(target, said, "share", left, border=HALF_OF_IT)
+    rows = fullest_run(_has(study.rows(EXACT, "psnr_difference"), study="stability", against="best"))
+    for target in _targets(rows):
+        of = rows[rows["target"] == target]
+        of = of[of["tap"] == list(deep_taps(of).values())[-1]].sort_values("sigma")
+        for noise in dict.fromkeys(of["noise"]):
+            found = estimate_of(of[of["noise"] == noise])
+            if found is not None:
+                behind = Estimate(-found.value, -found.high, -found.low, found.n, found.seeds, found.runs)
+                said = f"PSNR at {of['tap'].iloc[0]}, {noise}: best decoder minus MAP"
+                yield Evidence(target, said, "dB", behind, border=-HIDDEN)
+    rows = fullest_run(_has(study.rows(EXACT, "back"), study="whole", inverse="exact"))
+    for target in _targets(rows):
+        of = rows[rows["target"] == target].sort_values("depth")
+        for tap in dict.fromkeys(of["tap"]):
+            found = estimate_of(of[of["tap"] == tap])
+            if found is not None:
+                away = Estimate(1 - found.value, 1 - found.high, 1 - found.low, found.n, found.seeds, found.runs)
+                said = f"images not back to round-off from {tap}, all half-steps solved together"
+                yield Evidence(target, said, "share", away, trained=False, border=HALF_OF_IT)
+
+
 # ----------------------------------------------------------------------------------------------------------- the claims
 
 CLAIMS: tuple[Claim, ...] = (
@@ -676,6 +715,17 @@ CLAIMS: tuple[Claim, ...] = (
         "That the trade-off is a law: it is measured at a small size, for few steps.",
         (TRADEOFF,),
         _joint_costs,
+    ),
+    Claim(
+        "what decoders lose with depth is lost",
+        "What decoders cannot reconstruct from deep layers is no longer there.",
+        f"more than {HALF_OF_IT:g} of the loss with depth remains when the model itself is inverted; MAP gains less "
+        f"than {HIDDEN:g} dB on the best decoder at that noise; more than {HALF_OF_IT:g} of the images do not return",
+        "That the model uses what comes back: it is in the representation, and whether the head reads it is another "
+        "question. And a search that ends early leaves behind what another one would find: what is not back is not "
+        "shown to be gone.",
+        (EXACT,),
+        _lost_for_good,
     ),
 )
 

@@ -33,7 +33,7 @@ from backsight.errors import BacksightError
 from backsight.patches import patchify, unpatchify
 from backsight.representation import Queries, Representation, Tokens
 from backsight.ridge import RidgeAccumulator
-from backsight.targets.base import PIXELS, Target, recording
+from backsight.targets.base import PIXELS, Target
 
 __all__ = [
     "KINDS",
@@ -405,10 +405,9 @@ def pixel_forward(target: Target, tap: str, patch: tuple[int, int], grid: tuple[
 
     def forward(patches: Tensor) -> Tensor:
         images = unpatchify(patches, grid, patch)
-        sites = target._sites((tap,))  # for every pass anew: some count the calls of a module
-        with recording(sites) as seen, sdpa_kernel(SDPBackend.MATH):
-            output = target._forward(target.preprocessing.normalise(images), None)
-            found = target._canonical((tap,), seen, output, images, None)[tap]
+        with sdpa_kernel(SDPBackend.MATH):
+            normalised = target.preprocessing.normalise(images)
+            found = target._recorded(images, normalised, (tap,), None, torch.is_grad_enabled())[tap]
         return found.values
 
     return forward

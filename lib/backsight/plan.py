@@ -23,6 +23,7 @@ import pandas as pd
 
 from backsight.calibration import Calibration, Operation, Survey, Wanted, calibrate
 from backsight.errors import BacksightError
+from backsight.families import SOLVED
 from backsight.fit import MOMENT_IMAGES, START_CONTEXT
 from backsight.layouts import MAXIMUM_INPUTS, PIXELS, Pair
 from backsight.parameters import preset_path, preset_values, read_notebook, read_preset
@@ -190,6 +191,11 @@ def run_graph(preset: str) -> list[Job]:
             f"The preset {preset} has no {missing[0]} in its section `graph`: there is nothing to run."
         )
     seeds, families = graph["seeds"], graph["families"]
+    if solved := [family for family in families if family in SOLVED]:
+        raise BacksightError(
+            f"The graph of {preset} trains {solved[0]!r}, which is solved for every image and never trained: leave it "
+            "out of `families`, and judge it with 11_exact among the studies."
+        )
 
     @cache
     def parameters(notebook: str) -> Mapping[str, Any]:

@@ -200,6 +200,9 @@ def _fitted_maps(
             ]
         except BacksightError as error:
             skipped[tap] = str(error)
+        except KeyError as error:
+            # Detection targets record in their own way, and the differentiable pass then never sees the tap.
+            skipped[tap] = f"The pass of {target.name} from pixels to {tap} cannot be differentiated ({error})."
         done()
     return found, skipped
 
@@ -302,9 +305,10 @@ def depth_rows(tables: Tables, taps: Sequence[str], seed: int = 0) -> list[dict[
     tables: {(inverse, tap): {measure: (S, N)}}, of "map" and trained inverses (nulls are left out); taps: shallow to
     deep. Rows, each paired image by image (and training seed by training seed, where both have them):
     "<measure>_difference": map − each other inverse (`against`) at the tap; depth_cost: at the tap − at the shallowest
-    one (`against`), of the measure `of`, for every inverse; depth_cost_recovered: 1 − depth_cost of map / that of a
-    trained inverse (`against`), the share of its loss that is gone; NaN, with a note, where that inverse's own cost
-    cannot be told from none.
+    one (`against`), of the measure `of`, for every inverse; depth_cost_recovered: (map − a trained inverse, here) /
+    (that inverse at the shallowest tap − here), the share of the loss that it shows which is gone with MAP (1: MAP
+    reads here what it reads at the shallowest tap); depth_cost_spared: 1 − depth_cost of map / its depth_cost, where
+    MAP is held against its own level at the shallowest tap. Both NaN, with a note, where its cost may be none.
     """
     inverses = [name for name in dict.fromkeys(name for name, _ in tables) if not name.startswith("null_")]
     rows: list[dict[str, Any]] = []
@@ -331,7 +335,11 @@ def depth_rows(tables: Tables, taps: Sequence[str], seed: int = 0) -> list[dict[
                 rows += pooled_rows(costs[name, measure], "depth_cost", seed, **common)
         for (name, measure), cost in costs.items():
             if name != MAP and (MAP, measure) in costs:
-                rows.append(_recovered(costs[MAP, measure], cost, tap, name, measure, seed))
+                gain = _paired(tables[MAP, tap][measure], tables[name, tap][measure])
+                spared = _paired(costs[MAP, measure], cost)
+                for share, gained in (("recovered", gain), ("spared", spared)):
+                    columns = {"tap": tap, "inverse": MAP, "against": name, "of": measure}
+                    rows.append(_share_of_loss(f"depth_cost_{share}", gained, cost, seed, columns))
     return rows
 
 
@@ -341,17 +349,16 @@ def _paired(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return ours[:both] - theirs[:both]
 
 
-def _recovered(
-    of_map: np.ndarray, of_trained: np.ndarray, tap: str, name: str, measure: str, seed: int
+def _share_of_loss(
+    measure: str, gained: np.ndarray, cost: np.ndarray, seed: int, columns: Mapping[str, Any]
 ) -> dict[str, Any]:
-    both = min(len(of_map), len(of_trained))
-    of_map, of_trained = of_map[:both], of_trained[:both]
-    _, low, high = pooled_interval(of_trained, seed)
-    lost = low > 0 if measure in LOWER else high < 0
-    value = pooled_ratio(of_trained - of_map, of_trained, seed) if lost else (math.nan,) * 3
-    columns: dict[str, Any] = {"tap": tap, "inverse": MAP, "against": name, "of": measure, "seeds": both}
-    columns["note"] = None if lost else f"{name} loses nothing that could be told from none"
-    return metrics_row("depth_cost_recovered", *value, of_map.shape[1], seed, **columns)
+    """gained over −cost, both (S, N), where the cost is a loss."""
+    cost = cost[: len(gained)]
+    _, low, high = pooled_interval(cost, seed)
+    lost = low > 0 if columns["of"] in LOWER else high < 0
+    value = pooled_ratio(gained, -cost, seed) if lost else (math.nan,) * 3
+    note = None if lost else f"{columns['against']} loses nothing that could be told from none"
+    return metrics_row(measure, *value, gained.shape[1], seed, **columns, seeds=len(gained), note=note)
 
 
 # -------------------------------------------------------------------------------------------------------------- colour
@@ -380,10 +387,10 @@ def _measure_hue(
             name: np.stack([[object_chroma(one, objects.masks) for one in each] for each in zip(*parts, strict=True)])
             for name, parts in made.items()
         }
-        if MAP in colours and len(objects) > 1:
-            # The scene before the shift is one's own, the one behind it another's: else the shift is known for nothing.
-            other = np.roll(colours[MAP], 1, axis=-1)
-            colours[NULL_SHUFFLED] = np.concatenate([colours[MAP][:, :1], other[:, 1:]], axis=1)
+        if MAP in colours and len(objects) > len(shown):
+            # Every hue of another scene, and each of a different one: else the shift would be known for nothing.
+            parts = [np.roll(colours[MAP][:, k], k + 1, axis=-1) for k in range(len(shown))]
+            colours[NULL_SHUFFLED] = np.stack(parts, axis=1)
         for name, colour in colours.items():
             kept = np.stack([hue_shift_kept(shown[[0, k]], colour[:, [0, k]]) for k in range(1, len(shown))], axis=1)
             for number, shift in enumerate(shifts):
@@ -577,8 +584,8 @@ def measure_restated(
     Measures: those of `detail`, psnr, ssim, mse, psnr_objects, texture_accuracy, misfit; hue_shift_kept (each shift,
     and the mean over shifts without one), colour_follow; the differences of `depth_rows`; cross_psnr,
     cross_psnr_difference, cross_loss, cross_misfit, state_unexplained; stage_error, stage_solved, stage_nearer.
-    Nulls: null_mean, null_shuffled (MAP of another image's representation; for hue shifts, of another shifted scene),
-    null_guess, null_unchanged.
+    Nulls: null_mean, null_shuffled (MAP of another image's representation; for hue shifts every hue from another scene,
+    where there are scenes enough), null_guess, null_unchanged.
     Raises BacksightError on counts and shifts that do not fit, and where no tap has a MAP inverse.
     """
     if n < 2 or min(hue_images, cross_images, stage_images) < 0 or cross_images == 1 or map_seeds < 1 or not families:
@@ -645,24 +652,27 @@ def _first(images: ImageSource | Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Question:
-    """name; allowed: how far MAP may fall below the shallowest tap, in the measure's unit, before it counts as lost."""
+    """name; allowed: how far MAP may fall below the shallowest tap before it counts as lost; least: gain that is worth
+    telling; both in the measure's unit.
+    """
 
     name: str
     allowed: float
+    least: float
 
 
 ANSWERS = ("lost", "fragile", "non-linearly coded", "cannot tell")
 LOST, FRAGILE, CODED, CANNOT_TELL = ANSWERS
 QUESTIONS: Mapping[str, Question] = {
-    "psnr": Question("detail", 3.0),
-    "psnr_background": Question("background", 3.0),
-    "psnr_objects": Question("objects", 3.0),
-    "edge_f1": Question("edges", 0.1),
-    "texture_accuracy": Question("texture", 0.1),
-    "hue_error": Question("hue", 15.0),
-    "hue_shift_kept": Question("hue shift", 0.1),
-    "colour_follow": Question("hue shift, with its chroma", 0.1),
-    "cross_psnr": Question("another layer's state", 3.0),
+    "psnr": Question("detail", 3.0, 0.5),
+    "psnr_background": Question("background", 3.0, 0.5),
+    "psnr_objects": Question("objects", 3.0, 0.5),
+    "edge_f1": Question("edges", 0.1, 0.02),
+    "texture_accuracy": Question("texture", 0.1, 0.02),
+    "hue_error": Question("hue", 15.0, 2.0),
+    "hue_shift_kept": Question("hue shift", 0.1, 0.02),
+    "colour_follow": Question("hue shift, with its chroma", 0.1, 0.02),
+    "cross_psnr": Question("another layer's state", 3.0, 0.5),
 }
 
 
@@ -684,20 +694,24 @@ class _Interval:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def verdicts(metrics: pd.DataFrame, stability: pd.DataFrame | None = None) -> pd.DataFrame:
+def verdicts(metrics: pd.DataFrame, stability: pd.DataFrame | None = None, met: float = math.inf) -> pd.DataFrame:
     """What became of what the trained decoder does not read: one row for each question, target and tap.
 
     metrics: of `measure_restated`; stability: metrics of `measure_stability`, for what small noise leaves of the gain.
+    met: largest misfit at which a search counts as ended (1: the state is met as closely as its noise says).
     Rule, on 95 % intervals, all differences turned so that more is better, in this order:
       lost                 MAP here − MAP at the shallowest tap: the upper end is below −allowed (`QUESTIONS`: 3 dB; 0.1
-                           of a share; 15° of hue). Another layer's state: below MAP of the layer's own state.
-      cannot tell          the gain, MAP − modular (else direct, else linear), has its lower end at or below 0.
+                           of a share; 15° of hue), and the misfit here is at most `met` (by default any is).
+                           Another layer's state: below MAP of that layer's own state.
+      cannot tell          the gain, MAP − modular (else direct, else linear), has its lower end at or below `least`
+                           (0.5 dB; 0.02 of a share; 2° of hue): the trained decoder reads as much.
       fragile              at int8 or at Gaussian noise 0.1 the gain's upper end is below half its lower end at float32.
       cannot tell          at one of these noises the gain's lower end is at or below 0.
-      non-linearly coded   else: the gain is above 0, and small noise, where it was measured, leaves it.
+      non-linearly coded   else: there is a gain, and small noise, where it was measured, leaves it.
     value, low, high: the interval that decided, `measured` says of what. Stability is measured in PSNR: it can call
     "detail" fragile and nothing else; `note` says where noise was not looked at, and how much of a loss is coded.
-    "lost" means lost to a MAP inverse of float32 states: one that searched too briefly loses as well.
+    "lost" means lost to a MAP inverse of float32 states: a search that did not end loses what is there, and its misfit
+    is in the note.
     Raises BacksightError where the table holds no gain of MAP.
     """
     gains = metrics[(metrics["inverse"] == MAP) & metrics["measure"].isin([f"{each}_difference" for each in QUESTIONS])]
@@ -711,7 +725,7 @@ def verdicts(metrics: pd.DataFrame, stability: pd.DataFrame | None = None) -> pd
         for key, at in own.groupby(["target", "tap"], sort=False, dropna=False):
             against = next((name for name in CHEAP if (at["against"] == name).any()), at["against"].iloc[0])
             row = at[at["against"] == against].iloc[0]
-            answer = _answer(measure, question, row, str(against), metrics[metrics["target"] == key[0]], stability)
+            answer = _answer(measure, question, row, str(against), metrics[metrics["target"] == key[0]], stability, met)
             told = {"question": question.name, "target": key[0], "tap": row["tap"], "depth": row["depth"], **answer}
             rows.append(told)
     columns = ["question", "target", "tap", "depth", "measured", "value", "low", "high", "n", "seeds", "answer", "note"]
@@ -725,26 +739,39 @@ def _answer(
     against: str,
     metrics: pd.DataFrame,
     stability: pd.DataFrame | None,
+    met: float,
 ) -> dict[str, Any]:
     sign = -1.0 if measure in LOWER else 1.0
     gain = _Interval.of(row, sign)
     said = f"{measure}: map − {against}" if sign > 0 else f"{measure}: {against} − map"
     below, than = _below(measure, row["tap"], metrics, sign)
+    misfit = _misfit(row["tap"], metrics)
+    search = "" if math.isnan(misfit) else f"; misfit of the search {misfit:.3g} (1: it met the state)"
+    unsure = ""
     if below is not None and below.high < -question.allowed:
-        note = f"{said}: {gain}" + (", so that part of it is coded" if gain.low > 0 else "")
-        return _told(below, f"{measure}: map here − {than}", LOST, note)
-    if not gain.low > 0:
-        return _told(gain, said, CANNOT_TELL, "the trained decoder reads as much, as far as can be told")
+        coded = ", so that part of it is coded" if gain.low > question.least else ""
+        if measure == "cross_psnr":
+            coded = "; its own inverse reads it, so that what is lost is the code, not the content"
+        if not misfit > met:
+            return _told(below, f"{measure}: map here − {than}", LOST, f"{said}: {gain}{coded}{search}")
+        unsure = f"; below {than} by {below}, lost or not found{search}"
+    if not gain.low > question.least:
+        return _told(gain, said, CANNOT_TELL, f"the trained decoder reads as much, as far as can be told{unsure}")
     noisy = _at_small_noise(measure, row, against, stability)
     if not noisy:
-        return _told(gain, said, CODED, "at float32: small noise was not looked at")
+        return _told(gain, said, CODED, f"at float32: small noise was not looked at{unsure}")
     for noise, left in noisy.items():
         if left.high < HALVED * gain.low:
-            return _told(left, f"{said}, at {noise}", FRAGILE, f"at float32: {gain}")
+            return _told(left, f"{said}, at {noise}", FRAGILE, f"at float32: {gain}{unsure}")
     for noise, left in noisy.items():
         if not left.low > 0:
-            return _told(left, f"{said}, at {noise}", CANNOT_TELL, f"at float32: {gain}")
-    return _told(gain, said, CODED, "; ".join(f"at {noise}: {left}" for noise, left in noisy.items()))
+            return _told(left, f"{said}, at {noise}", CANNOT_TELL, f"at float32: {gain}{unsure}")
+    return _told(gain, said, CODED, "; ".join(f"at {noise}: {left}" for noise, left in noisy.items()) + unsure)
+
+
+def _misfit(tap: Any, metrics: pd.DataFrame) -> float:
+    found = metrics[(metrics["measure"] == "misfit") & (metrics["tap"] == tap)]
+    return float(found["value"].iloc[0]) if len(found) else math.nan
 
 
 def _below(measure: str, tap: Any, metrics: pd.DataFrame, sign: float) -> tuple[_Interval | None, str]:

@@ -21,7 +21,7 @@ QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
 EFFICIENCY, TRADEOFF, TRAINING = "06_modular_vs_direct", "10_tradeoff", "02_train_inverse"
 EXACT = "11_exact"
 FIGURES = "07_figures"
-STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF, EXACT)
+STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF)  # whose tables pool training seeds in every row
 # What the folder of a run is called where no run.json says which notebook made it: the notebook's name without its
 # number, or the first word of it ("quality-scenes-vit-scenes", "cross_layer-scenes-detr", "colour-…").
 _FIRST_WORDS: Mapping[str, str] = MappingProxyType(

@@ -132,7 +132,7 @@ def measure_whole_chains(
             place = {"target": target.name, "weights": target.weights, **source, "tap": tap, "study": "whole"}
             rows += _rows(tables, {**place, "depth": target.depth(tap)}, seed)
     outcomes = pd.concat(frames, ignore_index=True)
-    return WholeChains(pd.DataFrame(rows), outcomes, pictures[:SHOWN], shown, histories)
+    return WholeChains(pd.DataFrame(rows).assign(step=None), outcomes, pictures[:SHOWN], shown, histories)
 
 
 @dataclass(frozen=True)

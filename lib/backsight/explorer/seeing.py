@@ -24,11 +24,13 @@ from backsight.detail import bands, hue_errors, mean_hue, spectrum
 from backsight.errors import BacksightError
 from backsight.explorer.pictures import Subject, subject
 from backsight.explorer.view import Cells, Grid, View, carried, with_cells
-from backsight.families import Reconstruct, fit_or_load, load_families, save_family, shipped_inverses
+from backsight.families import SOLVED, Reconstruct, fit_or_load, load_families, save_family, shipped_inverses
+from backsight.layouts import form_of
 from backsight.linear import fit_linear
 from backsight.measures import psnr, ssim
 from backsight.recolour import to_hsv
 from backsight.representation import Predictions, Representation, Tokens
+from backsight.residuals import words
 from backsight.runs import results_root, write_atomically
 from backsight.targets import Target, load_target
 from backsight.targets.base import nearest
@@ -231,6 +233,7 @@ class Workbench:
         recorded = _recorded(view, bench, shown)
         representation, remarks = _changed(view, bench, tap, recorded[tap])
         inverse = bench.inverse(view.family, view.inverse_tap or tap)
+        _refuse_another_form(view, tap, recorded)
         with torch.no_grad():
             made = inverse(representation)
             answers = (answer(bench.target, shown.image), answer(bench.target, made))
@@ -431,6 +434,16 @@ def _changed(view: View, bench: Bench, tap: str, representation: Any) -> tuple[A
         if isinstance(representation, Predictions):
             values = values.clamp(0, 1)
     return representation.replace(values), tuple(remarks)
+
+
+def _refuse_another_form(view: View, tap: str, recorded: Mapping[str, Representation]) -> None:
+    """Inverse modules say what they read; those that solve for it would fail somewhere inside."""
+    read = form_of(recorded[view.inverse_tap or tap])
+    if view.family in SOLVED and form_of(recorded[tap]) != read:
+        raise BacksightError(
+            f"The {view.family} inverse of {view.inverse_tap!r} reads {words(read)}, but {tap!r} holds "
+            f"{words(form_of(recorded[tap]))}: choose a layer of the same form."
+        )
 
 
 def _no_object(predictions: Predictions, mean: Tensor) -> Tensor:

@@ -193,6 +193,12 @@ class Target(ABC):
         """
         wanted = self.taps if taps is None else self.resolve_taps(taps)
         normalised, padding = self._prepared(images, padding)
+        return self._recorded(images, normalised, wanted, padding, gradient)
+
+    def _recorded(
+        self, images: Tensor, normalised: Tensor, wanted: Sequence[str], padding: Tensor | None, gradient: bool
+    ) -> dict[str, Representation]:
+        """`record` of images that are normalised already."""
         sites = self._sites(wanted)
         with recording(sites) as seen, torch.set_grad_enabled(gradient):
             output = self._forward(normalised, padding)

@@ -207,15 +207,9 @@ class DetectionTarget(TransformersTarget):
 
     # Recording
 
-    def record(
-        self,
-        images: Tensor,
-        taps: str | Sequence[str] | None = None,
-        padding: Tensor | None = None,
-        gradient: bool = False,
+    def _recorded(
+        self, images: Tensor, normalised: Tensor, wanted: Sequence[str], padding: Tensor | None, gradient: bool
     ) -> dict[str, Representation]:
-        wanted = self.taps if taps is None else self.resolve_taps(taps)
-        normalised, padding = self._prepared(images, padding)
         places = self._wanted_places(wanted)
         with recording_places(self.model, places) as seen, torch.set_grad_enabled(gradient):
             output = self._forward(normalised, padding)
@@ -226,7 +220,7 @@ class DetectionTarget(TransformersTarget):
             return self._canonical(wanted, seen, output, images, padding)
 
     def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        return {}  # this family reads places, in record()
+        return {}  # this family reads places, in _recorded()
 
     def _wanted_places(self, taps: Sequence[str]) -> dict[str, Place]:
         spots = [self.spots[tap] for tap in taps if tap != PREDICTIONS]
