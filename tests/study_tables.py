@@ -121,12 +121,24 @@ def tradeoff(target: str) -> list[dict[str, Any]]:
     return rows
 
 
+def exact(target: str) -> list[dict[str, Any]]:
+    """Nearly nothing that decoders lose is got back."""
+    deep = TAPS[target][-1]
+    rows = [row(target, deep, "map", "depth_cost_recovered", 0.1, of="psnr", against="modular", study="restated")]
+    for noise, sigma in (("float32", 3e-8), ("int8", 0.01)):
+        of = {"noise": noise, "sigma": sigma, "study": "stability"}
+        rows.append(row(target, deep, "map", "psnr_difference", 1.0, against="best", **of))
+    rows.append(row(target, deep, "exact", "back", 0.1, study="whole"))
+    return rows
+
+
 STUDIES = {
     "quality": quality,
     "cross_layer": cross_layer,
     "colour": colour,
     "modular_vs_direct": efficiency,
     "tradeoff": tradeoff,
+    "exact": exact,
 }
 
 

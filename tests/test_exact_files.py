@@ -19,7 +19,8 @@ from backsight.exact_files import Measured
 from backsight.explorer.seeing import _refuse_another_form
 from backsight.explorer.view import View
 from backsight.families import FAMILIES, fit_family, load_families, save_family
-from backsight.inverses import header_for, load_inverse, read_header, save_inverse
+from backsight.inverse_files import load_inverse, read_header, save_inverse
+from backsight.inverses import header_for
 from backsight.map_inverse import MapInverse, MapSettings, Noise, fit_map
 from backsight.representation import Tokens
 from backsight.targets import PIXELS, Target, detr, timm_models

@@ -114,6 +114,7 @@ def test_a_detector_ends_twice() -> None:
         ("the modular chain is more efficient", {AGREED}),
         ("joint fine-tuning makes a target more invertible", {AGREED}),
         ("invertibility costs accuracy", {AGREED}),
+        ("what decoders lose with depth is lost", {AGREED}),
     ],
 )
 def test_every_claim_finds_what_the_tables_hold(found: pd.DataFrame, key: str, expected: set[str]) -> None:
@@ -128,6 +129,18 @@ def test_a_claim_turns_when_the_numbers_turn(tmp_path: Path) -> None:
         swapped.to_csv(tmp_path / name / "metrics.csv", index=False)
     as_good = claim_rows(findings(read_study(tmp_path)), "the modular chain is as good as direct decoders")
     assert set(as_good["verdict"]) == {DISAGREED}
+
+
+def test_what_the_model_itself_gives_back_was_never_lost(tmp_path: Path) -> None:
+    for name, table in tables(("exact",)):
+        (tmp_path / name).mkdir()
+        gained = table.assign(value=table["value"].replace({0.1: 0.9, 1.0: 8.0}))
+        moved = gained["value"] - table["value"]
+        gained = gained.assign(low=table["low"] + moved, high=table["high"] + moved)
+        gained.to_csv(tmp_path / name / "metrics.csv", index=False)
+    rows = claim_rows(findings(read_study(tmp_path)), "what decoders lose with depth is lost")
+    assert set(rows["verdict"]) == {DISAGREED}
+    assert len(rows) == 2 * (1 + 2 + 1)
 
 
 def test_the_two_targets_can_agree_on_colour_and_differ_in_depth(found: pd.DataFrame) -> None:

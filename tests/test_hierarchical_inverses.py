@@ -15,7 +15,8 @@ from backsight import linear as fitting
 from backsight import residuals
 from backsight.errors import BacksightError
 from backsight.fit import _Preparation, fit_direct, fit_modular, fit_polish, stage_pairs
-from backsight.inverses import Chain, Inverse, InverseHeader, Moments, load_inverse, save_inverse
+from backsight.inverse_files import load_inverse, save_inverse
+from backsight.inverses import Chain, Inverse, InverseHeader, Moments
 from backsight.layouts import Form, cut, form_of, join, plan_layout
 from backsight.linear import LinearInverse, fit_linear, fit_linear_pairs
 from backsight.representation import Queries, Representation, Tokens

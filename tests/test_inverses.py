@@ -11,6 +11,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from backsight import fit as fitting
 from backsight.errors import BacksightError
 from backsight.fit import fit_direct, fit_modular, fit_polish
+from backsight.inverse_files import load_inverse, read_header, save_inverse
 from backsight.inverses import (
     RESIDUALS,
     Chain,
@@ -19,9 +20,6 @@ from backsight.inverses import (
     Upsampling,
     design_for,
     header_for,
-    load_inverse,
-    read_header,
-    save_inverse,
 )
 from backsight.linear import Form, fit_linear_pairs
 from backsight.representation import Queries, Tokens

@@ -24,7 +24,7 @@ from backsight.map_inverse import (
     variance_shares,
 )
 from backsight.patches import patchify
-from backsight.targets import Target, timm_models
+from backsight.targets import Target, detr, timm_models
 
 THOROUGH = MapSettings(stages=(0.0,), steps=6, products=200, tolerance=1e-13, damping=1e-4, enough=0.0)
 
@@ -233,6 +233,18 @@ def test_the_pass_is_the_target_s_own_on_any_pixels(target: Target) -> None:
     assert bool(torch.isfinite(forward(patchify(3 * images - 1, (8, 8)))).all())
     with pytest.raises(BacksightError, match=r"no tap 'blocks\.00'"):
         pixel_forward(target, "blocks.00", (8, 8), (4, 2))
+
+
+def test_a_detector_s_pass_is_its_own_too() -> None:
+    target = detr.small()
+    height, width = target.image_size
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    for tap in ("encoder.layers.0", "decoder.layers.0"):
+        forward = pixel_forward(target, tap, (8, 8), (height // 8, width // 8))
+        assert torch.allclose(forward(patchify(images, (8, 8))), target.record(images, [tap])[tap].values, atol=1e-4)
+        patches = patchify(images, (8, 8)).requires_grad_(True)
+        forward(patches).sum().backward()
+        assert float(patches.grad.abs().sum()) > 0
 
 
 def test_it_beats_the_inverse_that_it_starts_from_and_says_how_far_off_it_is(target: Target) -> None:

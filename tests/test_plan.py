@@ -84,6 +84,11 @@ def test_a_jobs_parameters_are_those_of_its_run(tmp_path: Path) -> None:
     assert jobs["quality-scenes-vit-scenes"].values["seeds"] == [0]
 
 
+def test_a_family_that_is_solved_is_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(BacksightError, match="'map', which is solved"):
+        plan.run_graph(write_preset(tmp_path, GRAPH | {"families": ["linear", "map"]}))
+
+
 def test_training_is_counted(tmp_path: Path, known: Calibration) -> None:
     found = works(write_preset(tmp_path), known)
     direct, linear = (found[f"train-scenes-vit-{family}-seed0"] for family in ("direct", "linear"))

@@ -28,12 +28,12 @@ _HOMES = {
     "fit_polish": "fit",
     "list_targets": "targets",
     "load_families": "families",
-    "load_inverse": "inverses",
+    "load_inverse": "inverse_files",
     "load_target": "targets",
     "module_target": "targets",
     "open_images": "data",
     "picture": "quality",
-    "save_inverse": "inverses",
+    "save_inverse": "inverse_files",
     "suggest_taps": "targets",
 }
 

@@ -14,7 +14,8 @@ from backsight.exact import ExactInverse, fit_exact
 from backsight.exact_files import Measured, exact_refusal, map_refusal
 from backsight.exact_steps import walk
 from backsight.fit import fit_direct, fit_modular, fit_polish
-from backsight.inverses import Chain, Inverse, InverseHeader, header_for, load_inverse, read_header, save_inverse
+from backsight.inverse_files import load_inverse, read_header, save_inverse
+from backsight.inverses import Chain, Inverse, InverseHeader, header_for
 from backsight.linear import LinearInverse, fit_linear
 from backsight.map_inverse import MapInverse, Noise, fit_map
 from backsight.processes import first_process_first, is_first, wait_for_all

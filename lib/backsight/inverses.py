@@ -10,10 +10,9 @@ The networks are in residuals.py. A chain of modules leads from any tap down to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -29,12 +28,9 @@ from backsight.layouts import PIXELS, Form, carried_padding, form_of
 from backsight.linear import LinearInverse
 from backsight.representation import Queries, Representation, Tokens
 from backsight.residuals import RESIDUALS, Design, Surroundings, Upsampling, design_for, words
-from backsight.training import read_tensors, seeded, write_tensors
+from backsight.training import seeded
 
 if TYPE_CHECKING:
-    from backsight.exact import ExactInverse
-    from backsight.exact_files import Measured
-    from backsight.map_inverse import MapInverse
     from backsight.targets.base import Target
 
 __all__ = [
@@ -47,12 +43,7 @@ __all__ = [
     "Upsampling",
     "design_for",
     "header_for",
-    "load_inverse",
-    "read_header",
-    "save_inverse",
 ]
-
-FORMAT = 1  # of the files
 
 
 @dataclass(frozen=True)
@@ -316,64 +307,6 @@ def header_for(
     )
 
 
-def save_inverse(
-    inverse: Inverse | LinearInverse | Chain | ExactInverse | MapInverse,
-    path: Path | str,
-    half: bool = False,
-    header: InverseHeader | None = None,
-) -> Path:
-    """Write an inverse of any family, or a chain, as one safetensors file with a JSON header in its metadata.
-
-    half: store float16 (half the size; computing stays float32) wherever the values fit. header: of what holds
-    none itself, a LinearInverse or a chain of them, an exact or a MAP inverse; see `header_for`.
-    Raises BacksightError without a header, and where the file cannot be written.
-    """
-    if isinstance(inverse, Inverse | LinearInverse | Chain):
-        said, tensors = described(inverse, half)
-    else:
-        from backsight.exact_files import packed  # which imports this module
-
-        said, tensors = packed(inverse, half)
-    first = inverse.modules_in_order[0] if isinstance(inverse, Chain) else inverse
-    if isinstance(first, Inverse):
-        header = replace(first.header, destination=inverse.destination)
-    if header is None:
-        raise BacksightError(
-            f"The {first.family} inverse of {inverse.source!r} does not know its target: save it with "
-            f"header=header_for(target, {first.family!r}, source, destination, images)."
-        )
-    description = {"format": FORMAT, "header": asdict(header), **said}
-    return write_tensors(path, tensors, {"backsight": json.dumps(description)})
-
-
-def read_header(path: Path | str) -> InverseHeader:
-    """The header of a file that `save_inverse` wrote, without its target. Raises BacksightError as it does."""
-    return _read(path)[0]
-
-
-def load_inverse(
-    path: Path | str, target: Target, measured: Measured | None = None
-) -> Inverse | LinearInverse | Chain | ExactInverse | MapInverse:
-    """Read what `save_inverse` wrote, on the target's device.
-
-    measured: what exact and MAP inverses measure on the target, to share it among its files (default: anew).
-    Raises BacksightError where the file is missing, damaged or of another kind, and where it inverts another
-    target (the weight hash decides, not the name).
-    """
-    header, description, tensors = _read(path)
-    if header.weights_hash != target.weights_hash:
-        raise BacksightError(
-            f"The inverse {path} was made for {header.target} with the weights {header.weights_hash}, not for "
-            f"{target.name} with {target.weights_hash}: load that target, or fit an inverse for this one."
-        )
-    with damage_told(path):
-        if description["kind"] not in ("exact", "map"):
-            return rebuilt(description, tensors, target)
-    from backsight.exact_files import Measured, unpacked  # which imports this module
-
-    return unpacked(path, header, description, tensors, measured or Measured(target))
-
-
 @contextmanager
 def damage_told(path: Path | str) -> Iterator[None]:
     """What goes wrong within, where a file is turned into an inverse, is the file's damage."""
@@ -384,15 +317,6 @@ def damage_told(path: Path | str) -> Iterator[None]:
         raise BacksightError(
             f"The inverse {path} does not fit its own header ({reason}): it is damaged, fit it again."
         ) from error
-
-
-def _read(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Tensor]]:
-    tensors, metadata = read_tensors(path, "inverse")
-    try:
-        description = json.loads(metadata["backsight"])
-        return InverseHeader(**description["header"]), description, tensors
-    except (KeyError, TypeError, ValueError) as error:
-        raise BacksightError(f"{path} holds no inverse of backsight: name a file that save_inverse() wrote.") from error
 
 
 def library_versions() -> dict[str, str]:
