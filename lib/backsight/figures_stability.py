@@ -240,7 +240,8 @@ def _depth_colour(place: int, count: int) -> Any:
 def recoverable_by_depth(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: float = 2.8) -> ShownFigure:
     """Number of a picture's directions that a tap shows more strongly than the noise, one line a σ."""
     rows = _rows(metrics, "recoverable")
-    taps, sigmas = taps_in_order(rows), sorted(set(rows["sigma"]))
+    reached = rows[rows["value"].notna()]
+    taps, sigmas = taps_in_order(rows), sorted(set(reached["sigma"]))
     place = {tap: x for x, tap in enumerate(taps)}
     limits = {name: metrics.loc[metrics["measure"] == name, "value"] for name in ("dimensions", "dimensions_embedded")}
     with styled_figure(width, height) as figure:
@@ -266,7 +267,8 @@ def recoverable_by_depth(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, hei
         axes.set_ylabel("recoverable directions")
         _legend(figure, handles)
         missing = rows["value"].isna().sum()
-        more = f" {missing} values are missing: the products did not reach σ." if missing else ""
+        smallest = f"σ = {sorted(set(rows.loc[rows['value'].isna(), 'sigma']))[-1]:g}" if missing else ""
+        more = f" Not drawn: what the products did not reach, at most {smallest}." if missing else ""
         figure.caption = (
             "Directions of the images' own prior that move a tap's values by more than Gaussian noise σ. "
             f"{_counted(rows[rows['n'] > 0])}.{more}"
