@@ -729,8 +729,8 @@ CLAIMS: tuple[Claim, ...] = (
         f"more than {HALF_OF_IT:g} of the loss with depth remains when the model itself is inverted; MAP gains less "
         f"than {HIDDEN:g} dB on the best decoder at that noise; more than {HALF_OF_IT:g} of the images do not return",
         "That the model uses what comes back: it is in the representation, and whether the head reads it is another "
-        "question. MAP was searched from the pictures of one training seed. And a search that ends early leaves behind what another one would find: what is not back is not "
-        "shown to be gone.",
+        "question. MAP was searched from the pictures of one training seed. And a search that ends early leaves behind "
+        "what another one would find: what is not back is not shown to be gone.",
         (EXACT,),
         _lost_for_good,
     ),
