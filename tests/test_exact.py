@@ -164,6 +164,21 @@ def test_noise_grows_as_predicted() -> None:
         assert float(predicted.largest[number]) == pytest.approx(float(values[0]), rel=0.02)
 
 
+def test_the_amplification_of_tokens_is_that_of_their_own_derivatives() -> None:
+    x = normal(2, 3, 4)
+    slope = 1 + 3 * x.square()
+    step = Step(
+        "residual", "a", "b", cubic, tokenwise=True, jacobian=lambda tokens: torch.diag_embed(1 + 3 * tokens**2)
+    )
+    found = amplification(step, x)
+    assert torch.allclose(found.mean, (1 / slope.square()).flatten(1).mean(1).sqrt())
+    assert torch.allclose(found.largest, (1 / slope).flatten(1).amax(1))
+    # The products agree, as far as eight noises and ten iterations tell.
+    products = amplification(replace(step, jacobian=None), x, probes=200, iterations=100)
+    assert torch.allclose(products.largest, found.largest, rtol=0.02)
+    assert torch.allclose(products.mean, found.mean, rtol=0.15)
+
+
 def test_a_projection_has_no_inverse() -> None:
     basis = torch.linalg.qr(normal(12, 12)).Q[:, :9]
     step = Step("residual", "before", "after", lambda x: (x.flatten(1) @ basis @ basis.T).view_as(x))

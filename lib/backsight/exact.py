@@ -972,6 +972,10 @@ def amplification(
             "derivative in all directions: ask for the amplification of a residual step x + f(x)."
         )
     x = x.detach()
+    if step.tokenwise and step.jacobian is not None and x.shape[2] <= DENSE:
+        # Tokens do not see one another: their singular values are those of small matrices.
+        values = torch.linalg.svdvals(step.jacobian(x.flatten(0, 1))).view(len(x), -1)
+        return Amplification((1 / values.square()).mean(1).sqrt(), 1 / values.amin(1))
     forward = derivative_product(step.forward, x)
     backward = _transposed_product(step, x)
     tolerance = torch.full((len(x),), 1e-8, dtype=x.dtype, device=x.device)

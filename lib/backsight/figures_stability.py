@@ -303,6 +303,7 @@ def amplification_by_step(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, he
         handles.append(Line2D([], [], color=NULL_COLOUR, linestyle=(0, (6, 2)), label="no amplification"))
         axes.set_yscale("log")
         axes.set_xticks(range(len(steps)), steps, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xlim(-0.6, len(steps) - 0.4)
         axes.set_xlabel("half-step that is inverted, shallow → deep")
         axes.set_ylabel("growth of an error, |J⁻¹e| / |e|")
         _legend(figure, handles)
