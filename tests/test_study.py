@@ -26,6 +26,7 @@ from backsight.study import (
     COLOUR,
     CROSS_LAYER,
     EFFICIENCY,
+    EXACT,
     QUALITY,
     TRADEOFF,
     Study,
@@ -61,14 +62,14 @@ def pictures(count: int = 2) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 def test_every_run_is_read_with_its_notebook(study: Study) -> None:
     assert study.runs(QUALITY) == ["quality-scenes-detr", "quality-scenes-vit"]
-    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF):
+    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF, EXACT):
         assert len(study.runs(notebook)) == 2, notebook
     rows = study.rows(COLOUR, "hue_error_shown")
     assert set(rows["measure"]) == {"hue_error_shown"}
     assert set(METRIC_COLUMNS) <= set(rows)
     assert "flops" not in rows
     assert set(rows["run"]) == {"colour-scenes-vit", "colour-scenes-detr"}
-    assert len(study.overview()) == len(study.tables) == 10
+    assert len(study.overview()) == len(study.tables) == 12
 
 
 def test_a_study_without_such_runs_has_no_rows(study: Study) -> None:
@@ -169,7 +170,7 @@ def test_every_study_has_figures_and_what_is_absent_is_told(study: Study, tmp_pa
     said.clear()
     alone = read_study(write_study(tmp_path, ("quality",)))
     assert study_figures(alone, scheme=False, say=said.append)
-    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF):
+    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF, EXACT):
         assert any(notebook in text for text in said), notebook
 
 
