@@ -170,7 +170,7 @@ def test_every_study_has_figures_and_what_is_absent_is_told(study: Study, tmp_pa
     said.clear()
     alone = read_study(write_study(tmp_path, ("quality",)))
     assert study_figures(alone, scheme=False, say=said.append)
-    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF, EXACT):
+    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF):
         assert any(notebook in text for text in said), notebook
 
 
