@@ -4,6 +4,7 @@ Beside the class of the dominant object, each token of the last grids predicts w
 covers (with a linear head that exists during training only), which leaves a stock timm architecture behind.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ SWIN_ARGUMENTS: dict[str, Any] = {
 }
 
 
-class ClassifierTraining(nn.Module):
+class ClassifierTraining(nn.Module, ABC):
     """A classifier with the loss it is trained by."""
 
     slow: ClassVar[tuple[str, ...]] = ()
@@ -47,8 +48,8 @@ class ClassifierTraining(nn.Module):
     arguments: ClassVar[dict[str, Any]]
     model: nn.Module
 
-    def loss(self, batch: Batch) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor: ...
 
     def outputs(self, pixels: Tensor) -> Tensor:
         """Class logits (B, K) of normalised pixels."""

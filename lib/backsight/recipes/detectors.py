@@ -6,6 +6,7 @@ Group DETR), a class and box loss on the encoder's tokens through the shared hea
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,7 +93,7 @@ class _Streams:
     query_places: Tensor | None = None
 
 
-class DetectorTraining(nn.Module):
+class DetectorTraining(nn.Module, ABC):
     """A detector with the loss it is trained by."""
 
     slow: ClassVar[tuple[str, ...]] = ()
@@ -100,24 +101,24 @@ class DetectorTraining(nn.Module):
     model: Any
     other_groups: nn.Parameter  # (groups - 1, Q, …); training only: dropped on saving
 
-    def streams(self, pixels: Tensor) -> _Streams:
-        raise NotImplementedError
+    @abstractmethod
+    def streams(self, pixels: Tensor) -> _Streams: ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor: ...
 
-    def set_loss(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def set_loss(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of token logits (B, N, …) against classes (B, N), BACKGROUND where there is no object."""
-        raise NotImplementedError
 
-    def outputs(self, pixels: Tensor) -> Predictions:
-        raise NotImplementedError
+    @abstractmethod
+    def outputs(self, pixels: Tensor) -> Predictions: ...
 
     def loss(self, batch: Batch) -> Tensor:
         streams = self.streams(batch.pixels)
