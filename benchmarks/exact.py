@@ -1,13 +1,14 @@
 """How far back exact inversion goes on the shipped targets, and what it costs: shares, roots, passes, seconds.
 
-Minutes on one core with a few images; SIZE=full, with the figures of the documentation, takes an hour or more.
+About a quarter of an hour on two cores, with a few images; SIZE=full takes an hour or more.
 Rows of `results/bench/exact.csv`: half-steps alone, from the true stream behind each; the roots of the half-steps that
 fold, and how often each rule picks the right one; chains from a tap to the embedding, where an image is followed as
 long as it is right, so that every one of them is back, or has met another root, or a step that was not solved (all as
 `backsight.exact_study` counts them); and what inverting costs by size, on random weights: seconds an image, with those
-of a float64 forward pass of the same blocks as the baseline, so that the ratio is in passes. Those models have no class
-token: timm starts it at almost nothing, where a LayerNorm is steep and folds, and its roots would be all that is timed.
-ViT-B/16 at 224 px is measured in SIZE=full alone: one MLP half-step of it did not end within the small size's time.
+of a float64 forward pass of the same blocks as the baseline, so that the ratio is in passes; ViT-B/16 at 224 px, all
+twelve blocks, and again without its first one, whose MLP moves a random stream by more than its own size and folds.
+Those models have no class token: timm starts it at almost nothing, where a LayerNorm is steep and folds, and its roots
+would be all that is timed.
 `python benchmarks/exact.py FILE` writes the table there instead.
 """
 
@@ -130,15 +131,15 @@ def unfitted(target: Target, tap: str, settings: Settings) -> ExactInverse:
     return ExactInverse(ExactModel(double, walk(double), walk(target), {}, {}, {}, None), tap, settings)
 
 
-def cost(case: str, target: Target, tap: str, images: int, settings: Settings) -> Iterator[Row]:
-    """Seconds and passes an image from a tap to the embedding; the baseline is the forward pass of these blocks."""
+def cost(case: str, target: Target, tap: str, images: int, settings: Settings, to: str | None = None) -> Iterator[Row]:
+    """Seconds and passes an image from a tap to `to` (default: the embedding); baseline: these blocks' forward pass."""
     inverse = unfitted(target, tap, settings)
+    to = to or inverse.reached
     shape = (images, 3, *target.image_size)
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0)).double()
-    taps = [inverse.reached, tap]
-    truth = inverse.model.target.record(pictures, taps)
-    steps = inverse.model.walk.between(tap, inverse.reached)
-    x = truth[inverse.reached].values
+    truth = inverse.model.target.record(pictures, [to, tap])
+    steps = inverse.model.walk.between(tap, to)
+    x = truth[to].values
     forward = []
     with torch.no_grad():
         for _ in range(5):
@@ -148,7 +149,7 @@ def cost(case: str, target: Target, tap: str, images: int, settings: Settings) -
                 made = step(made)
             forward.append((time.perf_counter() - began) / images)
     baseline = sorted(forward)[len(forward) // 2]
-    trace = inverse.trace(truth[tap])
+    trace = inverse.trace(truth[tap], to=to)
     error = (trace.values - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
     passes = trace.table().groupby("sample")["passes"].sum() / len(steps)
     yield compare("exact", case, "seconds an image", trace.seconds / images, "s", baseline, "")
@@ -163,13 +164,13 @@ def costs(words: str) -> Iterator[Row]:
         for method, settings in METHODS.items():
             case = f"vit_tiny (192 wide), {side} px, {depth} blocks, random weights, {method}, {words}"
             yield from cost(case, target, f"blocks.{depth - 1}", 1, settings)
-    if not FULL:
-        return
     target = random_target(*BASE, **PATCHES_ALONE)
-    for last in (0, 11):
-        for method, settings in METHODS.items():
-            case = f"ViT-B/16, 224 px, {last + 1} of 12 blocks, one image, random weights, {method}, {words}"
-            yield from cost(case, target, f"blocks.{last}", 1, settings)
+    for first, last in ((0, 11), (1, 11)):
+        for method, settings in PRECISIONS.items() if FULL or first else METHODS.items():
+            if method == "Anderson first" and not FULL:
+                continue
+            case = f"ViT-B/16, 224 px, blocks {first} to {last}, one image, random weights, {method}, {words}"
+            yield from cost(case, target, f"blocks.{last}", 1, settings, f"blocks.{first - 1}" if first else None)
 
 
 def main() -> Iterator[Row]:
@@ -197,9 +198,9 @@ def main() -> Iterator[Row]:
     random = fit_exact(untrained, images, ["blocks.5"], {}, 40, stages=2)["blocks.5"]
     recorded = recorded_truth(random, test_images(untrained, 2 * few))
     yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)
-    for words, settings in PRECISIONS.items() if FULL else ():
+    for words, settings in PRECISIONS.items():
         part = ExactInverse(last.model, "blocks.4", settings)
-        table = measure_half_steps(part, some(8), settings, steps=["blocks.4", "blocks.4.attn"], **QUIET)
+        table = measure_half_steps(part, some(8 if FULL else 1), settings, steps=["blocks.4", "blocks.4.attn"], **QUIET)
         for step, rows in table.groupby("step", sort=False):
             yield from rows_of(f"scenes-vit, {step} alone, {words}", rows)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from backsight.amplification import amplification, chain_amplification
 from backsight.errors import BacksightError
 from backsight.exact import (
     ExactInverse,
     Examples,
     NotInvertibleError,
     StagedStart,
-    amplification,
     fit_exact,
     fit_prior,
     measured_embedding,
@@ -177,6 +177,34 @@ def test_the_amplification_of_tokens_is_that_of_their_own_derivatives() -> None:
     products = amplification(replace(step, jacobian=None), x, probes=200, iterations=100)
     assert torch.allclose(products.largest, found.largest, rtol=0.02)
     assert torch.allclose(products.mean, found.mean, rtol=0.15)
+
+
+def test_noise_grows_along_a_chain_as_predicted() -> None:
+    """Two steps, of tokens alone and of all together: noise behind both, solved back through both."""
+    x = 0.5 * normal(2, 3, 4, seed=6)
+    first = Step(
+        "residual", "a", "b", cubic, tokenwise=True, jacobian=lambda tokens: torch.diag_embed(1 + 3 * tokens**2)
+    )
+    second = mixing(0.9)
+    between = first(x)
+    y = second.forward(between)
+    last, both = chain_amplification([first, second], x, probes=300)
+    noise = 1e-6 * normal(300, *x.shape, seed=5)
+    parts = solve(second.forward, (y + noise).flatten(0, 1), [between.repeat(300, 1, 1)], NEWTON).x
+    whole = solve(first.forward, parts, [x.repeat(300, 1, 1)], NEWTON).x
+    for found, there, predicted in ((parts, between, last), (whole, x, both)):
+        error = (found.view_as(noise) - there).square().sum((0, 2, 3))
+        assert torch.allclose((error / noise.square().sum((0, 2, 3))).sqrt(), predicted, rtol=0.1)
+    assert not torch.allclose(last, both, rtol=0.1), "the two steps differ, or the chain is not tested"
+
+
+def test_a_chain_through_a_projection_has_no_inverse_from_there_on() -> None:
+    basis = torch.linalg.qr(normal(12, 12)).Q[:, :9]
+    flat = Step("residual", "before", "after", lambda x: (x.flatten(1) @ basis @ basis.T).view_as(x))
+    x = normal(2, 3, 4)
+    last, first = chain_amplification([flat, mixing(0.5)], x, probes=2)
+    assert bool(last.isfinite().all())
+    assert bool(first.isinf().all())
 
 
 def test_a_projection_has_no_inverse() -> None:

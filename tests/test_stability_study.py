@@ -345,6 +345,12 @@ def test_exact_solves_are_judged_beside_the_others(
     assert list(steps["step"]) == ["blocks.0.attn", "blocks.0"]
     largest = metrics[metrics["measure"] == "amplification_largest"]
     assert (largest["value"].to_numpy() >= 0.9 * steps["value"].to_numpy()).all()
+    chain = metrics[metrics["measure"] == "amplification_chain"]
+    assert list(chain["step"]) == ["blocks.0.attn", "blocks.0"]
+    assert set(chain["against"]) == {"blocks.0"}
+    # The last step's own growth is that of a chain of one step, up to the noise that was drawn.
+    alone = float(steps.loc[steps["step"] == "blocks.0", "value"].iloc[0])
+    assert float(chain.loc[chain["step"] == "blocks.0", "value"].iloc[0]) == pytest.approx(alone, rel=0.25)
     assert with_exact.pictures["blocks.0", "float32"]["exact"].shape == (1, 3, 16, 24)
 
 
@@ -369,6 +375,7 @@ def test_figures_tell_what_they_show(study: Stability, with_exact: Stability) ->
     with pytest.raises(BacksightError, match="lacks the columns"):
         psnr_by_noise(study.metrics.drop(columns="sigma"))
     with pytest.raises(BacksightError, match="no amplification_mean"):
-        amplification_by_step(study.metrics)
+        amplification_by_step(study.metrics[~study.metrics["measure"].str.startswith("amplification")])
+    assert "all the way back" in made[3].axes[0].figure.legends[0].get_texts()[2].get_text()
     with pytest.raises(BacksightError, match="there are no pictures of"):
         uncertainty_pictures(study.images, study.pictures, study.deviations, jobs=[(TAP, "int8")])

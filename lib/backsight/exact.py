@@ -26,7 +26,7 @@ from torch import Tensor
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.exact_chain import ChainSettings, solve_chain
-from backsight.exact_solver import Product, Roots, Settings, Solution, derivative_product, gmres, roots, solve
+from backsight.exact_solver import Roots, Settings, Solution, roots, solve
 from backsight.exact_steps import Lost, NotInvertibleError, Step, Walk, in_precision, residual_steps, walk
 from backsight.exact_tokens import Search, TokenRoots, newton, token_map, token_roots, token_signs
 from backsight.patches import patchify, unpatchify
@@ -35,7 +35,6 @@ from backsight.ridge import RidgeAccumulator
 from backsight.targets.base import PIXELS, Target, nearest
 
 __all__ = [
-    "Amplification",
     "ChainSettings",
     "Embedding",
     "ExactInverse",
@@ -50,7 +49,6 @@ __all__ = [
     "Step",
     "TokenRoots",
     "Trace",
-    "amplification",
     "fit_exact",
     "residual_steps",
     "roots",
@@ -242,7 +240,6 @@ class Embedding:
         return unpatchify(patches + missing @ inverse, grid, self.patch)
 
 
-UNREACHED = 1e-3  # relative residual of a linear solve that counts as none
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest one count as zero
 
 
@@ -941,78 +938,3 @@ def _fit_degrees(step: Step, x: Tensor) -> LostDegrees:
     deviation = (z.var(-1, unbiased=False, keepdim=True) + step.norm.epsilon).sqrt()
     held_out = torch.arange(len(x)) % HELD_OUT == 0
     return LostDegrees(*_ridge(step.norm.normalised(z), torch.cat([mean, deviation.log()], dim=-1), held_out))
-
-
-# How errors grow
-
-
-@dataclass(frozen=True)
-class Amplification:
-    """How an error in y grows on its way back to x, of each sample.
-
-    mean: (B,) root mean square of |J⁻¹ e| / |e| over white noise e; largest: (B,) of all directions (a lower bound,
-    from power iteration); both infinite where the derivative is singular (a projection has no inverse), or so nearly
-    that a Krylov space of the given size does not reach the inverse.
-    """
-
-    mean: Tensor
-    largest: Tensor
-
-
-def amplification(
-    step: Step, x: Tensor, probes: int = 8, iterations: int = 10, krylov: int = 200, seed: int = 0
-) -> Amplification:
-    """Singular values of the derivative of a residual step's inverse at x (B, n, c), through products alone.
-
-    probes: noise vectors of the mean; iterations: of the power iteration on J⁻ᵀJ⁻¹.
-    """
-    if step.norm is not None:
-        raise BacksightError(
-            f"{step.destination} ends in a norm, which takes the mean of every token, so that its inverse has no "
-            "derivative in all directions: ask for the amplification of a residual step x + f(x)."
-        )
-    x = x.detach()
-    if step.tokenwise and step.jacobian is not None and x.shape[2] <= DENSE:
-        # Tokens do not see one another: their singular values are those of small matrices.
-        values = torch.linalg.svdvals(step.jacobian(x.flatten(0, 1))).view(len(x), -1)
-        return Amplification((1 / values.square()).mean(1).sqrt(), 1 / values.amin(1))
-    forward = derivative_product(step.forward, x)
-    backward = _transposed_product(step, x)
-    tolerance = torch.full((len(x),), 1e-8, dtype=x.dtype, device=x.device)
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    shape = (len(x), x[0].numel())
-    with torch.no_grad():
-        total = x.new_zeros(len(x))
-        for _ in range(probes):
-            noise = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-            back = _solved_product(forward, noise, tolerance, krylov)
-            total += back.square().sum(1) / noise.square().sum(1)
-        vector = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-        largest, missed = x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for _ in range(iterations):
-            vector = vector / vector.norm(dim=1, keepdim=True)
-            back = _solved_product(forward, vector, tolerance, krylov)
-            pulled = _solved_product(backward, back.nan_to_num(0.0, 0.0), tolerance, krylov)
-            missed |= ~(back.isfinite().all(1) & pulled.isfinite().all(1))
-            largest = back.norm(dim=1)
-            vector = pulled.nan_to_num(1.0, 1.0)
-    return Amplification((total / probes).sqrt(), largest.masked_fill(missed, torch.inf))
-
-
-def _solved_product(product: Product, right: Tensor, tolerance: Tensor, krylov: int) -> Tensor:
-    """d with product(d) = right; infinite where there is none (or the Krylov space is too small for it)."""
-    found = gmres(product, right, tolerance, krylov)[0]
-    missed = (product(found, torch.arange(len(found), device=found.device)) - right).norm(dim=1)
-    return found.masked_fill((missed > UNREACHED * right.norm(dim=1))[:, None], torch.inf)
-
-
-def _transposed_product(step: Step, x: Tensor) -> Product:
-    """Products with the transposed derivative at x."""
-
-    def product(directions: Tensor, which: Tensor) -> Tensor:
-        with torch.enable_grad():
-            here = x[which].requires_grad_(True)
-            made = step.forward(here)
-            return torch.autograd.grad(made, here, directions.view_as(made))[0].flatten(1)
-
-    return product

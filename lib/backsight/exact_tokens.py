@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backsight.batched_systems import factored, signs, solved
 from backsight.errors import BacksightError
 
 Value = Callable[[Tensor], Tensor]  # (T, c) -> (T, c)
@@ -136,7 +137,7 @@ def _newton(tokens: TokenMap, y: Tensor, start: Tensor, search: Search) -> tuple
         at = live.nonzero().flatten()
         if not len(at):
             break
-        step = _solved(tokens.jacobian(x[at]), y[at] - made[at])
+        step = solved(tokens.jacobian(x[at]), y[at] - made[at])
         length = torch.ones_like(size[at])
         before = residual[at]
         open_ = torch.arange(len(at))
@@ -212,7 +213,7 @@ def _follow(
         bordered[:, :channels, :channels] = tokens.jacobian(guess[:, :channels])
         bordered[:, :channels, channels] = -direction[at]
         bordered[:, channels] = tangent[at]
-        factors, pivots, _ = torch.linalg.lu_factor_ex(bordered)
+        factors, pivots = factored(bordered)
         there, good, quick = _corrected(tokens, y[at], direction[at], guess, factors, pivots, size[at])
         unit = y.new_zeros(len(at), channels + 1, 1)
         unit[:, channels] = 1
@@ -239,7 +240,7 @@ def _follow(
 
 def _first_tangent(jacobian: Tensor, direction: Tensor, sense: Tensor) -> Tensor:
     """(T, c + 1) unit vectors (dx, dt) with J dx = direction dt; where J is singular, its null vector with dt = 0."""
-    tangent = torch.cat([_solved(jacobian, direction), torch.ones_like(sense)[:, None]], dim=1)
+    tangent = torch.cat([solved(jacobian, direction), torch.ones_like(sense)[:, None]], dim=1)
     singular = ~tangent.isfinite().all(1)
     if bool(singular.any()):
         wide = torch.cat([jacobian[singular], -direction[singular, :, None]], dim=2)
@@ -350,7 +351,7 @@ def _through(tokens: TokenMap, y: Tensor, roots: TokenRoots, at: Tensor, search:
 
 def token_signs(tokens: TokenMap, x: Tensor) -> Tensor:
     """(T,) signs of det g′ at x (T, c)."""
-    return torch.cat([torch.linalg.slogdet(tokens.jacobian(part)).sign for part in x.split(_chunk(x))])
+    return torch.cat([signs(tokens.jacobian(part)) for part in x.split(_chunk(x))])
 
 
 def _chunk(values: Tensor) -> int:
@@ -382,8 +383,8 @@ def _added(
         if not len(token):
             return roots
     x, residual = newton(tokens, y[token], start, search)
-    solved = residual <= search.tolerance
-    token, x, residual = token[solved], x[solved], residual[solved]
+    ended = residual <= search.tolerance
+    token, x, residual = token[ended], x[ended], residual[ended]
     fresh = _fresh(roots, token, x, search.apart)
     token, x, residual = token[fresh], x[fresh], residual[fresh]
     if not len(token):
@@ -410,11 +411,6 @@ def _fresh(roots: TokenRoots, token: Tensor, x: Tensor, apart: float) -> Tensor:
         near = (sorted_x[back:] - sorted_x[:-back]).norm(dim=1) <= apart * sorted_x[back:].norm(dim=1)
         fresh[order[back:][same & near]] = False
     return fresh[len(roots.token) :]
-
-
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solutions of square systems (T, c, c), (T, c); not finite where the matrix is singular."""
-    return torch.linalg.solve_ex(matrix, right[:, :, None])[0][:, :, 0]
 
 
 def _size(y: Tensor) -> Tensor:

@@ -279,21 +279,25 @@ def recoverable_by_depth(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, hei
 
 
 def amplification_by_step(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: float = 2.8) -> ShownFigure:
-    """How much inverting a half-step amplifies an error: of white noise, and in the worst direction."""
-    rows = pd.concat([_rows(metrics, f"amplification_{name}", by_noise=False) for name in ("mean", "largest")])
+    """How much inverting half-steps amplifies an error: each alone, in the worst direction, and all on the way."""
+    known = [name for name in ("mean", "largest", "chain") if f"amplification_{name}" in set(metrics["measure"])]
+    rows = pd.concat([_rows(metrics, f"amplification_{name}", by_noise=False) for name in known or ["mean"]])
+    deepest = [each for each in rows.get("against", pd.Series(dtype=object)).dropna().unique()]
     steps = list(dict.fromkeys(metrics.loc[metrics["measure"] == "amplification_mean", "step"]))
     place = {step: x for x, step in enumerate(steps)}
     styles = {
         "mean": ("#0173b2", "o", "white noise (root mean square)"),
         "largest": ("#d55e00", "^", "worst direction"),
+        "chain": ("#029e73", "s", f"white noise of {', '.join(deepest)}, all the way back to here"),
     }
+    styles = {name: style for name, style in styles.items() if name in known}
     with styled_figure(width, height) as figure:
         axes = figure.subplots()
         handles = []
         for number, (name, (colour, marker, label)) in enumerate(styles.items()):
             at = rows[rows["measure"] == f"amplification_{name}"]
             at = at.assign(x=at["step"].map(place)).sort_values("x")
-            x = at["x"] + 0.1 * (number - 0.5)
+            x = at["x"] + 0.1 * (number - 1)
             spread = np.abs(at[["low", "high"]].to_numpy(float).T - at["value"].to_numpy(float))
             axes.errorbar(x, at["value"], yerr=spread, color=colour, marker=marker, capsize=2, elinewidth=0.8)
             handles.append(Line2D([], [], color=colour, marker=marker, label=label))

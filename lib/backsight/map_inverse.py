@@ -28,6 +28,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backsight.batched_systems import factored
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.patches import patchify, unpatchify
@@ -609,7 +610,7 @@ def _fit_start(
 ) -> Steadied:
     means = _by_group(clean.values, prefix, lambda values: values.mean(0))
     signal = _by_group(clean.values, prefix, _covariance)
-    wiener = torch.linalg.solve(signal + variance, signal).to(clean.values)
+    wiener = torch.linalg.lu_solve(*factored(signal + variance), signal).to(clean.values)
     channels = 3 * patch[0] * patch[1]
     begun = Steadied(base, patch, means.to(clean.values), wiener, torch.eye(channels), torch.zeros(channels))
     features = torch.cat([begun.features(part) for part in _parts(disturbed, 32)])

@@ -23,10 +23,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from backsight.amplification import amplification, chain_amplification
 from backsight.data import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact import Embedding, ExactInverse, amplification, measured_embedding
-from backsight.exact_steps import in_precision
+from backsight.exact import Embedding, ExactInverse, ExactModel, NotInvertibleError, measured_embedding
+from backsight.exact_steps import in_precision, walk
 from backsight.families import Reconstruct
 from backsight.intervals import pooled_rows
 from backsight.map_inverse import (
@@ -532,8 +533,9 @@ def measure_stability(
     the training images (default: of the calibration images); batch_size: images solved together.
     Measures: psnr, ssim, seconds (an image), psnr_difference; misfit; solved; calibration_error, coverage,
     rank_correlation and log_score of the MAP's deviation beside those of a constant; recoverable, dimensions; crossing;
-    amplification_mean, amplification_largest; fragile_{colour,detail,background}_share of least-seen directions, of
-    random ones and of what MAP got wrong, at the least noise, and their differences from random ones.
+    amplification_mean, amplification_largest of every half-step from the last tap to where exactness ends, and
+    amplification_chain of all from there to the last tap; fragile_{colour,detail,background}_share of least-seen
+    directions, of random ones and of what MAP got wrong, at the least noise, and their differences from random ones.
     MAP − decoder is paired image by image and seed by seed; `against` = "best" is the best of the trained decoders that
     are not linear at that tap and noise, chosen on the judged images, in its favour.
     Raises BacksightError on a target that is not float32, and on noises, taps, masks or counts that do not fit.
@@ -580,14 +582,12 @@ def measure_stability(
         radius=detail_radius(pictures),
         embedding=measured_embedding(double if wide else target),
     )
-    deepest = [tap for tap in taps if tap in exact][-1:]
-    total = len(taps) * (len(parsed) + 2) + len(deepest)
+    total = len(taps) * (len(parsed) + 2) + 1
     with progress_bar(total=total, desc=f"stability of {target.name}", show=progress) as bar:
         for tap in taps:
             _measure_tap(study, tap, collected, bar.update)
-        for tap in deepest:
-            _measure_amplification(study, tap, collected)
-            bar.update()
+        _measure_amplification(study, taps[-1], collected)
+        bar.update()
     metrics = pd.DataFrame(collected.rows)
     metrics = metrics.reindex(columns=[*COLUMNS, *(each for each in metrics.columns if each not in COLUMNS)])
     return Stability(
@@ -807,27 +807,35 @@ def _measure_crossing(
 
 
 def _measure_amplification(study: _Study, tap: str, collected: _Collected) -> None:
-    """Of every residual half-step down to where exactness ends, at the true stream."""
-    inverse = study.exact[tap]
+    """Of every residual half-step down to where exactness ends, at the true stream; alone, and all down to there."""
+    double, probes = study.double, study.probes
+    try:
+        inverse = ExactInverse(ExactModel(double, walk(double), walk(study.target), {}, {}, {}, None), tap)
+    except NotInvertibleError:
+        return
     if inverse.reached == tap:
         return
-    double, probes = inverse.model.target, study.probes
-    x = double.record(study.images[: probes.images].double(), [inverse.reached])[inverse.reached].values
+    steps = inverse.model.walk.between(tap, inverse.reached)
+    if any(step.norm is not None for step in steps):
+        return  # a norm takes the mean of its tokens: no error there has a way back
     stream = inverse.model.walk.taps
     places = sorted(stream, key=stream.__getitem__)
-    number = stream[inverse.reached]
-    for step in inverse.model.walk.between(tap, inverse.reached):
+    start = double.record(study.images[: probes.images].double(), [inverse.reached])[inverse.reached].values
+    grown = chain_amplification(steps, start, probes.amplified, probes.krylov, study.seed)[::-1]
+    x, number = start, stream[inverse.reached]
+    for step, chain in zip(steps, grown, strict=True):
         number += 1
-        if step.norm is None:
-            found = amplification(step, x, probes.amplified, probes.amplified, probes.krylov, study.seed)
-            behind = next(each for each in places if stream[each] >= number)
-            for measure, values in (("mean", found.mean), ("largest", found.largest)):
-                # A solve that failed leaves no bound either: the power iteration then ends at 0.
-                reached = found.mean.isfinite() & values.isfinite() & (values > 0)
-                known = torch.where(reached, values, torch.nan)
-                missing = int(known.isnan().sum())
-                note = f"no inverse was reached for {missing} of {len(known)} images" if missing else None
-                name = f"amplification_{measure}"
-                collected.pooled(known, name, behind, EXACT, step=step.destination or behind, note=note)
+        found = amplification(step, x, probes.amplified, probes.amplified, probes.krylov, study.seed)
+        behind = next(each for each in places if stream[each] >= number)
+        # Without an inverse the power iteration has no bound either, and ends at 0.
+        alone = found.mean.isfinite() & found.largest.isfinite() & (found.largest > 0)
+        measured = {"mean": (found.mean, alone), "largest": (found.largest, alone), "chain": (chain, chain.isfinite())}
+        for measure, (values, reached) in measured.items():
+            known = torch.where(reached, values, torch.nan)
+            missing = int(known.isnan().sum())
+            note = f"no inverse was reached for {missing} of {len(known)} images" if missing else None
+            against = tap if measure == "chain" else None
+            place = {"step": step.destination or behind, "against": against, "note": note}
+            collected.pooled(known, f"amplification_{measure}", behind, EXACT, **place)
         with torch.no_grad():
             x = step(x)
