@@ -591,13 +591,14 @@ def _exact(count: Count, families: Mapping[str, int]) -> None:
     count.add("load", 2 + len(values["untrained_seeds"]))
     count.read(values["trained_on"], "train", fit, values["seed"])
     count.read(values["trained_on"], "validation", held, values["seed"])
-    count.read(values["images"], "test", max(values["noise_images"], values["chain_images"]))
+    noise_images, asked = values["noise_images"], values["question_images"]
+    count.read(values["images"], "test", max(noise_images, asked, values["chain_images"]))
     # A pair of products is some four passes; MAP_STEPS of them a search, for images and for those that fit its gain.
-    solved = (jobs + 3 * few) * (values["noise_images"] + 8) * values["products"]
+    solved = (jobs * (noise_images + 8) + 3 * few * (asked + 8)) * values["products"]
     solved += len(values["whole_taps"]) * values["whole_images"] * values["whole_products"]
     count.add("forward", 4 * MAP_STEPS * solved)
     for family in families:
-        count.decode(family, (jobs + few) * (values["noise_images"] + held), few)
+        count.decode(family, jobs * (noise_images + held) + few * (asked + held), few)
     # What the solvers of half-steps and whole chains take is an allowance, of shipped sizes.
     count.add(
         "seconds",

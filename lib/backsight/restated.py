@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from backsight.detail import (
 from backsight.errors import BacksightError
 from backsight.exact import ExactInverse, NotInvertibleError, Settings
 from backsight.families import Reconstruct
-from backsight.intervals import as_table, bootstrap_statistic, pooled_interval, pooled_ratio, pooled_rows
+from backsight.intervals import as_table, pooled_interval, pooled_ratio, pooled_rows
 from backsight.linear import fit_linear_pairs
 from backsight.map_inverse import MapInverse, MapSettings, Noise, fit_map
 from backsight.measures import metrics_row, null_mean, score
@@ -50,6 +50,7 @@ from backsight.representation import Representation
 from backsight.runs import METRIC_COLUMNS
 from backsight.stability_study import map_base
 from backsight.targets.base import Target
+from backsight.tidy_rows import TidyRows
 
 __all__ = [
     "ANSWERS",
@@ -148,31 +149,6 @@ class _Study:
         return list(next(iter(self.families.values())))
 
 
-@dataclass
-class _Collected:
-    """Rows so far, and what they have in common."""
-
-    target: Target
-    common: Mapping[str, Any]
-    seed: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def places(self, tap: str | None, inverse: str, **columns: Any) -> dict[str, Any]:
-        depth = None if tap is None else self.target.depth(tap)
-        return {**self.common, "tap": tap, "depth": depth, "inverse": inverse, **columns}
-
-    def pooled(self, values: Any, measure: str, tap: str | None, inverse: str, **columns: Any) -> None:
-        self.rows += pooled_rows(values, measure, self.seed, **self.places(tap, inverse, **columns))
-
-    def median(self, values: Any, measure: str, tap: str, inverse: str, **columns: Any) -> None:
-        """One unsolved sample can be off by any factor: of errors the median counts."""
-        table = as_table(values)
-        low, high = bootstrap_statistic(lambda drawn: float(np.nanmedian(table[:, drawn])), table.shape[1], self.seed)
-        at = self.places(tap, inverse, **columns)
-        row = metrics_row(measure, float(np.nanmedian(table)), low, high, table.shape[1], self.seed, **at)
-        self.rows.append({**row, "seeds": len(table)})
-
-
 def _fitted_maps(
     target: Target,
     families: Mapping[int, Mapping[str, Mapping[str, Reconstruct]]],
@@ -257,7 +233,7 @@ def _measure_depth(
     study: _Study,
     judged: Judged,
     measures: Sequence[Measure],
-    collected: _Collected,
+    collected: TidyRows,
     done: Callable[[], Any],
 ) -> tuple[Tables, dict[str, dict[str, list[Tensor]]]]:
     """Rows of every measure, inverse and tap; the values of each image, and {inverse: {tap: images by seed}}."""
@@ -365,7 +341,7 @@ def _share_of_loss(
 
 
 def _measure_hue(
-    study: _Study, source: str, count: int, shifts: Sequence[float], collected: _Collected, done: Callable[[], Any]
+    study: _Study, source: str, count: int, shifts: Sequence[float], collected: TidyRows, done: Callable[[], Any]
 ) -> Tables:
     """What every inverse follows of hue shifts of one object, everything else staying as it was."""
     objects = open_objects(source, study.target.image_size, count, study.seed)
@@ -419,7 +395,7 @@ def cross_pairs(taps: Sequence[str], recorded: Mapping[str, Representation], rea
 
 
 def _measure_cross(
-    study: _Study, images: Tensor, made: Mapping[str, list[Tensor]], collected: _Collected, done: Callable[[], Any]
+    study: _Study, images: Tensor, made: Mapping[str, list[Tensor]], collected: TidyRows, done: Callable[[], Any]
 ) -> None:
     """Every MAP inverse fed with its neighbours' states as they are, beside trained inverses and nulls.
 
@@ -462,7 +438,7 @@ def _measure_cross(
         collected.pooled(floor, "cross_psnr", tap, NULL_MEAN, **_without_places(_at(study.target, (tap, tap))))
 
 
-def _cross_rows(study: _Study, scores: Mapping[str, Scores], collected: _Collected) -> None:
+def _cross_rows(study: _Study, scores: Mapping[str, Scores], collected: TidyRows) -> None:
     for name, found in scores.items():
         apart = [pair for pair in found if pair[0] != pair[1]]
         for pair, values in found.items():
@@ -493,7 +469,7 @@ def _unexplained(target: Target, images: Tensor, tap: str, y: Representation) ->
 
 
 def _measure_stages(
-    study: _Study, exact: Mapping[str, ExactInverse], images: Tensor, held_out: Tensor, collected: _Collected
+    study: _Study, exact: Mapping[str, ExactInverse], images: Tensor, held_out: Tensor, collected: TidyRows
 ) -> None:
     """The exact inverse of one block fed with what another block made: does it undo that one as well?
 
@@ -602,7 +578,7 @@ def measure_restated(
     judged = Judged(pictures, masks, largest, torch.arange(len(pictures)), {})
     held_out = _first(calibration, fitted)
     common = {"target": target.name, "weights": target.weights, "dataset": dataset, "split": split}
-    collected = _Collected(target, common, seed)
+    collected = TidyRows(target, common, seed)
     crossed = min(cross_images, len(pictures))
     passes = 2 + (1 + len(shifts)) * bool(hue_images) + 2 * REACH * bool(crossed)
     with progress_bar(total=passes * len(ordered), desc=f"questions to {target.name}", show=progress) as bar:
@@ -633,7 +609,7 @@ def measure_restated(
     return Restated(metrics, pictures[:SHOWN], shown, skipped)
 
 
-def _add(collected: _Collected, rows: Iterable[Mapping[str, Any]]) -> None:
+def _add(collected: TidyRows, rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         collected.rows.append({**row, **collected.common, "depth": collected.target.depth(row["tap"])})
 

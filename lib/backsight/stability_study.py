@@ -29,7 +29,6 @@ from backsight.errors import BacksightError
 from backsight.exact import Embedding, ExactInverse, ExactModel, NotInvertibleError, measured_embedding
 from backsight.exact_steps import in_precision, walk
 from backsight.families import Reconstruct
-from backsight.intervals import pooled_rows
 from backsight.map_inverse import (
     KINDS,
     Gaussian,
@@ -43,13 +42,14 @@ from backsight.map_inverse import (
     pixel_forward,
     stages_down_to,
 )
-from backsight.measures import metrics_row, null_mean, psnr, ssim
+from backsight.measures import null_mean, psnr, ssim
 from backsight.patches import patchify, unpatchify
 from backsight.progress import progress_bar
 from backsight.representation import Representation, concatenate
 from backsight.runs import METRIC_COLUMNS
 from backsight.stability import NORMAL_95, crossing, least_seen, recoverable, relative_size, reliability, spectrum
 from backsight.targets.base import Target
+from backsight.tidy_rows import TidyRows
 
 __all__ = [
     "BEST",
@@ -85,8 +85,8 @@ class Probes:
 
     images: of a spectrum, of directions and of amplifications, the first ones; vectors, steps: of a Lanczos quadrature;
     directions: least-seen ones of an image, found in `iterations` of `products` pairs (J, Jᵀ) each;
-    amplified: noise vectors, and steps of the power iteration, of a half-step's amplification; krylov: largest space of
-    one linear solve there.
+    amplified: noise vectors, and steps of the power iteration, of a half-step's amplification (0: not measured);
+    krylov: largest space of one linear solve there.
     """
 
     images: int = 4
@@ -476,30 +476,14 @@ class _Study:
 
 
 @dataclass
-class _Collected:
+class _Collected(TidyRows):
     """What the jobs leave behind, in their order."""
 
-    target: Target
-    common: Mapping[str, Any]
-    seed: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
     reliability: list[pd.DataFrame] = field(default_factory=list)
     pictures: dict[Job, dict[str, Tensor]] = field(default_factory=dict)
     deviations: dict[Job, tuple[Tensor, Tensor]] = field(default_factory=dict)
     directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     random_directions: dict[str, Tensor] = field(default_factory=dict)
-
-    def places(self, tap: str, inverse: str | None, **columns: Any) -> dict[str, Any]:
-        return {**self.common, "tap": tap, "depth": self.target.depth(tap), "inverse": inverse, **columns}
-
-    def pooled(self, values: Any, measure: str, tap: str, inverse: str | None, **columns: Any) -> None:
-        """values: {seed: (N,)}, (S, N) or (N,)."""
-        self.rows += pooled_rows(values, measure, self.seed, **self.places(tap, inverse, **columns))
-
-    def one(
-        self, value: tuple[float, float, float], measure: str, tap: str, inverse: str | None, n: int, **columns: Any
-    ) -> None:
-        self.rows.append(metrics_row(measure, *value, n, self.seed, **self.places(tap, inverse, **columns)))
 
 
 def measure_stability(
@@ -586,7 +570,8 @@ def measure_stability(
     with progress_bar(total=total, desc=f"stability of {target.name}", show=progress) as bar:
         for tap in taps:
             _measure_tap(study, tap, collected, bar.update)
-        _measure_amplification(study, taps[-1], collected)
+        if study.probes.amplified:
+            _measure_amplification(study, taps[-1], collected)
         bar.update()
     metrics = pd.DataFrame(collected.rows)
     metrics = metrics.reindex(columns=[*COLUMNS, *(each for each in metrics.columns if each not in COLUMNS)])
