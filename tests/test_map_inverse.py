@@ -266,6 +266,24 @@ def test_it_beats_the_inverse_that_it_starts_from_and_says_how_far_off_it_is(tar
     assert torch.allclose(made(disturbed.index(torch.arange(1))), found[:1], atol=1e-4)
 
 
+def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
+    target = detr.small()
+    height, width = target.image_size
+    images = torch.rand(66, 3, height, width, generator=torch.Generator().manual_seed(0))
+    mean = images.mean(0)
+    made = fit_map(
+        target,
+        "decoder.layers.0",
+        lambda each: mean.expand(each.batch, -1, -1, -1),
+        images,
+        Noise("gaussian", 0.1),
+        count=66,
+        checked=0,
+    )
+    queries = target.record(images[:3], ["decoder.layers.0"])["decoder.layers.0"]
+    assert made.start.patches(queries).shape == (3, height // 8 * (width // 8), 192)
+
+
 def test_clues_get_the_shares_that_they_have() -> None:
     generator = torch.Generator().manual_seed(0)
     clues = torch.rand(4, 3, 32, 32, generator=generator, dtype=torch.float64)

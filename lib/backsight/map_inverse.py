@@ -32,7 +32,7 @@ from backsight.batched_systems import factored
 from backsight.data import batches
 from backsight.errors import BacksightError
 from backsight.patches import patchify, unpatchify
-from backsight.representation import Queries, Representation, Tokens
+from backsight.representation import Queries, Representation, Tokens, concatenate
 from backsight.ridge import RidgeAccumulator
 from backsight.targets.base import PIXELS, Target
 
@@ -556,10 +556,11 @@ def fit_map(
     chosen = _first(images, count)
     if len(chosen) < HELD_OUT:
         raise BacksightError(f"A MAP inverse needs at least {HELD_OUT} held-out images, not {len(chosen)}.")
-    recorded = [target.record(part, [tap])[tap] for part in chosen.split(64)]
-    clean = recorded[0].replace(torch.cat([each.values for each in recorded])) if len(recorded) > 1 else recorded[0]
-    if not isinstance(clean, Tokens | Queries) or getattr(clean, "padding", None) is not None:
-        raise BacksightError(f"A MAP inverse of {tap} reads unpadded tokens or queries, not {type(clean).__name__}.")
+    recorded: list[Any] = [target.record(part, [tap])[tap] for part in chosen.split(64)]
+    first = recorded[0]
+    if not isinstance(first, Tokens | Queries) or getattr(first, "padding", None) is not None:
+        raise BacksightError(f"A MAP inverse of {tap} reads unpadded tokens or queries, not {type(first).__name__}.")
+    clean: Tokens | Queries = first if len(recorded) == 1 else concatenate(recorded)
     disturbed = clean.replace(noisy(clean.values, noise, torch.Generator().manual_seed(seed)))
     prefix = clean.prefix if isinstance(clean, Tokens) else 0
     # A pass in another order of operations is off by round-off: no noise is smaller.
