@@ -302,6 +302,11 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
     figure = second_root_figure(shown)
     assert figure.shows_images
     assert figure.caption
+    assert all(bool(each.all()) for each in shown.reached.values())
+    lost = {**shown.reached, ONE_TOKEN: torch.zeros(len(shown.images), dtype=torch.bool)}
+    drawn = second_root_figure(replace(shown, reached=lost))
+    marks = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert marks == ["–"] * 2 * len(shown.images[:4]), "a picture of no solution is not shown, for either family"
     with pytest.raises(BacksightError, match="decoded by all"):
         second_root_pictures(inverse, LAST, truth, images, {"linear": {}}, examples=1, **QUIET)
 

@@ -921,7 +921,8 @@ class SecondRoots:
 
     metrics: tidy rows, column `picture`: which stream; images: (K, 3, H, W); pictures: {picture: {family: (K, 3, H,
     W)}}, of TRUE_STREAM, ONE_TOKEN, ALL_TOKENS and RANDOM_MOVE; tap: where they were decoded; destination: of the
-    half-step.
+    half-step; reached: {picture: (K,) bool} whether there is such a stream, and it leads back to that tap: other
+    pictures are of no solution, and count nowhere.
     """
 
     metrics: pd.DataFrame
@@ -929,6 +930,7 @@ class SecondRoots:
     pictures: Mapping[str, Mapping[str, Tensor]]
     tap: str
     destination: str
+    reached: Mapping[str, Tensor]
 
 
 def second_root_pictures(
@@ -969,6 +971,7 @@ def second_root_pictures(
     columns = {**_common(case, tap, dataset, split), "step": destination, "to": found.to}
     rows: list[dict[str, Any]] = []
     reference: dict[str, Tensor] = {}
+    reached: dict[str, Tensor] = {}
     for name, values in progress_bar(streams.items(), desc="second roots", show=progress):
         x, solved = _back_to(inverse, case, found.to, tap, values, settings)
         moved = (values - case.streams[found.to].values).norm(dim=-1)
@@ -976,7 +979,7 @@ def second_root_pictures(
         shown = {**columns, "picture": name, "seeds": 1}
         rows.append(_mean("replaced", np.where(has, (moved > 0).double().mean(1), np.nan), seed, **shown))
         rows.append(_share("reached", solved & has, seed, has, **shown))
-        kept = has & solved
+        kept = reached[name] = has & solved
         residual = _residual(inverse, tap, destination, x, case.streams[destination].values)
         if name != RANDOM_MOVE:
             residual = np.where(kept, residual, np.nan)
@@ -1001,7 +1004,7 @@ def second_root_pictures(
                 rows.append(_mean("psnr_between", torch.where(kept, between, nothing), seed, **at))
                 same = torch.where(kept, (reference[family] - picture).abs().amax((1, 2, 3)).double(), nothing)
                 rows.append(_mean("largest_pixel_change", same, seed, **at))
-    return SecondRoots(_tidy(rows), images.float(), pictures, tap, destination)
+    return SecondRoots(_tidy(rows), images.float(), pictures, tap, destination, reached)
 
 
 def _decoded_at(inverse: ExactInverse, stream: str, families: Mapping[str, Mapping[str, Reconstruct]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -452,7 +453,10 @@ def second_root_figure(shown: SecondRoots, rows: int = 4, width: float = COLUMN_
     """
     names = {TRUE_STREAM: "true stream", ONE_TOKEN: "1 token", ALL_TOKENS: "all tokens", RANDOM_MOVE: "null: random"}
     families = list(shown.pictures[TRUE_STREAM])
-    inputs = shown.images.numpy()[:rows]
+    # Images of which there is something to see come first.
+    seen = sum(shown.reached[name].int() for name in (ONE_TOKEN, ALL_TOKENS))
+    lines = torch.argsort(-torch.as_tensor(seen), stable=True)[:rows]
+    inputs = shown.images[lines].numpy()
     columns: list[tuple[str, str]] = [(family, name) for family in families for name in names]
     with styled_figure(width, (width / (1 + len(columns)) + 0.14) * len(inputs) + 0.5) as figure:
         grid = figure.subplots(len(inputs), 1 + len(columns), squeeze=False)
@@ -460,9 +464,15 @@ def second_root_figure(shown: SecondRoots, rows: int = 4, width: float = COLUMN_
             _picture(grid[line, 0], picture)
         grid[0, 0].set_title("input", fontsize=SMALL)
         for place, (family, name) in enumerate(columns, start=1):
-            made = shown.pictures[name][family].numpy()[:rows]
-            beside = _psnr(shown.pictures[TRUE_STREAM][family].numpy()[:rows], made)
+            made = shown.pictures[name][family][lines].numpy()
+            beside = _psnr(shown.pictures[TRUE_STREAM][family][lines].numpy(), made)
             for line, picture in enumerate(made):
+                if not shown.reached[name][lines[line]]:
+                    _picture(grid[line, place], np.ones_like(picture))
+                    grid[line, place].text(
+                        0.5, 0.5, "–", transform=grid[line, place].transAxes, ha="center", va="center"
+                    )
+                    continue
                 _picture(grid[line, place], picture)
                 if name != TRUE_STREAM:
                     grid[line, place].set_xlabel(f"{beside[line]:.1f} dB", fontsize=SMALL, labelpad=1)
@@ -473,7 +483,8 @@ def second_root_figure(shown: SecondRoots, rows: int = 4, width: float = COLUMN_
         figure.caption = (
             f"Streams that lead to the very same {shown.destination}, decoded at {shown.tap}: the true one, one with "
             "the farthest second root of one token, one with second roots of all tokens that have one; null: the same "
-            "tokens moved as far in a random direction. In dB: PSNR to the picture of the true stream."
+            "tokens moved as far in a random direction. In dB: PSNR to the picture of the true stream. –: no token has "
+            f"another root, or no stream at {shown.tap} was found that leads there (such images come last)."
         )
         between = shown.metrics[shown.metrics["measure"] == "psnr_between"]
         figure.description = f"Pictures of second roots of {shown.destination}. PSNR to the true stream's picture: " + (
