@@ -56,10 +56,15 @@ def opened(open_page: Any, url: str, **options: Any) -> Page:
 
 
 def settled(page: Page) -> None:
-    """Until the page has computed everything that it was asked for."""
+    """Until the page has computed everything that it was asked for, and drawn it."""
     page.wait_for_function(
         """() => { const s = document.querySelector('.backsight-status');
-          return s && !s.classList.contains('backsight-busy') && /Computed|Not computed/.test(s.textContent); }""",
+          if (!s || s.classList.contains('backsight-busy')) return false;
+          if (/Not computed/.test(s.textContent)) return true;
+          // On a busy machine the last pictures come after the word that they are computed.
+          const figures = [...document.querySelector('.backsight-row').querySelectorAll('figure')];
+          return /Computed/.test(s.textContent) && figures.every((figure) => Number(figure.querySelector('img')
+            .dataset.version) && figure.querySelector('.backsight-picture-title').textContent); }""",
         timeout=SLOW,
     )
 
