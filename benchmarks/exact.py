@@ -166,9 +166,7 @@ def costs(words: str) -> Iterator[Row]:
             yield from cost(case, target, f"blocks.{depth - 1}", 1, settings)
     target = random_target(*BASE, **PATCHES_ALONE)
     for first, last in ((0, 11), (1, 11)):
-        for method, settings in PRECISIONS.items() if FULL or first else METHODS.items():
-            if method == "Anderson first" and not FULL:
-                continue
+        for method, settings in (PRECISIONS if FULL or first else {"Newton": SINGLE}).items():
             case = f"ViT-B/16, 224 px, blocks {first} to {last}, one image, random weights, {method}, {words}"
             yield from cost(case, target, f"blocks.{last}", 1, settings, f"blocks.{first - 1}" if first else None)
 

@@ -1,4 +1,4 @@
-"""How errors grow when half-steps are inverted: singular values of the inverse's derivative, from products alone.
+"""How errors grow when half-steps are inverted: singular values of the inverse's derivative.
 
     amplification         one half-step: white noise, and the worst direction
     chain_amplification   white noise at a tap, on its way back through all half-steps
@@ -19,8 +19,8 @@ from backsight.batched_systems import solved
 from backsight.errors import BacksightError
 from backsight.exact_solver import Product, derivative_product, gmres
 from backsight.exact_steps import Step
+from backsight.exact_tokens import DENSE
 
-WIDEST = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
 UNREACHED = 1e-3  # relative residual of a linear solve that counts as none
 TIGHT = 1e-8  # relative residual that linear solves aim at
 
@@ -29,9 +29,9 @@ TIGHT = 1e-8  # relative residual that linear solves aim at
 class Amplification:
     """How an error in y grows on its way back to x, of each sample.
 
-    mean: (B,) root mean square of |J⁻¹ e| / |e| over white noise e; largest: (B,) of all directions (a lower bound,
-    from power iteration); both infinite where the derivative is singular (a projection has no inverse), or so nearly
-    that a Krylov space of the given size does not reach the inverse.
+    mean: (B,) root mean square of |J⁻¹ e| / |e| over white noise e; largest: (B,) of all directions (where tokens see
+    one another a lower bound, from power iteration); both infinite where the derivative is singular (a projection has
+    no inverse), or so nearly that a Krylov space of the given size does not reach the inverse.
     """
 
     mean: Tensor
@@ -41,7 +41,7 @@ class Amplification:
 def amplification(
     step: Step, x: Tensor, probes: int = 8, iterations: int = 10, krylov: int = 200, seed: int = 0
 ) -> Amplification:
-    """Singular values of the derivative of a residual step's inverse at x (B, n, c), through products alone.
+    """Singular values of the derivative of a residual step's inverse at x (B, n, c).
 
     probes: noise vectors of the mean; iterations: of the power iteration on J⁻ᵀJ⁻¹.
     """
@@ -114,7 +114,7 @@ def _pulled_back(step: Step, x: Tensor, error: Tensor, krylov: int) -> Tensor:
 
 
 def _factored(step: Step, x: Tensor) -> bool:
-    return step.tokenwise and step.jacobian is not None and x.shape[2] <= WIDEST
+    return step.tokenwise and step.jacobian is not None and x.shape[2] <= DENSE
 
 
 def _check(step: Step) -> None:

@@ -28,7 +28,7 @@ from backsight.errors import BacksightError
 from backsight.exact_chain import ChainSettings, solve_chain
 from backsight.exact_solver import Roots, Settings, Solution, roots, solve
 from backsight.exact_steps import Lost, NotInvertibleError, Step, Walk, in_precision, residual_steps, walk
-from backsight.exact_tokens import Search, TokenRoots, newton, token_map, token_roots, token_signs
+from backsight.exact_tokens import DENSE, Search, TokenRoots, newton, token_map, token_roots, token_signs
 from backsight.patches import patchify, unpatchify
 from backsight.representation import Representation, Tokens
 from backsight.ridge import RidgeAccumulator
@@ -59,7 +59,6 @@ __all__ = [
 
 RIGHT = 1e-5  # relative error up to which a solution counts as the input that was there
 SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
-DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
 STAGES = 4  # of a staged start
 ALPHAS = tuple(10.0**exponent for exponent in range(-10, 2))
 SWEEPS = 3  # of a post-norm chain: each brings the norms' ε in more exactly, by a factor of about 1e-5

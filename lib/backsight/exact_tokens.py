@@ -28,6 +28,7 @@ from backsight.errors import BacksightError
 Value = Callable[[Tensor], Tensor]  # (T, c) -> (T, c)
 Jacobian = Callable[[Tensor], Tensor]  # (T, c) -> (T, c, c)
 
+DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
 CHUNK = 2**23  # entries of dense derivatives at once, 64 MB
 FEW = 32  # tokens that are differentiated at once
 ARMIJO = 1e-4

@@ -312,7 +312,7 @@ def amplification_by_step(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, he
         axes.set_ylabel("growth of an error, |J⁻¹e| / |e|")
         _legend(figure, handles)
         figure.caption = (
-            "At the true stream, by products alone; the worst direction is a lower bound from power iteration. "
+            "At the true stream, for small errors; the worst direction of attention is a lower bound. "
             f"{_counted(rows[rows['n'] > 0])}."
         )
         told = (f"{r.step} {str(r.measure).removeprefix('amplification_')} {r.value:.3g}" for r in rows.itertuples())
