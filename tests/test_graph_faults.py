@@ -18,7 +18,7 @@ import yaml
 from conftest import NotebookWriter
 from test_snakefile import SNAKEMAKE
 
-STEPS, KILLS = 12, 3
+STEPS, KILLS = 12, 2
 # A training of STEPS steps with a checkpoint after each; what it has done is told in a journal outside its folder.
 TRAIN = f"""\
 import math, time

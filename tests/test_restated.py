@@ -18,7 +18,7 @@ from backsight.errors import BacksightError
 from backsight.exact import fit_exact
 from backsight.figures_restated import cross_figure, detail_by_depth, hue_kept_by_depth, restated_pictures
 from backsight.linear import fit_linear
-from backsight.map_inverse import MapSettings
+from backsight.map_inverse import MapSettings, Noise, fit_map
 from backsight.recolour import Perturbation, open_objects
 from backsight.restated import (
     ANSWERS,
@@ -396,6 +396,22 @@ def test_a_refused_map_says_why(
     families = {0: {"linear": {"blocks.0": lambda representation: representation.values}}}
     with pytest.raises(BacksightError, match=r"No tap of blocks\.0 has a MAP inverse.*it reads predictions"):
         measure_restated(target, families, ["blocks.0"], "scenes", calibration=pictures, progress=False)
+
+
+def test_maps_that_are_there_are_not_fitted_again(
+    target: Target, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    families = {0: {"linear": dict(fit_linear(target, pictures, ["blocks.0"], progress=False))}}
+    held_out = open_images("scenes", "validation", SIZE, 10)
+    asked = {"calibration": held_out, "n": 2, "hue_images": 0, "cross_images": 0, "stage_images": 0}
+    asked |= {"map_settings": QUICK, "fitted": 10, "checked": 0, "texture_images": 0, "progress": False}
+    fitted = measure_restated(target, families, ["blocks.0"], "scenes", **asked)
+    one = fit_map(
+        target, "blocks.0", families[0]["linear"]["blocks.0"], held_out, Noise("float32"), QUICK, 10, checked=0
+    )
+    monkeypatch.setattr("backsight.restated.fit_map", None)
+    given = measure_restated(target, families, ["blocks.0"], "scenes", maps={"blocks.0": [one]}, **asked)
+    pd.testing.assert_frame_equal(given.metrics, fitted.metrics)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

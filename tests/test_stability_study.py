@@ -134,6 +134,10 @@ def test_every_inverse_reads_the_same_noise(target: Target, study: Stability, se
     assert not torch.equal(other, disturbed(clean, TAP, Noise("gaussian", 1.0)).values)
 
 
+def test_the_maps_of_float32_are_kept(study: Stability) -> None:
+    assert [(each.source, each.noise.name) for each in study.maps[TAP]] == [(TAP, "float32")]
+
+
 def test_a_linear_target_s_directions_are_its_singular_values(target: Target, study: Stability) -> None:
     tokens = (HEIGHT // SIDE) * (WIDTH // SIDE)
     assert value_of(study.metrics, "dimensions") == 3 * HEIGHT * WIDTH

@@ -178,11 +178,16 @@ def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
 
 @contextmanager
 def styled_figure(width: float, height: float, layout: str | None = "constrained") -> Iterator[ShownFigure]:
-    """A new figure in our style, in inches. It is laid out before the style is left: ticks read it as late as that."""
+    """A new figure in our style, in inches.
+
+    It is laid out before the style is left (ticks read it as late as that), and once: every later drawing, for a file
+    or for the notebook, would lay it out anew, to the same places and for half of its time.
+    """
     with rc_context(_STYLE):
         figure = ShownFigure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
         yield figure
         figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 # ------------------------------------------------------------------------------------------------- curves by depth

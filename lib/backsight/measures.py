@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from backsight.data import batches
 from backsight.errors import BacksightError
@@ -55,6 +54,9 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     else 3 (sigma 0.4), so values of images below 11 pixels do not compare with those of larger ones.
     Source: Wang et al., IEEE TIP 13, 2004; computed by torchmetrics.
     """
+    # Imported here: it brings models of language and of pictures along, a third of what opening a notebook costs.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _check_images(images, reconstructions)
     side = min(images.shape[2:])
     fitting = [window for window in WINDOWS if window <= side]

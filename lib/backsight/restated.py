@@ -158,12 +158,17 @@ def _fitted_maps(
     checked: int,
     map_seeds: int,
     seed: int,
+    known: Mapping[str, Sequence[MapInverse]],
     done: Callable[[], Any],
 ) -> tuple[dict[str, list[MapInverse]], dict[str, str]]:
     """({tap: MAP inverses}, {tap: why there is none}): predictions and padded tokens are refused by `fit_map`."""
     found: dict[str, list[MapInverse]] = {}
     skipped = {}
     for tap in taps:
+        if len(known.get(tap, ())) >= map_seeds:
+            found[tap] = list(known[tap])[:map_seeds]
+            done()
+            continue
         if not all(any(tap in inverses for inverses in each.values()) for each in families.values()):
             skipped[tap] = f"No inverse family reads {tap} of {target.name}, so that nothing starts the search."
             done()
@@ -536,6 +541,7 @@ def measure_restated(
     hue_images: int = 8,
     shifts: Sequence[float] = (120.0,),
     map_settings: MapSettings | None = None,
+    maps: Mapping[str, Sequence[MapInverse]] | None = None,
     exact: Mapping[str, ExactInverse] | None = None,
     cross_images: int = 8,
     stage_images: int = 4,
@@ -552,6 +558,7 @@ def measure_restated(
     families: {training seed: {family: {tap: reconstruction}}} (`families_by_seed`); images: "scenes", a COCO root or a
     folder, as `quality_images` and `open_objects` take it; calibration: held-out images, of which the first `fitted`
     fit the MAP inverses (`fit_map`, of the first `map_seeds` training seeds) and `checked` are solved for their gain;
+    maps: {tap: such inverses, one a training seed} that are there already (`Stability.maps`) and are not fitted again;
     n: images of shape and detail; hue_images: scenes (0: none), each also under the hue shifts, in degrees;
     cross_images: of those n, of the cross-application (0: none); exact: {tap: exact inverse}, whose single blocks are
     crossed on the first `stage_images`; texture_images: training scenes of the texture probe (0: no texture).
@@ -583,7 +590,7 @@ def measure_restated(
     passes = 2 + (1 + len(shifts)) * bool(hue_images) + 2 * REACH * bool(crossed)
     with progress_bar(total=passes * len(ordered), desc=f"questions to {target.name}", show=progress) as bar:
         maps, skipped = _fitted_maps(
-            target, families, ordered, held_out, map_settings, checked, map_seeds, seed, bar.update
+            target, families, ordered, held_out, map_settings, checked, map_seeds, seed, maps or {}, bar.update
         )
         if not maps:
             raise BacksightError(

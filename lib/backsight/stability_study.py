@@ -107,7 +107,8 @@ class Stability:
     images: (k, 3, H, W), the first ones; pictures: {(tap, noise): {inverse: (k, 3, H, W)}} of the first training seed
     (exact: at most `exact_images`); deviations: {(tap, noise): (predicted, actual), each (k, H, W)} root mean square
     over the channels; directions: {tap: (patterns (d, 3, H, W), (d,) share of the prior's variance left)} of the first
-    image at the least noise; random_directions: {tap: patterns of random directions of that prior}.
+    image at the least noise; random_directions: {tap: patterns of random directions of that prior}; maps: {tap: its MAP
+    inverses at "float32", one of each of the first `map_seeds` training seeds}, where that is one of the noises.
     """
 
     metrics: pd.DataFrame
@@ -117,6 +118,7 @@ class Stability:
     deviations: dict[Job, tuple[Tensor, Tensor]]
     directions: dict[str, tuple[Tensor, Tensor]]
     random_directions: dict[str, Tensor]
+    maps: dict[str, list[MapInverse]]
 
 
 # ------------------------------------------------------------------------------------------------------------- noises
@@ -484,6 +486,7 @@ class _Collected(TidyRows):
     deviations: dict[Job, tuple[Tensor, Tensor]] = field(default_factory=dict)
     directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     random_directions: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, list[MapInverse]] = field(default_factory=dict)
 
 
 def measure_stability(
@@ -583,6 +586,7 @@ def measure_stability(
         collected.deviations,
         collected.directions,
         collected.random_directions,
+        collected.maps,
     )
 
 
@@ -666,6 +670,8 @@ def _measure_noise(
         )  # fmt: skip
         found = _solved(fitted, y, study.batch_size, study.probes.images)
         solved.append(found)
+        if noise.kind == "float32":
+            collected.maps.setdefault(tap, []).append(fitted)
         score(STEADIED, found.steadied, found.seconds_steadied)
         score(MAP, found.images, found.seconds)
         if count > 1:  # samples do not know of one another: another image's solution is the one of its representation

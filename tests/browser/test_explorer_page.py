@@ -110,8 +110,10 @@ def patch(page: Page, row: int, column: int) -> None:
     overlay.click(position={"x": (column + 0.5) * box["width"] / 8, "y": (row + 0.5) * box["height"] / 8})
 
 
-def use_every_control(page: Page) -> None:
+def test_every_control_changes_the_right_pictures(open_page: Any, address: str, shot: Any) -> None:
     """Every control once, from a fresh view on: exactly the right pictures change."""
+    page = opened(open_page, address, height=1500)
+    shot(page, "explorer-light-1280")
 
     def press(label: str, key: str = "ArrowRight") -> None:
         slider(page, label).press(key)
@@ -154,11 +156,6 @@ def use_every_control(page: Page) -> None:
     )
     assert pictures(page)["Reconstruction"] != before["Reconstruction"]
 
-
-def test_every_control_changes_the_right_pictures(open_page: Any, address: str, shot: Any) -> None:
-    page = opened(open_page, address, height=1500)
-    shot(page, "explorer-light-1280")
-    use_every_control(page)
     view = "?tap=blocks.2&picture=chelsea&erased=21&shuffled=0,63&swapped=36&swap_picture=scene+3&compare=scenes-detr"
     shot(opened(open_page, address + view, height=2100), "explorer-changed-and-compared")
 
@@ -304,7 +301,11 @@ def test_the_page_in_jupyterlab(open_page: Any, tmp_path: Path, shot: Any) -> No
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.locator(".backsight-chart").first.wait_for(timeout=SLOW)
         settled(page)
-        use_every_control(page)
+        # One control of each kind: they are the widgets of the page alone, where every one is used.
+        changed(page, lambda: slider(page, "Depth").press("End"), ONLY_MADE)
+        changed(page, lambda: choose(page, "Inverse", "linear"), ONLY_MADE)
+        changed(page, lambda: patch(page, 2, 5), ALL)
+        changed(page, lambda: page.get_by_role("button", name="Reset").click(), ALL)
         changed(page, lambda: slider(page, "Hue shift").press("ArrowRight"), ALL)
         assert "#explorer?" in page.url
         assert "hue_shift=15" in page.url
