@@ -1,4 +1,5 @@
 # make run    build the environment, then results/$(PRESET): every layer of both targets, the studies, and the page
+# make run PRESET=long  at the sizes of the committed run, results/reference
 # make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
 # make test   everything that is checked, with a pytest summary as the last line
 # make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
@@ -65,7 +66,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf results/{default,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results/{default,long,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-venv:
