@@ -383,7 +383,7 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
     basis = right.new_zeros(len(which), min(limit, 16) + 1, size)
     basis[:, 0] = right[which] / length[which, None]
     triangle = right.new_zeros(len(which), limit, limit)
-    cosine, sine = (right.new_zeros(len(which), limit) for _ in range(2))
+    rotations = torch.eye(limit + 1, dtype=right.dtype, device=right.device).repeat(len(which), 1, 1)
     ends = right.new_zeros(len(which), limit + 1)
     ends[:, 0] = length[which]
     done = torch.zeros(len(which), dtype=torch.bool, device=right.device)
@@ -403,18 +403,21 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
         broken = below <= 1e-14 * column.norm(dim=1)
         below = below.masked_fill(broken, 0.0)
         basis[:, k + 1] = torch.where(broken[:, None], 0.0, vector / below.clamp(min=TINY)[:, None])
-        for j in range(k):
-            upper, lower = column[:, j].clone(), column[:, j + 1].clone()
-            column[:, j] = cosine[:, j] * upper + sine[:, j] * lower
-            column[:, j + 1] = cosine[:, j] * lower - sine[:, j] * upper
+        # All rotations so far in one product: one after the other they would cost as much as the passes of the model.
+        column = torch.bmm(rotations[:, : k + 1, : k + 1], column[:, :, None])[:, :, 0]
         radius = torch.hypot(column[:, k], below)
         empty = radius == 0
-        cosine[:, k] = torch.where(empty, 1.0, column[:, k] / radius)
-        sine[:, k] = torch.where(empty, 0.0, below / radius)
+        cosine = torch.where(empty, 1.0, column[:, k] / radius)
+        sine = torch.where(empty, 0.0, below / radius)
         column[:, k] = torch.where(empty, 1.0, radius)
         triangle[:, : k + 1, k] = column
-        ends[:, k + 1] = -sine[:, k] * ends[:, k]
-        ends[:, k] = cosine[:, k] * ends[:, k]
+        turned = rotations[:, k, : k + 1].clone()
+        rotations[:, k, : k + 1] = cosine[:, None] * turned
+        rotations[:, k, k + 1] = sine
+        rotations[:, k + 1, : k + 1] = -sine[:, None] * turned
+        rotations[:, k + 1, k + 1] = cosine
+        ends[:, k + 1] = -sine * ends[:, k]
+        ends[:, k] = cosine * ends[:, k]
         met = (ends[:, k + 1].abs() <= tolerance[which] * length[which]) | broken | (k + 1 == limit)
         # A sample ends when it has met its tolerance, whatever the others do: results do not depend on the batch.
         fresh = met & ~done
@@ -429,7 +432,7 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
         if int(done.sum()) * 2 >= len(which):
             keep = ~done
             which, basis, triangle, ends = which[keep], basis[keep], triangle[keep], ends[keep]
-            cosine, sine, done = cosine[keep], sine[keep], done[keep]
+            rotations, done = rotations[keep], done[keep]
     return result, used
 
 
