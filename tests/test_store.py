@@ -597,7 +597,7 @@ def test_memory_does_not_grow_with_the_images(processes, tmp_path) -> None:
     size, written, read = receiver.recv() if receiver.poll(60) else pytest.fail("no answer")
     child.join(60)
     assert size > 55e6
-    # A fortieth of the store is held at a time; the rest of these bounds is what the allocator keeps.
+    # A shard and a batch of 2 MB each are held at a time; the rest of these bounds is what the allocator keeps.
     assert written < 16e6
     assert read < 24e6
 

@@ -403,7 +403,7 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
         broken = below <= 1e-14 * column.norm(dim=1)
         below = below.masked_fill(broken, 0.0)
         basis[:, k + 1] = torch.where(broken[:, None], 0.0, vector / below.clamp(min=TINY)[:, None])
-        # All rotations so far in one product: one after the other they would cost as much as the passes of the model.
+        # All rotations so far in one product, not one after the other.
         column = torch.bmm(rotations[:, : k + 1, : k + 1], column[:, :, None])[:, :, 0]
         radius = torch.hypot(column[:, k], below)
         empty = radius == 0
