@@ -19,7 +19,7 @@ import yaml
 
 preset = config.get("preset", "default")
 preset_file = Path(preset) if Path(preset).suffix else Path("notebooks/presets") / f"{preset}.yaml"
-backsight = f"{shlex.quote(sys.executable)} -m backsight.cli"
+backsight = f"{shlex.quote(sys.executable)} -m backsight.app.cli"
 graph = yaml.safe_load(preset_file.read_text())["graph"]
 notebooks = Path(config.get("notebooks", "notebooks"))
 results = Path(config.get("results", "results")) / preset_file.stem

@@ -22,11 +22,11 @@ from table import Row, interleaved, write
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from backsight.efficiency import count_flops
-from backsight.fit import _Preparation
-from backsight.linear import PIXELS, fit_linear
+from backsight.inverses.linear import PIXELS, fit_linear
+from backsight.studies.efficiency import count_flops
 from backsight.targets import module_target
 from backsight.targets.base import Target
+from backsight.training.fit import _Preparation
 
 DEPTHS = (2, 4, 8, 12, 24)
 FULL = os.environ.get("SIZE") == "full"

@@ -4,11 +4,11 @@ About a quarter of an hour on two cores, with a few images; SIZE=full takes an h
 Rows of `results/bench/exact.csv`: half-steps alone, from the true stream behind each; the roots of the half-steps that
 fold, and how often each rule picks the right one; chains from a tap to the embedding, where an image is followed as
 long as it is right, so that every one of them is back, or has met another root, or a step that was not solved (all as
-`backsight.exact_study` counts them); and what inverting costs by size, on random weights: seconds an image, with those
-of a float64 forward pass of the same blocks as the baseline, so that the ratio is in passes; ViT-B/16 at 224 px, all
-twelve blocks, and again without its first one, whose MLP moves a random stream by more than its own size and folds.
-Those models have no class token: timm starts it at almost nothing, where a LayerNorm is steep and folds, and its roots
-would be all that is timed.
+`backsight.studies.exact` counts them); and what inverting costs by size, on random weights: seconds an image,
+with those of a float64 forward pass of the same blocks as the baseline, so that the ratio is in passes; ViT-B/16 at
+224 px, all twelve blocks, and again without its first one, whose MLP moves a random stream by more than
+its own size and folds. Those models have no class token: timm starts it at almost nothing, where a LayerNorm is steep
+and folds, and its roots would be all that is timed.
 `python benchmarks/exact.py FILE` writes the table there instead.
 """
 
@@ -26,12 +26,12 @@ import torch
 from table import Row, compare, write
 from torch import Tensor
 
-from backsight.data import batches, open_images
-from backsight.exact import ExactInverse, ExactModel, Search, Settings, fit_exact
-from backsight.exact_steps import in_precision, walk
-from backsight.exact_study import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
-from backsight.families import load_families, shipped_inverses
+from backsight.data.images import batches, open_images
+from backsight.exact.inverse import ExactInverse, ExactModel, Search, Settings, fit_exact
+from backsight.exact.steps import in_precision, walk
+from backsight.inverses.families import load_families, shipped_inverses
 from backsight.representation import Representation
+from backsight.studies.exact import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
 from backsight.targets import Target, load_target
 from backsight.targets.timm_models import random_target
 

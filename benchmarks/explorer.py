@@ -15,9 +15,9 @@ from typing import Any
 
 from table import Row, compare, write
 
-from backsight.explorer import View, Workbench
-from backsight.explorer.page import Page
-from backsight.shipped import SHIPPED
+from backsight.app.explorer import View, Workbench
+from backsight.app.explorer.page import Page
+from backsight.targets.shipped import SHIPPED
 
 GOAL_SECONDS = 0.2
 REPEATS = 9

@@ -10,8 +10,8 @@ from sklearn.linear_model import Ridge
 from table import Row, compare, interleaved, write
 from torch import Tensor
 
-from backsight.linear import ALPHAS, RidgeAccumulator, fit_linear
-from backsight.patches import patchify
+from backsight.inverses.linear import ALPHAS, RidgeAccumulator, fit_linear
+from backsight.inverses.patches import patchify
 from backsight.targets import load_target
 
 IMAGES, VALIDATION, BATCH = 256, 64, 64

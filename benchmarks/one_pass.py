@@ -15,8 +15,7 @@ import torch
 from table import Row, compare, interleaved, write
 from torch import Tensor
 
-from backsight.efficiency import count_flops
-from backsight.linear import (
+from backsight.inverses.linear import (
     ALPHAS,
     PIXELS,
     RANK,
@@ -28,9 +27,10 @@ from backsight.linear import (
     form_of,
     plan_layout,
 )
+from backsight.studies.efficiency import count_flops
 from backsight.targets import load_target
 from backsight.targets.base import Target
-from backsight.training import faster_in_bfloat16
+from backsight.training.loop import faster_in_bfloat16
 
 FULL = os.environ.get("SIZE") == "full"
 IMAGES = 64 if FULL else 8
@@ -138,7 +138,7 @@ def memory() -> list[Row]:
     """Peak resident memory of a fit on four times the images, which are made as they are read."""
     import resource
 
-    from backsight.data import ImageSource
+    from backsight.data.images import ImageSource
 
     class Made(ImageSource):
         def image(self, index: int) -> Tensor:

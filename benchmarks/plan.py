@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 from table import Row, compare, write
 
-from backsight.plan import plan_preset
-from backsight.runs import project_root
+from backsight.app.plan import plan_preset
+from backsight.project import project_root
 
 TARGET, FULL = "scenes-vit", os.environ.get("SIZE") == "full"
 FAMILIES = ("linear", "direct", "modular") if FULL else ("modular",)
@@ -26,7 +26,7 @@ IMAGES, STEPS = (3000, 100) if FULL else (600, 6)
 def seconds_of_run(preset: Path, family: str, folder: Path) -> float:
     """Of one training, with the parameters and threads that the run graph gives it."""
     notebook = project_root() / "notebooks" / "02_train_inverse.ipynb"
-    command = [sys.executable, "-m", "backsight.cli", "run", str(notebook), "-f", str(preset)]
+    command = [sys.executable, "-m", "backsight.app.cli", "run", str(notebook), "-f", str(preset)]
     for assignment in (f"target={TARGET}", "images=scenes", f"families=[{family}]", "seed=0"):
         command += ["-p", assignment]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "BACKSIGHT_CACHE": str(folder / "cache")}

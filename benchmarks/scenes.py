@@ -9,8 +9,8 @@ import tempfile
 
 from table import Row, interleaved, write
 
-from backsight.recipes import scene_arrays
-from backsight.scenes import render_many, write_coco
+from backsight.scenes.dataset import scene_arrays
+from backsight.scenes.render import render_many, write_coco
 
 IMAGES = 1000
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from table import Row, compare, interleaved, write
 from torch import Tensor
 
-from backsight.data import batches, index_batches
-from backsight.fit import fit_modular
-from backsight.inverses import Inverse
+from backsight.data.features import FeatureStore, record_features
+from backsight.data.images import batches, index_batches
+from backsight.inverses.module import Inverse
 from backsight.representation import Representation
-from backsight.store import FeatureStore, record_features
 from backsight.targets import PIXELS, Target, load_target
 from backsight.targets.timm_models import random_target
+from backsight.training.fit import fit_modular
 
 FULL = os.environ.get("SIZE") == "full"
 STEPS = 40 if FULL else 10

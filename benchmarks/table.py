@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from backsight.runs import project_root
+from backsight.project import project_root
 
 COLUMNS = ("benchmark", "case", "measure", "value", "unit", "baseline", "ratio", "goal")
 

@@ -27,13 +27,13 @@ from transformers import DetrConfig
 from transformers.models.detr import modeling_detr
 
 from backsight import fit_modular, load_target, open_images
-from backsight.data import batches, tensor
-from backsight.efficiency import count_flops
-from backsight.inverses import Chain
-from backsight.linear import PIXELS, fit_linear_pairs
-from backsight.store import record_features
+from backsight.data.features import record_features
+from backsight.data.images import batches, tensor
+from backsight.inverses.linear import PIXELS, fit_linear_pairs
+from backsight.inverses.module import Chain
+from backsight.studies.efficiency import count_flops
 from backsight.targets.base import Target
-from backsight.training import train
+from backsight.training.loop import train
 
 FULL = os.environ.get("SIZE") == "full"
 SHALLOW = 2  # layers of the modules of the shallow case
@@ -204,7 +204,7 @@ def our_step(target: Target, images: Tensor, batch: int, depth: int | None = Non
         return pd.DataFrame(columns=["module", "split", "loss", "step"])
 
     store = record_features(target, images, target.taps, progress=False)
-    with patch("backsight.fit.train", keep):
+    with patch("backsight.training.fit.train", keep):
         fit_modular(target, store, batch_size=batch, steps=1, depth=depth, progress=False, linear=_no_starts(target))
     settings = {key: kept["settings"][key] for key in ("plain", "precision", "parts")}
 

@@ -27,11 +27,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from backsight.data import open_images, tensor
+from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError
-from backsight.linear import fit_linear
+from backsight.inverses.linear import fit_linear
 from backsight.progress import progress_bar
-from backsight.runs import project_root
+from backsight.project import project_root
 from backsight.targets.base import Target
 from backsight.targets.timm_models import random_target
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from backsight.runs import project_root
+from backsight.project import project_root
 
 # Tests run without a network: a forgotten download must fail at once, not after minutes of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

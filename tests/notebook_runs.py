@@ -7,8 +7,8 @@ from pathlib import Path
 
 from conftest import validated_at_smoke_size
 
-from backsight.runner import plan_run, run_plan
-from backsight.runs import read_json
+from backsight.app.runner import plan_run, run_plan
+from backsight.project import read_json
 
 
 def runs_at_smoke_size(path: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import nbformat
 import pytest
 from conftest import committed_notebooks
 
+from backsight.app.parameters import read_notebook, read_preset
+from backsight.app.runner import plan_run
 from backsight.errors import BacksightError
-from backsight.parameters import read_notebook, read_preset
-from backsight.runner import plan_run
-from backsight.runs import project_root
+from backsight.project import project_root
 
 NOTEBOOKS = committed_notebooks()
 PRESETS = sorted(path.stem for path in (project_root() / "notebooks" / "presets").glob("*.yaml"))

@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from backsight.doctor import locked_versions
+from backsight.app.doctor import locked_versions
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.targets import (
     conditional_detr,
     dab_detr,
@@ -23,7 +23,7 @@ from backsight.targets import (
     timm_models,
     yolos,
 )
-from backsight.targets.base import PIXELS, TAP_SETS, Family, Preprocessing, Size, Stage, Target, nearest
+from backsight.targets.base import PIXELS, TAP_SETS, Family, Preprocessing, Size, Stage, Target
 from backsight.targets.module import ModuleTarget, module_target, suggest_taps
 from backsight.targets.sources import Source
 

@@ -11,14 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.representation import Predictions, Representation
 
 if TYPE_CHECKING:
@@ -394,11 +393,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ "nearest: a, b" or, where nothing is near, the first few names there are."""
-    if close := get_close_matches(name, known, n=3, cutoff=0.5):
-        return f"nearest: {', '.join(close)}"
-    shown = ", ".join(list(known)[:6])
-    return f"there are: {shown}{', …' if len(known) > 6 else ''}"

@@ -30,16 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import Axes, Order, guess_axes
-from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Site, Size, Stage, Target, hash_of, nearest, seeded
+from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Site, Size, Stage, Target, hash_of, seeded
 from backsight.targets.replay import Element, Place, element_of, frozen, module_at, observe, playing, tensors_in
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from backsight.data import ImageSource
+    from backsight.data.images import ImageSource
 
 DEFAULT_SIZE = (224, 224)
 RECOMMENDED = "recommended"
@@ -525,7 +525,7 @@ def suggest_taps(
     """
     import pandas as pd
 
-    from backsight.data import tensor
+    from backsight.data.images import tensor
 
     model = _plain(model)
     if isinstance(images, tuple):

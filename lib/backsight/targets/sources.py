@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.shipped import SHIPPED, weights_folder
+from backsight.targets.shipped import SHIPPED, weights_folder
 
 INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files: says which tensor lies in which of them
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", INDEX_SUFFIX)

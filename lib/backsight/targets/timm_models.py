@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.targets import sources
-from backsight.targets.base import Family, Preprocessing, Target, nearest, seeded
+from backsight.targets.base import Family, Preprocessing, Target, seeded
 from backsight.targets.sources import HUB_PREFIXES, Source
 from backsight.targets.timm_intermediates import TimmIntermediates
 from backsight.targets.timm_transformer import TimmTransformer

@@ -1,0 +1,1 @@
+"""The command line, strict runs of notebooks, the page of a run and the explorer."""

@@ -1,0 +1,190 @@
+"""The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backsight.errors import BacksightError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors that a user can mend are one sentence on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except BacksightError as error:
+        print(f"backsight: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("backsight: stopped; the same command resumes.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="backsight", description="What a vision transformer still knows, layer by layer."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one notebook, strictly")
+    run.add_argument("notebook", metavar="NOTEBOOK", type=Path)
+    run.add_argument("-f", dest="preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    run.add_argument(
+        "-p",
+        dest="assignments",
+        metavar="name=value",
+        action="append",
+        default=[],
+        help="one parameter; lists as in -p 'families=[linear, direct]'",
+    )
+    run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
+    run.add_argument("--check", action="store_true", help="only check and show the parameters")
+    run.add_argument("--fresh", action="store_true", help="run again even where an equal run is finished")
+    run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="estimate time, memory and disk of a preset before it is run")
+    plan.add_argument("preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    plan.add_argument("--cores", type=int, metavar="N", help="jobs at once (default: all cores of this machine)")
+    plan.set_defaults(command=_plan)
+
+    fit = commands.add_parser("fit", help="fit inverses without a notebook, also under `accelerate launch`")
+    fit.add_argument("target", metavar="TARGET", help="anything that load_target takes")
+    fit.add_argument("images", metavar="IMAGES", help="scenes, a folder, a COCO or ImageNet root")
+    fit.add_argument("out", metavar="OUT", type=Path, help="where the inverses go; 03_quality takes it as `inverses`")
+    fit.add_argument("--taps", default="blocks", help="blocks, components, fine, or names with commas")
+    fit.add_argument("--families", default="linear,modular", help="names with commas")
+    fit.add_argument("--steps", type=int, default=400, help="of training")
+    fit.add_argument("--batch-size", type=int, default=16, help="images of a step, of all processes together")
+    fit.add_argument("--train-images", type=int, help="at most so many (default: all)")
+    fit.add_argument("--validation-images", type=int, help="at most so many (default: all)")
+    fit.add_argument("--features", default="auto", choices=("auto", "always", "never"), help="record them on disk")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--random-weights", action="store_true", help="of the target, for a control")
+    fit.set_defaults(command=_fit)
+
+    explore = commands.add_parser("explore", help="open the explorer alone in a browser (loopback only)")
+    explore.add_argument("--port", type=int, default=0, help="default: any free one")
+    explore.add_argument("--no-browser", action="store_true", help="only say the address")
+    explore.set_defaults(command=_explore)
+
+    targets = commands.add_parser("targets", help="list what can be inverted here and now")
+    targets.set_defaults(command=_targets)
+
+    doctor = commands.add_parser("doctor", help="check the installation")
+    doctor.set_defaults(command=_doctor)
+
+    report = commands.add_parser("report", help="write index.html over the runs in a folder")
+    report.add_argument("folder", metavar="FOLDER", type=Path)
+    report.add_argument(
+        "--embed", action="store_true", help="figures inside the page: one large file that can be sent by itself"
+    )
+    report.set_defaults(command=_report)
+
+    findings = commands.add_parser("findings", help="write what the runs in a folder say of the paper's claims")
+    findings.add_argument("folder", metavar="FOLDER", type=Path, help="holds the runs, such as results/reference")
+    findings.add_argument("page", metavar="PAGE", type=Path, help="the Markdown file to write, such as FINDINGS.md")
+    findings.set_defaults(command=_findings)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from backsight.app.parameters import describe_parameters
+    from backsight.app.runner import NotebookError, plan_run, run_plan
+
+    plan = plan_run(options.notebook, options.preset, options.assignments, options.out)
+    if options.check:
+        print(describe_parameters(plan.notebook, plan.values))
+        return 0
+    try:
+        run_plan(plan, options.fresh, options.verbose)
+    except NotebookError as error:
+        print(f"backsight: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from backsight.app.plan import plan_preset
+
+    print(plan_preset(options.preset, options.cores))
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from backsight.app.runner import check_families, check_images, check_writable
+    from backsight.data.distributed import is_first
+    from backsight.inverses.families import fit_and_save
+    from backsight.project import shown
+    from backsight.targets import load_target
+
+    families = [family.strip() for family in options.families.split(",")]
+    check_families(families)
+    check_images(options.images)
+    check_writable(options.out)
+    target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)
+    files = fit_and_save(
+        target,
+        options.images,
+        families,
+        options.out,
+        train_images=options.train_images,
+        validation_images=options.validation_images,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        features=options.features,
+        seed=options.seed,
+    )
+    if is_first():
+        print(f"{len(files)} inverses in {shown(options.out)}")
+    return 0
+
+
+def _explore(options: argparse.Namespace) -> int:
+    from backsight.app.explorer.serve import serve
+
+    return serve(options.port, not options.no_browser)
+
+
+def _targets(options: argparse.Namespace) -> int:
+    from backsight.targets import list_targets
+
+    columns = ("name", "kind", "status", "needs")
+    rows = [columns, *(tuple(str(target[column]) for column in columns) for target in list_targets())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    for row in rows:
+        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from backsight.app.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{finding.verdict:<5} {finding.subject}: {finding.text}")
+    return int(any(finding.verdict == "FAIL" for finding in findings))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from backsight.app.report import write_report
+
+    print(write_report(options.folder, options.embed))
+    return 0
+
+
+def _findings(options: argparse.Namespace) -> int:
+    from backsight.project import shown
+    from backsight.studies.findings import write_findings
+
+    print(shown(write_findings(options.folder, options.page)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

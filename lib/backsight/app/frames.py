@@ -1,0 +1,307 @@
+"""Frames: one small picture for every tap, so that a page without a server can leaf through the depths of a model.
+
+    <run>/frames/<target>/<picture>--<family>--<tap>.png    at the target's own size
+    <run>/frames.csv                                        what each file shows, with its PSNR and SSIM
+
+Pictures are named by a word: a built-in photograph ("chelsea"), the path of an image file, a test scene ("scene 22"),
+or that scene with its largest object recoloured ("scene 22 hue 240").
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from backsight.errors import BacksightError
+from backsight.project import shown, write_atomically
+from backsight.scenes.photographs import PHOTOGRAPHS
+from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, Scene, SceneOptions, render
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FRAMES, FRAME_TABLE = "frames", "frames.csv"
+INPUT = "input"  # the family of a picture's own frame; its tap is `pixels`
+PIXELS = "pixels"
+_SCENE = re.compile(r"scene (?P<index>\d+)(?: hue (?P<hue>\d{1,3}))?")
+_SCENE_SPLIT, _SCENE_SEED = "test", 0  # scenes that no shipped target was trained on
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One row of frames.csv: a picture as it comes back from one tap, or (family "input", tap "pixels") as it goes in.
+
+    file: relative to the run's folder, "" before it is written; picture: its name; shows: what it is, in words;
+    depth: of the tap, None for the input; psnr in dB and ssim against the input, NaN for the input.
+    """
+
+    file: str
+    target: str
+    picture: str
+    shows: str
+    family: str
+    tap: str
+    depth: int | None
+    psnr: float
+    ssim: float
+
+    @property
+    def is_input(self) -> bool:
+        return self.family == INPUT
+
+
+COLUMNS = tuple(field.name for field in fields(Frame))
+
+
+# ---------------------------------------------------------------------------------------------------- pictures by name
+
+
+def check_pictures(names: Sequence[str]) -> None:
+    """Refuse a name that is neither a photograph, an image file nor a scene, and a name that is given twice."""
+    for name in names:
+        _picture_kind(name)
+    if twice := sorted({name for name in names if list(names).count(name) > 1}):
+        raise BacksightError(f"the picture {twice[0]!r} is given twice: name each picture once.")
+
+
+def open_pictures(names: Sequence[str], size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) in [0, 1], one for each name, at a target's size.
+
+    Photographs and files: the largest centred crop. Scenes are rendered at that size and have to be square.
+    Raises BacksightError on an unknown or repeated name, and on no name at all.
+    """
+    import torch
+
+    from backsight.studies.quality import picture
+
+    if not names:
+        raise BacksightError("there is no picture to open: name at least one.")
+    check_pictures(names)
+    opened = []
+    for name in names:
+        if (scene := _scene(name, size)) is not None:
+            opened.append(torch.from_numpy(scene.image.copy()).permute(2, 0, 1)[None].float() / 255)
+        else:
+            opened.append(picture(name, size))
+    return torch.cat(opened)
+
+
+def describe_picture(name: str) -> str:
+    """What the picture shows, for people who cannot see it: "test scene 22: heart and star on china, …"."""
+    scene = _scene(name, (64, 64))
+    if scene is None:
+        return f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
+    objects = [CLASSES[int(label)].name for label in scene.labels]
+    listed = f"{', '.join(objects[:-1])} and {objects[-1]}" if len(objects) > 1 else objects[0]
+    hue = _picture_kind(name)[1]
+    colour = f", the {objects[0]} recoloured to a hue of {hue}°" if hue is not None else ""
+    return f"test scene {_picture_kind(name)[0]}: {listed} in front of a crop of {scene.background}{colour}"
+
+
+def _picture_kind(name: str) -> tuple[int | None, int | None]:
+    """(index, hue) of a scene, (None, None) of a photograph or a file. Raises BacksightError on anything else."""
+    if found := _SCENE.fullmatch(name):
+        hue = None if found["hue"] is None else int(found["hue"])
+        if hue is not None and hue >= 360:
+            raise BacksightError(f"the hue of the picture {name!r} is {hue}: give degrees from 0 to 359.")
+        return int(found["index"]), hue
+    if name not in PHOTOGRAPHS and not Path(name).is_file():
+        raise BacksightError(
+            f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240', the path of an image file, or one of "
+            f"{', '.join(PHOTOGRAPHS)}."
+        )
+    return None, None
+
+
+def _scene(name: str, size: tuple[int, int]) -> Scene | None:
+    index, hue = _picture_kind(name)
+    if index is None:
+        return None
+    if size[0] != size[1]:
+        raise BacksightError(f"scenes are square, not {size[0]} x {size[1]}: leave out {name!r} for this target.")
+    options = DEFAULT_OPTIONS if hue is None else SceneOptions(set_hue=float(hue), recolour="dominant")
+    return render(_SCENE_SPLIT, index, _SCENE_SEED, size[0], options)
+
+
+# ----------------------------------------------------------------------------------------------------- making frames
+
+
+def make_frames(
+    target: str,
+    depths: Mapping[str, int],
+    names: Sequence[str],
+    images: Tensor,
+    reconstructions: Mapping[str, Mapping[str, Tensor]],
+) -> list[tuple[Frame, np.ndarray]]:
+    """(Frame, pixels (H, W, 3) uint8) of every picture: the input first, then each family from shallow to deep.
+
+    depths: {tap: depth}; names: of the B pictures; images: (B, 3, H, W) in [0, 1]; reconstructions: {family: {tap:
+    (B, 3, H, W)}}. PSNR and SSIM are of the reconstructions themselves, before they are rounded to 8 bits.
+    Raises BacksightError where numbers or shapes of pictures disagree, or a tap has no depth.
+    """
+    from backsight.measures.pixels import psnr, ssim
+
+    if len(names) != len(images):
+        raise BacksightError(f"{len(names)} names were given for {len(images)} pictures: give one for each.")
+    described = [describe_picture(name) for name in names]
+    frames: dict[str, list[tuple[Frame, np.ndarray]]] = {
+        name: [(Frame("", target, name, shows, INPUT, PIXELS, None, math.nan, math.nan), _pixels(image))]
+        for name, shows, image in zip(names, described, images, strict=True)
+    }
+    for family, taps in reconstructions.items():
+        if missing := [tap for tap in taps if tap not in depths]:
+            raise BacksightError(f"the tap {missing[0]} of {target} has no depth: give the depth of every tap.")
+        for tap in sorted(taps, key=lambda tap: depths[tap]):
+            scores = zip(psnr(images, taps[tap]).tolist(), ssim(images, taps[tap]).tolist(), strict=True)
+            for name, shows, made, (decibels, similarity) in zip(names, described, taps[tap], scores, strict=True):
+                frame = Frame("", target, name, shows, family, tap, depths[tap], decibels, similarity)
+                frames[name].append((frame, _pixels(made)))
+    return [each for name in names for each in frames[name]]
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] as (H, W, 3) uint8."""
+    return (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def write_frames(folder: str | Path, frames: Iterable[tuple[Frame, np.ndarray]]) -> list[Frame]:
+    """Write a run's frames, in place of earlier ones: the PNGs, and frames.csv last. Returns them with their files.
+
+    folder: the run's. Raises BacksightError where two frames show the same, or a frame has no input beside it.
+    """
+    folder = Path(folder)
+    (folder / FRAME_TABLE).unlink(missing_ok=True)  # first: without its table no half-written set is taken for whole
+    shutil.rmtree(folder / FRAMES, ignore_errors=True)
+    written: list[Frame] = []
+    files: set[str] = set()
+    for frame, pixels in frames:
+        frame = replace(frame, file=_file(frame, files))
+        files.add(frame.file)
+        write_atomically(folder / frame.file, partial(Image.fromarray(pixels).save, optimize=True))
+        written.append(frame)
+    _check(written, shown(folder / FRAME_TABLE))
+    table = pd.DataFrame([{name: getattr(frame, name) for name in COLUMNS} for frame in written], columns=COLUMNS)
+    table["depth"] = table["depth"].astype("Int64")
+    write_atomically(folder / FRAME_TABLE, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
+    return written
+
+
+def _file(frame: Frame, taken: set[str]) -> str:
+    """A file name that every system can hold; a number is added where two names come out alike."""
+    target, *rest = (
+        re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") or "unnamed"
+        for part in (frame.target, frame.picture, frame.family, frame.tap)
+    )
+    stem = f"{FRAMES}/{target}/{'--'.join(rest)}"
+    number = 2
+    name = f"{stem}.png"
+    while name.lower() in {each.lower() for each in taken}:
+        name, number = f"{stem}--{number}.png", number + 1
+    return name
+
+
+def read_frames(folder: str | Path) -> list[Frame]:
+    """The frames of a run, in the order of frames.csv; none where it saved none.
+
+    Raises BacksightError, with the line, on a table that cannot be read, lacks columns, names a file that is not there
+    or lies outside the run's folder, or shows a picture without its input.
+    """
+    folder = Path(folder)
+    path = folder / FRAME_TABLE
+    if not path.is_file():
+        return []
+    where = shown(path)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise BacksightError(f"{where} cannot be read ({type(error).__name__}): run 00_quickstart again.") from error
+    if missing := [name for name in COLUMNS if name not in table.columns]:
+        raise BacksightError(f"{where} lacks the columns {', '.join(missing)}: run 00_quickstart again.")
+    frames = [_frame(row, f"{where}, line {number}") for number, row in enumerate(table.to_dict("records"), start=2)]
+    for number, frame in enumerate(frames, start=2):
+        inside = PurePosixPath(frame.file)
+        if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".png":
+            raise BacksightError(f"{where}, line {number}: {frame.file!r} is no PNG below the run's folder.")
+        if not (folder / frame.file).is_file():
+            raise BacksightError(f"{where}, line {number}: there is no file {frame.file}: run 00_quickstart again.")
+    _check(frames, where)
+    _check_sizes(folder, frames, where)
+    return frames
+
+
+def _check_sizes(folder: Path, frames: Sequence[Frame], where: str) -> None:
+    """Refuse a file that is no PNG, and a reconstruction of another size than its input."""
+    sizes: dict[tuple[str, str], tuple[int, int]] = {}
+    for number, frame in enumerate(frames, start=2):
+        try:
+            with Image.open(folder / frame.file, formats=("PNG",)) as image:
+                size = image.size
+        except OSError as error:
+            raise BacksightError(
+                f"{where}, line {number}: {frame.file} cannot be read: run 00_quickstart again."
+            ) from error
+        if sizes.setdefault((frame.target, frame.picture), size) != size:
+            raise BacksightError(
+                f"{where}, line {number}: {frame.file} is {size[0]} x {size[1]} pixels, other frames of "
+                f"{frame.picture!r} are not: run 00_quickstart again."
+            )
+
+
+def _frame(row: Mapping[Any, str], where: str) -> Frame:
+    def number(name: str) -> float:
+        try:
+            return float(row[name]) if row[name] else math.nan
+        except ValueError:
+            raise BacksightError(f"{where}: {name} is {row[name]!r}, not a number.") from None
+
+    depth = number("depth")
+    texts = {name: row[name] for name in ("file", "target", "picture", "shows", "family", "tap")}
+    return Frame(**texts, depth=None if math.isnan(depth) else round(depth), psnr=number("psnr"), ssim=number("ssim"))
+
+
+def _check(frames: Sequence[Frame], where: str) -> None:
+    """Refuse what cannot be shown: two frames of one place, and a reconstruction without its input or depth."""
+    seen: set[tuple[str, str, str, str]] = set()
+    for frame in frames:
+        key = (frame.target, frame.picture, frame.family, frame.tap)
+        if key in seen:
+            raise BacksightError(f"{where}: {' / '.join(key)} is there twice; name each picture once.")
+        seen.add(key)
+    for frame in frames:
+        if frame.is_input:
+            continue
+        if (frame.target, frame.picture, INPUT, PIXELS) not in seen:
+            raise BacksightError(f"{where}: {frame.picture!r} of {frame.target} has no input frame beside it.")
+        if frame.depth is None:
+            raise BacksightError(f"{where}: {frame.family} at {frame.tap} of {frame.target} has no depth.")
+
+
+def frame_metrics(frames: Iterable[Frame], weights: Mapping[str, str], seed: int) -> list[dict[str, Any]]:
+    """Tidy rows (runs.METRIC_COLUMNS) of the PSNR and SSIM of frames; one image each, so without an interval.
+
+    weights: {target: weights}; the column `dataset` holds the picture's name.
+    """
+    from backsight.tables.pool import metrics_row
+
+    rows = []
+    for frame in frames:
+        if frame.is_input:
+            continue
+        place: dict[str, Any] = {"tap": frame.tap, "depth": frame.depth, "inverse": frame.family}
+        place |= {"target": frame.target, "weights": weights[frame.target], "dataset": frame.picture, "split": "test"}
+        for measure in ("psnr", "ssim"):
+            rows.append(metrics_row(measure, getattr(frame, measure), math.nan, math.nan, 1, seed, **place))
+    return rows

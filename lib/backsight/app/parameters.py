@@ -1,0 +1,353 @@
+"""What a notebook takes: typed parameters, and the values that a preset and the command line give them.
+
+A notebook declares its parameters in the cell tagged `parameters`, one plain literal a line:
+
+    steps = 1500                 # optimiser steps per inverse
+    taps: str | list = "blocks"  # "blocks" | "components" | list of module paths
+
+The type is the annotation's, else the default's. Everything here happens before a kernel is started.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import tokenize
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from backsight.errors import BacksightError, nearest
+from backsight.project import project_root, shown
+
+if TYPE_CHECKING:
+    import nbformat
+
+# Sections of a preset that belong to no single notebook: values for all, and the run graph (Snakefile).
+SHARED_SECTIONS = ("common", "graph")
+# `taps` is a preset's name or a list of module paths, whatever its default in a notebook.
+_KINDS_BY_NAME: Mapping[str, tuple[type, ...]] = {"taps": (str, list)}
+_KINDS: Mapping[str, type] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list": list,
+    "tuple": list,
+    "dict": dict,
+    "None": NoneType,
+}
+_WORDS: Mapping[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+    NoneType: "none",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: kinds are the types it may have (empty: any), element the type of a list's items."""
+
+    name: str
+    default: Any
+    kinds: tuple[type, ...]
+    element: type | None
+    choices: tuple[Any, ...]
+    comment: str
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook file as it was read (nbformat 4), the source of its code cells, its declared parameters by name."""
+
+    path: Path
+    text: str
+    code: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def content(self) -> nbformat.NotebookNode:
+        # Imported late: nbformat takes more than a second, and a wrong parameter is refused without it.
+        import nbformat
+
+        return nbformat.reads(self.text, as_version=4)
+
+
+def read_notebook(path: str | Path) -> Notebook:
+    """Read a notebook and its parameters. Raises BacksightError where it is absent or not a notebook."""
+    path = Path(path)
+    if not path.is_file():
+        known = sorted({p.name for folder in (path.parent, _notebooks()) for p in folder.glob("*.ipynb")})
+        raise BacksightError(f"no notebook {path}; {nearest(path.name, known)}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        cells = [(each["cell_type"], "".join(each["source"]), _tags(each)) for each in content["cells"]]
+        if content["nbformat"] != 4:
+            raise ValueError("not nbformat 4")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BacksightError(f"{path} is not a notebook that can be read ({type(error).__name__}).") from error
+    tagged = [source for _, source, tags in cells if "parameters" in tags]
+    if len(tagged) > 1:
+        raise BacksightError(f"{path} has {len(tagged)} cells tagged `parameters`; keep one.")
+    declared = _declared(tagged[0], path) if tagged else []
+    code = tuple(source for kind, source, _ in cells if kind == "code")
+    return Notebook(path, text, code, {parameter.name: parameter for parameter in declared})
+
+
+def _tags(cell: Mapping[str, Any]) -> Sequence[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def _notebooks() -> Path:
+    return project_root() / "notebooks"
+
+
+def _declared(source: str, path: Path) -> list[Parameter]:
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise BacksightError(
+            f"the parameters cell of {path} is not Python (line {error.lineno}: {error.msg})."
+        ) from error
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    parameters = []
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                annotation = None
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value):
+                pass
+            case ast.Expr(value=ast.Constant()):
+                continue
+            case _:
+                raise BacksightError(
+                    f"line {statement.lineno} of the parameters cell of {path} is not `name = literal`."
+                )
+        try:
+            default = ast.literal_eval(value)
+        except ValueError as error:
+            raise BacksightError(
+                f"the parameter {name} in {path} has a computed default; write a plain literal."
+            ) from error
+        kinds, element, choices = _types(name, default, annotation, path)
+        comment = comments.get(statement.end_lineno or statement.lineno, "")
+        parameters.append(Parameter(name, default, kinds, element, choices, comment))
+    return parameters
+
+
+def _types(
+    name: str, default: Any, annotation: ast.expr | None, path: Path
+) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
+    """(kinds, element of a list, choices) of a parameter, from its annotation or else from its default."""
+    if annotation is not None:
+        kinds, element, choices = _annotated(name, annotation, path)
+        return kinds, element, (*choices, None) if choices and NoneType in kinds else choices
+    if name in _KINDS_BY_NAME:
+        return _KINDS_BY_NAME[name], str, ()
+    if default is None:
+        return (), None, ()
+    items = {type(item) for item in default} if isinstance(default, list | tuple) else set()
+    element = items.pop() if len(items) == 1 else None
+    return (list if isinstance(default, tuple) else type(default),), element, ()
+
+
+def _annotated(name: str, annotation: ast.expr, path: Path) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
+    match annotation:
+        case ast.Constant(value=None):
+            return (NoneType,), None, ()
+        case ast.Constant(value=str() as text):
+            return _annotated(name, ast.parse(text, mode="eval").body, path)
+        case ast.Name(id="Any") | ast.Attribute(attr="Any"):
+            return (), None, ()
+        case ast.Name(id=kind) if kind in _KINDS:
+            return (_KINDS[kind],), None, ()
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _union(name, [left, right], path)
+        case ast.Subscript(value=ast.Name(id=outer) | ast.Attribute(attr=outer), slice=inner):
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            if outer == "Literal":
+                choices = tuple(ast.literal_eval(part) for part in parts)
+                return tuple(dict.fromkeys(type(choice) for choice in choices)), None, choices
+            if outer == "Union":
+                return _union(name, parts, path)
+            if outer == "Optional":
+                return _union(name, [*parts, ast.Constant(value=None)], path)
+            if outer in ("list", "tuple", "List", "Tuple"):
+                kinds, _, _ = _annotated(name, parts[0], path)
+                return (list,), kinds[0] if len(kinds) == 1 else None, ()
+            if outer in ("dict", "Dict"):
+                return (dict,), None, ()
+    raise BacksightError(
+        f"the parameter {name} in {path} has the type {ast.unparse(annotation)}; "
+        f"use {', '.join(_KINDS)}, Literal[...] or a union of them."
+    )
+
+
+def _union(name: str, parts: Sequence[ast.expr], path: Path) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
+    found = [_annotated(name, part, path) for part in parts]
+    kinds = tuple(dict.fromkeys(kind for part, _, _ in found for kind in part))
+    elements = [element for _, element, _ in found if element is not None]
+    choices = tuple(choice for _, _, part in found for choice in part)
+    return kinds, elements[0] if elements else None, choices
+
+
+def assigned(assignment: str) -> tuple[str, str]:
+    """Split the command line's name=value."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.isidentifier():
+        raise BacksightError(f"-p {assignment!r} is not name=value.")
+    return name, text
+
+
+def known_parameter(notebook: Notebook, name: str, origin: str) -> Parameter:
+    """The notebook's parameter of that name. Raises BacksightError with the nearest names otherwise."""
+    if name not in notebook.parameters:
+        raise BacksightError(
+            f"{origin}: {notebook.path.name} has no parameter {name!r}; {nearest(name, list(notebook.parameters))}."
+        )
+    return notebook.parameters[name]
+
+
+def parse_text(parameter: Parameter, text: str, origin: str) -> Any:
+    """The value that text on the command line stands for, by the parameter's type. Raises BacksightError."""
+    kinds, stripped = parameter.kinds, text.strip()
+    if (NoneType in kinds or not kinds) and stripped.lower() in ("none", "null"):
+        return None
+    if bool in kinds and stripped.lower() in ("true", "false"):
+        return stripped.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return check_value(parameter, kind(stripped), origin)
+            except ValueError:
+                continue
+    bracketed = (list in kinds and stripped.startswith("[")) or (dict in kinds and stripped.startswith("{"))
+    if bracketed or not kinds:
+        try:
+            return check_value(parameter, yaml.safe_load(stripped), origin)
+        except yaml.YAMLError as error:
+            raise _refusal(parameter, text, origin) from error
+    return check_value(parameter, text, origin)
+
+
+def check_value(parameter: Parameter, value: Any, origin: str) -> Any:
+    """The value itself, a whole number as float where a float is due. Raises BacksightError on a wrong type."""
+    kinds = parameter.kinds
+    if float in kinds and int not in kinds and type(value) is int:
+        value = float(value)
+    fits = not kinds or type(value) in kinds
+    if fits and isinstance(value, list) and parameter.element is not None:
+        allowed = (float, int) if parameter.element is float else (parameter.element,)
+        fits = all(type(item) in allowed for item in value)
+    if fits and isinstance(value, float):
+        fits = math.isfinite(value)
+    if fits and parameter.choices:
+        fits = value in parameter.choices or (isinstance(value, list) and list in kinds)
+    if not fits:
+        raise _refusal(parameter, value, origin)
+    return value
+
+
+def _refusal(parameter: Parameter, value: Any, origin: str) -> BacksightError:
+    return BacksightError(f"{origin}: {parameter.name} takes {_expected(parameter)}, not {value!r}.")
+
+
+def _expected(parameter: Parameter) -> str:
+    if parameter.choices:
+        return "one of " + ", ".join(json.dumps(choice) for choice in parameter.choices)
+    words = []
+    for kind in parameter.kinds:
+        word = _WORDS[kind]
+        if kind is list and parameter.element is not None:
+            example = {str: '["a", "b"]', int: "[1, 2]", float: "[0.1, 0.2]"}.get(parameter.element, "[...]")
+            word = f"a list such as {example}"
+        words.append(word)
+    return " or ".join(words)
+
+
+def preset_path(name: str) -> Path:
+    """The file of a preset: a path to a YAML file, or the name of one in notebooks/presets/."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    presets = sorted((_notebooks() / "presets").glob("*.yaml"))
+    for preset in presets:
+        if name in (preset.stem, preset.name):
+            return preset
+    raise BacksightError(f"no preset {name!r}; {nearest(name, [preset.stem for preset in presets])}.")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's sections: one mapping of parameters for each notebook's name, `common`, and `graph`."""
+    path = preset_path(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BacksightError(f"{path} is not YAML that can be read ({type(error).__name__}).") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict | NoneType) for section in content.values()):
+        raise BacksightError(f"{path} must hold one mapping of parameters for each notebook's name.")
+    return {str(section): values or {} for section, values in content.items()}
+
+
+def preset_values(notebook: Notebook, preset: str) -> dict[str, Any]:
+    """What a preset says to one notebook: `common` values that the notebook has, then its own section."""
+    sections = read_preset(preset)
+    origin = f"preset {preset_path(preset).stem}"
+    known = {p.stem for folder in (notebook.path.parent, _notebooks()) for p in folder.glob("*.ipynb")}
+    for section in sections.keys() - known - set(SHARED_SECTIONS):
+        # A misspelt section would silently leave this notebook at its defaults.
+        if notebook.name not in sections and get_close_matches(section, [notebook.name], cutoff=0.8):
+            raise BacksightError(f"{origin}: no notebook is called {section!r}; {nearest(section, sorted(known))}.")
+    values = {
+        name: check_value(notebook.parameters[name], value, origin)
+        for name, value in sections.get("common", {}).items()
+        if name in notebook.parameters
+    }
+    for name, value in sections.get(notebook.name, {}).items():
+        values[name] = check_value(known_parameter(notebook, str(name), origin), value, origin)
+    return values
+
+
+def command_line_values(notebook: Notebook, assignments: Sequence[str]) -> dict[str, Any]:
+    """What name=value arguments say. Raises BacksightError on an unknown or repeated name and a wrong type."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, text = assigned(assignment)
+        if name in values:
+            raise BacksightError(f"-p {name} is given twice.")
+        values[name] = parse_text(known_parameter(notebook, name, "-p"), text, f"-p {name}")
+    return values
+
+
+def describe_parameters(notebook: Notebook, values: Mapping[str, Any]) -> str:
+    """One line for each parameter: its value, and the notebook's comment on it."""
+    lines = [
+        f"{parameter.name} = {values.get(parameter.name, parameter.default)!r}"
+        for parameter in notebook.parameters.values()
+    ]
+    width = max((len(line) for line in lines), default=0)
+    commented = [
+        f"  {line:<{width}}  # {parameter.comment}" if parameter.comment else f"  {line}"
+        for line, parameter in zip(lines, notebook.parameters.values(), strict=True)
+    ]
+    return "\n".join([f"{shown(notebook.path)}:", *commented])

@@ -1,0 +1,252 @@
+"""A run's folder: what was asked, on what machine, by which code, what came out, and whether it is finished.
+
+    results/<run>/
+        started.json      identity and progress, from the first second on (a resumed run compares itself with it)
+        run.json          the same and "status": "complete"; written last: it exists only for a finished run
+        <notebook>.ipynb  executed          metrics.csv     tidy table
+        figures/*.png                       inverses/*.safetensors
+
+Until a run is finished its table is called metrics.partial.csv and its notebook <notebook>.partial.ipynb.
+A notebook opens its run with open_run() and closes it with finish(). Under `backsight run` the runner has
+already opened the folder (environment variable BACKSIGHT_RUN) and it alone declares the run complete.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backsight.errors import BacksightError
+from backsight.project import (
+    available_cores,
+    project_root,
+    read_json,
+    results_root,
+    shown,
+    write_atomically,
+    write_json,
+)
+from backsight.tables.pool import METRIC_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+RUN_VARIABLE = "BACKSIGHT_RUN"
+STARTED, FINISHED = "started.json", "run.json"
+METRICS, PARTIAL_METRICS = "metrics.csv", "metrics.partial.csv"
+
+RECORDED_PACKAGES = (
+    "backsight",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pillow",
+    "scikit-image",
+    "papermill",
+)
+
+
+def run_folder(out: str | Path, notebook: str) -> Path:
+    """The absolute folder of a run: `out` (relative to the project), or results/<notebook> where it is empty."""
+    return project_root() / out if str(out) else results_root() / notebook
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    versions = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """System, processor, cores, memory in GiB, threads asked for; the GPU where torch is loaded and sees one."""
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": available_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "threads": int(threads) if threads and threads.isdecimal() else None,
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_commit() -> dict[str, Any]:
+    """The project's commit and whether tracked files differ from it; None where git or a commit is absent."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(project_root()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "modified": None}
+
+
+@cache
+def code_digest() -> str:
+    """sha256 over the package's source: results made by other code are never taken for this code's."""
+    digest, package = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One notebook's run: a folder, and the record of it in started.json (run.json once complete)."""
+
+    folder: Path
+    notebook: str
+    parameters: Mapping[str, Any]
+    in_runner: bool
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    @property
+    def inverses(self) -> Path:
+        return self.folder / "inverses"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes, also where it fails, to the record under `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            with self._record() as record:
+                phases = record.setdefault("seconds", {})
+                phases[name] = round(phases.get(name, 0.0) + seconds, 3)
+
+    def note_weights(self, target: Any) -> None:
+        """Record which weights the results come from: target.name, target.weights, target.weights_hash."""
+        with self._record() as record:
+            record.setdefault("weights", {})[target.name] = {
+                "weights": target.weights,
+                "hash": target.weights_hash,
+            }
+
+    def save_metrics(self, frame: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
+        """Save the run's tidy table (as metrics.partial.csv until the run is complete) and return it.
+
+        frame: rows with at least METRIC_COLUMNS. Raises BacksightError where one is absent.
+        """
+        import pandas as pd
+
+        table = pd.DataFrame(frame)
+        if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
+            raise BacksightError(f"the table of {self.notebook} lacks the columns {', '.join(missing)}.")
+        table = table[[*METRIC_COLUMNS, *(c for c in table.columns if c not in METRIC_COLUMNS)]]
+        write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
+        return table
+
+    def save_figure(self, name: str, figure: "Figure") -> Path:
+        """Save figures/<name>.png, 150 dots per inch, without the writer's name: equal figures are equal files."""
+        return write_atomically(
+            self.figures / f"{name}.png",
+            lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
+        )
+
+    def finish(self) -> None:
+        """Declare the run complete; under `backsight run` the runner does that, after checking every cell."""
+        with self._record() as record:
+            record["hardware"] = describe_hardware()
+        if not self.in_runner:
+            complete_run(self.folder)
+
+    @contextmanager
+    def _record(self) -> Iterator[dict[str, Any]]:
+        record = read_json(self.folder / STARTED) or {}
+        yield record
+        write_json(self.folder / STARTED, record)
+
+
+def open_run(out: str | Path, notebook: str, parameters: Mapping[str, Any]) -> Run:
+    """Open the folder of a notebook's run.
+
+    out: the notebook's `out` parameter ("" means results/<notebook>); notebook: its file name without suffix;
+    parameters: its parameters by name. Under `backsight run` the runner's folder and record are joined.
+    """
+    if folder := os.environ.get(RUN_VARIABLE):
+        return Run(Path(folder), notebook, dict(parameters), in_runner=True)
+    run = Run(run_folder(out, notebook), notebook, dict(parameters), in_runner=False)
+    start_run(run.folder, identity={"notebook": notebook, "parameters": dict(parameters)})
+    return run
+
+
+def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) -> None:
+    """Write started.json and withdraw an earlier run.json: from here on the folder is unfinished.
+
+    identity: what must be equal for an earlier run to be reused or resumed, "notebook" and "parameters" among it.
+    resumed: whether an interrupted run of the same identity goes on (only recorded).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED).unlink(missing_ok=True)
+        write_json(
+            folder / STARTED,
+            {
+                **identity,
+                "seed": identity["parameters"].get("seed"),
+                "resumed": resumed,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": describe_versions(),
+                **describe_commit(),
+                "hardware": describe_hardware(),
+                "weights": {},
+                "seconds": {},
+            },
+        )
+    except OSError as error:
+        raise BacksightError(f"cannot write results to {shown(folder)}: {error.strerror}.") from error
+
+
+def complete_run(folder: Path) -> Path:
+    """Give the table its final name and write run.json with "status": "complete", last. Returns run.json."""
+    record = read_json(folder / STARTED)
+    if record is None:
+        raise BacksightError(f"{shown(folder)} holds no {STARTED}: this run was never opened.")
+    if (folder / PARTIAL_METRICS).exists():
+        os.replace(folder / PARTIAL_METRICS, folder / METRICS)
+    started = datetime.fromisoformat(record["started"])
+    record["seconds"]["total"] = round((datetime.now(UTC) - started).total_seconds(), 3)
+    return write_json(folder / FINISHED, {"status": "complete", **record})

@@ -1,0 +1,1 @@
+"""Files and generators turned into batches of images, or into recorded features."""

@@ -1,0 +1,134 @@
+"""Images in tar shards, as WebDataset lays them out, read in any order without unpacking.
+
+    imagenet1k-train-0000.tar      n01440764_10026.jpg      an image: what its extension says
+                                   n01440764_10026.cls      its class as a number, where it has one
+                                   n01440764_10026.json     anything else is passed over
+
+A shard's index (where each image's bytes lie, and its class) is made once from the headers and kept in the cache
+folder under the shard's place, size and time of change; an image is then one read at its offset.
+"""
+
+import json
+import os
+import tarfile
+from collections.abc import Collection, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from backsight.errors import SourceError
+from backsight.progress import progress_bar
+
+VERSION = 1  # part of the cache key: raise it whenever an index is made in another way
+_BLOCK = 512  # bytes of a tar header; an archive ends with at least one block of zeros
+
+
+class Member(NamedTuple):
+    """Where an image lies: `size` bytes from `offset` on in the file `shard`."""
+
+    shard: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The member's bytes. Raises OSError, and ValueError where the shard ends before."""
+        descriptor = os.open(self.shard, os.O_RDONLY)
+        try:
+            content = os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(content) < self.size:
+            raise ValueError(f"the shard has {len(content)} of its {self.size} bytes: copy the shard again")
+        return content
+
+
+class ShardImage(NamedTuple):
+    """An image of a shard: its name there, its bytes' place, and its class number or None."""
+
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[list[ShardImage]]:
+    """The images of each shard in the order of their names, from the cache where it knows the shard.
+
+    extensions: of images, in lower case with the dot. Raises SourceError for a shard that is cut short, compressed or
+    no tar file, that holds no image, or whose class is no number; and where the index cannot be kept.
+    """
+    return [_indexed(shard, extensions) for shard in progress_bar(shards, desc="index of the shards")]
+
+
+def _indexed(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
+    from backsight.project import cache_folder, read_json, write_json
+
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise SourceError(f"cannot read the shard {shard}: {error.strerror}") from error
+    identity = [VERSION, str(shard.resolve()), found.st_size, found.st_mtime_ns, sorted(extensions)]
+    key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    kept = cache_folder() / "shards" / f"{shard.stem}-{key}.json"
+    if (index := read_json(kept)) is not None:
+        return [ShardImage(*row) for row in index["images"]]
+    images = _scanned(shard, extensions)
+    try:
+        write_json(kept, {"shard": shard.name, "images": images})
+    except OSError as error:
+        raise SourceError(
+            f"cannot keep the index of {shard.name} in {kept.parent} ({error.strerror}): "
+            "set BACKSIGHT_CACHE to a folder that can be written"
+        ) from error
+    return images
+
+
+def _scanned(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
+    places: dict[str, tuple[int, int]] = {}  # of equal names the last counts, as when a tar file is unpacked
+    labels: dict[str, int] = {}
+    others = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                if not member.isreg():
+                    continue
+                key, extension = _key(member.name)
+                if extension in extensions:
+                    places[member.name] = (member.offset_data, member.size)
+                elif extension == ".cls":
+                    labels[key] = _label(tar, member, shard)
+                else:
+                    others += 1
+            # tarfile takes a missing end, or a damaged header, for the end of the archive.
+            end = Member(str(shard), tar.offset, _BLOCK).read()
+            if any(end):
+                raise ValueError(f"no header at byte {tar.offset}")
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise SourceError(
+            f"the shard {shard} is cut short, damaged or compressed ({error}): copy it again, as a plain tar file"
+        ) from error
+    if not places:
+        raise SourceError(
+            f"the shard {shard} holds no images, only {others} other files: shards hold key.jpg and key.cls; "
+            "unpack tar files inside tar files first"
+        )
+    return [ShardImage(name, *places[name], labels.get(_key(name)[0])) for name in sorted(places)]
+
+
+def _key(name: str) -> tuple[str, str]:
+    """What the files of one image share, and the extension: the name is cut at the first dot after the folders."""
+    folder, _, file = name.rpartition("/")
+    key, dot, extension = file.partition(".")
+    return f"{folder}/{key}", (dot + extension).lower()
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
+    file = tar.extractfile(member)
+    text = file.read().decode(errors="replace").strip() if file else ""
+    try:
+        return int(text)
+    except ValueError:
+        raise SourceError(
+            f"the class {text[:20]!r} in {member.name} of {shard} is no number: write the class number there"
+        ) from None

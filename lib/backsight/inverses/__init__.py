@@ -1,0 +1,1 @@
+"""A representation turned back: into the representation before it, or into an image."""

@@ -1,0 +1,381 @@
+"""Inverse modules: from what one tap holds to what an earlier tap held, or to the image.
+
+Every module is  linear(x) + scale * residual(x):  a closed-form ridge map, kept as it is, and a network of
+the kind of the stage it inverts, whose last layer starts at zero. Before any training a module *is* the ridge
+map (the mean, where no ridge map is defined: between sets of different size), and training has only to learn
+the rest.
+
+The networks are in residuals.py. A chain of modules leads from any tap down to the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backsight.errors import BacksightError
+from backsight.inverses.layouts import PIXELS, Form, carried_padding, form_of
+from backsight.inverses.linear import LinearInverse
+from backsight.inverses.networks import RESIDUALS, Design, Surroundings, Upsampling, design_for, words
+from backsight.representation import Queries, Representation, Tokens
+from backsight.training.loop import seeded
+
+if TYPE_CHECKING:
+    from backsight.targets.base import Target
+
+__all__ = [
+    "RESIDUALS",
+    "Chain",
+    "Design",
+    "Inverse",
+    "InverseHeader",
+    "Moments",
+    "Upsampling",
+    "design_for",
+    "header_for",
+]
+
+
+@dataclass(frozen=True)
+class InverseHeader:
+    """Where an inverse comes from; it is written into every file.
+
+    family: one of `backsight.inverses.families.FAMILIES`; target, weights, weights_hash: of the target;
+    source, destination: taps, or "pixels"; data: name and split of the training images; seed; steps: trained
+    (0 for what is not trained); validation_loss: the best one, as a share of the destination's variance, or None.
+    """
+
+    family: str
+    target: str
+    weights: str
+    weights_hash: str
+    source: str
+    destination: str
+    data: str = "unknown"
+    seed: int = 0
+    steps: int = 0
+    validation_loss: float | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second moments of a representation, of which the residuals take their units.
+
+    mean, deviation: (P + 1, C): each prefix token by itself, then all grid tokens together; (1, C) for sets and
+    for pixels. variance: of all values about these means, the unit of the losses.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    variance: float
+
+    @classmethod
+    def of(cls, values: Tensor, prefix: int = 0, padding: Tensor | None = None) -> Moments:
+        """values: (B, N, C) of some hundred images; padding: (B, N - prefix) bool, True = left out."""
+        grid = values[:, prefix:].flatten(0, 1) if padding is None else values[:, prefix:][~padding]
+        groups = [values[:, number] for number in range(prefix)] + [grid]
+        mean = torch.stack([group.double().mean(dim=0) for group in groups])
+        spread = torch.stack([group.double().var(dim=0, unbiased=False) for group in groups])
+        share = torch.tensor([1.0] * prefix + [values.shape[1] - prefix], dtype=torch.float64)
+        variance = float((spread.mean(dim=1).cpu() * share).sum() / share.sum())
+        deviation = spread.sqrt()
+        # A channel that hardly moves is not blown up to the size of the others.
+        deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
+        return cls(mean.float(), deviation.float(), max(variance, 1e-12))
+
+
+class Inverse(nn.Module):
+    """A map from one tap's representation to an earlier tap's, or to images.
+
+    inverse(representation) -> images (B, 3, H, W) in [0, 1], or a Representation; `raw` gives the values without
+    clamping. header: where it comes from; source_form, destination_form: what enters and leaves; history: the
+    training, if it was trained in this process (step, module, split, loss, seconds).
+    A representation of another tap is accepted where its form agrees. What the fits return is frozen (and still
+    differentiable in the representation).
+    Raises BacksightError where it does not.
+    """
+
+    source_mean: Tensor
+    source_deviation: Tensor
+    destination_mean: Tensor
+    destination_deviation: Tensor
+    position: Tensor | None
+
+    def __init__(
+        self,
+        header: InverseHeader,
+        design: Design,
+        linear: LinearInverse | None,
+        source: Moments,
+        destination: Moments,
+        position: Tensor | None = None,
+    ) -> None:
+        """position: (1, N, C) of an unpadded destination, used where the source brings none."""
+        super().__init__()
+        self.header, self.design = header, design
+        self.history = pd.DataFrame()
+        self.linear = None if linear is None else linear.requires_grad_(False)
+        self.residual = RESIDUALS[design.kind](design)
+        self.variance = destination.variance
+        for name, moments in (("source", source), ("destination", destination)):
+            self.register_buffer(f"{name}_mean", moments.mean.clone())
+            self.register_buffer(f"{name}_deviation", moments.deviation.clone())
+        self.register_buffer("position", None if position is None else position.clone())
+
+    @property
+    def source(self) -> str:
+        return self.header.source
+
+    @property
+    def destination(self) -> str:
+        return self.header.destination
+
+    def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor:
+        """Images (B, 3, H, W) or values (B, N, C) before any clamping; arguments as `forward`."""
+        self._check(representation)
+        with torch.autocast(representation.values.device.type, enabled=False):
+            values = representation.values.float()
+            x = (values - self._spread(self.source_mean, self.design.source)) / self._spread(
+                self.source_deviation, self.design.source
+            )
+            start = self._start(representation)
+        around = self._surroundings(representation, layout)
+        if around.source_padding is not None and isinstance(representation, Tokens):
+            hidden = F.pad(around.source_padding, (representation.prefix, 0))
+            x = x.masked_fill(hidden[..., None], 0.0)  # what is not looked at must not matter
+        rest = self.residual(x, around).float()
+        return start + rest * self._spread(self.destination_deviation, self.design.destination)
+
+    def _start(self, representation: Representation) -> Tensor:
+        """What the module makes before training: the ridge map, or the mean."""
+        if self.linear is None:
+            return self._spread(self.destination_mean, self.design.destination)
+        made = self.linear.raw(representation)
+        return made if isinstance(made, Tensor) else made.values
+
+    def forward(self, representation: Representation, layout: Tokens | None = None) -> Tensor | Representation:
+        """layout: tokens whose padding and positional code the destination shares; an inverse from queries to a
+        padded map needs it, all others find both in what they are given."""
+        return self.wrap(self.raw(representation, layout), representation, layout)
+
+    def wrap(
+        self, values: Tensor, representation: Representation, layout: Tokens | None = None
+    ) -> Tensor | Representation:
+        """What `forward` makes of `raw`: clamped images, or a representation with everything that travels along."""
+        form = self.design.destination
+        if form.kind == PIXELS:
+            return values.clamp(0, 1)
+        if form.kind == "queries":
+            return Queries(values)
+        around = self._surroundings(representation, layout)
+        position = None
+        if self.design.positioned:
+            position = self.position if around.position is None else around.position
+        return Tokens(values, form.grids, form.prefix, around.padding, position)
+
+    def _surroundings(self, representation: Representation, layout: Tokens | None) -> Surroundings:
+        """Positional code and padding for the residual and, of the destination, for what it makes.
+
+        They come from the source where it is on the destination's grids, else from a layout of the destination's
+        form, else the code is the stored one, and the padding that of the nearest token of the source.
+        """
+        form = self.design.destination
+        source_padding = representation.padding if isinstance(representation, Tokens) else None
+        if form.kind != "tokens":
+            return Surroundings(self.position, None, source_padding)
+        if isinstance(representation, Tokens) and representation.grids == form.grids:
+            own = representation.position if representation.channels == form.channels else None
+            return Surroundings(self.position if own is None else own, source_padding, source_padding)
+        if layout is not None and (layout.grids, layout.channels) == (form.grids, form.channels):
+            return Surroundings(layout.position, layout.padding, source_padding)
+        if isinstance(representation, Tokens):
+            return Surroundings(self.position, carried_padding(representation, form.grids), source_padding)
+        if layout is not None:
+            raise BacksightError(
+                f"The inverse of {self.source!r} ends in {words(form)}, but its layout has "
+                f"{words(form_of(layout))}: give tokens of {self.destination!r} as the layout."
+            )
+        return Surroundings(self.position, None)
+
+    def _check(self, representation: Representation) -> None:
+        given = form_of(representation)
+        if given != self.design.source:
+            raise BacksightError(
+                f"The inverse of {self.source!r} of {self.header.target} reads {words(self.design.source)}, but "
+                f"was given {words(given)}: feed it a representation of the same form."
+            )
+
+    def _spread(self, moments: Tensor, form: Form) -> Tensor:
+        """(P + 1, C) -> (P + N, C), one row for each token; (3, 1, 1) for pixels."""
+        if form.kind == PIXELS:
+            return moments[0][:, None, None]
+        if form.prefix == 0:
+            return moments
+        area = sum(height * width for height, width in form.grids)
+        return torch.cat([moments[:-1], moments[-1:].expand(area, -1)])
+
+
+class Chain(nn.Module):
+    """Inverse modules, one after the other: from `start` down to where no module goes on.
+
+    modules: {tap: its inverse}, modular or linear; those that `start` does not lead to are left out.
+    chain(representation) -> images, or the representation where the last module ends.
+    Raises BacksightError where the ends do not meet: no module for `start`, other forms, other weights, a circle.
+    """
+
+    def __init__(self, modules: Mapping[str, Inverse | LinearInverse], start: str) -> None:
+        super().__init__()
+        if start not in modules:
+            nearest = get_close_matches(start, modules, n=3, cutoff=0.3) or list(modules)
+            raise BacksightError(f"The chain has no module for its start {start!r}; nearest: {', '.join(nearest)}.")
+        path = [modules[start]]
+        while (tap := path[-1].destination) in modules:
+            _check_joint(path[-1], modules[tap], tap)
+            if modules[tap] in path:
+                raise BacksightError(
+                    f"The chain from {start!r} runs in a circle at {tap!r}: leave one of its modules out."
+                )
+            path.append(modules[tap])
+        self.path = nn.ModuleList(path)
+
+    @property
+    def modules_in_order(self) -> tuple[Inverse | LinearInverse, ...]:
+        return tuple(module for module in self.path if isinstance(module, Inverse | LinearInverse))
+
+    @property
+    def source(self) -> str:
+        return self.modules_in_order[0].source
+
+    @property
+    def destination(self) -> str:
+        return self.modules_in_order[-1].destination
+
+    def forward(self, representation: Representation, layout: Tokens | None = None) -> Any:
+        """Images (B, 3, H, W) in [0, 1], or the last representation; layout: see `Inverse.forward`."""
+        return self.intermediate(representation, layout)[self.destination]
+
+    def intermediate(self, representation: Representation, layout: Tokens | None = None) -> dict[str, Any]:
+        """{tap: what the chain makes of it} on the way down; images under "pixels"."""
+        made: dict[str, Any] = {}
+        for module in self.modules_in_order:
+            plain = isinstance(module, LinearInverse)
+            made[module.destination] = module(representation) if plain else module(representation, layout)
+            representation = made[module.destination]
+        return made
+
+
+def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse, tap: str) -> None:
+    made, read = _ends(before)[1], _ends(after)[0]
+    if made != read or after.source != tap:
+        raise BacksightError(
+            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {words(made)}, and the next, of "
+            f"{after.source!r}, reads {words(read)}; fit both for the same taps and image size."
+        )
+    hashes = [each.header.weights_hash for each in (before, after) if isinstance(each, Inverse)]
+    if len(set(hashes)) > 1:
+        raise BacksightError(
+            f"The chain breaks at {tap!r}: its modules invert different weights ({' and '.join(hashes)}); fit "
+            "both for one target."
+        )
+
+
+def _ends(inverse: Inverse | LinearInverse) -> tuple[Form, Form]:
+    ends = inverse.layout if isinstance(inverse, LinearInverse) else inverse.design
+    return ends.source, ends.destination
+
+
+def header_for(
+    target: Target, family: str, source: str, destination: str, images: Any = None, seed: int = 0, steps: int = 0
+) -> InverseHeader:
+    """The header of an inverse of this target; images: what it was fitted on, an ImageSource or a tensor."""
+    name, split = getattr(images, "name", None), getattr(images, "split", None)
+    count = 0 if images is None else len(images)
+    data = f"{name} {split}, {count} images" if isinstance(name, str) else f"{count} images"
+    return InverseHeader(
+        family, target.name, target.weights, target.weights_hash, source, destination, data, seed, steps
+    )
+
+
+@contextmanager
+def damage_told(path: Path | str) -> Iterator[None]:
+    """What goes wrong within, where a file is turned into an inverse, is the file's damage."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BacksightError(
+            f"The inverse {path} does not fit its own header ({reason}): it is damaged, fit it again."
+        ) from error
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that decide what an inverse computes."""
+    return {name: version(name) for name in ("backsight", "torch", "timm", "transformers")}
+
+
+def described(inverse: Inverse | LinearInverse | Chain, half: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(what a file says of a module, its numbers); half: float16 wherever they fit."""
+    tensors = dict(inverse.state_dict())
+    return _describe(inverse), {key: halved(tensor) for key, tensor in tensors.items()} if half else tensors
+
+
+def rebuilt(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> Inverse | LinearInverse | Chain:
+    """What `described` tells, on the target's device. Raises what torch and Python do where the two do not agree."""
+    with seeded(0):
+        inverse = _rebuild(description)
+    inverse.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    return inverse.eval().requires_grad_(False).to(target.device)
+
+
+def _describe(inverse: nn.Module) -> dict[str, Any]:
+    if isinstance(inverse, Chain):
+        return {"kind": "chain", "path": [_describe(each) for each in inverse.modules_in_order]}
+    if isinstance(inverse, LinearInverse):
+        return {"kind": "linear", "linear": inverse.configuration()}
+    assert isinstance(inverse, Inverse)
+    return {
+        "kind": "inverse",
+        "header": asdict(inverse.header),
+        "design": asdict(inverse.design),
+        "linear": None if inverse.linear is None else inverse.linear.configuration(),
+        "variance": inverse.variance,
+        "position": None if inverse.position is None else list(inverse.position.shape),
+    }
+
+
+def _rebuild(description: Mapping[str, Any]) -> Inverse | LinearInverse | Chain:
+    if description["kind"] == "chain":
+        parts = [_rebuild(each) for each in description["path"]]
+        modules = {each.source: each for each in parts if not isinstance(each, Chain)}
+        return Chain(modules, parts[0].source)
+    linear = None
+    if description["linear"] is not None:
+        linear = LinearInverse.from_configuration(description["linear"])
+    if description["kind"] == "linear":
+        assert linear is not None
+        return linear
+    design = Design.from_json(description["design"])
+    empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
+    source, destination = (Moments(each, each, description["variance"]) for each in empty)
+    shape = description["position"]
+    position = None if shape is None else torch.zeros(shape)
+    return Inverse(InverseHeader(**description["header"]), design, linear, source, destination, position)
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """A float32 tensor as float16 where all of its values fit, others as they are."""
+    half = tensor.half() if tensor.dtype == torch.float32 else tensor
+    return half if bool(torch.isfinite(half).all()) else tensor

@@ -1,0 +1,1 @@
+"""Images and representations turned into numbers, one an image."""

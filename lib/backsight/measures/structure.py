@@ -1,0 +1,471 @@
+"""Shape and detail, measured apart: regions, edges, spatial frequencies, what was lost and what was invented, the
+object's outline, its texture and its hue.
+
+Every measure of this module is made for one batch of images first, where all that depends on the truth alone is
+computed once, and is then applied to any number of reconstructions of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backsight.errors import BacksightError
+from backsight.measures.pixels import PSNR_CEILING, WINDOWS
+
+EDGE_THRESHOLD = 0.08  # full ranges a pixel: a sharp step of a sixth of the range passes, a faint one does not
+TOLERANCE = 64  # an edge may lie a 64th of the shorter side away
+BOUNDARY = 32  # a boundary is a 32nd of the shorter side wide, to either side of the outline
+LEAST_CHROMA = 0.04  # of the mean colour of an object: below it a hue is a matter of rounding
+HUE_OF_A_GUESS = 90.0  # degrees, the mean error of a hue drawn at random
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+CROP = 32  # pixels a side of the object that the texture probe reads
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A batch of images and the truth about them.
+
+    images: (B, 3, H, W) in [0, 1]; masks: (B, H, W) bool, all objects, or None; largest: (B, H, W) bool, the largest
+    object, or None; places: (B,) int64, where the images stand in the set; recorded: the target's representations.
+    """
+
+    images: Tensor
+    masks: Tensor | None
+    largest: Tensor | None
+    places: Tensor
+    recorded: Mapping[str, Any]
+
+    def first(self, count: int) -> Judged:
+        """The first images of the batch."""
+        if count >= len(self.images):
+            return self
+        masks = None if self.masks is None else self.masks[:count]
+        largest = None if self.largest is None else self.largest[:count]
+        recorded = {tap: representation.index(slice(count)) for tap, representation in self.recorded.items()}
+        return Judged(self.images[:count], masks, largest, self.places[:count], recorded)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A measure that belongs to a set of images: the sum of `part` over that of `whole`, each (B,).
+
+    complement: one minus that (R²).
+    """
+
+    part: Tensor
+    whole: Tensor
+    complement: bool = False
+
+
+Key = str | tuple[str, tuple[tuple[str, Any], ...]]  # a measure, or a measure with further columns of its row
+Values = Mapping[Key, Any]  # (B,) tensors, Ratio, or what another module pools by itself
+Measure = Callable[[Judged], Callable[[Tensor], Values]]
+
+
+def tolerance(size: Sequence[int]) -> int:
+    """Pixels that two edges may lie apart and still be one: a 64th of the shorter side, at least 1."""
+    return max(1, round(min(size) / TOLERANCE))
+
+
+# ------------------------------------------------------------------------------------------------ SSIM and regions
+
+
+def fast_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """(B,) structural similarity, the same numbers as `measures.ssim`, by separable windows (matrix products)."""
+    height, width = images.shape[2:]
+    fitting = [window for window in WINDOWS if window <= min(height, width)]
+    if not fitting:
+        raise BacksightError(f"SSIM needs images of at least 3 x 3 pixels, not {(height, width)}.")
+    down, across = (_window(side, fitting[0], WINDOWS[fitting[0]], images) for side in (height, width))
+    x, y = images, reconstructions
+    smooth = down @ torch.stack([x, y, x * x, y * y, x * y]) @ across.T
+    mean_x, mean_y, square_x, square_y, product = smooth
+    variance_x = (square_x - mean_x.square()).clamp(min=0)
+    variance_y = (square_y - mean_y.square()).clamp(min=0)
+    covariance = product - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + 1e-4) / (mean_x.square() + mean_y.square() + 1e-4)
+    return (luminance * (2 * covariance + 9e-4) / (variance_x + variance_y + 9e-4)).flatten(1).mean(1)
+
+
+def _window(side: int, window: int, sigma: float, like: Tensor) -> Tensor:
+    """(side, side): a Gaussian at every place, folded back at the rim (reflection), as torchmetrics has it."""
+    distance = torch.arange(window) - window // 2
+    kernel = torch.exp(-(distance / sigma).square() / 2)
+    reached = (torch.arange(side)[:, None] + distance).abs()
+    reached = torch.where(reached >= side, 2 * (side - 1) - reached, reached)
+    matrix = torch.zeros(side, side).scatter_add_(1, reached, (kernel / kernel.sum()).expand(side, -1))
+    return matrix.to(like)
+
+
+def dilated(masks: Tensor, pixels: int) -> Tensor:
+    """(B, H, W) bool: True within `pixels` of a True, in a square neighbourhood."""
+    side = 2 * pixels + 1
+    return F.max_pool2d(masks[:, None].float(), side, stride=1, padding=pixels)[:, 0] > 0
+
+
+def regions(masks: Tensor) -> dict[str, Tensor]:
+    """{"objects", "boundary", "background"}: (B, H, W) bool from the masks of all objects (B, H, W) bool.
+
+    objects: inside; background: outside; boundary: within a 32nd of the shorter side (at least a pixel) of the
+    outline, on either side of it, so that it shares pixels with both.
+    """
+    near = max(1, round(min(masks.shape[1:]) / BOUNDARY))
+    return {"objects": masks, "boundary": dilated(masks, near) & dilated(~masks, near), "background": ~masks}
+
+
+def region_psnr(squared_error: Tensor, region: Tensor) -> Tensor:
+    """(B,) PSNR in dB over a region; NaN where it is empty. squared_error: (B, H, W), mean over channels."""
+    count = region.flatten(1).sum(1)
+    mean = (squared_error * region).flatten(1).sum(1) / count
+    return (-10 * mean.clamp(min=10 ** (-PSNR_CEILING / 10)).log10()).where(count > 0, mean.new_tensor(math.nan))
+
+
+# ----------------------------------------------------------------------------------------------------------- edges
+
+
+@dataclass(frozen=True)
+class Edges:
+    """strength: (B, H, W) colour gradient, in full ranges a pixel; edges: (B, H, W) bool, one pixel thin."""
+
+    strength: Tensor
+    edges: Tensor
+
+
+def edges(images: Tensor) -> Edges:
+    """The edges of (B, 3, H, W) images: local maxima of the colour gradient, across the edge, above EDGE_THRESHOLD.
+
+    The gradient is Sobel's, the root mean square over the channels; its direction is that of the structure tensor
+    summed over channels (Di Zenzo 1986), in four directions, as in Canny (1986). The threshold is a fixed one, the
+    same for an image and its reconstruction: an edge that is too faint to be seen counts as none.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 8
+    across = rows[..., 2:] - rows[..., :-2]
+    columns = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 8
+    down = columns[:, :, 2:] - columns[:, :, :-2]
+    across_squared, down_squared = across.square().mean(1), down.square().mean(1)
+    strength = (across_squared + down_squared).sqrt()
+    angle = 0.5 * torch.atan2(2 * (across * down).mean(1), across_squared - down_squared)  # of the steepest change
+    direction = (angle / (math.pi / 4)).round().long() % 4  # 0 across, 1 falling diagonal, 2 down, 3 rising diagonal
+    around = F.pad(strength[:, None], (1, 1, 1, 1))[:, 0]
+
+    def moved(row: int, column: int) -> Tensor:
+        return around[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width]
+
+    steps = ((0, 1), (1, 1), (1, 0), (1, -1))
+    ahead = torch.stack([moved(row, column) for row, column in steps], 1).gather(1, direction[:, None])[:, 0]
+    behind = torch.stack([moved(-row, -column) for row, column in steps], 1).gather(1, direction[:, None])[:, 0]
+    thin = (strength >= ahead) & (strength > behind) & (strength > EDGE_THRESHOLD)
+    return Edges(strength, thin)
+
+
+def compare_edges(truth: Edges, made: Edges, within: int) -> dict[Key, Tensor]:
+    """{"edge_f1", "lost", "invented"}: (B,) each; `within`: pixels that two edges may lie apart.
+
+    edge_f1: harmonic mean of precision and recall of edge pixels (the boundary measure of Martin et al. 2004, matched
+    by dilation); NaN where the image has no edge. lost: strength of structure that the image has and the
+    reconstruction has nowhere within reach; invented: strength that the reconstruction has and the image has nowhere
+    within reach; both as a share of the image's own strength (NaN where it has none), so that lost is at most 1 and
+    invented may exceed it.
+    """
+    found = (made.edges & dilated(truth.edges, within)).flatten(1).sum(1)
+    seen = (truth.edges & dilated(made.edges, within)).flatten(1).sum(1)
+    true, all_made = truth.edges.flatten(1).sum(1), made.edges.flatten(1).sum(1)
+    precision, recall = found / all_made.clamp(min=1), seen / true.clamp(min=1)
+    nothing = precision.new_tensor(math.nan)
+    f1 = (2 * precision * recall / (precision + recall).clamp(min=1e-9)).where(true > 0, nothing)
+    whole = truth.strength.flatten(1).sum(1)
+    lost = (truth.strength - _highest(made.strength, within)).clamp(min=0).flatten(1).sum(1)
+    invented = (made.strength - _highest(truth.strength, within)).clamp(min=0).flatten(1).sum(1)
+    some = whole > 1e-3
+    share = whole.clamp(min=1e-9)
+    return {
+        "edge_f1": f1,
+        "lost": (lost / share).where(some, nothing),
+        "invented": (invented / share).where(some, nothing),
+    }
+
+
+def _highest(strength: Tensor, within: int) -> Tensor:
+    return F.max_pool2d(strength[:, None], 2 * within + 1, stride=1, padding=within)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------- spatial frequencies
+
+
+def bands(size: Sequence[int]) -> list[tuple[float, Tensor]]:
+    """Octaves of spatial frequency: (centre in cycles an image, (H, W // 2 + 1) bool of the coefficients of rfft2).
+
+    The first octave is 1 to 2 cycles over the shorter side, the last ends at Nyquist's frequency.
+    """
+    height, width = size
+    shorter = min(size)
+    down = torch.fft.fftfreq(height)[:, None] * shorter
+    across = torch.fft.rfftfreq(width)[None] * shorter
+    radius = (down.square() + across.square()).sqrt()
+    lowest = [2.0**octave for octave in range(max(1, int(math.log2(shorter / 2))))]
+    return [(round(low * math.sqrt(2), 1), (radius >= low) & (radius < 2 * low)) for low in lowest]
+
+
+def spectrum(images: Tensor) -> Tensor:
+    """(B, H, W // 2 + 1) power summed over channels, under a Hann window that hides the picture's rim."""
+    height, width = images.shape[2:]
+    window = (
+        torch.hann_window(height + 2, periodic=False)[1:-1, None] * torch.hann_window(width + 2, periodic=False)[1:-1]
+    )
+    window = window.to(images)
+    mean = (images * window).sum((2, 3), keepdim=True) / window.sum()
+    power = torch.fft.rfft2((images - mean) * window).abs().square().sum(1)
+    power[..., 1 : (width + 1) // 2] *= 2  # these stand for their mirrored partners as well
+    return power
+
+
+# ---------------------------------------------------------------------------------------------- the object's outline
+
+
+def colour_model(images: Tensor, inside: Tensor, penalty: float = 1e-3) -> Tensor:
+    """(B, 10) weights that tell an object's colours from all others in its own image, by ridge regression.
+
+    images: (B, 3, H, W); inside: (B, H, W) bool. A pixel is described by red, green, blue, their squares and
+    products, and a constant; inside is +1, outside -1, both weigh the same in sum. No position is used.
+    """
+    described = _colours(images)
+    labels = inside.flatten(1).float()
+    count = labels.sum(1, keepdim=True)
+    weights = labels / count.clamp(min=1) + (1 - labels) / (labels.shape[1] - count).clamp(min=1)
+    weighted = described * weights[..., None]
+    system = weighted.transpose(1, 2) @ described + penalty * torch.eye(described.shape[2])
+    wanted = (weighted * (2 * labels - 1)[..., None]).sum(1)
+    return torch.linalg.solve(system, wanted)
+
+
+def segmented(images: Tensor, model: Tensor) -> Tensor:
+    """(B, H, W) bool: the pixels that a `colour_model` takes for the object."""
+    return ((_colours(images) @ model[..., None])[..., 0] > 0).unflatten(1, images.shape[2:])
+
+
+def _colours(images: Tensor) -> Tensor:
+    """(B, H * W, 10): one, colours, their squares and products."""
+    red, green, blue = images.flatten(2).unbind(1)
+    terms = [torch.ones_like(red), red, green, blue, red * red, green * green, blue * blue]
+    return torch.stack([*terms, red * green, red * blue, green * blue], -1)
+
+
+def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
+    """(B,) intersection over union of (B, H, W) bool masks; NaN where both are empty."""
+    both = (masks & others).flatten(1).sum(1)
+    either = (masks | others).flatten(1).sum(1)
+    return both / either  # 0 / 0 is NaN
+
+
+# ------------------------------------------------------------------------------------------------------------- hue
+
+
+def mean_hue(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) hue in degrees and (B,) chroma of the mean colour inside (B, H, W) masks, of the hexagon of HSV.
+
+    The chroma (0 to 1) is the length of the mean of the colours' vectors around the grey axis.
+    """
+    count = masks.flatten(1).sum(1).clamp(min=1)
+    red, green, blue = ((images * masks[:, None]).flatten(2).sum(2) / count[:, None]).unbind(1)
+    along, across = red - (green + blue) / 2, (green - blue) * math.sqrt(3) / 2
+    return torch.rad2deg(torch.atan2(across, along)) % 360, (along.square() + across.square()).sqrt()
+
+
+def hue_errors(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Tensor:
+    """(B,) degrees in [0, 180] between two `mean_hue`.
+
+    NaN where the image has no hue; 90, the mean error of a guess, where the reconstruction has none: leaving such
+    images out would flatter a reconstruction that greys out what it does not know.
+    """
+    apart = (true[0] - made[0]).abs() % 360
+    error = torch.minimum(apart, 360 - apart)
+    error = error.where(made[1] > LEAST_CHROMA, error.new_tensor(HUE_OF_A_GUESS))
+    return error.where(true[1] > LEAST_CHROMA, error.new_tensor(math.nan))
+
+
+# --------------------------------------------------------------------------------------------- the measures together
+
+
+def detail(judged: Judged) -> Callable[[Tensor], Values]:
+    """Edges, bands, lost and invented structure; with masks also regions, the object's outline and its hue."""
+    images = judged.images
+    size = images.shape[2:]
+    within = tolerance(size)
+    true_edges = edges(images)
+    octaves = [(centre, chosen.to(images.device)) for centre, chosen in bands(size)]
+    power = spectrum(images)
+    powers = [power[:, chosen].sum(1) for _, chosen in octaves]
+    places = None if judged.masks is None else regions(judged.masks)
+    inside = judged.largest
+    if inside is not None:
+        filled = inside.flatten(1).any(1)
+        model, hue = colour_model(images, inside), mean_hue(images, inside)
+        ceiling = mask_iou(inside, segmented(images, model))
+
+    def measured(made: Tensor) -> Values:
+        values: dict[Key, Any] = {}
+        values.update(compare_edges(true_edges, edges(made), within))
+        error = spectrum(made - images)
+        for (centre, chosen), whole in zip(octaves, powers, strict=True):
+            values["band_error", (("band", centre),)] = Ratio(error[:, chosen].sum(1), whole)
+        if places is not None:
+            squared = (made - images).square().mean(1)
+            for name in ("boundary", "background"):
+                values[f"psnr_{name}"] = region_psnr(squared, places[name])
+        if inside is not None:
+            nothing = made.new_tensor(math.nan)
+            values["mask_iou"] = mask_iou(inside, segmented(made, model)).where(filled, nothing)
+            values["mask_iou_ceiling"] = ceiling.where(filled, nothing)
+            values["hue_error"] = hue_errors(hue, mean_hue(made, inside)).where(filled, nothing)
+        return values
+
+    return measured
+
+
+# --------------------------------------------------------------------------------------------------------- texture
+
+
+def texture_features(images: Tensor, inside: Tensor) -> Tensor:
+    """(B, D): how the brightness of an object varies, without its colour, place, size or orientation.
+
+    The object's bounding box is taken out at CROP x CROP pixels; its luma is put to mean 0 inside the mask and 0
+    outside. Features: its spread, the quantiles of the luma over the spread, and the power by frequency and by
+    direction (directions from the strongest on), all relative to the power of the mask itself.
+    """
+    crops, masks = _object_crops(images, inside)
+    count = masks.flatten(1).sum(1).clamp(min=1)
+    mean = (crops * masks).flatten(1).sum(1) / count
+    centred = (crops - mean[:, None, None]) * masks
+    spread = (centred.square().flatten(1).sum(1) / count).sqrt()
+    standard = centred / (spread[:, None, None] + 0.01)
+    ranked = standard.masked_fill(~masks.bool(), math.inf).flatten(1).sort(1).values
+    levels = torch.linspace(0.05, 0.95, 10, device=images.device)
+    quantiles = ranked.gather(1, (levels * (count[:, None] - 1)).round().long())
+    power = torch.fft.fftshift(torch.fft.fft2(standard).abs().square(), dim=(1, 2)) / count[:, None, None]
+    places = torch.arange(CROP, device=images.device) - CROP // 2
+    down, across = torch.meshgrid(places, places, indexing="ij")
+    radius = (down.square() + across.square()).sqrt()
+    rings = torch.stack([((radius >= low) & (radius < low + 1.5)).float() for low in np.arange(0.5, 15.5, 1.5)])
+    by_ring = (power.flatten(1) @ rings.flatten(1).T + 1e-3).log()
+    turn = (torch.atan2(down, across) % math.pi / math.pi * 12).long().clamp(max=11)
+    sectors = F.one_hot(turn, 12).permute(2, 0, 1) * ((radius >= 2) & (radius < 14))
+    by_direction = power.flatten(1) @ sectors.flatten(1).float().T
+    strongest = by_direction.argmax(1, keepdim=True)
+    order = (strongest + torch.arange(12, device=images.device)) % 12
+    turned = by_direction.gather(1, order)
+    turned = turned / turned.sum(1, keepdim=True).clamp(min=1e-6)
+    return torch.cat([(spread[:, None] + 0.005).log(), quantiles, by_ring, turned], 1)
+
+
+def _object_crops(images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, CROP, CROP) luma and 0/1 masks of the objects' bounding boxes made square; an empty mask takes all."""
+    luma = (images * images.new_tensor(LUMA)[:, None, None]).sum(1)
+    height, width = luma.shape[1:]
+    empty = ~inside.flatten(1).any(1)
+    shown = inside | empty[:, None, None]
+    rows, columns = shown.any(2).float(), shown.any(1).float()
+    top, left = rows.argmax(1), columns.argmax(1)
+    bottom, right = height - rows.flip(1).argmax(1), width - columns.flip(1).argmax(1)
+    side = torch.maximum(bottom - top, right - left).float()
+    steps = (torch.arange(CROP, device=images.device) + 0.5) / CROP - 0.5
+    down = (top + bottom)[:, None] / 2 + steps * side[:, None]
+    across = (left + right)[:, None] / 2 + steps * side[:, None]
+    grid = torch.stack(
+        [
+            (2 * across / width - 1)[:, None, :].expand(-1, CROP, -1),
+            (2 * down / height - 1)[:, :, None].expand(-1, -1, CROP),
+        ],
+        -1,
+    )
+    both = torch.stack([luma, shown.float()], 1)
+    crops, masks = F.grid_sample(both, grid, mode="bilinear", align_corners=False).unbind(1)
+    return crops, (masks > 0.5).float()
+
+
+@dataclass(frozen=True)
+class TextureProbe:
+    """A linear classifier of `texture_features`. names: the textures; the features are standardised by mean, scale."""
+
+    names: tuple[str, ...]
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+
+    def __call__(self, images: Tensor, inside: Tensor) -> Tensor:
+        """(B,) index into names of each object's texture."""
+        features = ((texture_features(images, inside) - self.mean) / self.scale).clamp(-5, 5)
+        return (features @ self.weights + self.bias).argmax(1)
+
+
+def fit_texture_probe(images: Tensor, inside: Tensor, labels: Sequence[str]) -> TextureProbe:
+    """A logistic regression (scikit-learn) from `texture_features` of TRUE training images to the texture's name."""
+    from sklearn.linear_model import LogisticRegression
+
+    names = tuple(sorted(set(labels)))
+    if len(names) < 2:
+        raise BacksightError(
+            f"a texture probe needs objects of two textures or more, not {', '.join(names) or 'none'}."
+        )
+    features = texture_features(images, inside)
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
+    standard = ((features - mean) / scale).clamp(-5, 5)
+    fitted = LogisticRegression(C=1.0, max_iter=500).fit(standard.numpy(), [names.index(label) for label in labels])
+    coefficients, bias = fitted.coef_, fitted.intercept_
+    if len(names) == 2:
+        coefficients, bias = np.concatenate([-coefficients, coefficients]), np.concatenate([-bias, bias])
+    weights = torch.from_numpy(coefficients.T.copy()).float()
+    return TextureProbe(names, mean, scale, weights, torch.from_numpy(bias.copy()).float())
+
+
+def texture_accuracy(probe: TextureProbe, labels: Sequence[str]) -> Measure:
+    """Measure: does the probe, made on true images, name the texture of the largest object in the reconstruction?
+
+    labels: the true textures of all judged images, in their order.
+    """
+    true = torch.tensor([probe.names.index(label) for label in labels])
+
+    def prepared(judged: Judged) -> Callable[[Tensor], Values]:
+        if judged.largest is None:
+            raise BacksightError("texture_accuracy() needs the objects' masks: open the images with masks=True.")
+        inside, wanted = judged.largest, true[judged.places]
+        ceiling = (probe(judged.images, inside) == wanted).float()
+
+        def measured(made: Tensor) -> Values:
+            return {"texture_accuracy": (probe(made, inside) == wanted).float(), "texture_accuracy_ceiling": ceiling}
+
+        return measured
+
+    return prepared
+
+
+@dataclass(frozen=True)
+class SceneObjects:
+    """Scenes and their dominant objects. images: (N, 3, H, W) in [0, 1]; inside: (N, H, W) bool; textures: names."""
+
+    images: Tensor
+    inside: Tensor
+    textures: tuple[str, ...]
+
+
+def scene_objects(split: str, count: int, size: int, seed: int = 0) -> SceneObjects:
+    """The first scenes of a split, rendered: the same that `open_images("scenes", split, size, count, seed)` reads."""
+    from backsight.scenes.render import render_many
+
+    scenes = list(render_many(split, count, seed, size))
+    pixels = np.stack([scene.image for scene in scenes])
+    return SceneObjects(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+        torch.from_numpy(np.stack([scene.masks[0] for scene in scenes])),
+        tuple(scene.textures[0] for scene in scenes),
+    )

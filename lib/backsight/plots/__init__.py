@@ -1,0 +1,1 @@
+"""A tidy table turned into a figure; nothing is computed here."""

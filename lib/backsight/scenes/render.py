@@ -1,0 +1,552 @@
+"""`scenes`: a procedural, seeded, COCO-format data set whose truth is known to the pixel.
+
+A scene is a crop of a real photograph with one to four textured, anti-aliased silhouettes on it. Splits differ by
+seed *and* by photograph. Hue is a cue and never the label: every canonical hue is shared by two silhouettes, a
+canonical object shows its hue with probability 0.85 only, a third of the classes has no hue of its own, and the hues
+180 and 300 degrees are owned by no class.
+
+Geometry, colour and background are drawn from separate random streams, so the same (split, seed, index) rendered with
+other colour options is an exact counterfactual. Everything that reaches a pixel is integer arithmetic (or plain
+products), so the bytes do not depend on the processor.
+"""
+
+import colorsys
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from backsight.errors import BacksightError
+from backsight.progress import progress_bar
+from backsight.project import cache_folder
+
+Array = np.ndarray
+Polygon = tuple[tuple[float, float], ...]
+
+VERSION = 1  # part of the cache key: raise it whenever a change alters a rendered byte
+SUPERSAMPLING = 4
+_STEP = 15  # brightness of one covered sub-pixel in the mean of 16: keeps that mean an exact integer below 256
+CANONICAL_PROBABILITY = 0.85
+CANONICAL_SPREAD = 10.0  # degrees to either side
+JITTERED_SPREAD = 45.0
+ROTATION = 25.0  # degrees to either side
+DOMINANCE = 2.5  # area of the dominant object over the area of the next one
+DOMINANT_AREA = (0.08, 0.32)  # share of the image
+SMALLEST_AREA = 0.022
+LARGE_AREA_SPAN = 0.12  # width of the range of areas when `minimum_area` asks for large objects
+
+SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
+    "train": ("astronaut", "coffee", "flower", "hubble_deep_field", "retina", "stereo_motorcycle"),
+    "validation": ("immunohistochemistry", "rocket"),
+    "test": ("chelsea", "china"),
+}
+_SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
+_GEOMETRY, _COLOUR, _BACKGROUND = 1, 2, 3
+
+
+def _ellipse(count: int, radius_x: float = 1.0, radius_y: float = 1.0) -> Polygon:
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return tuple((radius_x * math.cos(a), radius_y * math.sin(a)) for a in angles)
+
+
+def _star(points: int = 5, inner: float = 0.5) -> Polygon:
+    corners = []
+    for i in range(2 * points):
+        radius = 1.0 if i % 2 == 0 else inner
+        angle = math.pi * i / points - math.pi / 2
+        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
+    return tuple(corners)
+
+
+def _crescent() -> Polygon:
+    outer = [(math.cos(a), math.sin(a)) for a in np.linspace(math.radians(55), math.radians(305), 28).tolist()]
+    # the inner edge runs back from the last outer corner to the first, on a circle further right
+    centre = (0.62, 0.0)
+    start, end = outer[-1], outer[0]
+    radius = math.dist(start, centre)
+    first = math.atan2(start[1] - centre[1], start[0] - centre[0]) % (2 * math.pi)
+    last = math.atan2(end[1] - centre[1], end[0] - centre[0]) % (2 * math.pi)
+    inner = [
+        (centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a))
+        for a in np.linspace(first, last, 18)[1:-1].tolist()
+    ]
+    return tuple(outer + inner)
+
+
+def _heart() -> Polygon:
+    corners = []
+    for i in range(36):
+        t = 2 * math.pi * i / 36
+        x = 16 * math.sin(t) ** 3
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        corners.append((x / 16, -y / 16))
+    return tuple(corners)
+
+
+def _capsule() -> Polygon:
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 12).tolist()
+    right = [(0.6 + 0.45 * math.cos(a), 0.45 * math.sin(a)) for a in angles]
+    return tuple(right + [(-x, -y) for x, y in right])
+
+
+@dataclass(frozen=True)
+class SceneClass:
+    """A category: silhouette in unit coordinates, its hole if any, and its canonical hue in degrees or None."""
+
+    name: str
+    hue: float | None
+    outline: Polygon
+    hole: Polygon = ()
+
+    @property
+    def area(self) -> float:
+        return abs(_signed_area(self.outline)) - (abs(_signed_area(self.hole)) if self.hole else 0.0)
+
+
+def _signed_area(polygon: Polygon) -> float:
+    following = (*polygon[1:], polygon[0])
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(polygon, following, strict=True)) / 2
+
+
+_SQUARE: Polygon = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+_TRIANGLE: Polygon = ((0, -1), (1, 0.8), (-1, 0.8))
+_PLUS: Polygon = (
+    *((-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33)),
+    *((0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33)),
+)
+_ARROW: Polygon = ((-1, -0.32), (0, -0.32), (0, -0.95), (1, 0), (0, 0.95), (0, 0.32), (-1, 0.32))
+_BOWTIE: Polygon = ((-1, -0.8), (0, -0.18), (1, -0.8), (1, 0.8), (0, 0.18), (-1, 0.8))
+_TEE: Polygon = ((-1, -1), (1, -1), (1, -0.4), (0.32, -0.4), (0.32, 1), (-0.32, 1), (-0.32, -0.4), (-1, -0.4))
+
+CLASSES: tuple[SceneClass, ...] = (
+    SceneClass("disc", 0.0, _ellipse(40)),
+    SceneClass("star", 0.0, _star()),
+    SceneClass("square", 60.0, _SQUARE),
+    SceneClass("crescent", 60.0, _crescent()),
+    SceneClass("triangle", 120.0, _TRIANGLE),
+    SceneClass("heart", 120.0, _heart()),
+    SceneClass("plus", 240.0, _PLUS),
+    SceneClass("ring", 240.0, _ellipse(40), _ellipse(40, 0.52, 0.52)),
+    SceneClass("arrow", None, _ARROW),
+    SceneClass("bowtie", None, _BOWTIE),
+    SceneClass("capsule", None, _capsule()),
+    SceneClass("tee", None, _TEE),
+)
+CLASS_NAMES: tuple[str, ...] = tuple(c.name for c in CLASSES)
+UNOWNED_HUES: tuple[float, ...] = (180.0, 300.0)
+
+Rule = Literal["mixed", "strict", "jittered", "uniform"]
+RULES: tuple[str, ...] = ("mixed", "strict", "jittered", "uniform")
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """What a scene shows; the defaults are the data set that the shipped targets were trained on.
+
+    rule: how a class with a canonical hue is coloured: "mixed" (its hue ±10° with probability 0.85, else any),
+        "strict" (its hue ±10°, always), "jittered" (its hue ±45°), "uniform" (any hue). Colour-free classes: any hue.
+    hue_shift: degrees added to the hue of the recoloured objects. set_hue: their hue in degrees, or None.
+    grey: the recoloured objects lose their saturation, their value stays.
+    recolour: which objects `hue_shift`, `set_hue` and `grey` act on.
+    image_hue_shift: degrees added to the hue of every pixel of the finished image.
+    white_surroundings: everything outside the dominant object is white.
+    minimum_area: share of the image that the dominant object covers at least (0.3 for the colour study).
+    maximum_objects: 1 to 4.
+    """
+
+    rule: Rule = "mixed"
+    hue_shift: float = 0.0
+    set_hue: float | None = None
+    grey: bool = False
+    recolour: Literal["all", "dominant"] = "all"
+    image_hue_shift: float = 0.0
+    white_surroundings: bool = False
+    minimum_area: float = 0.0
+    maximum_objects: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise BacksightError(f"no colour rule {self.rule!r}; choose one of {', '.join(RULES)}")
+        if not 0 <= self.minimum_area <= 0.5:
+            raise BacksightError(f"minimum_area is {self.minimum_area}; it is a share of the image from 0 to 0.5")
+        if not 1 <= self.maximum_objects <= 4:
+            raise BacksightError(f"maximum_objects is {self.maximum_objects}; a scene holds 1 to 4 objects")
+        if self.recolour not in ("all", "dominant"):
+            raise BacksightError(f"recolour is {self.recolour!r}; choose 'all' or 'dominant'")
+
+
+DEFAULT_OPTIONS = SceneOptions()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rendered image and the truth about it. Objects are ordered by area, the dominant one first.
+
+    image: (H, W, 3) uint8 sRGB; masks: (M, H, W) bool, the visible pixels of each object (at least half covered);
+    boxes: (M, 4) float, x, y, width, height in pixels, tight around the masks; labels: (M,) index into CLASSES;
+    hues: (M,) degrees in [0, 360), NaN for a grey object; background: name of the photograph.
+    """
+
+    image: Array
+    masks: Array
+    boxes: Array
+    labels: Array
+    hues: Array
+    textures: tuple[str, ...]
+    background: str
+
+    @property
+    def dominant(self) -> int:
+        """Class index of the dominant object."""
+        return int(self.labels[0])
+
+
+def render(split: str, index: int, seed: int = 0, size: int = 64, options: SceneOptions = DEFAULT_OPTIONS) -> Scene:
+    """Scene `index` of a split: the same arguments give the same bytes.
+
+    Raises BacksightError for an unknown split or a size below 16 pixels.
+    """
+    if split not in SPLIT_PHOTOGRAPHS:
+        raise BacksightError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
+    if size < 16:
+        raise BacksightError(f"scenes of {size} pixels cannot show their silhouettes; choose a size of 16 or more")
+    geometry, colour, ground = (_generator(split, index, seed, s) for s in (_GEOMETRY, _COLOUR, _BACKGROUND))
+    canvas, background = _background(ground, split, size)
+    coverages, labels = _arrange(geometry, size, options)
+    image = canvas.astype(np.int32)
+    hues, textures = [], []
+    for position, (coverage, label) in enumerate(zip(coverages, labels, strict=True)):
+        recoloured = options.recolour == "all" or position == 0
+        fill, hue, texture = _fill(colour, CLASSES[label], size, options, recoloured)
+        if position == 0:
+            dominant_fill = fill
+        else:
+            image = _compose(image, fill, coverage)
+        hues.append(hue)
+        textures.append(texture)
+    if options.white_surroundings:
+        image = np.full_like(image, 255)
+    image = _compose(image, dominant_fill, coverages[0])  # the dominant object lies on top
+    finished = image.astype(np.uint8)
+    if options.image_hue_shift % 360:
+        finished = shift_hue(finished, options.image_hue_shift)
+        hues = [(h + options.image_hue_shift) % 360 for h in hues]
+    masks = _visible(coverages)
+    if options.white_surroundings:
+        masks, labels, hues, textures = masks[:1], labels[:1], hues[:1], textures[:1]
+    return Scene(
+        finished,
+        masks,
+        _boxes(masks),
+        np.array(labels),
+        np.array(hues, dtype=float),
+        tuple(textures),
+        background,
+    )
+
+
+def render_many(
+    split: str,
+    count: int,
+    seed: int = 0,
+    size: int = 64,
+    options: SceneOptions = DEFAULT_OPTIONS,
+    start: int = 0,
+) -> Iterator[Scene]:
+    """Scenes `start` to `start + count` of a split, one at a time."""
+    return (render(split, index, seed, size, options) for index in range(start, start + count))
+
+
+def shift_hue(image: Array, degrees: float) -> Array:
+    """Every pixel's HSV hue moved by `degrees`; image: (H, W, 3) uint8 sRGB. Source: HSV hexcone (Smith 1978)."""
+    from skimage.color import hsv2rgb, rgb2hsv
+
+    hsv = rgb2hsv(image)
+    hsv[..., 0] = (hsv[..., 0] + degrees / 360.0) % 1.0
+    return np.round(hsv2rgb(hsv) * 255).astype(np.uint8)
+
+
+def _generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([VERSION, seed, _SPLIT_CODE[split], index, stream]))
+
+
+@cache
+def _photograph(name: str) -> Image.Image:
+    from backsight.scenes.photographs import photograph
+
+    return Image.fromarray(photograph(name))
+
+
+def _background(random: np.random.Generator, split: str, size: int) -> tuple[Array, str]:
+    """A crop of one of the split's photographs, flipped, with its channels permuted half of the time."""
+    names = SPLIT_PHOTOGRAPHS[split]
+    name = names[int(random.integers(len(names)))]
+    picture = _photograph(name)
+    shortest = min(picture.size)
+    side = int(shortest * (0.15 + 0.85 * random.random() ** 1.5))
+    left = int(random.integers(picture.width - side + 1))
+    top = int(random.integers(picture.height - side + 1))
+    crop = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side), 2.0)
+    pixels = np.asarray(crop)
+    if random.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    order = random.permutation(3)
+    if random.random() < 0.5:
+        pixels = pixels[:, :, order]
+    gain = int(random.integers(160, 272))  # in 256ths: brightness from 0.63 to 1.06
+    return np.minimum(pixels.astype(np.int32) * gain // 256, 255), name
+
+
+def _arrange(random: np.random.Generator, size: int, options: SceneOptions) -> tuple[list[Array], list[int]]:
+    """Coverage of each object in 16ths of a pixel, (H, W) int, and its class; the dominant one first.
+
+    The numbers drawn do not depend on the outcome of the tries, only on the options that change geometry.
+    """
+    count = min(int(random.integers(1, 5)), options.maximum_objects)
+    label = int(random.integers(len(CLASSES)))
+    share = DOMINANT_AREA[0] + (DOMINANT_AREA[1] - DOMINANT_AREA[0]) * float(random.random())
+    if options.minimum_area > 0:
+        share = options.minimum_area + LARGE_AREA_SPAN * (share - DOMINANT_AREA[0]) / (
+            DOMINANT_AREA[1] - DOMINANT_AREA[0]
+        )
+    angle, across, down = (float(v) for v in random.random(3))
+    dominant = _draw(CLASSES[label], share, angle, across, down, size)
+    smallest = options.minimum_area * size * size
+    while np.count_nonzero(dominant >= 8) < smallest:  # a silhouette too slender for the frame may leave it
+        share *= 1.06
+        dominant = _draw(CLASSES[label], share, angle, across, down, size, inside=False)
+    coverages, labels = [dominant], [label]
+    dominant_area = np.count_nonzero(dominant >= 8)
+    taken = dominant >= 8
+    largest = min(float(dominant_area) / (size * size) / DOMINANCE * 0.97, 0.2)
+    for _ in range(count - 1):
+        label = int(random.integers(len(CLASSES)))
+        share = SMALLEST_AREA + (largest - SMALLEST_AREA) * float(random.random())
+        for angle, across, down in random.random((8, 3)).tolist():
+            coverage = _draw(CLASSES[label], share, angle, across, down, size)
+            mask = coverage >= 8
+            area = np.count_nonzero(mask)
+            fits = 0 < area * DOMINANCE <= dominant_area
+            if fits and np.count_nonzero(mask & taken) <= 0.12 * area:
+                coverages.append(coverage)
+                labels.append(label)
+                taken = taken | mask
+                break
+    order = [0, *sorted(range(1, len(labels)), key=lambda i: -np.count_nonzero(coverages[i] >= 8))]
+    return [coverages[i] for i in order], [labels[i] for i in order]
+
+
+def _draw(
+    kind: SceneClass, share: float, angle: float, across: float, down: float, size: int, inside: bool = True
+) -> Array:
+    """Coverage of a silhouette that fills `share` of the image, in 16ths of a pixel: (size, size) int32.
+
+    angle, across, down: numbers in [0, 1) that choose rotation and place; `inside` shrinks it to fit the frame.
+    """
+    turn = math.radians((2 * angle - 1) * ROTATION)
+    cosine, sine = math.cos(turn), math.sin(turn)
+    scale = math.sqrt(share * size * size / kind.area)
+    turned = [(scale * (x * cosine - y * sine), scale * (x * sine + y * cosine)) for x, y in kind.outline]
+    left, right = min(x for x, _ in turned), max(x for x, _ in turned)
+    top, bottom = min(y for _, y in turned), max(y for _, y in turned)
+    room = size - 1.0
+    shrink = min(1.0, room / (right - left), room / (bottom - top)) if inside else 1.0
+    centre_x = _place(left * shrink, right * shrink, across, size)
+    centre_y = _place(top * shrink, bottom * shrink, down, size)
+    fine = SUPERSAMPLING
+    canvas = Image.new("L", (size * fine, size * fine))
+    draw = ImageDraw.Draw(canvas)
+    for polygon, value in ((kind.outline, _STEP * fine * fine), (kind.hole, 0)):
+        if polygon:
+            corners = [
+                (
+                    round((centre_x + shrink * scale * (x * cosine - y * sine)) * fine),
+                    round((centre_y + shrink * scale * (x * sine + y * cosine)) * fine),
+                )
+                for x, y in polygon
+            ]
+            draw.polygon(corners, fill=value)
+    return np.asarray(canvas.reduce(fine)).astype(np.int32) // _STEP
+
+
+def _place(low: float, high: float, fraction: float, size: int) -> float:
+    """A centre for an extent [low, high] around it, inside [0, size] where it fits, else in the middle."""
+    first, last = 0.5 - low, size - 0.5 - high
+    return first + (last - first) * fraction if first <= last else (first + last) / 2
+
+
+TEXTURES = ("plain", "stripes", "checks", "dots", "gradient")
+
+
+def _fill(
+    random: np.random.Generator, kind: SceneClass, size: int, options: SceneOptions, recoloured: bool
+) -> tuple[Array, float, str]:
+    """Colour of every pixel if the object covered it, (H, W, 3) int32; its hue in degrees (NaN if grey); texture.
+
+    One hue for the whole object: the texture changes the value only. Always draws the same count of numbers.
+    """
+    chance, free_hue, spread, saturation, value, contrast, turn, period, offset = (float(v) for v in random.random(9))
+    texture = TEXTURES[int(random.integers(len(TEXTURES)))]
+    hue = 360.0 * free_hue
+    if kind.hue is not None:
+        if options.rule == "strict" or (options.rule == "mixed" and chance < CANONICAL_PROBABILITY):
+            hue = kind.hue + (2 * spread - 1) * CANONICAL_SPREAD
+        elif options.rule == "jittered":
+            hue = kind.hue + (2 * spread - 1) * JITTERED_SPREAD
+    saturation = 0.6 + 0.4 * saturation
+    if recoloured:
+        hue = options.set_hue if options.set_hue is not None else hue
+        hue += options.hue_shift
+        saturation = 0.0 if options.grey else saturation
+    hue %= 360.0
+    red, green, blue = colorsys.hsv_to_rgb(hue / 360.0, saturation, 1.0)
+    colour = np.array([round(1024 * channel) for channel in (red, green, blue)], dtype=np.int32)
+    high = 160 + int(95 * value)
+    low = high - int(high * (0.2 + 0.35 * contrast))
+    brightness = _texture(texture, size, low, high, turn, period, offset)
+    fill = (brightness[:, :, None] * colour + 512) // 1024
+    return fill, math.nan if saturation == 0 else hue, texture
+
+
+def _texture(name: str, size: int, low: int, high: int, turn: float, period: float, offset: float) -> Array:
+    """Brightness from low to high, (size, size) int32; the pattern scales with the image."""
+    angle = math.pi * turn
+    cosine, sine = round(1024 * math.cos(angle)), round(1024 * math.sin(angle))
+    wave = round(1024 * size / 64 * (4 + 6 * period))  # 4 to 10 pixels at size 64
+    y, x = np.mgrid[:size, :size].astype(np.int32)
+    along = (x * cosine + y * sine + round(offset * wave)) % wave
+    across = (y * cosine - x * sine + round(offset * wave)) % wave
+    if name == "stripes":
+        bright = 2 * along < wave
+    elif name == "checks":
+        bright = (2 * along < wave) ^ (2 * across < wave)
+    elif name == "dots":
+        bright = (2 * along - wave) ** 2 // 64 + (2 * across - wave) ** 2 // 64 > wave * wave // 150
+    elif name == "gradient":
+        distance = x * cosine + y * sine
+        first, last = int(distance.min()), int(distance.max())
+        return low + (distance - first) * (high - low) // max(last - first, 1)
+    else:
+        return np.full((size, size), high, dtype=np.int32)
+    return np.where(bright, high, low).astype(np.int32)
+
+
+def _compose(image: Array, fill: Array, coverage: Array) -> Array:
+    part = coverage[:, :, None]
+    whole = SUPERSAMPLING * SUPERSAMPLING
+    return (image * (whole - part) + fill * part + whole // 2) // whole
+
+
+def _visible(coverages: list[Array]) -> Array:
+    """Masks of what is seen: the dominant object lies on top, each later object over the earlier ones."""
+    masks = np.stack([coverage >= 8 for coverage in coverages])
+    hidden = masks[0].copy()
+    for i in range(len(masks) - 1, 0, -1):
+        masks[i] &= ~hidden
+        hidden |= masks[i]
+    return masks
+
+
+def _boxes(masks: Array) -> Array:
+    boxes = np.zeros((len(masks), 4))
+    for i, mask in enumerate(masks):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        boxes[i] = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+    return boxes
+
+
+# ---------------------------------------------------------------------------------------------- COCO layout on disk
+
+
+def write_coco(
+    folder: str | Path,
+    split: str,
+    count: int,
+    seed: int = 0,
+    size: int = 64,
+    options: SceneOptions = DEFAULT_OPTIONS,
+    progress: bool = False,
+) -> Path:
+    """Render a split into `folder` in COCO's layout: `{split}2017/*.png`, `annotations/instances_{split}2017.json`.
+
+    The annotations carry, beside COCO's own keys, the object's hue, texture and whether it dominates; the images
+    carry the name of the photograph behind them.
+    """
+    from pycocotools import mask as coco_mask
+
+    folder = Path(folder)
+    pictures = folder / f"{split}2017"
+    pictures.mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    scenes = render_many(split, count, seed, size, options)
+    for index, scene in enumerate(progress_bar(scenes, desc=f"scenes {split}", total=count, show=progress)):
+        name = f"{index:012d}.png"
+        Image.fromarray(scene.image).save(pictures / name, compress_level=1)
+        images.append({"id": index, "file_name": name, "height": size, "width": size, "background": scene.background})
+        codes = coco_mask.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
+        for position, code in enumerate(codes):
+            hue = float(scene.hues[position])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": int(scene.labels[position]) + 1,
+                    "bbox": scene.boxes[position].tolist(),
+                    "area": int(scene.masks[position].sum()),
+                    "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+                    "iscrowd": 0,
+                    "hue": None if math.isnan(hue) else hue,
+                    "texture": scene.textures[position],
+                    "dominant": position == 0,
+                }
+            )
+    categories = [{"id": i + 1, "name": c.name, "hue": c.hue} for i, c in enumerate(CLASSES)]
+    information = {
+        "description": "backsight scenes",
+        "version": VERSION,
+        "seed": seed,
+        "options": asdict(options),
+    }
+    content = {"info": information, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return folder
+
+
+def cached(
+    split: str,
+    count: int,
+    seed: int = 0,
+    size: int = 64,
+    options: SceneOptions = DEFAULT_OPTIONS,
+    progress: bool = True,
+) -> Path:
+    """The folder of `write_coco`, made on first use and kept; safe when several processes ask at once."""
+    render(split, 0, seed, size, options)  # bad arguments are refused before anything is written
+    key = json.dumps([VERSION, split, count, seed, size, asdict(replace(options))], sort_keys=True)
+    folder = cache_folder() / "scenes" / f"{split}-{count}-{size}px-seed{seed}-{sha256(key.encode()).hexdigest()[:10]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        write_coco(made, split, count, seed, size, options, progress)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.is_dir():  # anything but another process having been faster
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder

@@ -1,0 +1,1 @@
+"""What the notebooks ask and does not fit into their cells."""

@@ -1,0 +1,312 @@
+"""The colour study's pass over images and perturbations, and its tidy tables.
+
+Every perturbed picture goes through the target once; each inverse paints it from each tap, and of what it paints only
+the colour of the object is kept: one complex number (`colour.object_chroma`). All measures are taken from these.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backsight.data.images import open_images
+from backsight.errors import BacksightError
+from backsight.inverses.families import Reconstruct
+from backsight.inverses.linear import fit_linear
+from backsight.measures.hue import (
+    chroma_kept,
+    hue_distance,
+    hue_of,
+    object_chroma,
+    respond,
+    reversion,
+    shares,
+)
+from backsight.progress import progress_bar
+from backsight.representation import Predictions, concatenate
+from backsight.scenes.render import SceneOptions
+from backsight.studies.recolour import JudgedObjects, Perturbation, painted
+from backsight.tables.pool import metrics_row, pooled_rows
+from backsight.targets import PIXELS, Target
+
+Families = Mapping[int, Mapping[str, Mapping[str, Reconstruct]]]  # {training seed: {family: {tap: inverse}}}
+NULL_SHIFTS = 8  # points of the response curve on which the nulls are measured, at least 3
+
+
+@dataclass(frozen=True)
+class Key:
+    """Whose colours: the inverse (a family or a null), the family behind a null, the tap."""
+
+    inverse: str
+    tap: str
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class ColourRecord:
+    """Colours of the judged objects under every perturbation.
+
+    shown: (P, N) complex; made: {Key: {training seed: (P, N) complex}}, NaN where a perturbation was not measured;
+    outputs: of each perturbation the target's answer on all images.
+    """
+
+    target: Target
+    objects: JudgedObjects
+    perturbations: tuple[Perturbation, ...]
+    shown: np.ndarray
+    made: dict[Key, dict[int, np.ndarray]]
+    outputs: list[Tensor | Predictions] = field(default_factory=list)
+
+
+def uniform_by_seed(target: Target, seeds: Sequence[int], count: int) -> Families:
+    """{seed: {"linear_uniform": {tap: inverse}}}: linear inverses fitted on scenes whose hues tell nothing of classes.
+
+    What an inverse has learned of typical colours comes from the colours that it was fitted on; these know none.
+    """
+    found = {}
+    for seed in seeds:
+        images = open_images("scenes", "train", target.image_size, count, seed, options=SceneOptions(rule="uniform"))
+        found[seed] = {"linear_uniform": fit_linear(target, images, target.taps, seed=seed, progress=False)}
+    return found
+
+
+def only(wanted: Sequence[str], families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
+    """Of the inverses of several training seeds, the families that are wanted. Raises BacksightError for none."""
+    chosen = {seed: {name: taps for name, taps in found.items() if name in wanted} for seed, found in families.items()}
+    if not all(chosen.values()):
+        there = sorted({name for found in families.values() for name in found})
+        raise BacksightError(f"families is {list(wanted)}, and the inverses here are {', '.join(there)}: name one.")
+    return chosen
+
+
+def merged(*families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
+    """The families of several sources, seed by seed."""
+    together: dict[int, dict[str, Mapping[str, Reconstruct]]] = {}
+    for each in families:
+        for seed, found in each.items():
+            together.setdefault(seed, {}).update(found)
+    return together
+
+
+@torch.no_grad()
+def record_colours(
+    target: Target,
+    objects: JudgedObjects,
+    perturbations: Sequence[Perturbation],
+    families: Families,
+    untrained: Mapping[int, tuple[Target, Mapping[str, Mapping[str, Reconstruct]]]] | None = None,
+    mean_image: Tensor | None = None,
+    answers: bool = True,
+    nulls: bool = True,
+    prototype_eyes: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> ColourRecord:
+    """The colour of each object in what every inverse makes of every tap, under every perturbation.
+
+    families, untrained: as `families_by_seed` and `untrained_by_seed` give them; mean_image: (3, H, W), the null
+    that knows no image. The nulls that cost a pass (`null_shuffled`: another image's representation under the same
+    perturbation; `null_untrained`) are measured on NULL_SHIFTS points of the object's response curve. `painter` is no
+    inverse: it paints each object in its canonical hue, whatever is shown. answers: also keep the target's outputs;
+    nulls: measure null_shuffled. prototype_eyes: from 0 to 1, how far the *target* is shown each object in its
+    canonical hue instead of the picture judged: a known answer, since its layers then hold so much of the prototype.
+    """
+    taps = [t for t in target.available_taps if any(t in g for each in families.values() for g in each.values())]
+    if not taps:
+        raise BacksightError(f"there is no inverse of {target.name} at any tap: give families")
+    count = len(objects)
+    sparse = null_places(perturbations)
+    shown = np.zeros((len(perturbations), count), complex)
+    made: dict[Key, dict[int, np.ndarray]] = {}
+    outputs: list[Tensor | Predictions] = []
+    order = _order(seed, count)
+    hues = torch.from_numpy(np.where(objects.canonical, objects.hues, np.nan))
+
+    def note(key: Key, training_seed: int, place: int, part: slice, images: Tensor) -> None:
+        table = made.setdefault(key, {}).setdefault(training_seed, np.full(shown.shape, np.nan, complex))
+        table[place, part] = object_chroma(images.clamp(0, 1), objects.masks[part])
+
+    for place, perturbation in enumerate(
+        progress_bar(perturbations, desc=f"colours of {target.name}", total=len(perturbations), show=progress)
+    ):
+        pictures = objects.perturbed(perturbation)
+        answered = []
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
+            batch = pictures[part]
+            shown[place, part] = object_chroma(batch, objects.masks[part])
+            if mean_image is not None:
+                note(Key("null_mean", PIXELS), 0, place, part, mean_image.expand_as(batch))
+            canonical = painted(batch, objects.masks[part], hues[part]).clamp(0, 1)
+            note(Key("painter", PIXELS), 0, place, part, canonical)
+            recorded = target.record(torch.lerp(batch, canonical, prototype_eyes), taps)
+            if answers:  # from the deepest tap: never dearer than another whole pass
+                answered.append(target.from_tap(taps[-1], recorded[taps[-1]]))
+            others = target.record(pictures[order[part]], taps) if nulls and place in sparse and count > 1 else None
+            for training_seed, found in families.items():
+                for family, inverses in found.items():
+                    for tap, inverse in inverses.items():
+                        note(Key(family, tap), training_seed, place, part, inverse(recorded[tap]))
+                        if others is not None and not family.endswith("_uniform"):
+                            key = Key("null_shuffled", tap, family)
+                            note(key, training_seed, place, part, inverse(others[tap]))
+            if place in sparse and untrained is not None:
+                for training_seed, (null_target, null_families) in untrained.items():
+                    null_taps = list(dict.fromkeys(t for found in null_families.values() for t in found))
+                    null_recorded = null_target.record(batch, null_taps)
+                    for family, inverses in null_families.items():
+                        for tap, inverse in inverses.items():
+                            key = Key("null_untrained", tap, family)
+                            note(key, training_seed, place, part, inverse(null_recorded[tap]))
+        if answers:
+            outputs.append(_joined(answered))
+    return ColourRecord(target, objects, tuple(perturbations), shown, made, outputs)
+
+
+def null_places(perturbations: Sequence[Perturbation]) -> list[int]:
+    """Places of evenly spaced shifts of the object's hue, about NULL_SHIFTS of them."""
+    curve = [i for i, p in enumerate(perturbations) if p.kind == "hue_shift" and p.region == "object"]
+    for wanted in range(min(NULL_SHIFTS, len(curve)), 2, -1):
+        if len(curve) % wanted == 0:
+            return curve[:: len(curve) // wanted]
+    return curve
+
+
+def _order(seed: int, count: int) -> list[int]:
+    """Another image for each image: a random cycle."""
+    drawn = np.random.default_rng(seed).permutation(count)
+    order = np.empty(count, int)
+    order[drawn] = np.roll(drawn, 1)
+    return order.tolist()
+
+
+def _joined(answers: Sequence[Tensor | Predictions]) -> Tensor | Predictions:
+    predictions = [each for each in answers if isinstance(each, Predictions)]
+    if predictions:
+        return concatenate(predictions)
+    return torch.cat([each for each in answers if isinstance(each, Tensor)])
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def colour_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
+    """Tidy rows: the measures of each perturbation (families only), of the response curve pooled, and the index.
+
+    Rows with perturbation "hue_shift" and no hue_shift pool the whole curve; there, and under each single shift,
+    shares are of the cases whose hue shown is `colour.SEPARATION` degrees or more from the canonical one.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, by_seed in record.made.items():
+        null = key.inverse.startswith("null_") or key.inverse == "painter"
+        common = _columns(record, key)
+        if not null:
+            for place in range(len(record.perturbations)):
+                rows += _measure_rows(record, by_seed, [place], seed, common)
+        for region in ("object", "image"):
+            curve = _curve(record, region, by_seed)
+            if len(curve) < 3:
+                continue
+            pooled = common | _pooled(region)
+            rows += _measure_rows(record, by_seed, curve, seed, pooled)
+            rows += _index_rows(record, by_seed, curve, seed, pooled)
+    return [row for row in rows if row["n"] != 1]  # one object that kept a hue says nothing of the others
+
+
+def index_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `colour_rows` that hold the reversion index and its parts, of the object's response curve."""
+    rows: list[dict[str, Any]] = []
+    for key, by_seed in record.made.items():
+        if len(curve := _curve(record, "object", by_seed)) >= 3:
+            rows += _index_rows(record, by_seed, curve, seed, _columns(record, key) | _pooled("object"))
+    return rows
+
+
+def _pooled(region: str) -> dict[str, Any]:
+    """The columns of a row that pools a whole response curve."""
+    return {"perturbation": "hue_shift", "region": region, "hue_shift": np.nan, "amount": np.nan}
+
+
+def _columns(record: ColourRecord, key: Key) -> dict[str, Any]:
+    target, objects = record.target, record.objects
+    at = {"tap": key.tap, "depth": target.depth(key.tap), "inverse": key.inverse, "family": key.family or key.inverse}
+    place = {"dataset": objects.name, "split": objects.split}
+    return {"target": target.name, "weights": target.weights, **place, **at}
+
+
+def _curve(record: ColourRecord, region: str, by_seed: Mapping[int, np.ndarray]) -> list[int]:
+    """Places of the region's hue shifts at which these colours were measured."""
+    first = next(iter(by_seed.values()))
+    return [
+        place
+        for place, perturbation in enumerate(record.perturbations)
+        if perturbation.kind == "hue_shift" and perturbation.region == region and not np.isnan(first[place]).any()
+    ]
+
+
+def _measure_rows(
+    record: ColourRecord, by_seed: Mapping[int, np.ndarray], places: list[int], seed: int, common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of all measures, averaged over the perturbations `places` for each image first."""
+    objects = record.objects
+    shown, original = record.shown[places], record.shown[0]
+    made = np.stack([table[places] for table in by_seed.values()])  # (S, P, N)
+    values = {
+        "hue_error_shown": hue_distance(hue_of(made), hue_of(shown)),
+        "hue_error_original": hue_distance(hue_of(made), hue_of(original)),
+        "hue_error_canonical": hue_distance(hue_of(made), objects.hues),
+        "chroma_kept": chroma_kept(shown, made),
+        **shares(shown, made, objects.hues),
+    }
+    columns = common if len(places) > 1 else common | record.perturbations[places[0]].columns
+    rows = []
+    for measure, table in values.items():
+        of_images = _mean_over_places(table)
+        for category, members in objects.categories.items():
+            if not np.isnan(of_images[:, members]).all():
+                rows += pooled_rows(of_images[:, members], measure, seed, category=category, **columns)
+    return rows
+
+
+def _mean_over_places(table: np.ndarray) -> np.ndarray:
+    """(S, P, N) to (S, N): the mean over perturbations of the values that exist."""
+    exists = ~np.isnan(table)
+    counted = exists.sum(1)
+    return np.where(counted > 0, np.where(exists, table, 0).sum(1) / np.maximum(counted, 1), np.nan)
+
+
+def _index_rows(
+    record: ColourRecord, by_seed: Mapping[int, np.ndarray], curve: list[int], seed: int, common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    objects = record.objects
+    response = respond(record.shown[curve], np.stack([table[curve] for table in by_seed.values()]))
+    rows = []
+    for category, members in objects.categories.items():
+        if category == "unlabelled":
+            continue
+        found = reversion(response, objects.hues, objects.labels, objects.canonical, members, seed)
+        if not found.n:
+            continue
+        measures = {"reversion_index": found.index, "hue_follow": found.follow, "prototype_pull": found.pull}
+        for measure, (value, low, high) in measures.items():
+            row = metrics_row(measure, value, low, high, found.n, seed, category=category, **common)
+            rows.append(row | {"seeds": len(by_seed)})
+    return rows
+
+
+@torch.no_grad()
+def shifted_pictures(
+    target: Target,
+    objects: JudgedObjects,
+    which: int,
+    inverses: Mapping[str, Reconstruct],
+    perturbations: Sequence[Perturbation],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One object under some perturbations, (K, 3, H, W), and what comes back from each tap: {tap: (K, 3, H, W)}."""
+    pictures = torch.stack([objects.perturbed(each)[which] for each in perturbations])
+    recorded = target.record(pictures, list(inverses))
+    return pictures, {tap: inverse(recorded[tap]).clamp(0, 1) for tap, inverse in inverses.items()}

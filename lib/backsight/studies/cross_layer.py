@@ -1,0 +1,889 @@
+"""What one layer says in the words of another: every representation through every inverse of the same form.
+
+    representation of tap i ──► inverse made for tap j ──► images       PSNR matrix, loss by |i - j|, decay slope
+
+Beside it: how alike the layers are (similarity.py), and how well tap j follows linearly from tap i (linear.py).
+All functions return tidy rows; `compare_decay` holds the rows of several targets against each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from backsight.data.images import batches, tensor
+from backsight.errors import BacksightError
+from backsight.inverses.families import Reconstruct, families_by_seed
+from backsight.inverses.linear import LinearInverse, fit_linear_pairs, image_errors
+from backsight.measures.pixels import psnr
+from backsight.measures.similarity import (
+    TokenSample,
+    cka_from_products,
+    cka_matrix,
+    cka_products,
+    procrustes_pairs,
+    residual_update,
+    shuffled_rows,
+    token_cosine,
+)
+from backsight.representation import Queries, Representation, Tokens
+from backsight.studies.nulls import shuffled
+from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_ratio, pooled_rows
+from backsight.targets import PIXELS, Target
+
+Pair = tuple[str, str]
+Feed = Literal["own", "standardised", "shuffled"]
+Families = Mapping[int, Mapping[str, Mapping[str, Reconstruct]]]  # {training seed: {family: {tap: …}}}
+Scores = dict[Pair, np.ndarray]  # (S, N) of every (source tap, target tap)
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+Component = Literal["block", "attention", "cross_attention", "mlp"]
+
+GROUPS = ("blocks", "encoder", "decoder")
+_GROUP_OF_KIND = {
+    "patch_embedding": "blocks",
+    "blocks": "blocks",
+    "convolution": "blocks",
+    "projection": "encoder",
+    "encoder": "encoder",
+    "decoder": "decoder",
+}
+SLOPES = {
+    "decay_slope": "dB lost a layer",
+    "decay_slope_standardised": "dB lost a layer, channels standardised",
+    "decay_slope_share": "share of the PSNR above the mean image lost a layer",
+    "cka_slope": "1 - CKA a layer",
+    "r2_slope": "1 - R² a layer",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Two taps next to each other in one stream, and what lies between them."""
+
+    before: str
+    after: str
+    component: Component
+
+
+# -------------------------------------------------------------------------------------------- which taps, which pairs
+
+
+def layer_group(target: Target, tap: str) -> str:
+    """ "blocks" (of a backbone), "encoder" or "decoder"; "" for what is no layer of a stack (backbone, norm, heads).
+
+    The tap in front of the first layer (patch embedding, projection) belongs to the stack: it is the layer 0.
+    """
+    taps = target.available_taps
+    place = taps.index(tap)
+    return _GROUP_OF_KIND.get(target.stage(tap, taps[place - 1] if place else PIXELS).kind, "")
+
+
+def pairs_of_one_form(recorded: Mapping[str, Representation]) -> list[Pair]:
+    """Every (source tap, target tap), the diagonal too, whose representations the same inverse can read."""
+    return [(i, j) for i, one in recorded.items() for j, other in recorded.items() if one.signature == other.signature]
+
+
+def aligned_pairs(recorded: Mapping[str, Representation]) -> list[Pair]:
+    """Every two taps, the earlier first, that hold the same tokens (on the same grids) or the same queries."""
+    return [
+        (i, j)
+        for place, (i, one) in enumerate(recorded.items())
+        for j, other in list(recorded.items())[place + 1 :]
+        if _place_of(one) == _place_of(other)
+    ]
+
+
+def _place_of(representation: Representation) -> tuple[Any, ...]:
+    if isinstance(representation, Tokens):
+        return ("tokens", representation.grids, representation.prefix)
+    return ("set", representation.values.shape[1])
+
+
+def predictable_pairs(recorded: Mapping[str, Representation]) -> list[Pair]:
+    """Every (from, to) of two taps between which a linear map reads token by token, or query by query."""
+
+    def possible(one: Representation, other: Representation) -> bool:
+        if isinstance(one, Tokens):
+            return isinstance(other, Tokens)
+        return isinstance(other, Queries) and one.values.shape[1] == other.values.shape[1]
+
+    return [(i, j) for i, one in recorded.items() for j, other in recorded.items() if i != j and possible(one, other)]
+
+
+def half_steps(target: Target) -> list[Step]:
+    """The attention, cross-attention and MLP steps of every block, in forward order; [] where there are no such taps.
+
+    A half-step of a post-norm model (DETR) ends after its own layer norm.
+    """
+    steps = []
+    blocks = set(target.tap_set("blocks"))
+    for before, after in pairwise(target.tap_set("fine")):
+        suffix = after.rpartition(".")[2]
+        component: Component | None = {"attn": "attention", "cross_attn": "cross_attention"}.get(suffix)  # type: ignore[assignment]
+        if component is None and before not in blocks:
+            component = "mlp"
+        if component is not None and layer_group(target, before) == layer_group(target, after) != "":
+            steps.append(Step(before, after, component))
+    return steps
+
+
+def block_steps(target: Target, taps: Sequence[str]) -> list[Step]:
+    """Every layer as one step, between taps of one group that are next to each other among `taps`."""
+    return [
+        Step(before, after, "block")
+        for before, after in pairwise(tap for tap in taps if tap in target.tap_set("blocks"))
+        if layer_group(target, before) == layer_group(target, after) != ""
+    ]
+
+
+def steps_of_grids(target: Target, images: Any, steps: Sequence[Step]) -> list[Step]:
+    """The steps between tokens on grids. A linear inverse of a whole set of queries takes seconds a tap to fit."""
+    recorded = probe(target, images, ends) if (ends := _ends(target, (), steps)) else {}
+    return [
+        step
+        for step in steps
+        if isinstance(one := recorded[step.before], Tokens) and one.signature == recorded[step.after].signature
+    ]
+
+
+def _ends(target: Target, taps: Sequence[str], steps: Sequence[Step]) -> list[str]:
+    """The taps, and those before and after the steps, in forward order."""
+    named = {*taps, *(tap for step in steps for tap in (step.before, step.after))}
+    return [tap for tap in target.available_taps if tap in named]
+
+
+def inverses_by_seed(
+    target: Target,
+    steps: Sequence[Step],
+    folder: str | Path = "",
+    seeds: Sequence[int] = (0, 1, 2),
+    count: int = 2000,
+    trained_on: str = "scenes",
+) -> tuple[Families, dict[int, dict[str, Reconstruct]]]:
+    """The families at the target's taps (`families_by_seed`), and the linear inverses of the steps' ends, by seed.
+
+    With a folder only the latter are fitted here, without one both, in one pass a seed.
+    """
+    ends = _ends(target, (), steps)
+    if not folder:
+        both = families_by_seed(target.select(_ends(target, target.taps, steps)), "", seeds, count, trained_on)
+        return both, {s: dict(each["linear"]) for s, each in both.items()}
+    found = families_by_seed(target, folder, seeds, count, trained_on)
+    if not ends:
+        return found, {}
+    fitted = families_by_seed(target.select(ends), "", seeds, count, trained_on)
+    return found, {s: dict(each["linear"]) for s, each in fitted.items()}
+
+
+def chosen_families(
+    found: Families, names: Sequence[str], taps: Sequence[str]
+) -> dict[int, dict[str, dict[str, Reconstruct]]]:
+    """{seed: {family: {tap: reconstruct}}} of the families in `names` that are there, at these taps.
+
+    Raises BacksightError where none of them is there.
+    """
+    there = list(next(iter(found.values())))
+    if not set(there) & set(names):
+        raise BacksightError(
+            f"families = {list(names)}: these inverses are {', '.join(there)}; name at least one of them."
+        )
+    return {
+        s: {name: {tap: each[name][tap] for tap in taps if tap in each[name]} for name in there if name in names}
+        for s, each in found.items()
+    }
+
+
+def forms(pairs: Iterable[Pair]) -> list[list[str]]:
+    """The taps of the pairs, one list for each set of taps that are crossed with each other; single taps left out."""
+    sets: list[list[str]] = []
+    for i, j in pairs:
+        known = next((each for each in sets if i in each or j in each), None)
+        if i != j and known is None:
+            sets.append([i, j])
+        elif i != j and known is not None:
+            known += [tap for tap in (i, j) if tap not in known]
+    return sets
+
+
+def probe(target: Target, images: Any, taps: Sequence[str]) -> dict[str, Representation]:
+    """The recording of one image, which says what form each tap has."""
+    return target.record(next(iter(batches(images, 1))).to(target.device), taps)
+
+
+# ------------------------------------------------------------------------------------------------ cross-application
+
+
+@torch.no_grad()
+def tap_moments(target: Target, images: Any, taps: Sequence[str], batch_size: int = 50) -> Moments:
+    """{tap: (mean, standard deviation)}, each (P + 1, C): of every prefix token, then of all other tokens.
+
+    images: training images; nothing that is judged may decide how features are scaled.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    for batch in batches(images, batch_size):
+        for tap, representation in target.record(batch.to(target.device), taps).items():
+            prefix = representation.prefix if isinstance(representation, Tokens) else 0
+            values = representation.values.double()
+            parts = [*values[:, :prefix].unbind(1), values[:, prefix:].flatten(0, 1)]
+            found = [
+                torch.stack([part.sum(0) for part in parts]),
+                torch.stack([part.square().sum(0) for part in parts]),
+                values.new_tensor([len(part) for part in parts])[:, None],
+            ]
+            sums[tap] = [a + b for a, b in zip(sums[tap], found, strict=True)] if tap in sums else found
+    moments = {}
+    for tap, (total, square, count) in sums.items():
+        mean = total / count
+        moments[tap] = (mean.float(), (square / count - mean.square()).clamp(min=0).sqrt().float())
+    return moments
+
+
+def translated(recorded: Mapping[str, Representation], pair: Pair, moments: Moments | None = None) -> Representation:
+    """The values of tap i in the form of tap j (its positions, its padding), as the inverse of tap j reads them.
+
+    moments: of `tap_moments`, to give each channel the mean and the spread it has at tap j, so that what is left is
+    another code and not another scale. On the diagonal nothing is changed.
+    Raises BacksightError where the two taps do not have one form.
+    """
+    source, wanted = recorded[pair[0]], recorded[pair[1]]
+    if source.signature != wanted.signature:
+        raise BacksightError(
+            f"The inverse of {pair[1]!r} reads {wanted.signature}, but {pair[0]!r} holds {source.signature}: "
+            "cross-application needs taps of one form."
+        )
+    if pair[0] == pair[1]:
+        return source
+    values = source.values
+    if moments is not None:
+        (mean, spread), (new_mean, new_spread) = (_spread_out(moments[tap], values) for tap in pair)
+        scale = torch.where(spread > 0, new_spread / spread.clamp(min=1e-12), 0.0)
+        values = (values - mean) * scale + new_mean
+    return wanted.replace(values)
+
+
+def _spread_out(moments: tuple[Tensor, Tensor], values: Tensor) -> tuple[Tensor, ...]:
+    """(P + 1, C) as (P + N, C)."""
+    prefix = len(moments[0]) - 1
+    count = values.shape[1] - prefix
+    return tuple(torch.cat([each[:prefix], each[prefix:].expand(count, -1)]).to(values) for each in moments)
+
+
+@torch.no_grad()
+def cross_application(
+    target: Target,
+    images: Any,
+    inverses: Mapping[int, Mapping[str, Reconstruct]],
+    pairs: Iterable[Pair] | None = None,
+    feed: Feed = "own",
+    moments: Moments | None = None,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> Scores:
+    """PSNR (dB) of every image, from the representation of tap i through the inverse made for tap j.
+
+    inverses: {training seed: {tap: reconstruct}}; pairs: (i, j), default all of one form whose inverse is there.
+    feed: "own"; "standardised" (with `moments`, see `translated`); "shuffled": another image's representation, the
+    null. Returns {pair: (S, N)}; on the diagonal "own" is the plain reconstruction.
+    """
+    if feed == "standardised" and moments is None:
+        raise BacksightError("feed='standardised' needs the moments of the taps: give what tap_moments() returns.")
+    taps = [tap for tap in target.available_taps if all(tap in each for each in inverses.values())]
+    chosen = pairs_of_one_form(probe(target, images, taps)) if pairs is None else list(pairs)
+    used = [tap for tap in target.available_taps if any(tap in pair for pair in chosen)]
+    if not chosen:
+        raise BacksightError(f"{target.name} has no two taps of one form with an inverse: choose other taps.")
+    parts: dict[Pair, list[Tensor]] = {pair: [] for pair in chosen}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in _no_single(images, batch_size):
+        batch = batch.to(target.device)
+        recorded = target.record(batch, used)
+        if feed == "shuffled":
+            state = generator.get_state()
+            recorded = {tap: _shuffled(each, generator, state) for tap, each in recorded.items()}
+        for pair in chosen:
+            given = translated(recorded, pair, moments if feed == "standardised" else None)
+            made = [psnr(batch, inverses[s][pair[1]](given).clamp(0, 1)) for s in inverses]
+            parts[pair].append(torch.stack(made).cpu())
+    return {pair: torch.cat(each, dim=1).double().numpy() for pair, each in parts.items()}
+
+
+def _shuffled(representation: Any, generator: torch.Generator, state: Tensor) -> Any:
+    """Every tap gets the same permutation of the images."""
+    generator.set_state(state)
+    return shuffled(representation, generator)
+
+
+def _no_single(images: Any, batch_size: int) -> Iterator[Tensor]:
+    """Batches; a last image alone joins the batch before it, since it could not be shuffled."""
+    waiting: Tensor | None = None
+    for batch in batches(images, batch_size):
+        if waiting is not None and len(batch) == 1:
+            waiting = torch.cat([waiting, batch])
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
+
+
+def plain_psnr(
+    target: Target, images: Any, inverses: Mapping[int, Mapping[str, Reconstruct]], batch_size: int = 50
+) -> dict[str, float]:
+    """{tap: mean PSNR (dB) over images and seeds} of the plain reconstruction, by no way but the inverse itself."""
+    parts: dict[str, list[Tensor]] = {}
+    for batch in _no_single(images, batch_size):
+        batch = batch.to(target.device)
+        for of_seed in inverses.values():
+            recorded = target.record(batch, [tap for tap in target.available_taps if tap in of_seed])
+            for tap, representation in recorded.items():
+                with torch.no_grad():
+                    made = of_seed[tap](representation).clamp(0, 1)
+                parts.setdefault(tap, []).append(psnr(batch, made).cpu())
+    return {tap: float(torch.cat(each).double().mean()) for tap, each in parts.items()}
+
+
+@torch.no_grad()
+def cross_pictures(
+    target: Target, images: Tensor, inverses: Mapping[str, Reconstruct], pairs: Iterable[Pair] | None = None
+) -> dict[Pair, Tensor]:
+    """{(i, j): (B, 3, H, W)}: what the inverse made for tap j makes of the representation of tap i."""
+    recorded = target.record(images.to(target.device), [tap for tap in target.available_taps if tap in inverses])
+    chosen = pairs_of_one_form(recorded) if pairs is None else pairs
+    return {pair: inverses[pair[1]](translated(recorded, pair)).clamp(0, 1).cpu() for pair in chosen}
+
+
+# ------------------------------------------------------------------------------------------------------------- decay
+
+
+def decay_pairs(target: Target, pairs: Iterable[Pair]) -> dict[str, dict[Pair, float]]:
+    """{group: {pair: layer distance |i - j|}} of the pairs of two different taps that lie in one group."""
+    groups: dict[str, dict[Pair, float]] = {}
+    for pair in pairs:
+        group = layer_group(target, pair[0])
+        if pair[0] != pair[1] and group and group == layer_group(target, pair[1]):
+            groups.setdefault(group, {})[pair] = abs(target.depth(pair[0]) - target.depth(pair[1]))
+    return {group: groups[group] for group in GROUPS if group in groups}
+
+
+def loss(scores: Mapping[Pair, np.ndarray], pair: Pair) -> np.ndarray:
+    """What is lost because the inverse was made for another tap: PSNR of (i, i) minus PSNR of (i, j), in dB."""
+    return scores[pair[0], pair[0]] - scores[pair]
+
+
+def slope_through_origin(losses: Sequence[Any], distances: Sequence[float]) -> Any:
+    """Least-squares slope of losses (numbers, or arrays of one shape) over distances, through (0, 0).
+
+    At distance 0 nothing is lost by definition, hence no intercept.
+    """
+    steps = np.asarray(distances, float)
+    return np.tensordot(steps, np.asarray(losses, float), axes=1) / np.square(steps).sum()
+
+
+def cross_rows(
+    target: Target,
+    images: Any,
+    families: Families,
+    untrained: Mapping[int, tuple[Target, Mapping[str, Mapping[str, Reconstruct]]]],
+    mean_image: Tensor,
+    moments: Moments,
+    distance: int = 2,
+    seed: int = 0,
+    batch_size: int = 50,
+    trained_images: int | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Tidy rows of the cross-application of every family, with its nulls.
+
+    families, untrained: of `families_by_seed` and `untrained_by_seed`; mean_image: (3, H, W) of the training images;
+    moments: of `tap_moments`; distance: the largest layer distance that the slopes use, so that targets of other
+    depths are compared over the same distances; trained_images: families other than that of the nulls are crossed on
+    the first so many images, since a chain takes far longer than a linear map. Measures: cross_psnr and
+    cross_psnr_standardised (each pair), cross_loss and cross_loss_standardised (each group and distance), and for each
+    group decay_slope, decay_slope_standardised and decay_slope_share (see SLOPES). The nulls are of the
+    linear family where it is there: null_shuffled, null_untrained; null_mean at every tap.
+    """
+    columns = dict(columns or {})
+    names = list(next(iter(families.values())))
+    reference = "linear" if "linear" in names else names[0]
+    of_reference = {s: each[reference] for s, each in families.items()}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    tables: list[tuple[str, str, Scores, bool]] = []
+    for family in names:
+        of_family = {s: each[family] for s, each in families.items()}
+        judged = images if family == reference or trained_images is None else tensor(images, trained_images)
+        tables.append((family, family, cross_application(target, judged, of_family, **options), False))
+    scaled = cross_application(target, images, of_reference, feed="standardised", moments=moments, **options)
+    tables.append((reference, reference, scaled, True))
+    other = cross_application(target, images, of_reference, feed="shuffled", **options)
+    tables.append(("null_shuffled", reference, other, False))
+    if all(reference in each for _, each in untrained.values()):
+        parts = [
+            cross_application(null, images, {s: each[reference]}, **options) for s, (null, each) in untrained.items()
+        ]
+        null_scores = {pair: np.concatenate([part[pair] for part in parts]) for pair in parts[0]}
+        tables.append(("null_untrained", reference, null_scores, False))
+    flat = torch.cat([psnr(batch, mean_image.expand_as(batch)) for batch in batches(images, batch_size)])
+    floor = flat.double().numpy()[None]
+    rows = []
+    for inverse, family, scores, standardised in tables:
+        common = columns | {"inverse": inverse, "family": family}
+        rows += _pair_rows(target, scores, f"cross_psnr{'_standardised' * standardised}", seed, common)
+        if inverse != "null_shuffled":
+            of_images = floor[:, : next(iter(scores.values())).shape[1]]
+            rows += _decay_rows(target, scores, of_images, distance, standardised, seed, common)
+    for tap in dict.fromkeys(source for source, _ in tables[0][2]):
+        common = columns | {"inverse": "null_mean", "family": "", **_at(target, (tap, tap))}
+        rows += pooled_rows(floor, "cross_psnr", seed, **common)
+    return rows
+
+
+def _at(target: Target, pair: Pair, component: Component = "block") -> dict[str, Any]:
+    group = layer_group(target, pair[0])
+    return {
+        "tap": pair[0],
+        "depth": target.depth(pair[0]),
+        "source_tap": pair[0],
+        "target_tap": pair[1],
+        "group": group if group == layer_group(target, pair[1]) else "",
+        "distance": abs(target.depth(pair[0]) - target.depth(pair[1])),
+        "component": component,
+    }
+
+
+def _pair_rows(
+    target: Target, scores: Scores, measure: str, seed: int, columns: Mapping[str, Any], component: Component = "block"
+) -> list[dict[str, Any]]:
+    return [
+        row
+        for pair, values in scores.items()
+        for row in pooled_rows(values, measure, seed, **{**columns, **_at(target, pair, component)})
+    ]
+
+
+def _decay_rows(
+    target: Target,
+    scores: Scores,
+    floor: np.ndarray,
+    largest: int,
+    standardised: bool,
+    seed: int,
+    columns: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    rows = []
+    suffix = "_standardised" * standardised
+    for group, distances in decay_pairs(target, scores).items():
+        common = {**columns, "group": group, "component": "block"}
+        for step in sorted(set(distances.values())):
+            at = [loss(scores, pair) for pair, each in distances.items() if each == step]
+            rows += pooled_rows(
+                np.mean(at, axis=0), f"cross_loss{suffix}", seed, **common, distance=step, pairs=len(at)
+            )
+        near = {pair: each for pair, each in distances.items() if each <= largest}
+        if not near:
+            continue
+        common |= {"distance": max(near.values()), "pairs": len(near)}
+        slope = slope_through_origin([loss(scores, pair) for pair in near], list(near.values()))
+        rows += pooled_rows(slope, f"decay_slope{suffix}", seed, **common)
+        if not standardised:
+            own = np.mean([scores[tap, tap] for tap in dict.fromkeys(i for i, _ in near)], axis=0)
+            found = pooled_ratio(slope, own - floor, seed)
+            rows.append(metrics_row("decay_slope_share", *found, slope.shape[1], seed, seeds=len(slope), **common))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- similarity
+
+
+@torch.no_grad()
+def similarity_rows(
+    target: Target,
+    images: Any,
+    taps: Sequence[str],
+    steps: Sequence[Step] = (),
+    distance: int = 2,
+    seed: int = 0,
+    null: bool = False,
+    batch_size: int = 50,
+    columns: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Tidy rows of how alike the taps of a target are: cka, procrustes, token_cosine, residual_update, cka_slope.
+
+    taps: of the matrices, every two that hold the same tokens or queries, both ways; steps: further pairs, next to
+    each other (`half_steps`), with their component. null: the target is the untrained one (inverse="null_untrained");
+    else inverse is "features", and beside cka and procrustes stand rows inverse="null_shuffled", where every image
+    meets another one's tokens at the same places. No training seed is behind these numbers: seeds = 1.
+    """
+    columns = dict(columns or {})
+    named = _ends(target, taps, steps)
+    first = probe(target, images, named)
+    components: dict[tuple[str, str], Component] = {pair: "block" for pair in aligned_pairs(_only(first, taps))}
+    wanted = [(*pair, component) for pair, component in components.items()]
+    wanted += [(step.before, step.after, step.component) for step in steps if step.component != "block"]
+    sample = TokenSample(seed=seed)
+    cosines: dict[Pair, list[Tensor]] = {}
+    updates: dict[Step, list[Tensor]] = {}
+    for batch in batches(images, batch_size):
+        recorded = target.record(batch.to(target.device), named)
+        sample.add(recorded)
+        for i, j in dict.fromkeys((i, j) for i, j, _ in wanted):
+            if recorded[i].values.shape == recorded[j].values.shape:
+                cosines.setdefault((i, j), []).append(token_cosine(recorded[i], recorded[j]).cpu())
+        for step in steps:
+            if recorded[step.before].signature == recorded[step.after].signature:
+                update = residual_update(recorded[step.before], recorded[step.after])
+                updates.setdefault(step, []).append(update.cpu())
+    inverse = "null_untrained" if null else "features"
+    common = columns | {"family": "", "inverse": inverse}
+    rows = []
+    for i, j, component in wanted:
+        if (i, j) in cosines:
+            values = torch.cat(cosines[i, j])[None]
+            rows += _both_ways(target, (i, j), component, pooled_rows(values, "token_cosine", seed, **common)[0])
+    for step, parts in updates.items():
+        at = _at(target, (step.before, step.after), step.component)
+        at |= {"tap": step.after, "depth": target.depth(step.after)}
+        rows += pooled_rows(torch.cat(parts)[None], "residual_update", seed, **(common | at))
+    features = sample.minibatches()
+    shown = {inverse: None} if null else {inverse: None, "null_shuffled": sample.images_in_minibatch()}
+    for name, moved in shown.items():
+        common = columns | {"family": "", "inverse": name, "seeds": 1}
+        for members in _aligned_sets(first, wanted):
+            rows += _similar_rows(target, features, members, wanted, moved, sample.count, seed, common)
+    rows += _cka_slope_rows(target, features, first, taps, distance, sample.count, seed, columns, inverse)
+    return rows
+
+
+def _only(recorded: Mapping[str, Representation], taps: Sequence[str]) -> dict[str, Representation]:
+    return {tap: recorded[tap] for tap in recorded if tap in taps}
+
+
+def _aligned_sets(recorded: Mapping[str, Representation], wanted: Sequence[tuple[str, str, Any]]) -> list[list[str]]:
+    """The taps that hold the same tokens, as lists."""
+    used = {tap for i, j, _ in wanted for tap in (i, j)}
+    sets: dict[tuple[Any, ...], list[str]] = {}
+    for tap, representation in recorded.items():
+        if tap in used:
+            sets.setdefault(_place_of(representation), []).append(tap)
+    return list(sets.values())
+
+
+def _similar_rows(
+    target: Target,
+    features: Mapping[str, Tensor],
+    members: Sequence[str],
+    wanted: Sequence[tuple[str, str, Component]],
+    moved: int | None,
+    count: int,
+    seed: int,
+    columns: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """cka and procrustes of the pairs within one set of aligned taps; moved: images in a minibatch to shuffle."""
+    place = {tap: number for number, tap in enumerate(members)}
+    pairs = [(i, j, component) for i, j, component in wanted if i in place and j in place]
+    own = [features[tap] for tap in members]
+    given = own if moved is None else [*own, *(shuffled_rows(each, moved) for each in own)]
+    shift = 0 if moved is None else len(own)
+    numbers = [(place[i], place[j] + shift) for i, j, _ in pairs]
+    alike = [np.array([each[pair] for pair in numbers]) for each in cka_matrix(given, seed)]
+    rotated = procrustes_pairs(given, numbers)
+    rows = []
+    for measure, (value, low, high) in (("cka", alike), ("procrustes", rotated)):
+        for number, (i, j, component) in enumerate(pairs):
+            found = float(value[number]), float(low[number]), float(high[number])
+            row = metrics_row(measure, *found, count, seed, **columns)
+            rows += _both_ways(target, (i, j), component, row)
+    return rows
+
+
+def _both_ways(target: Target, pair: Pair, component: Component, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A symmetric measure's row for (i, j) and, in a matrix of blocks, for (j, i)."""
+    ways = [pair, pair[::-1]] if component == "block" else [pair]
+    return [{**row, **_at(target, way, component)} for way in ways]
+
+
+def _cka_slope_rows(
+    target: Target,
+    features: Mapping[str, Tensor],
+    recorded: Mapping[str, Representation],
+    taps: Sequence[str],
+    largest: int,
+    count: int,
+    seed: int,
+    columns: Mapping[str, Any],
+    inverse: str,
+) -> list[dict[str, Any]]:
+    rows = []
+    pairs = aligned_pairs(_only(recorded, taps))
+    for group, distances in decay_pairs(target, pairs).items():
+        near = {pair: each for pair, each in distances.items() if each <= largest}
+        if not near:
+            continue
+        sets = _aligned_sets(recorded, [(*pair, "block") for pair in near])
+        products = [cka_products([features[tap] for tap in members]) for members in sets]
+        places = [
+            (number, members.index(i), members.index(j))
+            for i, j in near
+            for number, members in enumerate(sets)
+            if i in members
+        ]
+        steps = list(near.values())
+
+        def slope(drawn: np.ndarray, products: Any = products, places: Any = places, steps: Any = steps) -> Any:
+            found = [cka_from_products(each[drawn]) for each in products]
+            return slope_through_origin([1 - found[number][i, j] for number, i, j in places], steps)
+
+        minibatches = len(products[0])  # minibatches, as many at every grid
+        low, high = bootstrap_statistic(slope, minibatches, seed)
+        value = float(slope(np.arange(minibatches)))
+        common = {**columns, "family": "", "inverse": inverse, "group": group, "component": "block", "seeds": 1}
+        common |= {"distance": max(steps), "pairs": len(near)}
+        rows.append(metrics_row("cka_slope", value, low, high, count, seed, **common))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------- predictability
+
+
+def fit_predictors(
+    target: Target, images: Mapping[int, Any], taps: Sequence[str], steps: Sequence[Step] = ()
+) -> dict[int, dict[Pair, LinearInverse]]:
+    """{training seed: {(from, to): linear map}} between all taps where one is defined, in one pass a seed.
+
+    images: {training seed: training images}; steps: further pairs, from before a step to after it.
+    """
+    named = _ends(target, taps, steps)
+    first = probe(target, next(iter(images.values())), named)
+    possible = predictable_pairs(first)
+    pairs = [pair for pair in possible if set(pair) <= set(taps)]
+    pairs += [(step.before, step.after) for step in steps if (step.before, step.after) in possible]
+    pairs = list(dict.fromkeys(pairs))
+    return {s: fit_linear_pairs(target, each, pairs, seed=s, progress=False) for s, each in images.items()}
+
+
+@torch.no_grad()
+def prediction_errors(
+    target: Target,
+    images: Any,
+    predictors: Mapping[int, Mapping[Pair, LinearInverse]],
+    shuffle: bool = False,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> dict[Pair, tuple[np.ndarray, np.ndarray]]:
+    """{(from, to): ((S, N) squared errors of an image, (S, N) those of the training mean)} on held-out images.
+
+    shuffle: predict from another image's features, the null.
+    """
+    pairs = list(next(iter(predictors.values())))
+    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair))
+    parts: dict[Pair, list[Tensor]] = {pair: [] for pair in pairs}
+    generator = torch.Generator().manual_seed(seed)
+    for batch in _no_single(images, batch_size):
+        recorded = target.record(batch.to(target.device), taps)
+        state = generator.get_state()
+        given: dict[str, Any] = dict(recorded)
+        if shuffle:
+            given = {tap: _shuffled(each, generator, state) for tap, each in recorded.items()}
+        for i, j in pairs:
+            errors = [torch.stack(image_errors(each[i, j], given[i], recorded[j])) for each in predictors.values()]
+            parts[i, j].append(torch.stack(errors, dim=1))
+    joined = {pair: torch.cat(each, dim=2).double().numpy() for pair, each in parts.items()}
+    return {pair: (each[0], each[1]) for pair, each in joined.items()}
+
+
+def predictability_rows(
+    target: Target,
+    errors: Mapping[Pair, tuple[np.ndarray, np.ndarray]],
+    inverse: str = "linear",
+    taps: Sequence[str] = (),
+    steps: Sequence[Step] = (),
+    distance: int = 2,
+    seed: int = 0,
+    columns: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Tidy rows of `prediction_errors`: predictability_r2 of pairs and steps, and r2_slope of each group.
+
+    R² is 1 minus the squared error over that of the training mean, over all values of the tap. inverse: "linear" or
+    the name of a null.
+    """
+    common = {**(columns or {}), "inverse": inverse, "family": "linear"}
+    rows = []
+    components: list[tuple[Pair, Component]] = [(pair, "block") for pair in errors if set(pair) <= set(taps)]
+    half = [step for step in steps if step.component != "block"]
+    components += [((s.before, s.after), s.component) for s in half if (s.before, s.after) in errors]
+    for pair, component in components:
+        error, total = errors[pair]
+        unexplained, low, high = pooled_ratio(error, total, seed)
+        row = metrics_row("predictability_r2", 1 - unexplained, 1 - high, 1 - low, error.shape[1], seed)
+        rows.append(row | common | {"seeds": len(error)} | _at(target, pair, component))
+    if inverse == "null_shuffled":
+        return rows
+    for group, distances in decay_pairs(target, [pair for pair in errors if set(pair) <= set(taps)]).items():
+        near = {p: each for p, each in distances.items() if each <= distance and errors[p][1].sum() > 0}
+        if not near:
+            continue
+        # A weighted sum of ratios as one ratio: every pair's errors in units of its own mean total.
+        scales = [errors[pair][1].mean() for pair in near]
+        steps_apart = list(near.values())
+        above = [errors[pair][0] / scale for pair, scale in zip(near, scales, strict=True)]
+        below = [errors[pair][1] / scale for pair, scale in zip(near, scales, strict=True)]
+        weight = sum(steps_apart) / np.square(steps_apart).sum()
+        found = pooled_ratio(
+            slope_through_origin(above, steps_apart), slope_through_origin(below, steps_apart) / weight, seed
+        )
+        row = metrics_row("r2_slope", *found, above[0].shape[1], seed, seeds=len(above[0]), **common)
+        rows.append(row | {"group": group, "component": "block", "distance": max(steps_apart), "pairs": len(near)})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- half-steps
+
+
+def half_step_rows(
+    target: Target,
+    images: Any,
+    inverses: Mapping[int, Mapping[str, Reconstruct]],
+    steps: Sequence[Step],
+    family: str = "linear",
+    inverse: str | None = None,
+    seed: int = 0,
+    batch_size: int = 50,
+    columns: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Tidy rows cross_psnr and step_loss of single half-steps: what one attention or MLP step changes for an inverse.
+
+    inverses: {training seed: {tap: reconstruct}} of the half-steps' taps. cross_psnr: the representation after the
+    step in the inverse made before it (source_tap after, target_tap before). step_loss: dB below its own inverse.
+    Steps without both inverses are left out.
+    """
+    readable = [
+        step
+        for step in steps
+        if inverses and all(step.before in each and step.after in each for each in inverses.values())
+    ]
+    if not readable:
+        return []
+    pairs = [(step.after, step.before) for step in readable]
+    pairs += list(dict.fromkeys((step.after, step.after) for step in readable))
+    scores = cross_application(target, images, inverses, pairs, seed=seed, batch_size=batch_size)
+    rows = []
+    for step in readable:
+        pair = (step.after, step.before)
+        common = {**(columns or {}), "inverse": inverse or family, "family": family}
+        common |= _at(target, pair, step.component)
+        rows += pooled_rows(scores[pair], "cross_psnr", seed, **common)
+        rows += pooled_rows(loss(scores, pair), "step_loss", seed, **common)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- several targets
+
+
+def compare_decay(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Do the layers of ViT-like targets correlate more than those of detectors? One row for each way to ask it.
+
+    metrics: rows of this study for several targets. Every target with a decay in the group "blocks" is held against
+    every other one with "encoder" or "decoder", for each slope (SLOPES) and inverse that both have, over the same
+    layer distances. difference: slope of the detector minus slope of the blocks, so that above 0 means that the
+    layers of the blocks have more in common. low, high: 95 %, from both intervals as of independent samples (MOVER:
+    Zou & Donner, Statistics in Medicine 27, 2008). verdict: "agreed" (with the claim) where low > 0, "disagreed"
+    where high < 0, else "cannot tell". Raises BacksightError where the table has no slopes.
+    """
+    columns = ["target", "group", "other", "other_group", "measure", "inverse", "distance"]
+    columns += ["value", "other_value", "difference", "low", "high", "n", "seeds", "verdict"]
+    slopes = metrics[metrics["measure"].isin(list(SLOPES))] if "measure" in metrics else pd.DataFrame()
+    if slopes.empty:
+        raise BacksightError(f"the table holds none of {', '.join(SLOPES)}: give metrics.csv of 04_cross_layer runs.")
+    # Several runs of one target (data sets, weights) are not mixed: each is compared with those on the same images.
+    keys = ["dataset", "split", "measure", "inverse", "distance"]
+    rows = []
+    for key, table in slopes.groupby(keys, sort=False, dropna=False):
+        blocks = table[table["group"] == "blocks"]
+        others = table[table["group"].isin(["encoder", "decoder"])]
+        for _, one in blocks.iterrows():
+            for _, other in others[others["target"] != one["target"]].iterrows():
+                found = difference_of(
+                    (other["value"], other["low"], other["high"]), tuple(one[["value", "low", "high"]])
+                )
+                rows.append(
+                    {
+                        "dataset": key[0],
+                        "split": key[1],
+                        "target": one["target"],
+                        "group": one["group"],
+                        "other": other["target"],
+                        "other_group": other["group"],
+                        "measure": key[2],
+                        "inverse": key[3],
+                        "distance": key[4],
+                        "value": one["value"],
+                        "other_value": other["value"],
+                        "difference": found[0],
+                        "low": found[1],
+                        "high": found[2],
+                        "n": min(one["n"], other["n"]),
+                        "seeds": min(one["seeds"], other["seeds"]),
+                        "verdict": verdict(found[1], found[2]),
+                    }
+                )
+    return pd.DataFrame(rows, columns=["dataset", "split", *columns])
+
+
+def difference_of(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """(first - second, low, high) of two independent estimates (value, low, high), by MOVER."""
+    value = first[0] - second[0]
+    below = math.hypot(first[0] - first[1], second[2] - second[0])
+    above = math.hypot(first[2] - first[0], second[0] - second[1])
+    return value, value - below, value + above
+
+
+def verdict(low: float, high: float) -> str:
+    """ "agreed" where the whole interval is above 0, "disagreed" where it is below, else "cannot tell"."""
+    if low > 0:
+        return "agreed"
+    return "disagreed" if high < 0 else "cannot tell"
+
+
+def check_cross_claims(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What one expects of this study, held against a run's numbers: claim, holds, share (of the cases it holds in).
+
+    Only claims that the run can decide are listed.
+    """
+    rows = []
+
+    def claim(text: str, cases: Any) -> None:
+        cases = np.asarray(cases, bool)
+        if cases.size:
+            rows.append({"claim": text, "holds": bool(cases.all()), "share": float(cases.mean()), "cases": cases.size})
+
+    matrix = metrics[(metrics["component"] == "block") & metrics["source_tap"].notna()]
+    cross = matrix[(matrix["measure"] == "cross_psnr") & ~matrix["inverse"].str.startswith("null_")]
+    for family, table in cross.groupby("inverse", sort=False):
+        wide = table.pivot_table(index="source_tap", columns="target_tap", values="value", sort=False)
+        own = table[table["source_tap"] == table["target_tap"]].set_index("source_tap")["value"]
+        others = wide.apply(lambda row: row.drop(row.name).max(), axis=1).dropna()
+        claim(f"{family}: its own inverse serves each representation best", own[others.index] >= others)
+    losses = metrics[metrics["measure"] == "cross_loss"]
+    for (inverse, group), table in losses.groupby(["inverse", "group"], sort=False):
+        if len(table) > 1 and not str(inverse).startswith("null_"):
+            ordered = table.sort_values("distance")
+            claim(
+                f"{inverse}, {group}: more is lost at the largest distance than at the smallest",
+                [ordered["low"].iloc[-1] > ordered["high"].iloc[0]],
+            )
+    for measure, first in (("cka", "features"), ("procrustes", "features"), ("predictability_r2", "linear")):
+        wide = matrix[matrix["measure"] == measure].pivot_table(
+            index=["source_tap", "target_tap"], columns="inverse", values="value"
+        )
+        if {first, "null_shuffled"} <= set(wide):
+            claim(f"{measure} is above that of shuffled features", wide[first] > wide["null_shuffled"])
+    return pd.DataFrame(rows, columns=["claim", "holds", "share", "cases"])

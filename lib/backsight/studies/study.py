@@ -1,0 +1,276 @@
+"""All finished runs below one folder as one table, and what is made of it: figures in two formats, their captions.
+
+A run is a sub-folder with a metrics.csv. It counts as finished where its run.json says so; a folder without any
+record, as in the committed results/reference, is taken as it is. Nothing here computes a score again.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from backsight.app.runs import FINISHED, METRICS, STARTED
+from backsight.errors import BacksightError
+from backsight.project import project_root, read_json, shown, write_atomically
+from backsight.tables.pool import METRIC_COLUMNS
+
+QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
+EFFICIENCY, TRADEOFF, TRAINING = "06_modular_vs_direct", "10_tradeoff", "02_train_inverse"
+EXACT = "11_exact"
+FIGURES = "07_figures"
+STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF)  # whose tables pool training seeds in every row
+# What the folder of a run is called where no run.json says which notebook made it: the notebook's name without its
+# number, or the first word of it ("quality-scenes-vit-scenes", "cross_layer-scenes-detr", "colour-…").
+_FIRST_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "train": TRAINING,
+        "quality": QUALITY,
+        "cross": CROSS_LAYER,
+        "colour": COLOUR,
+        "modular": EFFICIENCY,
+        "efficiency": EFFICIENCY,
+        "tradeoff": TRADEOFF,
+        "exact": EXACT,
+        "targets": "01_targets",
+        "quickstart": "00_quickstart",
+    }
+)
+# The column that only one study writes.
+_SIGNATURES: Mapping[str, str] = MappingProxyType(
+    {"study": EXACT, "source_tap": CROSS_LAYER, "perturbation": COLOUR, "flops": EFFICIENCY, "t": TRADEOFF}
+)
+CAPTIONS = "captions.md"
+
+
+@dataclass(frozen=True)
+class Study:
+    """folder: where the runs lie; tables: {run: its metrics.csv, with the columns `seeds` and `run`}; notebooks:
+    {run: which notebook made it}; left_out: {run: why it is not read}."""
+
+    folder: Path
+    tables: Mapping[str, pd.DataFrame]
+    notebooks: Mapping[str, str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, notebook: str, measure: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of all runs of one study (and of some measures), with METRIC_COLUMNS and what else they use.
+
+        `inverse` is "" where a row is of no inverse.
+        """
+        tables = []
+        for run in self.runs(notebook):
+            table = self.tables[run]
+            if measure is not None:
+                table = table[table["measure"].isin([measure] if isinstance(measure, str) else list(measure))]
+            if len(table):
+                tables.append(table)
+        if not tables:
+            return pd.DataFrame(columns=[*METRIC_COLUMNS, "seeds", "run"])
+        rows = used_columns(pd.concat(tables, ignore_index=True))
+        return rows.assign(inverse=rows["inverse"].astype(object).fillna(""))
+
+    def runs(self, notebook: str) -> list[str]:
+        """The names of the runs of one study."""
+        return sorted(run for run, made_by in self.notebooks.items() if made_by == notebook)
+
+    def overview(self) -> pd.DataFrame:
+        """One row a run: its notebook, targets, rows, and the fewest and most images and training seeds of a row."""
+        lines = []
+        for run, table in self.tables.items():
+            counted = table["n"].dropna().astype(int)
+            lines.append(
+                {
+                    "run": run,
+                    "notebook": self.notebooks[run],
+                    "targets": ", ".join(sorted(set(table["target"].dropna()))),
+                    "rows": len(table),
+                    "n": _range(counted),
+                    "seeds": _range(table["seeds"]),
+                }
+            )
+        return pd.DataFrame(lines).sort_values(["notebook", "run"], ignore_index=True)
+
+    @property
+    def name(self) -> str:
+        """The folder as a text that is the same on every machine: its path in the project, else its name."""
+        text = shown(self.folder)
+        return self.folder.name if Path(text).is_absolute() else text
+
+
+def study_folder(results: str | Path = "") -> Path:
+    """The folder of a study's runs: `results`, relative to the project, or the committed results/reference."""
+    return project_root() / (results or "results/reference")
+
+
+def read_study(folder: str | Path) -> Study:
+    """Read every finished run in the sub-folders of `folder`.
+
+    `seeds`, the number of training seeds pooled in a row, is 1 where a table does not say it. A run that is not
+    finished, or whose table cannot be read, is left out and named in `left_out`; runs without a table count for
+    nothing. Raises BacksightError where the folder does not exist or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BacksightError(f"{shown(folder)} is not a folder: give the folder that holds the runs.")
+    tables, notebooks, left_out = {}, {}, {}
+    for place in sorted(folder.iterdir()):
+        if place.name.startswith(".") or not any((place / name).is_file() for name in (METRICS, STARTED)):
+            continue
+        record = read_json(place / FINISHED)
+        if (record or read_json(place / STARTED) or {}).get("notebook") == FIGURES:
+            continue  # what is made of a study is no part of it
+        if record is None and (place / STARTED).is_file():
+            left_out[place.name] = "it was started and did not finish"
+            continue
+        if not (place / METRICS).is_file():
+            continue
+        try:
+            table = pd.read_csv(place / METRICS, low_memory=False)
+        except (OSError, ValueError) as error:
+            left_out[place.name] = f"its {METRICS} cannot be read ({type(error).__name__})"
+            continue
+        if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
+            left_out[place.name] = f"its {METRICS} lacks the columns {', '.join(missing)}"
+            continue
+        notebooks[place.name] = notebook_of(place.name, table, record)
+        seeds = table["seeds"].fillna(1).astype(int) if "seeds" in table else 1
+        tables[place.name] = table.assign(seeds=seeds, run=place.name)
+    if not tables:
+        raise BacksightError(f"{shown(folder)} holds no finished run: make one with `make run` or name another folder.")
+    return Study(folder, tables, notebooks, left_out)
+
+
+def used_columns(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with METRIC_COLUMNS and those other columns that hold anything in them."""
+    empty = [name for name in rows if name not in METRIC_COLUMNS and rows[name].isna().all()] if len(rows) else []
+    return rows.drop(columns=empty)
+
+
+def notebook_of(run: str, table: pd.DataFrame, record: Mapping[str, Any] | None = None) -> str:
+    """Which notebook made a run: from its record, else from the columns that only one has, else from its name."""
+    if record and record.get("notebook"):
+        return str(record["notebook"])
+    for column, notebook in _SIGNATURES.items():
+        if column in table.columns and table[column].notna().any():
+            return notebook
+    word = run.replace("_", "-").split("-")[0]
+    return _FIRST_WORDS.get(word, "")
+
+
+def fullest_run(rows: pd.DataFrame, by: Sequence[str] = ("target", "dataset")) -> pd.DataFrame:
+    """Of several runs on the same target and images, the rows of the one with most seeds, then images; never a mix."""
+    if rows.empty:
+        return rows
+    kept = []
+    for _, group in rows.groupby(list(by), sort=False, dropna=False):
+        sizes = group.groupby("run")[["seeds", "n"]].max().sort_index()
+        best = sizes.sort_values(["seeds", "n"], ascending=False, kind="stable").index[0]
+        kept.append(group[group["run"] == best])
+    return pd.concat(kept, ignore_index=True)
+
+
+# ------------------------------------------------------------------------------------------------- figures and captions
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    """A figure of the study: a file name without suffix, a title, the picture and the rows that it shows.
+
+    rows: the tidy rows drawn; None where the figure shows pictures. runs: the runs that they come from.
+    note: what else a reader has to know.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    rows: pd.DataFrame | None = None
+    runs: tuple[str, ...] = ()
+    note: str = ""
+
+
+def save_figure(folder: str | Path, name: str, figure: Figure) -> list[Path]:
+    """Save <name>.png (200 dots per inch) and <name>.svg; equal figures are equal bytes. Returns the two paths."""
+    folder = Path(folder)
+    # An SVG names its parts by random identifiers unless a salt is set while it is written, and tells the date.
+    with rc_context({"svg.hashsalt": "backsight", "svg.fonttype": "path"}):
+        return [
+            write_atomically(
+                folder / f"{name}.png",
+                lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
+            ),
+            write_atomically(
+                folder / f"{name}.svg",
+                lambda temporary: figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None}),
+            ),
+        ]
+
+
+def caption(drawn: StudyFigure) -> str:
+    """A figure's caption in Markdown: title, what it shows, n, seeds, intervals, runs; counted from its rows."""
+    said = getattr(drawn.figure, "caption", "")
+    parts = [f"**{drawn.title}.**", said, drawn.note]
+    runs: Iterable[str] = drawn.runs
+    if drawn.rows is not None and len(drawn.rows):
+        rows = drawn.rows
+        parts.append(f"n = {_span(rows['n'], 'images')}; {_span(rows['seeds'], 'training seeds')};")
+        with_interval = rows[["low", "high"]].notna().all(axis=1)
+        if with_interval.all():
+            parts.append("95 % bootstrap intervals.")
+        elif with_interval.any():
+            parts.append(f"95 % bootstrap intervals for {with_interval.sum()} of {len(rows)} values.")
+        else:
+            parts.append("no intervals.")
+        datasets = rows[["dataset", "split"]].dropna().drop_duplicates()
+        where = [f"{dataset} ({split})" for dataset, split in datasets.itertuples(index=False)]
+        parts.append(f"Images: {', '.join(where)}.")
+        runs = runs or sorted(set(rows["run"]))
+    if runs := list(runs):
+        parts.append(f"Runs: {', '.join(f'`{run}`' for run in runs)}.")
+    return " ".join(part.strip() for part in parts if part)
+
+
+def _span(numbers: pd.Series, unit: str) -> str:
+    return f"{_range(numbers)} {unit[:-1] if (numbers == 1).all() else unit}"
+
+
+def _range(numbers: pd.Series) -> str:
+    """The smallest and the largest of some whole numbers, in words."""
+    if numbers.dropna().empty:
+        return "no"
+    low, high = int(numbers.min()), int(numbers.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def write_figures(folder: str | Path, figures: Sequence[StudyFigure], study: Study) -> Path:
+    """Save every figure as PNG and SVG, and their captions as captions.md beside them; returns that file.
+
+    Raises BacksightError where two figures have one name.
+    """
+    names = [drawn.name for drawn in figures]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BacksightError(f"two figures are called {', '.join(twice)}: give each a name of its own.")
+    lines = [
+        "# Figures",
+        "",
+        f"Drawn from the tables (metrics.csv) and pictures of the runs in `{study.name}`.",
+    ]
+    for number, drawn in enumerate(figures, start=1):
+        save_figure(folder, drawn.name, drawn.figure)
+        lines += ["", f"## {number}. {drawn.name}", "", f"![{drawn.title}]({drawn.name}.png)", "", caption(drawn)]
+    text = "\n".join(lines) + "\n"
+    return write_text(Path(folder) / CAPTIONS, text)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file atomically, with the same line ends on every machine."""
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def save_table(path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a table as CSV, atomically; returns its path."""
+    return write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))

@@ -1,0 +1,1 @@
+"""Values pooled into rows with intervals."""

@@ -1,0 +1,1 @@
+"""Loops: modules of inverses (and the models themselves) trained by gradient descent."""

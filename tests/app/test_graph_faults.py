@@ -1,0 +1,179 @@
+"""Faults of the run graph: killed again and again, it ends with the results of a run that nobody killed."""
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import random
+import shutil
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from conftest import NotebookWriter
+from test_snakefile import SNAKEMAKE
+
+STEPS, KILLS = 12, 2
+# A training of STEPS steps with a checkpoint after each; what it has done is told in a journal outside its folder.
+TRAIN = f"""\
+import math, time
+import numpy
+from safetensors.numpy import save_file
+from backsight.app.runs import open_run
+from backsight.project import read_json, write_atomically, write_json
+run = open_run(out, "00_train", {{}})
+checkpoint, journal = run.folder / "checkpoints" / "state.json", run.folder.parent / "journal.txt"
+state = read_json(checkpoint) or {{"step": 0, "weight": 1.0}}
+for step in range(state["step"], {STEPS}):
+    state = {{"step": step + 1, "weight": math.cos(state["weight"] + step)}}
+    time.sleep(0.05)
+    write_json(checkpoint, state)
+    with journal.open("a") as lines:
+        lines.write(f"step {{step}}\\n")
+weight = {{"weight": numpy.full(1000, state["weight"])}}
+write_atomically(run.inverses / "inverse.safetensors", lambda path: save_file(weight, path))
+write_atomically(run.folder / "metrics.partial.csv", lambda path: path.write_text(f"weight\\n{{state['weight']!r}}\\n"))
+with journal.open("a") as lines:
+    lines.write("trained\\n")
+run.finish()
+print(state["weight"])
+"""
+JUDGE = """\
+import pathlib, time
+from safetensors.numpy import load_file
+from backsight.app.runs import open_run
+from backsight.project import write_atomically
+run = open_run(out, "01_judge", {})
+mean = load_file(pathlib.Path(results) / "train" / "inverses" / "inverse.safetensors")["weight"].mean()
+with (run.folder.parent / "journal.txt").open("a") as lines:
+    lines.write("judged\\n")
+time.sleep(0.1)
+write_atomically(run.folder / "metrics.partial.csv", lambda path: path.write_text(f"mean\\n{mean!r}\\n"))
+run.finish()
+print(mean)
+"""
+# What says when and how long, and nothing of the result.
+OF_THE_MOMENT = ("started", "seconds", "resumed", "hardware")
+
+
+def run_snakemake(arguments: list[str], folder: str, log: str) -> None:
+    """In a process of its own: a session whose whole group can be killed."""
+    os.setsid()
+    os.chdir(folder)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from snakemake.cli import main
+
+    main(arguments)
+
+
+def kill_all(process: multiprocessing.process.BaseProcess) -> None:
+    """SIGKILL to the process group and, since a kernel has a group of its own, to every process below it."""
+    assert process.pid is not None
+    below = psutil.Process(process.pid).children(recursive=True)
+    with suppress(ProcessLookupError):  # it may have ended by itself just now
+        os.killpg(process.pid, signal.SIGKILL)
+    for child in below:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(below, timeout=10)
+    process.join()
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file of the runs in a folder, less times: temporary and partial files, locks and logs left out."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name.startswith(".") or path.name in ("log.txt", "journal.txt"):
+            continue
+        if ".partial." in path.name:  # what a kill leaves of it is anything, an empty file too, and its name says so
+            continue
+        content: object = path.read_bytes()
+        if path.suffix == ".json":
+            content = {key: value for key, value in json.loads(path.read_text()).items() if key not in OF_THE_MOMENT}
+        elif path.suffix == ".ipynb":
+            cells = nbformat.read(path, as_version=4).cells
+            content = [(cell.source, cell.execution_count, cell.outputs) for cell in cells]
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+def nothing_looks_whole_that_is_not(folder: Path, whole: dict[str, object]) -> None:
+    """A run.json, a final table or a final notebook is there as in the uninterrupted run, or not at all."""
+    for name, content in contents(folder).items():
+        if Path(name).name in ("run.json", "metrics.csv", "inverse.safetensors") or name.endswith(".ipynb"):
+            assert content == whole[name], name
+
+
+@pytest.fixture
+def graph(write_notebook: NotebookWriter, tmp_path: Path) -> list[str]:
+    """The arguments of snakemake for one training and what judges it; parameters that the runner need not check."""
+    write_notebook('out = ""', TRAIN, name="00_train", folder=tmp_path / "notebooks")
+    write_notebook('out = ""\nresults = ""', JUDGE, name="01_judge", folder=tmp_path / "notebooks")
+    preset = tmp_path / "tiny.yaml"
+    jobs = {"once": ["00_train"], "targets": {}, "families": [], "seeds": [0], "last": ["01_judge"]}
+    preset.write_text(yaml.safe_dump({"graph": jobs}))
+    results = tmp_path / "results"
+    return [
+        *SNAKEMAKE[3:],
+        str(results / "tiny" / "judge" / "run.json"),
+        *("--config", f"preset={preset}", f"notebooks={tmp_path / 'notebooks'}", f"results={results}"),
+        *("--cores", "1", "--quiet", "host"),
+    ]
+
+
+def test_a_graph_killed_at_random_moments_ends_as_if_uninterrupted(
+    graph: list[str], root: Path, tmp_path: Path
+) -> None:
+    # Snakemake is loaded once, in the server that the graph's processes are forked from.
+    context = multiprocessing.get_context("forkserver")
+    plugins = [module.name for module in pkgutil.iter_modules() if module.name.startswith("snakemake_executor_plugin_")]
+    context.set_forkserver_preload(["snakemake.cli", "snakemake.persistence.file", *plugins])
+    results, log = tmp_path / "results" / "tiny", tmp_path / "log.txt"
+    journal = results / "journal.txt"
+
+    def start() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=run_snakemake, args=(graph, str(root), str(log)))
+        process.start()
+        return process
+
+    def done() -> list[str]:
+        return journal.read_text().splitlines() if journal.exists() else []
+
+    uninterrupted = start()
+    uninterrupted.join()
+    assert uninterrupted.exitcode == 0, log.read_text()
+    whole, everything = contents(results), done()
+    assert everything == [*(f"step {step}" for step in range(STEPS)), "trained", "judged"]
+    assert {"train/metrics.csv", "judge/metrics.csv", "judge/run.json"} < whole.keys()
+    shutil.rmtree(results)
+
+    seed = random.SystemRandom().randrange(10**6)
+    draw = random.Random(seed)
+    moments = sorted(draw.sample(range(1, len(everything) + 1), KILLS))
+    print(f"seed {seed}: killed after {moments} lines of the journal")
+    for moment in moments:
+        process = start()
+        deadline = time.monotonic() + 120
+        while len(done()) < moment and process.is_alive():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.1))
+        if process.is_alive():
+            kill_all(process)
+        nothing_looks_whole_that_is_not(results, whole)
+
+    last = start()
+    last.join()
+    assert last.exitcode == 0, log.read_text()
+    assert contents(results) == whole
+    # Of what was done before a kill, only the step after the last checkpoint is done again.
+    steps = [line for line in done() if line.startswith("step")]
+    assert len(steps) == len(set(steps)) >= STEPS - KILLS
+    assert "resuming the interrupted run" in log.read_text()

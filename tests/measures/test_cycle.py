@@ -1,0 +1,114 @@
+"""Cycle check: an image agrees with itself, and average precision is COCO's."""
+
+import numpy as np
+import pytest
+import torch
+
+from backsight.errors import BacksightError
+from backsight.measures.agreement import (
+    Matches,
+    average_precision,
+    cycle,
+    cycle_taps,
+    detections,
+    early_taps,
+    match,
+    pooled_precision,
+)
+from backsight.measures.structure import Judged
+from backsight.representation import Predictions
+from backsight.targets import load_target
+
+
+def predictions(count=12, queries=8, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(count, queries, classes + 1, generator=generator)
+    corner = 0.6 * torch.rand(count, queries, 2, generator=generator)
+    size = 0.15 + 0.2 * torch.rand(count, queries, 2, generator=generator)
+    return Predictions(logits, torch.cat([corner + size / 2, size], -1))
+
+
+def nudged(image, seed=1, noise=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = (image.boxes + noise * torch.randn(image.boxes.shape, generator=generator)).clamp(0.02, 1)
+    return Predictions(image.logits + torch.randn(image.logits.shape, generator=generator), boxes)
+
+
+def coco_ap50(image, other):
+    """AP50 by torchmetrics (pycocotools), with the confident detections on the image as the objects."""
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(iou_thresholds=[0.5], max_detection_thresholds=[1, 10, 100])
+    true, found = detections(image), detections(other)
+    for i in range(image.batch):
+        kept = true[0][i] >= 0.5
+        target = {"boxes": true[2][i][kept] * 100, "labels": true[1][i][kept]}
+        metric.update([{"boxes": found[2][i] * 100, "scores": found[0][i], "labels": found[1][i]}], [target])
+    return float(metric.compute()["map_50"])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.3])
+def test_average_precision_is_that_of_coco(noise):
+    image = predictions()
+    other = nudged(image, noise=noise)
+    assert average_precision(match(image, other))[0] == pytest.approx(coco_ap50(image, other), abs=1e-6)
+
+
+def test_the_same_detections_agree_entirely_and_no_objects_have_no_precision():
+    image = predictions()
+    assert average_precision(match(image, image))[0] == 1
+    nothing = Predictions(torch.tensor([0.0, 0, 0, 50]).expand(2, 4, 4), torch.full((2, 4, 4), 0.3))
+    assert np.isnan(average_precision(match(nothing, nothing)))
+    row = pooled_precision("map50", {0: [match(nothing, nothing)]}, 0, {})
+    assert np.isnan(row["value"])
+    assert np.isnan(row["low"])
+
+
+def test_weights_are_the_same_as_drawing_images():
+    image = predictions()
+    matches = match(image, nudged(image))
+    drawn = np.random.default_rng(0).integers(12, size=(5, 12))
+    weights = np.stack([np.bincount(row, minlength=12) for row in drawn]).astype(float)
+    names = ("scores", "classes", "hits", "counted", "truth")
+    parts = [Matches(*(getattr(matches, name)[row] for name in names)) for row in drawn]
+    expected = [average_precision(part)[0] for part in parts]
+    assert average_precision(matches, weights).tolist() == pytest.approx(expected)
+    row = pooled_precision("map50", {0: [matches], 1: [match(image, nudged(image, 2))]}, 0, {"tap": "a"})
+    assert row["low"] <= row["value"] <= row["high"]
+    assert (row["n"], row["seeds"], row["tap"]) == (12, 2, "a")
+
+
+def test_sigmoid_detections_are_pairs_of_query_and_class():
+    logits = torch.full((1, 2, 3), -5.0)
+    logits[0, 1, 2], logits[0, 1, 0] = 3.0, 2.0
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.4, 0.2, 0.2]]])
+    scores, classes, corners = detections(Predictions(logits, boxes, "sigmoid"))
+    assert classes[0, :2].tolist() == [2, 0]
+    assert corners[0, :2].flatten().tolist() == pytest.approx([0.2, 0.3, 0.4, 0.5] * 2)
+    assert scores[0, 0] > scores[0, 1] > 0.5 > scores[0, 2]
+
+
+@pytest.mark.parametrize("name", ["scenes-vit", "scenes-detr"])
+def test_an_image_agrees_with_itself(name):
+    from backsight.measures.structure import scene_objects
+
+    target = load_target(name, "components")
+    images = scene_objects("test", 6, 64).images
+    taps = cycle_taps(target, target.taps)
+    assert set(early_taps(target)) <= set(taps)
+    judged = Judged(images, None, None, torch.arange(6), target.record(images, taps))
+    compare = cycle(target, target.taps)(judged)
+    same, grey = compare(images), compare(torch.full_like(images, 0.5))
+    cosines = {key[1][0][1]: value for key, value in same.items() if key[0] == "cycle_cosine"}
+    assert list(cosines) == list(target.taps)
+    assert all(value.min() > 0.9999 for value in cosines.values())
+    assert same["perceptual"].max() < 1e-6
+    assert grey["perceptual"].min() > 0.01
+    if name == "scenes-vit":
+        assert same["top1_agreement"].eq(1).all()
+        assert "map50" not in same
+    else:
+        assert average_precision(same["map50"])[0] == 1
+        assert average_precision(grey["map50"])[0] < 0.5
+    with pytest.raises(BacksightError, match="needs the recorded taps"):
+        cycle(target, target.taps)(Judged(images, None, None, torch.arange(6), {}))

@@ -1,0 +1,296 @@
+"""Cross-application: the diagonal is the plain reconstruction, slopes are exact, verdicts go either way."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from backsight.errors import BacksightError
+from backsight.inverses.linear import fit_linear
+from backsight.measures.pixels import psnr
+from backsight.plots.cross_layer import (
+    cross_grid,
+    cross_matrix,
+    decay_curve,
+    half_step_curves,
+    short_tap,
+    similarity_matrices,
+    slope_table,
+)
+from backsight.representation import Queries, Tokens
+from backsight.studies import cross_layer
+from backsight.studies.cross_layer import compare_decay, cross_application, translated
+from backsight.studies.nulls import null_mean
+from backsight.tables.pool import METRIC_COLUMNS
+from backsight.targets import load_target
+
+ABOUT = {"target": "scenes-vit", "weights": "shipped", "dataset": "smooth", "split": "test"}
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth random pictures of 64 x 64 pixels: (60, 3, 64, 64)."""
+    coarse = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=64, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return load_target("scenes-vit", taps=["patch_embed", "blocks.0", "blocks.1", "norm"])
+
+
+@pytest.fixture(scope="module")
+def study(vit, images):
+    """(linear inverses of two seeds, all rows of a small study)."""
+    train, test = images[:40], images[40:]
+    steps = cross_layer.half_steps(vit)[:4]
+    ends = [*vit.taps, *(tap for step in steps for tap in (step.before, step.after))]
+    fitted = {s: fit_linear(vit, train[20 * s :][:20], ends, seed=s, progress=False) for s in (0, 1)}
+    linear = {s: {"linear": {tap: each[tap] for tap in vit.taps}} for s, each in fitted.items()}
+    null = vit.untrained(0)
+    untrained = {0: (null, {"linear": fit_linear(null, train, null.taps, progress=False)})}
+    moments = cross_layer.tap_moments(vit, train, vit.taps)
+    rows = cross_layer.cross_rows(vit, test, linear, untrained, null_mean(train), moments, columns=ABOUT)
+    layers = cross_layer.block_steps(vit, vit.taps)
+    rows += cross_layer.similarity_rows(vit, test, vit.taps, [*layers, *steps], columns=ABOUT)
+    rows += cross_layer.similarity_rows(null, test, vit.taps, [*layers, *steps], null=True, columns=ABOUT)
+    maps = cross_layer.fit_predictors(vit, {0: train[:20], 1: train[20:]}, vit.taps, steps)
+    for inverse, shuffle in (("linear", False), ("null_shuffled", True)):
+        errors = cross_layer.prediction_errors(vit, test, maps, shuffle=shuffle)
+        rows += cross_layer.predictability_rows(vit, errors, inverse, vit.taps, steps, columns=ABOUT)
+    rows += cross_layer.half_step_rows(vit, test, fitted, steps, columns=ABOUT)
+    return fitted, pd.DataFrame(rows)
+
+
+def test_the_diagonal_is_the_plain_reconstruction_exactly(vit, images, study):
+    fitted, _ = study
+    test = images[40:]
+    scores = cross_application(vit, test, fitted, batch_size=7)
+    recorded = vit.record(test, vit.taps)
+    for tap in vit.taps:
+        for number, inverse in enumerate(fitted.values()):
+            plain = psnr(test, inverse[tap](recorded[tap]))
+            assert scores[tap, tap][number] == pytest.approx(plain.numpy(), abs=1e-3)
+    whole = cross_application(vit, test, fitted, pairs=[("norm", "norm")], batch_size=20)
+    exact = psnr(test, fitted[0]["norm"](recorded["norm"])).double().numpy()
+    assert np.array_equal(whole["norm", "norm"][0], exact)
+    standardised = cross_application(
+        vit,
+        test,
+        fitted,
+        [("norm", "norm")],
+        "standardised",
+        cross_layer.tap_moments(vit, test, vit.taps),
+        batch_size=20,
+    )
+    assert np.array_equal(standardised["norm", "norm"], whole["norm", "norm"])
+
+
+def test_off_the_diagonal_it_is_the_other_inverse_on_this_representation(vit, images, study):
+    fitted, _ = study
+    test = images[40:]
+    scores = cross_application(vit, test, fitted, [("blocks.0", "blocks.1")], batch_size=20)
+    expected = psnr(test, fitted[1]["blocks.1"](vit.record(test, "blocks.0")["blocks.0"]))
+    assert np.array_equal(scores["blocks.0", "blocks.1"][1], expected.double().numpy())
+
+
+def test_other_images_are_fed_to_the_null_and_the_caller_keeps_the_random_state(vit, images, study):
+    fitted, _ = study
+    state = torch.get_rng_state()
+    own = cross_application(vit, images[40:], fitted)
+    other = cross_application(vit, images[40:], fitted, feed="shuffled", batch_size=19)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all((own[tap, tap].mean() > other[tap, tap].mean()) for tap in vit.taps)
+    again = cross_application(vit, images[40:], fitted, feed="shuffled", batch_size=19)
+    assert all(np.array_equal(other[pair], again[pair]) for pair in other)
+
+
+def test_only_taps_of_one_form_are_crossed():
+    detector = load_target("scenes-detr")
+    recorded = detector.record(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    pairs = cross_layer.pairs_of_one_form(recorded)
+    assert ("encoder.layers.0", "encoder.layers.2") in pairs
+    assert ("decoder.layers.2", "decoder.layers.0") in pairs
+    assert ("predictions", "predictions") in pairs
+    assert not [pair for pair in pairs if len({tap.split(".")[0] for tap in pair} & {"encoder", "decoder"}) > 1]
+    with pytest.raises(BacksightError, match="taps of one form"):
+        translated(recorded, ("encoder.layers.0", "decoder.layers.0"))
+    groups = [cross_layer.layer_group(detector, tap) for tap in ("backbone", "projection", "decoder.layers.1")]
+    assert groups == ["", "encoder", "decoder"]
+    aligned = cross_layer.aligned_pairs(recorded)
+    assert ("decoder.layers.2", "predictions") in aligned
+    assert ("encoder.layers.2", "decoder.layers.0") not in aligned
+    assert cross_layer.forms(pairs) == [
+        ["backbone", "projection", "encoder.layers.0", "encoder.layers.1", "encoder.layers.2"],
+        ["decoder.layers.0", "decoder.layers.1", "decoder.layers.2", "decoder.layernorm"],
+    ]
+
+
+def test_half_steps_have_their_component():
+    detector = load_target("scenes-detr")
+    found = {step.after: step.component for step in cross_layer.half_steps(detector)}
+    assert found["encoder.layers.0.attn"] == "attention"
+    assert found["encoder.layers.0"] == "mlp"
+    assert found["decoder.layers.1.cross_attn"] == "cross_attention"
+    assert found["decoder.layers.1"] == "mlp"
+    assert "decoder.layers.0.attn" not in found, "what is before the decoder is the encoder's output, of another form"
+    assert cross_layer.half_steps(load_target("scenes-swin")) == []
+
+
+def test_stages_on_several_grids_share_one_decay(images):
+    swin = load_target(
+        "scenes-swin", taps=["patch_embed", "layers.0.blocks.0", "layers.0", "layers.1.blocks.0", "layers.1"]
+    )
+    rows = pd.DataFrame(cross_layer.similarity_rows(swin, images[:16], swin.taps, columns=ABOUT))
+    slope = rows[rows["measure"] == "cka_slope"].iloc[0]
+    alike = rows[(rows["measure"] == "cka") & (rows["inverse"] == "features")]
+    expected = (alike["distance"] * (1 - alike["value"])).sum() / (alike["distance"] ** 2).sum()
+    assert slope["value"] == pytest.approx(expected)
+    assert slope["pairs"] == len(alike) / 2 == 4
+
+
+def test_standardising_undoes_a_change_of_scale_and_offset():
+    values = torch.randn(8, 5, 3, generator=torch.Generator().manual_seed(0))
+    scaled = values * torch.tensor([1.0, 4.0, 0.5]) + torch.tensor([2.0, 0.0, -1.0])
+    for prefix, grids in ((0, ((1, 5),)), (1, ((2, 2),))):
+        recorded = {"a": Tokens(values, grids, prefix), "b": Tokens(scaled, grids, prefix)}
+
+        class Model:
+            device = torch.device("cpu")
+
+            def record(self, images, taps, recorded=recorded):
+                return recorded
+
+        moments = cross_layer.tap_moments(Model(), torch.zeros(8, 3, 2, 2), ["a", "b"])  # type: ignore[arg-type]
+        assert translated(recorded, ("a", "b"), moments).values == pytest.approx(scaled.numpy(), abs=1e-4)
+        assert torch.equal(translated(recorded, ("a", "b")).values, values)
+    constant = {"a": Queries(torch.ones(2, 3, 4)), "b": Queries(torch.rand(2, 3, 4))}
+    zero = torch.zeros(1, 4)
+    moved = translated(constant, ("a", "b"), {"a": (zero + 1, zero), "b": (zero + 2, zero + 1)})
+    assert torch.equal(moved.values, torch.full((2, 3, 4), 2.0))
+
+
+def test_the_slope_of_a_synthetic_matrix_is_exact(vit):
+    taps = ["patch_embed", "blocks.0", "blocks.1"]
+    scores = {
+        (i, j): np.full((2, 5), 30.0 - a - 2.5 * abs(a - b)) for a, i in enumerate(taps) for b, j in enumerate(taps)
+    }
+    distances = cross_layer.decay_pairs(vit, scores)["blocks"]
+    assert sorted(distances.values()) == [1, 1, 1, 1, 2, 2]
+    losses = [cross_layer.loss(scores, pair) for pair in distances]
+    slope = cross_layer.slope_through_origin(losses, list(distances.values()))
+    assert slope.shape == (2, 5)
+    assert slope == pytest.approx(2.5)
+
+
+def test_every_row_has_its_interval_and_every_measure_its_nulls(study):
+    _, metrics = study
+    assert set(METRIC_COLUMNS) <= set(metrics.columns)
+    assert metrics[["value", "low", "high", "n", "seeds", "group", "component"]].notna().all().all()
+    assert (metrics["low"] <= metrics["value"] + 1e-9).all()
+    assert (metrics["value"] <= metrics["high"] + 1e-9).all()
+    found = metrics.groupby("measure")["inverse"].agg(set)
+    assert found["cross_psnr"] == {"linear", "null_mean", "null_shuffled", "null_untrained"}
+    assert found["cka"] == found["procrustes"] == {"features", "null_shuffled", "null_untrained"}
+    assert found["predictability_r2"] == {"linear", "null_shuffled"}
+    for name in cross_layer.SLOPES:
+        rows = metrics[(metrics["measure"] == name) & ~metrics["inverse"].str.startswith("null_")]
+        assert len(rows) == 1, "one number for each target and group"
+        assert rows.iloc[0][["group", "distance"]].tolist() == ["blocks", 2]
+    assert set(metrics.loc[metrics["measure"] == "step_loss", "component"]) == {"attention", "mlp"}
+    assert set(metrics.loc[metrics["measure"] == "residual_update", "component"]) == {"block", "attention", "mlp"}
+
+
+def test_a_tap_predicts_itself_moved_and_not_another_image(study):
+    _, metrics = study
+    rows = metrics[metrics["measure"] == "predictability_r2"]
+    linear = rows[rows["inverse"] == "linear"]["value"].mean()
+    assert linear > rows[rows["inverse"] == "null_shuffled"]["value"].mean() + 0.3
+    slope = metrics[metrics["measure"] == "r2_slope"].iloc[0]
+    near = rows[(rows["inverse"] == "linear") & (rows["component"] == "block") & (rows["group"] == "blocks")]
+    expected = (near["distance"] * (1 - near["value"])).sum() / (near["distance"] ** 2).sum()
+    assert slope["value"] == pytest.approx(expected)
+
+
+def decay(target: str, group: str, value: float, half: float, measure: str = "decay_slope") -> dict:
+    row = {"target": target, "group": group, "measure": measure, "inverse": "linear", "distance": 2.0, "n": 50}
+    return row | {
+        "dataset": "d",
+        "split": "test",
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "seeds": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("detector", "half", "verdict"), [(5.0, 0.5, "agreed"), (1.0, 0.5, "disagreed"), (3.1, 0.5, "cannot tell")]
+)
+def test_the_claim_can_come_out_either_way(detector, half, verdict):
+    table = pd.DataFrame([decay("vit", "blocks", 3.0, half), decay("detr", "encoder", detector, half)])
+    row = compare_decay(table).iloc[0]
+    assert (row["target"], row["other"], row["other_group"], row["verdict"]) == ("vit", "detr", "encoder", verdict)
+    assert row["difference"] == pytest.approx(detector - 3)
+    assert row["high"] - row["difference"] == pytest.approx(half * 2**0.5)
+
+
+def test_only_like_is_compared_with_like():
+    rows = [decay("vit", "blocks", 3, 1), decay("vit", "blocks", 3, 1, "cka_slope"), decay("swin", "blocks", 3, 1)]
+    rows += [decay("detr", group, 4, 1) for group in ("encoder", "decoder")]
+    rows.append(decay("detr", "encoder", 4, 1) | {"distance": 3.0})
+    table = compare_decay(pd.DataFrame(rows))
+    assert list(zip(table["target"], table["other_group"], strict=True)) == [
+        ("vit", "encoder"),
+        ("vit", "decoder"),
+        ("swin", "encoder"),
+        ("swin", "decoder"),
+    ]
+    assert set(table["measure"]) == {"decay_slope"}
+    with pytest.raises(BacksightError, match="decay_slope"):
+        compare_decay(pd.DataFrame({"measure": ["psnr"]}))
+    unknown = pd.DataFrame([decay("vit", "blocks", 3, np.nan), decay("detr", "encoder", 4, 1)])
+    assert compare_decay(unknown)["verdict"].tolist() == ["cannot tell"]
+
+
+def test_claims_are_read_off_the_numbers(study):
+    _, metrics = study
+    claims = cross_layer.check_cross_claims(metrics).set_index("claim")
+    own = next(claim for claim in claims.index if "its own inverse" in claim)
+    assert claims.loc[own, "cases"] == 4
+    worse = metrics.copy()
+    diagonal = (worse["measure"] == "cross_psnr") & (worse["source_tap"] == worse["target_tap"])
+    worse.loc[diagonal, "value"] = 0
+    assert not cross_layer.check_cross_claims(worse).set_index("claim").loc[own, "holds"]
+
+
+def test_the_families_asked_for_are_taken_and_others_are_named():
+    found = {0: {"linear": {"a": len, "b": len}, "direct": {"a": len}}}
+    assert cross_layer.chosen_families(found, ["linear", "modular"], ["a"]) == {0: {"linear": {"a": len}}}
+    with pytest.raises(BacksightError, match="linear, direct"):
+        cross_layer.chosen_families(found, ["modular"], ["a"])
+
+
+def test_figures_are_drawn_from_the_table_as_it_is_read_again(study, vit, images, tmp_path):
+    fitted, metrics = study
+    metrics.to_csv(tmp_path / "metrics.csv", index=False)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    for draw in (cross_matrix, similarity_matrices, decay_curve, half_step_curves):
+        figure = draw(table)
+        assert "n = 20 images" in figure.caption
+        assert figure.description
+    assert slope_table(table).loc[("blocks", "linear"), "decay_slope"].count("[") == 1
+    inverses = {tap: fitted[0][tap] for tap in vit.taps}
+    pictures = cross_layer.cross_pictures(vit, images[:1], inverses)
+    figure = cross_grid(images[0], {pair: made[0] for pair, made in pictures.items()})
+    assert len(figure.axes) == 1 + len(pictures) == 17
+    assert figure.shows_images
+    with pytest.raises(BacksightError, match="no two of the taps"):
+        cross_grid(images[0], {("norm", "norm"): images[0]})
+    with pytest.raises(BacksightError, match="select one target"):
+        cross_matrix(pd.concat([table, table.assign(target="other")]))
+
+
+def test_short_names_of_taps():
+    names = ["blocks.3", "encoder.layers.1.attn", "layers.0.blocks.1", "patch_embed", "norm"]
+    assert [short_tap(name) for name in names] == ["3", "enc 1.attn", "0.1", "embed", "norm"]

@@ -1,0 +1,400 @@
+"""Uniqueness, on known answers: fates add up, two-root blocks are told with their distance, contractions have none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from backsight.errors import BacksightError
+from backsight.exact.inverse import RIGHT, ExactInverse, Examples, Settings, StagedStart, Trace, fit_exact, fit_prior
+from backsight.inverses.linear import fit_linear
+from backsight.plots.exact import (
+    chain_figure,
+    distances_figure,
+    half_step_figure,
+    roots_figure,
+    rules_figure,
+    second_root_figure,
+)
+from backsight.representation import Tokens
+from backsight.studies.exact import (
+    ALL_TOKENS,
+    FATES,
+    ONE_TOKEN,
+    RANDOM_MOVE,
+    TRUE_STREAM,
+    find_roots,
+    foldable_steps,
+    follow_chain,
+    measure_chain,
+    measure_exactness,
+    measure_half_steps,
+    measure_roots,
+    modular_guess,
+    recorded_truth,
+    second_root_pictures,
+    where_exactness_ends,
+    wilson_interval,
+)
+from backsight.tables.pool import METRIC_COLUMNS
+from backsight.targets import Target, detr, timm_models
+
+LAST, HALF = "blocks.1", "blocks.1.attn"
+QUIET = {"progress": False}
+SECOND = 2 * 1.9150080481545  # between the outer roots of x = 2 tanh x
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def usual() -> ExactInverse:
+    """A small ViT as it is drawn: every half-step is a contraction."""
+    target = timm_models.small("ViT")
+    size = target.image_size
+    shown = torch.nn.functional.interpolate(pictures(24), size=size)
+    return fit_exact(target, shown, [LAST], count=24, stages=1)[LAST]
+
+
+def images_of(inverse: ExactInverse, count: int) -> Tensor:
+    return torch.nn.functional.interpolate(pictures(count, seed=1), size=inverse.model.target.image_size)
+
+
+def kinked(x: Tensor) -> Tensor:
+    """Three roots of each channel where it is small: −, +, − sides, of which the outer ones are SECOND apart at 0."""
+    return x - 2 * x.tanh()
+
+
+def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, Tokens]]:
+    """The same model with a last half-step that folds in one channel; truth: its lower root; start: where to begin."""
+    model = usual.model
+    number = model.walk.taps[LAST]
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.cat([kinked(x[..., :1]), x[..., 1:]], dim=-1)
+
+    def jacobian(x: Tensor) -> Tensor:
+        slope = torch.ones_like(x)
+        slope[:, 0] = 1 - 2 / x[:, 0].cosh().square()
+        return torch.diag_embed(slope)
+
+    walked, single = (
+        replace(each, steps={**each.steps, number: replace(each.steps[number], forward=forward, jacobian=jacobian)})
+        for each in (model.walk, model.single)
+    )
+    truth = recorded_truth(usual, images_of(usual, 2))
+    there = truth[HALF].values.clone()
+    there[..., 0] = -SECOND / 2
+    width = there.shape[-1]
+    one_channel = torch.zeros(width, dtype=torch.float64)
+    one_channel[0] = 1.0
+    keep = (torch.eye(width, dtype=torch.float64) - torch.diag(one_channel), start * one_channel)
+    changed = replace(
+        model,
+        walk=walked,
+        single=single,
+        starts={**model.starts, LAST: StagedStart(((keep, keep),))},
+        examples={LAST: Examples(torch.zeros(1, width, dtype=torch.float64), -2 * start * one_channel[None])},
+        priors={**model.priors, HALF: fit_prior(there + 0.1 * truth[HALF].values, 1)},
+        folding={LAST: 0.5},
+    )
+    streams = {**truth, HALF: truth[HALF].replace(there), LAST: truth[LAST].replace(forward(there))}
+    return ExactInverse(changed, LAST, Settings(alternatives=0)), streams
+
+
+def value(table, measure: str, **where: object) -> float:  # type: ignore[no-untyped-def]
+    rows = table[table["measure"] == measure]
+    for column, wanted in where.items():
+        rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
+    assert len(rows) == 1, f"{len(rows)} rows of {measure} {where}"
+    return float(rows["value"].iloc[0])
+
+
+def test_wilsons_interval_is_the_known_one_and_never_without_length() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = wilson_interval(0, 20)
+    assert low == pytest.approx(0, abs=1e-12)
+    assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2))
+    assert all(math.isnan(each) for each in wilson_interval(0, 0))
+
+
+def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None:
+    truth = recorded_truth(usual, images_of(usual, 3))
+    alone = measure_half_steps(usual, truth, **QUIET)
+    assert set(METRIC_COLUMNS) <= set(alone.columns)
+    assert list(dict.fromkeys(alone["step"])) == ["blocks.1", "blocks.1.attn", "blocks.0", "blocks.0.attn"]
+    assert (alone[alone["measure"] == "back"]["value"] == 1).all()
+    assert (alone[alone["measure"] == "back"]["low"] == wilson_interval(3, 3)[0]).all()
+    chain = measure_chain(usual, truth, **QUIET)
+    assert value(chain, "back") == 1
+    assert sum(value(chain, fate) for fate in FATES) == 1
+    assert value(chain, "error", step=None) < 1e-10
+    assert value(chain, "survived", step="blocks.0.attn") == 1
+    for step in foldable_steps(usual):
+        roots = measure_roots(usual, step, truth, examples=2, **QUIET)
+        assert value(roots, "roots") == 1
+        assert value(roots, "several_roots") == value(roots, "negative_determinant") == 0
+        assert value(roots, "truth_found_images") == value(roots, "complete") == 1
+        assert value(roots, "tokens_right", rule="most usual") == 1
+        assert math.isnan(value(roots, "nearest_other"))
+
+
+def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> None:
+    other = fit_exact(timm_models.small("ViT").untrained(3), images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
+    one = images_of(usual, 1)
+    truths = [recorded_truth(each, one) for each in (usual, other)]
+    table = measure_half_steps([usual, other], truths, steps=["blocks.0"], **QUIET)
+    rows = table[table["measure"] == "back"]
+    assert rows[["n", "seeds"]].to_numpy().tolist() == [[1, 2]]
+    assert rows["value"].tolist() == [1.0]
+    with pytest.raises(BacksightError, match="nearest"):
+        measure_half_steps(usual, truths[0], steps=["blocks.7"], **QUIET)
+    with pytest.raises(BacksightError, match="own truth"):
+        measure_half_steps([usual, other], truths[:1], **QUIET)
+
+
+def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+    alone = measure_half_steps(inverse, truth, inverse.settings, steps=[LAST], **QUIET)
+    assert value(alone, "another_root") == 1
+    assert value(alone, "tokens_right") == 0
+    record = follow_chain(inverse, truth, **QUIET)
+    assert record.outcomes["fate"].tolist() == ["another_root"] * 2
+    assert record.outcomes["lost_at"].tolist() == [LAST] * 2
+    assert set(record.table["step"]) == {LAST}  # a wrong image is followed no further
+    chain = measure_chain(inverse, truth, **QUIET)
+    assert [value(chain, fate) for fate in FATES] == [0, 1, 0, 0]
+    assert value(chain, "lost_another_root", step=LAST) == 1
+    assert value(chain, "survived", step="blocks.0.attn") == 0
+    right, there = folded(usual, start=-2.5)
+    table = measure_half_steps(right, there, right.settings, steps=[LAST], **QUIET)
+    assert value(table, "back") == 1
+
+
+def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse) -> None:
+    """A solver that reports what it is told: the accounting reads the report alone."""
+    truth = recorded_truth(usual, images_of(usual, 5))
+
+    def solver(representation: Tokens, there: object) -> Trace:
+        trace = usual.trace(representation, truth)
+        reports = list(trace.reports)
+        second = reports[1]
+        error = torch.tensor([1e-9, 0.3, 0.3, 0.3, float("nan")], dtype=torch.float64)
+        another = torch.tensor([False, True, False, False, False])
+        solved = torch.tensor([True, True, False, True, False])
+        reports[1] = replace(
+            second, error=error, another_root=another, solution=replace(second.solution, solved=solved)
+        )
+        wrong = torch.tensor([1e-9, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+        reports[2:] = [replace(each, error=wrong) for each in reports[2:]]
+        return replace(trace, reports=tuple(reports))
+
+    record = follow_chain(usual, truth, solver=solver, **QUIET)
+    assert record.outcomes["fate"].tolist() == ["back", "another_root", "unsolved", "error_grown", "unsolved"]
+    assert (
+        record.outcomes["lost_at"].tolist() == [None, *["blocks.1.attn"] * 4]
+        or record.outcomes["lost_at"].tolist()[1:] == ["blocks.1.attn"] * 4
+    )
+    chain = measure_chain(usual, truth, solver=solver, rule="told", **QUIET)
+    assert [value(chain, fate) for fate in FATES] == pytest.approx([0.2, 0.2, 0.4, 0.2])
+    assert value(chain, "survived", step="blocks.1") == 1
+    assert value(chain, "survived", step="blocks.1.attn") == pytest.approx(0.2)
+    lost = [value(chain, f"lost_{fate}", step="blocks.1.attn") for fate in FATES[1:]]
+    assert lost == pytest.approx([0.2, 0.4, 0.2])
+    assert set(chain["rule"]) == {"told"}
+    with pytest.raises(BacksightError, match="lacks the step"):
+        follow_chain(usual, truth, solver=lambda r, t: replace(usual.trace(r, truth), reports=()), **QUIET)
+
+
+def test_pictures_of_a_chain_are_judged_also_where_it_is_lost(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+    images = images_of(usual, 2)
+    chain = measure_chain(inverse, truth, images=images, **QUIET)
+    assert value(chain, "psnr", inverse="exact") == value(chain, "psnr_lost", inverse="exact")
+    assert math.isnan(value(chain, "psnr_back", inverse="exact"))
+    assert value(chain, "tokens_right_lost") < 0.5
+    with pytest.raises(BacksightError, match="1 images"):
+        measure_chain(inverse, truth, images=images[:1], **QUIET)
+
+
+def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+    found = find_roots(inverse, LAST, truth, examples=1, **QUIET)
+    tokens = truth[LAST].values.shape[1]
+    assert found.roots.count.tolist() == [3] * (2 * tokens)
+    assert bool(found.found.all())
+    assert found.roots.degree.tolist() == [1.0] * (2 * tokens)
+    others, root = found.nearest_other()
+    assert others.tolist() == list(range(2 * tokens))
+    distance = (found.roots.x[root] - found.truth[others]).norm(dim=1)
+    assert torch.allclose(distance, torch.full_like(distance, SECOND / 2), rtol=1e-6)  # the middle root, 0
+    table = measure_roots(inverse, LAST, truth, examples=1, **QUIET)
+    assert value(table, "roots") == 3
+    assert value(table, "several_roots") == 1
+    length = found.truth.norm(dim=1)
+    assert value(table, "nearest_other", quantile=0.5) == pytest.approx(
+        float(np.quantile((SECOND / 2 / length).numpy(), 0.5)), rel=1e-6
+    )
+    assert value(table, "nearest_other_in_deviations", quantile=0.9) == pytest.approx(
+        SECOND / 2 / found.deviation, rel=1e-6
+    )
+    # The start leads to the upper root; the usual tokens are at the lower one, and the shortest is the middle one.
+    assert value(table, "tokens_right", rule="staged start") == 0
+    assert value(table, "tokens_right", rule="nearest to the staged start") == 0
+    assert value(table, "tokens_right", rule="shortest") == 0
+    assert value(table, "images_right", rule="most usual") == 1
+    guessed = measure_roots(inverse, LAST, truth, guesses={"told": lambda y: truth[HALF].values[: y.batch]}, **QUIET)
+    assert value(guessed, "tokens_right_several", rule="told start") == 1
+    assert value(guessed, "tokens_right", rule="nearest to the told start") == 1
+
+
+def test_what_roots_are_of_is_refused_where_they_cannot_be_listed(usual: ExactInverse) -> None:
+    truth = recorded_truth(usual, images_of(usual, 1))
+    assert foldable_steps(usual) == ["blocks.0", "blocks.1"]
+    with pytest.raises(BacksightError, match="mixes tokens"):
+        measure_roots(usual, "blocks.1.attn", truth, **QUIET)
+    with pytest.raises(BacksightError, match="no half-step"):
+        measure_roots(usual, "blocks.3", truth, **QUIET)
+    single = {tap: each.replace(each.values.float()) for tap, each in truth.items()}
+    with pytest.raises(BacksightError, match="round-off"):
+        measure_roots(usual, "blocks.1", single, **QUIET)
+    assert modular_guess(usual, "blocks.1", None) is None
+
+
+def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+    images = images_of(usual, 2)
+    size = images.shape[2:]
+
+    def decoder(representation: Tokens) -> Tensor:
+        grey = representation.values[:, representation.prefix :, 0].float().sigmoid()
+        return grey.mean(1)[:, None, None, None].expand(-1, 3, *size)
+
+    def blind(representation: Tokens) -> Tensor:
+        return torch.full((representation.batch, 3, *size), 0.5)
+
+    shown = second_root_pictures(
+        inverse, LAST, truth, images, {"linear": {HALF: decoder}, "modular": {HALF: blind}}, examples=1, **QUIET
+    )
+    assert (shown.tap, shown.destination) == (HALF, LAST)
+    for picture in (TRUE_STREAM, ONE_TOKEN, ALL_TOKENS):
+        assert value(shown.metrics, "residual_largest", picture=picture) < 1e-10
+    tokens = truth[LAST].values.shape[1]
+    assert value(shown.metrics, "replaced", picture=ONE_TOKEN) == pytest.approx(1 / tokens)
+    assert value(shown.metrics, "replaced", picture=ALL_TOKENS) == 1
+    # Every token's first channel goes from −1.915 to 0, so that grey goes from 0.1284 to 0.5.
+    low = torch.tensor(-SECOND / 2).sigmoid()
+    expected = float(-20 * (0.5 - low).log10())
+    assert value(shown.metrics, "psnr_between", picture=ALL_TOKENS, inverse="linear") == pytest.approx(
+        expected, abs=1e-3
+    )
+    assert value(shown.metrics, "psnr_between", picture=ALL_TOKENS, inverse="modular") == 100
+    assert value(shown.metrics, "psnr_between", picture=ONE_TOKEN, inverse="linear") == pytest.approx(
+        expected + 20 * math.log10(tokens - 1), abs=1e-3
+    )
+    assert shown.metrics[shown.metrics["picture"] == RANDOM_MOVE]["measure"].ne("residual").all()
+    figure = second_root_figure(shown)
+    assert figure.shows_images
+    assert figure.caption
+    assert all(bool(each.all()) for each in shown.reached.values())
+    lost = {**shown.reached, ONE_TOKEN: torch.zeros(len(shown.images), dtype=torch.bool)}
+    drawn = second_root_figure(replace(shown, reached=lost))
+    marks = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert marks == ["–"] * 2 * len(shown.images[:4]), "a picture of no solution is not shown, for either family"
+    with pytest.raises(BacksightError, match="decoded by all"):
+        second_root_pictures(inverse, LAST, truth, images, {"linear": {}}, examples=1, **QUIET)
+
+
+def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+
+    def grey(representation: Tokens) -> Tensor:
+        first = representation.values[:, 0, 0].float().sigmoid()
+        return first[:, None, None, None].expand(-1, 3, *usual.model.target.image_size)
+
+    steps = inverse.model.walk.between(HALF, "blocks.0")
+    before = truth["blocks.0"].values
+    with torch.no_grad():
+        half = steps[0](before)
+    # Unlike in the other tests, the truth is of the model's own pass all the way.
+    streams = {**truth, HALF: truth[HALF].replace(half)}
+    last = inverse.model.walk.between(LAST, HALF)[0]
+    with torch.no_grad():
+        streams[LAST] = truth[LAST].replace(last(half))
+    shown = second_root_pictures(
+        inverse, LAST, streams, images_of(usual, 2), {"linear": {"blocks.0": grey}}, examples=1, **QUIET
+    )
+    assert shown.tap == "blocks.0"
+    for picture in (ONE_TOKEN, ALL_TOKENS):
+        assert value(shown.metrics, "reached", picture=picture) == 1
+        assert value(shown.metrics, "residual_largest", picture=picture) < 1e-9
+
+
+def test_where_exactness_ends_is_told_for_every_tap() -> None:
+    vit = where_exactness_ends(timm_models.small("ViT"), "fine").set_index("tap")
+    assert vit.loc["blocks.1", "exact_to"] == "patch_embed"
+    assert vit.loc["blocks.1", "half_steps"] == 4
+    assert vit.loc["blocks.1", "dimension_in"] == 3 * vit.loc["blocks.1", "dimension_out"] * 4  # rank 16 of 192
+    assert "rank" in vit.loc["blocks.1", "reason"]
+    assert vit.loc["norm", "means_lost"] == 17
+    whole = where_exactness_ends(timm_models.small("ViT", patch_size=4, embed_dim=64)).set_index("tap")
+    assert whole.loc["blocks.1", "exact_to"] == "pixels"
+    assert whole.loc["blocks.1", "reason"] == ""
+    made = where_exactness_ends(detr.small(), "fine").set_index("tap")
+    assert made.loc["encoder.layers.1", "exact_to"] == "projection"
+    assert made.loc["encoder.layers.1", "norms"] == "encoder.layers.0.attn"
+    assert made.loc["decoder.layers.0", "exact_to"] == ""
+    assert "no tokens of the image" in made.loc["decoder.layers.0", "reason"]
+
+
+def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None:
+    target: Target = timm_models.small("ViT")
+    shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
+    families = {"linear": fit_linear(target, shown, ["patch_embed", "blocks.0"], progress=False)}
+    made = measure_exactness(
+        target, families, tap="blocks.0", n=2, n_chain=3, n_roots=1, n_pictures=1, fit_images=10, stages=1, examples=1,
+        curves=0, seeds=(0, 1), oracle=False, **QUIET,
+    )  # fmt: skip
+    metrics = made.metrics
+    assert set(metrics["study"]) == {"half_step", "chain", "roots"}  # no second root: no picture of one
+    assert made.second_roots == {}
+    assert set(metrics["seeds"]) == {1, 2}
+    chain = metrics[(metrics["study"] == "chain") & metrics["step"].isna()]
+    assert set(chain.loc[chain["seeds"] == 1, "n"]) <= {0, 3}  # 0: a median of those that are not back
+    assert set(chain.loc[chain["seeds"] == 2, "n"]) <= {0, 2}
+    for _, part in chain[chain["measure"].isin(FATES)].groupby("seeds"):
+        assert part["value"].sum() == pytest.approx(1)
+    assert len(made.reach) == len(target.taps)
+    # The small target's own weights are random as well: the others are named as trained here, to have both.
+    named = metrics.assign(weights=np.where(metrics["seeds"] == 1, "shipped", "random"))
+    for figure in (half_step_figure(named), roots_figure(named), chain_figure(named)):
+        assert "trained" in figure.caption
+        assert "n = " in figure.caption
+        assert figure.description
+    with pytest.raises(BacksightError, match="second root"):
+        distances_figure(named)
+    with pytest.raises(BacksightError, match="nothing to choose"):
+        rules_figure(named)
+    with pytest.raises(BacksightError, match="lacks the column"):
+        chain_figure(named.drop(columns="step"))
+
+
+def test_figures_of_distances_and_rules_draw_the_constructed_answer(usual: ExactInverse) -> None:
+    inverse, truth = folded(usual, start=2.5)
+    table = measure_roots(inverse, LAST, truth, examples=1, **QUIET).assign(study="roots", weights="shipped")
+    drawn = distances_figure(table)
+    line = drawn.axes[0].lines[0]
+    assert line.get_label() == LAST
+    distance = value(table, "nearest_other_in_deviations", quantile=0.5)
+    assert np.allclose(line.get_xdata(), distance)
+    assert f"{distance:.3g} at {LAST}" in drawn.description
+    rules = rules_figure(table, "images_right")
+    names = [label.get_text() for label in rules.axes[0].get_yticklabels()]
+    assert names[-1] == "most usual"
+    assert RIGHT == 1e-5  # which the captions say

@@ -1,0 +1,264 @@
+"""Quality of inverses: nulls stand beside every score, files are found again, claims follow from the numbers."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from backsight.errors import BacksightError
+from backsight.inverses.families import fit_family, fit_or_load, load_families, save_family
+from backsight.inverses.linear import fit_linear
+from backsight.studies.nulls import null_mean
+from backsight.studies.quality import (
+    CELLS,
+    check_claims,
+    compare_families,
+    evaluate_quality,
+    gallery_images,
+    paired_difference,
+    picture,
+    quality_images,
+    with_nulls_of,
+)
+from backsight.tables.pool import METRIC_COLUMNS
+from backsight.targets import load_target
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth random pictures of 16 x 16 pixels: (80, 3, 16, 16)."""
+    coarse = torch.rand(80, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def target():
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 3}
+    with tempfile.TemporaryDirectory() as name, torch.random.fork_rng():
+        torch.manual_seed(1)
+        folder = Path(name)
+        save_file(VisionTransformer(**arguments).state_dict(), folder / "model.safetensors", {"format": "pt"})
+        config = {"architecture": "VisionTransformer", "arguments": arguments, "classes": ["a", "b", "c"]}
+        config |= {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 16, 16], "interpolation": "bicubic"}
+        (folder / "config.json").write_text(json.dumps(config))
+        yield load_target(str(folder))
+
+
+@pytest.fixture(scope="module")
+def quality(target, images):
+    train, test = images[:60], images[60:]
+    families = {
+        "linear": fit_linear(target, train, target.taps, progress=False),
+        "direct": fit_family("direct", target, train, steps=1, batch_size=4, progress=False),
+    }
+    untrained = target.untrained(3)
+    null = untrained, fit_linear(untrained, train, target.taps, progress=False)
+    return evaluate_quality(target, test, families, null_mean(train), null, batch_size=7, keep=3, progress=False)
+
+
+def test_every_tap_has_every_family_and_every_null(quality, target):
+    metrics = quality.metrics
+    assert list(metrics.columns[: len(METRIC_COLUMNS)]) == list(METRIC_COLUMNS)
+    inverses = {"linear", "direct", "null_mean", "null_shuffled", "null_untrained"}
+    for tap in target.taps:
+        at = metrics[metrics.tap == tap]
+        assert set(at.inverse) == inverses
+        assert set(at.measure) == {"mse", "psnr", "ssim", "r2"}
+    assert ((metrics.low <= metrics.value) & (metrics.value <= metrics.high)).all()
+    assert (metrics.n > 1).all()
+    mean = metrics[(metrics.inverse == "null_mean") & (metrics.measure == "r2")]
+    assert mean.value.abs().max() < 1e-6  # by definition
+
+
+def test_a_representation_beats_the_nulls_and_a_shuffled_one_does_not(quality, target):
+    psnr = quality.metrics.query("measure == 'psnr'").set_index(["inverse", "tap"]).value
+    for tap in target.taps:
+        assert psnr["linear", tap] > psnr["null_mean", tap] + 2
+        assert psnr["null_shuffled", tap] < psnr["null_mean", tap]
+
+
+def test_kept_pictures_are_the_reconstructions_of_the_first_images(quality, target, images):
+    assert torch.equal(quality.images, images[60:63])
+    for taps in quality.reconstructions.values():
+        assert list(taps) == list(target.taps)
+        assert all(made.shape == (3, 3, 16, 16) for made in taps.values())
+    assert len(quality.per_image.query("inverse == 'linear'")) == 20 * len(target.taps)
+    table = paired_difference(quality.per_image, "direct", "linear", target.taps)
+    assert list(table.tap) == list(target.taps)
+    assert (table.n == 20).all()
+
+
+@pytest.fixture(scope="module")
+def by_seed(target, images):
+    """Two training seeds of two families, all nulls, a measure of its own and maps."""
+    train, test = images[:60], images[60:]
+    families, untrained = {}, {}
+    for seed in (4, 7):
+        part = train[: 40 + seed]
+        linear = fit_linear(target, part, target.taps, progress=False)
+        families[seed] = {"linear": linear, "direct": dict(linear)}
+        drawn = target.untrained(seed)
+        untrained[seed] = drawn, {"linear": fit_linear(drawn, part, target.taps, progress=False)}
+
+    def places(judged):
+        return lambda made: {("place", (("further", "x"),)): judged.places.float() + 0 * made.flatten(1).mean(1)}
+
+    return evaluate_quality(
+        target,
+        test,
+        families,
+        null_mean(train),
+        untrained,
+        batch_size=7,
+        progress=False,
+        shuffled_families=["linear", "direct"],
+        measures=[places],
+        measured=10,
+        maps_of="linear",
+    )
+
+
+def test_training_seeds_are_pooled_into_one_row(by_seed, target):
+    metrics = by_seed.metrics
+    assert not metrics.duplicated(["inverse", "family", "tap", "measure", "row", "column"]).any()
+    rows = metrics[metrics.measure == "psnr"]
+    assert (rows.seeds == np.where(rows.inverse == "null_mean", 1, 2)).all()
+    assert (rows.n == 20).all() or set(rows[rows.n < 20].inverse) == {"null_shuffled"}
+    nulls = rows[rows.inverse.isin(["null_shuffled", "null_untrained"])]
+    assert set(zip(nulls.inverse, nulls.family, strict=True)) == {
+        ("null_shuffled", "linear"),
+        ("null_shuffled", "direct"),
+        ("null_untrained", "linear"),
+    }
+    assert rows[rows.inverse == "null_mean"].family.isna().all()
+    linear = by_seed.per_image.query("inverse == 'linear'").groupby("tap").psnr.mean()
+    pooled = rows[rows.inverse == "linear"].set_index("tap").value
+    assert pooled.to_dict() == pytest.approx(linear.to_dict(), rel=1e-5)
+    assert set(by_seed.per_image.train_seed) == {4, 7}
+
+
+def test_further_measures_see_the_first_images_and_of_the_nulls_the_first_seed(by_seed):
+    rows = by_seed.metrics.query("measure == 'place'")
+    assert (rows.n == 10).all()
+    assert (rows.value == 4.5).all()  # the mean place of ten
+    assert (rows.further == "x").all()
+    ours = ~rows.inverse.str.startswith("null_")
+    assert (rows[ours].seeds == 2).all()
+    assert (rows[~ours & (rows.inverse != "null_mean")].seeds == 1).all()
+
+
+def test_maps_are_the_picture_in_parts(by_seed, target):
+    maps = by_seed.metrics.query("measure == 'patch_r2'")
+    assert set(maps.inverse) == {"linear"}
+    for tap in target.taps:
+        at = maps[maps.tap == tap]
+        assert set(zip(at.row, at.column, strict=True)) == {(r, c) for r in range(CELLS) for c in range(CELLS)}
+    whole = by_seed.metrics.query("measure == 'r2' and inverse == 'linear'").set_index("tap").value
+    assert maps.groupby("tap").value.max().gt(whole - 1e-6).all()
+
+
+def test_one_family_s_nulls_are_chosen_for_curves(by_seed, target):
+    from backsight.plots.style import depth_curves
+
+    with pytest.raises(BacksightError, match="several values"):
+        depth_curves(by_seed.metrics, "psnr")
+    chosen = with_nulls_of(by_seed.metrics, "direct")
+    depth_curves(chosen, "psnr")
+    psnr = chosen[chosen.measure == "psnr"]
+    assert dict(psnr[psnr.inverse.str.startswith("null_")].groupby("inverse").family.first().dropna()) == {
+        "null_shuffled": "direct",
+        "null_untrained": "linear",  # the only one there is
+    }
+    table = paired_difference(by_seed.per_image, "linear", "direct", target.taps)
+    assert (table.value == 0).all()  # the same inverses
+    assert (table.n == 20).all()
+    assert compare_families(by_seed.metrics, "linear", "direct").difference.eq(0).all()
+    null = paired_difference(by_seed.per_image, "linear", "null_mean", target.taps)
+    assert (null.value > 2).all()
+    assert check_claims(by_seed.metrics).holds.all()
+
+
+def test_a_gallery_holds_the_judged_images_first_and_no_image_twice():
+    judged, _, _ = quality_images("photographs", (16, 16), 4, seed=0)
+    among = gallery_images("photographs", (16, 16), judged, 30, seed=0)
+    assert torch.equal(among[:4], judged)
+    assert len(among) <= 30
+    assert len(torch.unique((among * 255).round().flatten(1), dim=0)) == len(among)
+    few = gallery_images("photographs", (16, 16), judged, 2, seed=0)
+    assert torch.equal(few, judged)
+
+
+def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, quality):
+    for family in ("linear", "modular"):
+        modules = fit_family(family, target, images[:60], steps=1, batch_size=4, progress=False)
+        save_family(target, family, modules, tmp_path / family, images[:60])
+    families = load_families(tmp_path, target)
+    assert list(families) == ["linear", "modular"]
+    recorded = target.record(images[:2])
+    for taps in families.values():
+        assert list(taps) == list(target.taps)
+        for tap, inverse in taps.items():
+            assert inverse(recorded[tap]).shape == (2, 3, 16, 16)
+    assert list(fit_or_load(target, tmp_path)["modular"]) == list(target.taps)
+    save_family(target, "linear", fit_linear(target, images[:60], ["norm"], progress=False), tmp_path / "again")
+    with pytest.raises(BacksightError, match="two linear inverses for norm"):
+        load_families(tmp_path, target)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BacksightError, match="02_train_inverse"):
+        load_families(tmp_path / "empty", target)
+    linear = fit_linear(target, images[:60], ["norm"], progress=False)
+    for seed in (0, 1):
+        save_family(target, "linear", linear, tmp_path / "seeds" / str(seed), images[:60], seed)
+    assert list(load_families(tmp_path / "seeds", target, seed=1)["linear"]) == ["norm"]
+    with pytest.raises(BacksightError, match=r"seeds \[0, 1\]"):
+        load_families(tmp_path / "seeds", target, seed=7)
+    with pytest.raises(BacksightError, match="not a folder"):
+        load_families(tmp_path / "absent", target)
+
+
+def test_claims_name_the_worst_tap():
+    values = {"null_mean": 12, "null_shuffled": 10, "linear": 20, "direct": 22, "modular": 21.8}
+    rows = [
+        {"measure": "psnr", "inverse": name, "tap": tap, "value": value - drop}
+        for name, value in values.items()
+        for tap, drop in (("a", 0), ("b", 5 if name == "modular" else 0))
+    ]
+    claims = check_claims(pd.DataFrame(rows)).set_index("claim")
+    assert claims.loc["direct is not below linear", "holds"]
+    chain = claims.loc["modular is within 0.5 dB of direct"]
+    assert not chain.holds
+    assert chain["worst tap"] == "b"
+    assert chain.margin == pytest.approx(-4.7)
+
+
+def test_pictures_come_from_names_and_files(tmp_path):
+    from PIL import Image
+
+    image = picture("chelsea", (32, 48))
+    assert image.shape == (1, 3, 32, 48)
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
+    red = picture(str(tmp_path / "red.png"), (8, 8))
+    assert torch.equal(red[0, :, 3, 3], torch.tensor([1.0, 0.0, 0.0]))
+    with pytest.raises(BacksightError, match="neither a file nor a built-in photograph"):
+        picture("chelsey", (8, 8))
+
+
+def test_quality_images_are_never_training_images():
+    crops, name, split = quality_images("photographs", (24, 24), 6, seed=0)
+    assert (len(crops), name, split) == (6, "photographs", "test")
+    again, _, _ = quality_images("photographs", (24, 24), 4, seed=0)
+    assert torch.equal(crops[:2], again[:2])
+
+
+def test_one_image_and_foreign_inverses_are_refused(target, images):
+    with pytest.raises(BacksightError, match="at least two"):
+        evaluate_quality(target, images[:1], {}, images.mean(0))
+    with pytest.raises(BacksightError, match="no taps"):
+        evaluate_quality(target, images[:4], {"linear": {"blocks.99": torch.nn.Identity()}}, images.mean(0))

@@ -1,0 +1,385 @@
+"""The stability study: known answers on a linear target, the same noise for every inverse, nulls, and its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backsight.errors import BacksightError
+from backsight.exact.inverse import ExactInverse, fit_exact
+from backsight.exact.map import MapInverse, MapSettings, Noise
+from backsight.inverses.linear import fit_linear
+from backsight.inverses.patches import patchify
+from backsight.measures.pixels import psnr
+from backsight.plots.stability import (
+    amplification_by_step,
+    fragile_directions,
+    map_gain,
+    psnr_by_noise,
+    recoverable_by_depth,
+    reliability_curves,
+    uncertainty_pictures,
+)
+from backsight.studies.stability import (
+    Probes,
+    Stability,
+    background_share,
+    colour_share,
+    crossing_row,
+    detail_radius,
+    detail_share,
+    disturbed,
+    judged_uncertainty,
+    measure_stability,
+    parse_noises,
+)
+from backsight.tables.pool import METRIC_COLUMNS
+from backsight.targets import Target, timm_models
+
+HEIGHT, WIDTH, SIDE, RANK = 8, 6, 2, 8
+TAP = "patch_embed"
+FEW = Probes(images=2, vectors=12, steps=8, directions=2, iterations=3, products=30, amplified=2)
+QUICK = MapSettings(stages=(1.0, 1e-2, 0.0), steps=2, products=30)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise_images(count: int, seed: int) -> Tensor:
+    """Every pixel on its own, so that the prior of the images is white."""
+    return torch.rand(count, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def embedding() -> Tensor:
+    """(12, 12) of pixels to channels: six singular values of 1, two of 0.01 and four of 0."""
+    size = 3 * SIDE**2
+    turns = [torch.linalg.qr(normal(size, size, seed=seed)).Q for seed in (1, 2)]
+    return turns[0] @ torch.tensor([1.0] * 6 + [0.01] * 2 + [0.0] * 4).diag() @ turns[1]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    """A ViT whose patch embedding, its first tap, is known."""
+    found = timm_models.small("ViT", img_size=(HEIGHT, WIDTH), patch_size=SIDE, embed_dim=12, depth=1, num_heads=2)
+    found = found.select([TAP])
+    deviation = torch.tensor(found.preprocessing.std)[:, None, None]  # the target divides pixels by it
+    found.model.patch_embed.proj.weight.data = embedding().T.reshape(12, 3, SIDE, SIDE) * deviation
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, list[Tensor]]:
+    """What each inverse read."""
+    return {"direct": [], "linear": [], "map": []}
+
+
+@pytest.fixture(scope="module")
+def study(target: Target, seen: dict[str, list[Tensor]]) -> Iterator[Stability]:
+    linear = fit_linear(target, noise_images(200, 3), [TAP], progress=False)[TAP]
+
+    def read_by(name: str):
+        def inverse(representation):
+            seen[name].append(representation.values.clone())
+            return linear(representation)
+
+        return inverse
+
+    families = {seed: {name: {TAP: read_by(name)} for name in ("linear", "direct")} for seed in (0, 1)}
+    solve = MapInverse.solve
+
+    def spied(self, representation):
+        seen["map"].append(representation.values.clone())
+        return solve(self, representation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MapInverse, "solve", spied)
+        yield measure_stability(
+            target,
+            families,
+            [TAP],
+            ["float32", 0.05, 1.0],
+            noise_images(4, 4),
+            noise_images(64, 5),
+            settings=QUICK,
+            checked=0,
+            probes=FEW,
+            masks=torch.arange(WIDTH).expand(4, HEIGHT, WIDTH) < WIDTH // 2,
+            progress=False,
+        )
+
+
+def value_of(metrics: pd.DataFrame, measure: str, **where: object) -> float:
+    rows = metrics[metrics["measure"] == measure]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    assert len(rows) == 1, f"{len(rows)} rows of {measure} where {where}"
+    return float(rows["value"].iloc[0])
+
+
+def test_every_inverse_reads_the_same_noise(target: Target, study: Stability, seen: dict[str, list[Tensor]]) -> None:
+    clean = target.record(noise_images(4, 4), [TAP])[TAP]
+    for noise in parse_noises(["float32", 0.05, 1.0]):
+        wanted = disturbed(clean, TAP, noise).values
+        for name, values in seen.items():
+            assert any(torch.equal(each, wanted) for each in values if each.shape == wanted.shape), (name, noise)
+    other = disturbed(clean, TAP, Noise("gaussian", 1.0), seed=1).values
+    assert not torch.equal(other, disturbed(clean, TAP, Noise("gaussian", 1.0)).values)
+
+
+def test_the_maps_of_float32_are_kept(study: Stability) -> None:
+    assert [(each.source, each.noise.name) for each in study.maps[TAP]] == [(TAP, "float32")]
+
+
+def test_a_linear_target_s_directions_are_its_singular_values(target: Target, study: Stability) -> None:
+    tokens = (HEIGHT // SIDE) * (WIDTH // SIDE)
+    assert value_of(study.metrics, "dimensions") == 3 * HEIGHT * WIDTH
+    assert value_of(study.metrics, "dimensions_embedded") == RANK * tokens
+    # White images: every direction of the prior is alike, so that singular values are those of the matrix, times
+    # the pixels' deviation over the values'. Those of 1 are above σ = 0.05 and below 1e6, those of 0.01 are not.
+    values = target.record(noise_images(4, 4), [TAP])[TAP].values
+    one = 12**-0.5 / float(values.std())
+    assert 0.01 * one < 0.05 < one
+    found = value_of(study.metrics, "recoverable", noise="gaussian 0.05")
+    assert found == pytest.approx(6 * tokens, rel=0.1)
+
+
+def test_map_finds_what_a_linear_target_holds_and_no_more(study: Stability) -> None:
+    """Of white images, four directions in twelve are lost and the prior's mean stands for them: 1/3 of the variance."""
+    error = 10 ** (-value_of(study.metrics, "psnr", inverse="map", noise="float32") / 10)
+    assert error == pytest.approx(1 / 12 / 3, rel=0.15)
+    at_one = 10 ** (-value_of(study.metrics, "psnr", inverse="map", noise="gaussian 1") / 10)
+    assert at_one > 1.5 * error
+    mean = 10 ** (-value_of(study.metrics, "psnr", inverse="null_mean", noise="float32") / 10)
+    assert mean == pytest.approx(1 / 12, rel=0.15)
+    # The least-seen directions lie where nothing shows, so that all of the prior's variance is left.
+    assert value_of(study.metrics, "fragile_variance_left") == pytest.approx(1, abs=0.02)
+    patterns, left = study.directions[TAP]
+    assert patterns.shape == (2, 3, HEIGHT, WIDTH)
+    assert left.shape == (2,)
+    shares = [
+        float((patchify(each, (SIDE, SIDE)) @ embedding()).norm() / each.norm())
+        for each in (patterns, study.random_directions[TAP])
+    ]
+    assert shares[0] < 0.02
+    assert shares[0] < 0.5 * shares[1]
+
+
+def test_rows_are_tidy_and_paired(study: Stability) -> None:
+    metrics = study.metrics
+    assert list(metrics.columns[: len(METRIC_COLUMNS)]) == list(METRIC_COLUMNS)
+    keys = ["tap", "inverse", "noise", "measure", "against"]
+    assert not metrics.duplicated(keys).any()
+    assert set(metrics.loc[metrics["measure"] == "psnr", "inverse"]) == {
+        *("linear", "direct", "steadied", "map", "null_mean", "null_shuffled")
+    }
+    for noise in ("float32", "gaussian 1"):
+        at = {"noise": noise}
+        apart = value_of(metrics, "psnr", inverse="map", **at) - value_of(metrics, "psnr", inverse="direct", **at)
+        assert value_of(metrics, "psnr_difference", against="direct", **at) == pytest.approx(apart)
+        assert value_of(metrics, "psnr_difference", against="best", **at) == pytest.approx(apart)
+    assert metrics.loc[metrics["against"] == "best", "note"].eq("best: direct").all()
+    of_map = metrics[(metrics["measure"] == "psnr") & (metrics["inverse"] == "map")]
+    assert of_map["seeds"].eq(1).all()
+    assert metrics.loc[(metrics["measure"] == "psnr") & (metrics["inverse"] == "direct"), "seeds"].eq(2).all()
+    sigmas = metrics.drop_duplicates("noise").set_index("noise")["sigma"]
+    assert sigmas["gaussian 1"] == pytest.approx(1, rel=0.1)
+    assert 0 < sigmas["float32"] < 1e-6
+    shares = metrics[metrics["measure"] == "fragile_background_share"]
+    assert set(shares["inverse"]) == {"map", "null_random", "map_error"}
+    assert study.pictures[TAP, "float32"]["map"].shape == (3, 3, HEIGHT, WIDTH)
+    assert study.deviations[TAP, "float32"][0].shape == (3, HEIGHT, WIDTH)
+
+
+def test_one_image_alone_and_what_is_refused(target: Target) -> None:
+    families = {0: {"linear": {TAP: lambda each: torch.full((each.batch, 3, HEIGHT, WIDTH), 0.5)}}}
+    settings = {"settings": replace(QUICK, products=5), "checked": 0, "progress": False, "probes": FEW}
+    arguments = (target, families, TAP, [0.1], noise_images(1, 6), noise_images(16, 5))
+    found = measure_stability(*arguments, **settings)
+    assert set(found.metrics.loc[found.metrics["measure"] == "psnr", "inverse"]) == {
+        *("linear", "steadied", "map", "null_mean")
+    }
+    assert found.images.shape == (1, 3, HEIGHT, WIDTH)
+    assert value_of(found.metrics, "psnr_difference", against="best") == value_of(
+        found.metrics, "psnr_difference", against="linear"
+    )
+    with pytest.raises(BacksightError, match=r"Masks need the shape \(1, 8, 6\)"):
+        measure_stability(*arguments, **settings, masks=torch.ones(1, 3, 3, dtype=torch.bool))
+    with pytest.raises(BacksightError, match="No inverse family reads patch_embed"):
+        measure_stability(target, {0: {"linear": {}}}, *arguments[2:], **settings)
+
+
+@pytest.mark.parametrize(
+    ("noises", "told"),
+    [
+        (["floot32"], "did you mean 'float32'"),
+        (["gaussian"], "a number above 0"),
+        ([-0.1], "σ above 0, not -0.1"),
+        ([0], "σ above 0, not 0"),
+        ([math.nan], "σ above 0"),
+        (["inf"], "σ above 0, not 'inf'"),
+        ([True], "σ above 0, not True"),
+        ([None], "no noise None"),
+        ([0.1, "0.1"], "'gaussian 0.1' is there twice"),
+        ([], "a list such as"),
+        ("int8", "a list such as"),
+    ],
+)
+def test_bad_noises_are_refused(noises: list[str | float], told: str) -> None:
+    with pytest.raises(BacksightError, match=told):
+        parse_noises(noises)
+
+
+def test_noises_by_name_and_size() -> None:
+    found = parse_noises(["float32", "int8", 0.1, "0.01"])
+    assert found == [Noise("float32"), Noise("int8"), Noise("gaussian", 0.1), Noise("gaussian", 0.01)]
+
+
+def test_a_constant_deviation_is_judged_where_the_map_says() -> None:
+    deviation = torch.where(torch.arange(64) < 32, 0.1, 0.3).expand(2, 5, 64, 64)
+    error = deviation[:, :, None] * normal(2, 5, 3, 64, 64, seed=8)
+    found = judged_uncertainty(deviation, error)
+    constant = 0.05**0.5
+    assert found.constant == pytest.approx(constant, rel=1e-4)
+    assert found.rows["map", "calibration_error"][0] < 0.02
+    assert found.rows["null_constant", "calibration_error"][0] == pytest.approx(
+        (abs(0.1 - constant) + abs(0.3 - constant)) / 2 / constant, rel=0.02
+    )
+    assert float(found.images["map", "coverage"].mean()) == pytest.approx(0.95, abs=0.005)
+    # 1.96 constants are 4.38 and 1.461 of the true deviations.
+    within = (math.erf(4.383 / 2**0.5) + math.erf(1.461 / 2**0.5)) / 2
+    assert float(found.images["null_constant", "coverage"].mean()) == pytest.approx(within, abs=0.005)
+    more = found.images["map", "log_score"].mean() - found.images["null_constant", "log_score"].mean()
+    assert float(more) == pytest.approx(math.log(constant) - math.log(0.1 * 0.3) / 2, abs=0.01)
+    for value, low, high in found.rows.values():
+        assert low <= value + 1e-3
+        assert high >= value - 1e-3
+
+
+def test_shares_of_colour_detail_and_background() -> None:
+    grey = normal(2, 1, 16, 12, seed=9).expand(2, 3, 16, 12)
+    tint = normal(2, 1, 16, 12, seed=9) * torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    assert torch.allclose(colour_share(grey), torch.zeros(2, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(colour_share(tint), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert float(colour_share(normal(20, 3, 16, 12)).mean()) == pytest.approx(2 / 3, abs=0.02)
+    down = torch.arange(16)[:, None].expand(16, 12)
+    slow, fast = (torch.cos(2 * torch.pi * down * cycles / 16).expand(1, 3, 16, 12) for cycles in (1, 6))
+    images = 0.5 + 0.3 * slow + 0.05 * fast
+    assert detail_radius(images) == pytest.approx(1 / 16)
+    assert float(detail_share(slow, 1 / 16)) == pytest.approx(0, abs=1e-9)
+    assert float(detail_share(fast, 1 / 16)) == pytest.approx(1)
+    assert float(detail_share(0.3 * slow + 0.05 * fast, 1 / 16)) == pytest.approx(0.0025 / 0.0925, rel=1e-4)
+    with pytest.raises(BacksightError, match="no detail"):
+        detail_radius(torch.full((2, 3, 8, 8), 0.3))
+    masks = down.expand(1, 16, 12) < 4
+    assert float(background_share(torch.ones(1, 3, 16, 12), masks)) == pytest.approx(0.75)
+
+
+def test_a_crossing_says_where_or_why_not() -> None:
+    sigmas, exact = [0.01, 0.1, 1.0], np.array([[40.0] * 5, [20.0] * 5, [0.0] * 5])
+    decoder = np.full((3, 2, 5), 30.0)
+    found = crossing_row(sigmas, decoder, exact)
+    assert found["value"] == pytest.approx(10**-1.5)
+    assert found["note"] is None
+    assert found["low"] == pytest.approx(found["high"])
+    ahead = crossing_row(sigmas, decoder + 20, exact)
+    assert math.isnan(ahead["value"])
+    assert ahead["note"] == "ahead from the least σ, 0.01"
+    assert crossing_row(sigmas, decoder - 40, exact)["note"] == "behind up to the largest σ, 1"
+
+
+@pytest.fixture(scope="module")
+def vit() -> Target:
+    return timm_models.small("ViT", img_size=(16, 24)).select(["blocks.0"])
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(44, 3, 4, 6, generator=generator)
+    return nn.functional.interpolate(coarse, (16, 24), mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def exact(vit: Target, pictures: Tensor) -> dict[str, ExactInverse]:
+    return fit_exact(vit, pictures[:32], ["blocks.0"], stages=1)
+
+
+@pytest.fixture(scope="module")
+def with_exact(vit: Target, pictures: Tensor, exact: dict[str, ExactInverse]) -> Stability:
+    """Of a small ViT with random weights: exact solves, their crossing, and how half-steps amplify."""
+    linear = fit_linear(vit, pictures[:32], ["blocks.0"], progress=False)
+    return measure_stability(
+        vit,
+        {0: {"linear": linear}},
+        ["blocks.0"],
+        ["float32", 0.1, 1.0],
+        pictures[32:34],
+        pictures[34:],
+        exact=exact,
+        exact_images=1,
+        settings=MapSettings(stages=(1.0,), steps=1, products=3),
+        checked=0,
+        probes=replace(FEW, vectors=1, steps=4, products=3, iterations=1),
+        progress=False,
+    )
+
+
+def test_exact_solves_are_judged_beside_the_others(
+    vit: Target, pictures: Tensor, exact: dict[str, ExactInverse], with_exact: Stability
+) -> None:
+    metrics = with_exact.metrics
+    assert value_of(metrics, "solved", noise="float32") == 1
+    assert metrics.loc[(metrics["measure"] == "psnr") & (metrics["inverse"] == "exact"), "n"].eq(1).all()
+    clean = vit.record(pictures[32:34], ["blocks.0"])["blocks.0"]
+    made = exact["blocks.0"](disturbed(clean, "blocks.0", Noise("gaussian", 0.1)).index(torch.arange(1)))
+    wanted = float(psnr(pictures[32:33], made))
+    assert value_of(metrics, "psnr", inverse="exact", noise="gaussian 0.1") == pytest.approx(wanted, abs=1e-3)
+    crossings = metrics[metrics["measure"] == "crossing"]
+    assert set(crossings["inverse"]) == {"linear", "steadied", "map"}
+    assert (crossings["value"].notna() | crossings["note"].notna()).all()
+    steps = metrics[metrics["measure"] == "amplification_mean"]
+    assert list(steps["step"]) == ["blocks.0.attn", "blocks.0"]
+    largest = metrics[metrics["measure"] == "amplification_largest"]
+    assert (largest["value"].to_numpy() >= 0.9 * steps["value"].to_numpy()).all()
+    chain = metrics[metrics["measure"] == "amplification_chain"]
+    assert list(chain["step"]) == ["blocks.0.attn", "blocks.0"]
+    assert set(chain["against"]) == {"blocks.0"}
+    # The last step's own growth is that of a chain of one step, up to the noise that was drawn.
+    alone = float(steps.loc[steps["step"] == "blocks.0", "value"].iloc[0])
+    assert float(chain.loc[chain["step"] == "blocks.0", "value"].iloc[0]) == pytest.approx(alone, rel=0.25)
+    assert with_exact.pictures["blocks.0", "float32"]["exact"].shape == (1, 3, 16, 24)
+
+
+def test_figures_tell_what_they_show(study: Stability, with_exact: Stability) -> None:
+    made = [
+        psnr_by_noise(study.metrics),
+        map_gain(study.metrics),
+        recoverable_by_depth(study.metrics),
+        amplification_by_step(with_exact.metrics),
+        reliability_curves(study.reliability, study.metrics),
+        uncertainty_pictures(study.images, study.pictures, study.deviations),
+        fragile_directions(study.metrics, study.images, study.directions, study.random_directions),
+        fragile_directions(with_exact.metrics, with_exact.images, with_exact.directions),
+    ]
+    for figure in made:
+        assert figure.caption.endswith(".")
+        assert len(figure.description) > 40
+    value = value_of(study.metrics, "psnr", inverse="map", noise="float32")
+    assert f"map {value:.2f} dB" in made[0].description
+    lines = made[1].axes[0].get_lines()
+    assert any(np.allclose(line.get_ydata(), -0.1) for line in lines)
+    with pytest.raises(BacksightError, match="lacks the columns"):
+        psnr_by_noise(study.metrics.drop(columns="sigma"))
+    with pytest.raises(BacksightError, match="no amplification_mean"):
+        amplification_by_step(study.metrics[~study.metrics["measure"].str.startswith("amplification")])
+    assert "all the way back" in made[3].axes[0].figure.legends[0].get_texts()[2].get_text()
+    with pytest.raises(BacksightError, match="there are no pictures of"):
+        uncertainty_pictures(study.images, study.pictures, study.deviations, jobs=[(TAP, "int8")])

@@ -1,0 +1,337 @@
+"""Trade-off: copies are tuned, never the caller's target; t reaches what it should; every number has its null."""
+
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn.functional import interpolate, one_hot
+
+from backsight.errors import BacksightError
+from backsight.plots.tradeoff import by_depth, pictures_by_t, score_against_psnr, task_by_t
+from backsight.representation import Predictions, Tokens
+from backsight.scenes.render import CLASS_NAMES
+from backsight.studies.tradeoff import (
+    JOINT,
+    OF_START,
+    LabelledImages,
+    Reading,
+    Units,
+    answers,
+    check_grid,
+    fine_tune,
+    fit_inverses,
+    labelled_images,
+    measure_tradeoff,
+    probe_hits,
+    read_model,
+    starting_units,
+    task_loss,
+    tidy_rows,
+)
+from backsight.tables.pool import METRIC_COLUMNS
+from backsight.targets import module_target
+from backsight.targets.base import hash_of
+from backsight.targets.detr import small as small_detr
+from backsight.targets.timm_models import small as small_timm
+
+STEPS = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}
+
+
+def made_up(count: int, side: int) -> LabelledImages:
+    """Smooth random pictures with a square "object" of one of two classes in each."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = interpolate(torch.rand(count, 3, 4, 4, generator=generator), size=side, mode="bilinear")
+    labels = torch.stack([torch.arange(count) % 2, torch.full((count,), -1)], 1)
+    boxes = torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(count, 2, 4).clone()
+    objects = torch.zeros(count, side, side, dtype=torch.bool)
+    objects[:, side // 4 : -side // 4, side // 4 : -side // 4] = True
+    return LabelledImages((pictures * 255).byte(), labels, boxes, objects, "made up", "train")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return small_timm("ViT")
+
+
+@pytest.fixture(scope="module")
+def detr():
+    return small_detr().select(["encoder.layers.1", "decoder.layernorm"])
+
+
+@pytest.fixture(scope="module")
+def data():
+    return {32: made_up(40, 32), 64: made_up(40, 64)}
+
+
+@pytest.fixture(scope="module", params=["vit", "detr"])
+def problem(request, data):
+    """(target, inverses, images) of a tiny classifier and of a tiny detector."""
+    target = request.getfixturevalue(request.param)
+    images = data[max(target.image_size)]
+    return target, fit_inverses(target, images.images, target.taps, 64), images
+
+
+@pytest.fixture(scope="module", params=["vit", "detr"])
+def result(request):
+    if request.param == "vit":
+        target = small_timm("ViT", num_classes=len(CLASS_NAMES))
+    else:
+        target = small_detr(id2label=dict(enumerate(CLASS_NAMES))).select(["encoder.layers.1", "decoder.layers.1"])
+    target.classes = CLASS_NAMES
+    sizes = {"n": 24, "train_images": 24, "fit_images": 60, "set_inputs": 32}
+    return target, measure_tradeoff(target, [1.0, 0.0], [0, 1], **sizes, **STEPS, progress=False)
+
+
+def state(inverses):
+    return {f"{tap}/{key}": value.clone() for tap, each in inverses.items() for key, value in each.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+def test_the_callers_target_and_inverses_stay_as_they_are(problem, t):
+    target, inverses, images = problem
+    before, numbers = hash_of(target.model), state(inverses)
+    tuned = fine_tune(target, inverses, images, t, **STEPS)
+    assert hash_of(target.model) == before == target.weights_hash
+    assert same(state(inverses), numbers)
+    assert not any(p.requires_grad or p.grad is not None for p in target.model.parameters())
+    assert tuned.target.weights_hash != before, "something must have been learned"
+    assert not any(p.requires_grad for p in tuned.target.model.parameters())
+    assert not any(b.requires_grad for each in tuned.inverses.values() for b in each.buffers())
+    assert not any(module.training for module in tuned.target.model.modules())
+
+
+def test_at_t_0_no_inverse_learns_and_at_t_1_no_head_does(problem):
+    target, inverses, images = problem
+    assert same(state(fine_tune(target, inverses, images, 0.0, **STEPS).inverses), state(inverses))
+    tuned = fine_tune(target, inverses, images, 1.0, **STEPS)
+    learned = state(tuned.inverses)
+    assert not any(
+        torch.equal(value, state(inverses)[key]) for key, value in learned.items() if key.endswith(("matrix", "right"))
+    )
+    head = next(name for name in ("head", "class_labels_classifier") if hasattr(target.model, name))
+    before, after = (getattr(each.model, head).state_dict() for each in (target, tuned.target))
+    assert same(before, after)
+
+
+def test_t_1_makes_the_target_more_invertible_on_what_it_is_tuned_on(problem):
+    target, inverses, images = problem
+    before = starting_units(target, inverses, images)
+    tuned = fine_tune(target, inverses, images, 1.0, steps=25, batch_size=20, learning_rate=1e-3)
+    assert starting_units(tuned.target, tuned.inverses, images).reconstruction < before.reconstruction
+    assert tuned.history["task"].isna().all()
+    assert len(tuned.history) == 25
+
+
+def test_the_losses_start_at_one(problem):
+    target, inverses, images = problem
+    whole = {"steps": 1, "batch_size": len(images)}
+    history = fine_tune(target, inverses, images, 0.5, **whole).history
+    assert history[["task", "reconstruction"]].to_numpy() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights(problem):
+    target, inverses, images = problem
+    hashes = [fine_tune(target, inverses, images, 0.5, seed=seed, **STEPS).target.weights_hash for seed in (3, 3, 4)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_detectors_loss_is_that_of_its_own_model(detr, data):
+    images = data[64]
+    pixels = detr.preprocessing.normalise(images.images[:6].float() / 255)
+    truth = [
+        {"class_labels": labels[labels >= 0], "boxes": boxes[labels >= 0]}
+        for labels, boxes in zip(images.labels[:6], images.boxes[:6], strict=True)
+    ]
+    with torch.no_grad():
+        own = detr.model(pixel_values=pixels, labels=truth).loss
+    ours = task_loss(detr(images.images[:6].float() / 255), images.labels[:6], images.boxes[:6])
+    assert float(ours) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_what_cannot_be_tuned_is_refused(vit, data):
+    inverses = fit_inverses(vit, data[32].images, ["norm"], 64)
+    with pytest.raises(BacksightError, match=r"t = 1.5 is outside \[0, 1\]"):
+        fine_tune(vit, inverses, data[32], 1.5)
+    with pytest.raises(BacksightError, match="each of them once"):
+        check_grid([0.5, 0.5])
+    with pytest.raises(BacksightError, match="at least one tap"):
+        fine_tune(vit, {}, data[32], 0.5)
+    with pytest.raises(BacksightError, match="at least one step"):
+        fine_tune(vit, inverses, data[32], 0.5, batch_size=41)
+    other = module_target(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8)), ["0"], image_size=(32, 32))
+    with pytest.raises(BacksightError, match="has no task"):
+        fine_tune(other, inverses, data[32], 0.5)
+    with pytest.raises(BacksightError, match="does not know"):
+        labelled_images("scenes", "train", vit, 2)
+    with pytest.raises(BacksightError, match="too few"):
+        measure_tradeoff(vit, [0.0], [0], n=3)
+    broken = Units(float("nan"), 1.0, 1.0)
+    with pytest.raises(BacksightError, match="lower learning_rate"):
+        fine_tune(vit, inverses, data[32], 0.5, units=broken, **STEPS)
+
+
+def test_images_without_classes_are_refused_for_tuning_only(vit, tmp_path):
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (40, 40), (number * 50, 10, 10)).save(tmp_path / f"{number}.png")
+    judged = labelled_images(str(tmp_path), "all", vit, 3, required=False)
+    assert not judged.labelled
+    assert judged.images.shape == (3, 3, 32, 32)
+    with pytest.raises(BacksightError, match="does not say which classes"):
+        labelled_images(str(tmp_path), "all", vit, 3)
+
+
+def test_class_folders_are_taken_in_their_order(vit, tmp_path):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for number, name in enumerate(("n01", "n02")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for picture in range(2):
+                colour = (200 * number, 50 + picture, 10)
+                Image.new("RGB", (40, 40), colour).save(tmp_path / part / name / f"{picture}.png")
+    found = labelled_images(str(tmp_path), "test", vit, 4)
+    red = found.images[:, 0].float().mean((1, 2)) > 100
+    assert found.labels[:, 0].tolist() == red.long().tolist()
+    assert found.objects is None
+
+
+def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
+    from backsight.data.images import open_images
+
+    names = open_images(coco_sample, "test", masks=True, count=2).classes
+    target = small_timm("ViT", num_classes=len(names))
+    target.classes = names
+    found = labelled_images(str(coco_sample), "test", target, 6, required=False)
+    assert found.images.shape[1:] == (3, 32, 32)
+    known = found.labels >= 0
+    assert known.any()
+    assert bool(((found.boxes[known] >= 0) & (found.boxes[known] <= 1)).all())
+
+
+def test_a_target_is_like_itself(problem):
+    target, inverses, images = problem
+    reading = read_model(target, images, {"linear": inverses}, start=target, keep=2)
+    table = tidy_rows(target, {None: {0: reading}}, {0: reading}, images, None)
+    for measure in ("cosine_to_start", "cka_to_start"):
+        at = table[(table.measure == measure) & table.inverse.isna()]
+        assert len(at) == len(target.taps)
+        assert at.value.to_numpy() == pytest.approx(1, abs=1e-5)
+    assert set(reading.pictures["linear"]) == set(target.taps)
+
+
+def test_perfect_boxes_score_one_and_those_of_other_images_less(detr, data):
+    images = data[64]
+    boxes = images.boxes[:, :1].clone()
+    # Another place in every image, so that the boxes of another image do not fit.
+    boxes[:, 0, :2] = torch.stack([torch.linspace(0.1, 0.9, len(images)), torch.full((len(images),), 0.5)], 1)
+    boxes[:, 0, 2:] = 0.02
+    truth = LabelledImages(images.images, images.labels[:, :1], boxes, None, "made up", "test")
+    logits = 20.0 * one_hot(images.labels[:, :1], 3).float()
+    reading = Reading({}, answers={"ap50": Predictions(logits, boxes)})
+    table = tidy_rows(detr, {None: {0: reading}, 0.5: {0: reading}}, {0: reading}, truth, None)
+    score = table[(table.measure == "ap50") & table.inverse.isna()]
+    assert score.value.to_numpy() == pytest.approx(1)
+    assert score[["low", "high"]].to_numpy() == pytest.approx(1)
+    assert (table[(table.measure == "ap50") & (table.inverse == "null_shuffled")].value < 0.2).all()
+    change = table[table.measure == "ap50_change"]
+    assert list(change.against) == ["start"]
+    assert change.value.to_numpy() == pytest.approx(0)
+
+
+def test_a_probe_finds_what_is_there(data):
+    images = data[32]
+
+    def record(pictures, taps):
+        # The class is told by the first channel's sign; the order of the pictures is that of the data.
+        number = len(pictures)
+        values = torch.zeros(number, 4, 3)
+        values[..., 0] = torch.where(torch.arange(number) % 2 == 0, 1.0, -1.0)[:, None]
+        return {"tap": Tokens(values, ((2, 2),))}
+
+    hits = probe_hits(SimpleNamespace(record=record), "tap", images, images)
+    assert hits.tolist() == [1.0] * len(images)
+
+
+def test_every_row_has_its_columns_and_its_interval(result):
+    target, found = result
+    table = found.metrics
+    assert set(METRIC_COLUMNS) | {"seeds", "t", "tuned", "next_tap", "against"} <= set(table.columns)
+    assert set(table.t.dropna()) == {0.0, 1.0}
+    assert (table.tuned == table.t.notna()).all()
+    assert table[table.measure != "probe_top1"].n.max() <= 24
+    known = table[table.value.notna()]
+    assert known[["low", "high"]].notna().all(axis=None)
+    assert (known.low <= known.high).all()
+    assert not table.duplicated(["t", "tap", "inverse", "measure", "next_tap", "against"]).any()
+    for t in (None, 0.0, 1.0):
+        at = table[table.t.isna()] if t is None else table[table.t == t]
+        for tap in target.taps:
+            psnr = at[(at.measure == "psnr") & (at.tap == tap)]
+            nulls = {"null_mean", "null_untrained"} if t is None else {JOINT, OF_START}
+            assert set(psnr.inverse) == {"linear", "null_shuffled"} | nulls
+            assert "hue_error" in set(at[at.tap == tap].measure)
+        score = "top1" if target.kind == "classifier" else "ap50"
+        answered = at[at.measure.isin([score, f"{score}_random_hues"])]
+        assert len(answered) == 4, "usual and random hues, each beside the answers of other images"
+        assert answered.value.between(0, 1).all()
+
+
+def test_joint_inverses_at_t_0_are_those_of_the_start(result):
+    table = result[1].metrics
+    at = table[(table.measure == "psnr") & (table.t == 0)].pivot_table(index="tap", columns="inverse", values="value")
+    assert at[JOINT].to_numpy() == pytest.approx(at[OF_START].to_numpy(), abs=1e-5)
+
+
+def test_changes_are_the_differences_of_the_scores(result):
+    table = result[1].metrics
+    psnr = table[(table.measure == "psnr") & (table.inverse == "linear")]
+    change = table[(table.measure == "psnr_change") & (table.inverse == "linear") & (table.against == "t = 0")]
+    assert set(change.t) == {1.0}
+    for row in change.itertuples():
+        of = psnr[psnr.tap == row.tap].set_index("t").value
+        assert row.value == pytest.approx(of[1.0] - of[0.0], abs=1e-4)
+
+
+def test_the_answers_follow_from_the_intervals():
+    changes = [("psnr_change", "linear", 0.2, 0.1, 0.3), ("top1_change", None, -0.1, -0.2, -0.05)]
+    changes += [("top1_random_hues_change", None, 0.0, -0.1, 0.1)]
+    rows = [
+        {"measure": m, "inverse": i, "value": v, "low": low, "high": high, "tap": "norm" if i else None}
+        | {"t": 0.5, "against": "t = 0", "n": 9, "seeds": 3, "depth": 1.0}
+        for m, i, v, low, high in changes
+    ]
+    rows.append({"measure": "psnr", "inverse": "linear", "tap": "norm", "depth": 1.0, "t": math.nan})
+    told = answers(pd.DataFrame(rows)).set_index("what").verdict
+    assert dict(told) == {"psnr": "up", "top1": "down", "top1_random_hues": "cannot tell"}
+    with pytest.raises(BacksightError, match="no change along t"):
+        answers(pd.DataFrame(rows[-1:]))
+
+
+def test_figures_are_drawn_from_the_table_alone(result, tmp_path):
+    target, found = result
+    found.metrics.to_csv(tmp_path / "metrics.csv", index=False)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    for figure in (
+        task_by_t(table),
+        score_against_psnr(table),
+        by_depth(table, ["psnr"]),
+        by_depth(table, ["cka_to_start", "hue_error", "not there"]),
+    ):
+        assert "24 images, 2 training seeds, 95 %" in figure.caption
+        assert figure.description
+    tap = target.taps[-1]
+    shown = pictures_by_t(found.images, {name: pictures[tap] for name, pictures in found.pictures.items()}, tap, rows=2)
+    assert shown.shows_images
+    assert len(shown.axes) == 2 * 4  # the input, the untouched target, t = 0 and t = 1
+    with pytest.raises(BacksightError, match="none of"):
+        by_depth(table, ["no such measure"])
+    with pytest.raises(BacksightError, match="neither top1 nor ap50"):
+        task_by_t(table[table.measure == "psnr"])

@@ -1,0 +1,74 @@
+"""Inverses of several training seeds, and those of untrained targets beside them."""
+
+import pytest
+import torch
+
+from backsight.errors import BacksightError
+from backsight.inverses.families import (
+    FAMILIES,
+    families_by_seed,
+    fit_family,
+    load_families,
+    save_family,
+    untrained_by_seed,
+)
+from backsight.targets import load_target
+
+
+@pytest.fixture(scope="module")
+def target():
+    return load_target("scenes-vit", taps=["patch_embed", "norm"])
+
+
+@pytest.fixture(scope="module")
+def folder(target, tmp_path_factory):
+    """Two training seeds of two families, and one seed of them for the untrained target."""
+    place = tmp_path_factory.mktemp("inverses")
+    images = torch.rand(24, 3, 64, 64)
+    untrained = load_target(target.name, target.taps, pretrained=False, seed=0)  # as 02_train_inverse has it
+    for name, frozen, seed in (("a", target, 0), ("b", target, 1), ("null", untrained, 0)):
+        for family in ("linear", "modular"):
+            options = {} if family == "linear" else {"steps": 1, "batch_size": 4}
+            made = fit_family(family, frozen, images, seed=seed, progress=False, **options)
+            save_family(frozen, family, made, place / name / family, images, seed)
+    return place
+
+
+def test_every_seed_and_family_of_a_folder(target, folder):
+    found = families_by_seed(target, folder, [1, 0])
+    assert list(found) == [1, 0]
+    images = torch.rand(2, 3, 64, 64)
+    recorded = target.record(images)
+    for families in found.values():
+        assert list(families) == ["linear", "modular"]
+        for inverses in families.values():
+            assert list(inverses) == list(target.taps)
+            assert all(inverse(recorded[tap]).shape == images.shape for tap, inverse in inverses.items())
+    assert set(families_by_seed(target.select(["norm"]), folder, [0])[0]["modular"]) == {"norm"}
+    assert set(load_families(folder, target, 0)) <= set(FAMILIES)  # those of the untrained target are passed over
+
+
+def test_untrained_families_are_found_or_fitted(target, folder):
+    made = untrained_by_seed(target, folder, [0, 1], count=32)
+    (null, families), (other, linear) = made[0], made[1]
+    assert null.weights == other.weights == "random"
+    assert null.weights_hash != other.weights_hash != target.weights_hash
+    assert set(families) == {"linear", "modular"}
+    assert set(linear) == {"linear"}  # fitted here: the folder has none of seed 1
+
+
+def test_without_a_folder_linear_inverses_are_fitted_on_other_images_each_seed(target):
+    made = families_by_seed(target, "", [0, 1], count=64)
+    first, second = (made[seed]["linear"]["norm"] for seed in (0, 1))
+    assert not torch.equal(first.weight, second.weight)
+
+
+def test_bad_seeds_and_folders_are_refused(target, folder):
+    with pytest.raises(BacksightError, match="each of them once"):
+        families_by_seed(target, folder, [0, 0])
+    with pytest.raises(BacksightError, match=r"seeds \[0, 1\]"):
+        families_by_seed(target, folder, [0, 5])
+    with pytest.raises(BacksightError, match=r"not of|no inverse for"):
+        families_by_seed(load_target("scenes-detr"), folder, [0])
+    with pytest.raises(BacksightError, match="with the weights"):
+        load_families(folder / "null", target)
