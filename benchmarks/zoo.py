@@ -26,11 +26,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
-from backsight.progress import progress_bar
 from backsight.project import project_root
 from backsight.targets.base import Target
 from backsight.targets.timm_models import random_target
@@ -201,7 +201,7 @@ def main() -> None:
     if unknown := sorted(set(given.only or ()) - set(modules)):
         parser.error(f"timm has no module {', '.join(unknown)}; there are: {', '.join(modules)}")
     rows = []
-    bar = progress_bar(given.only or modules, desc="modules")
+    bar = tqdm(given.only or modules, desc="modules", leave=False)
     for module in bar:
         rows.append(row := in_a_process(module))
         said = f"{row.taps} taps, {row.worst_from_tap_error:.0e}" if row.works else row.reason

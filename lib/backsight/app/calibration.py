@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from backsight.app.runner import IMAGE_SOURCES
 from backsight.data.images import open_images
@@ -40,7 +41,6 @@ from backsight.inverses.module import Inverse
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.measures.pixels import psnr
 from backsight.measures.structure import Judged, detail, fast_ssim
-from backsight.progress import progress_bar
 from backsight.representation import Representation, Tokens
 from backsight.scenes.render import write_coco
 from backsight.studies.efficiency import without_context
@@ -536,7 +536,10 @@ def calibrate(
     growth: dict[Operation, int] = {}
     scene: dict[str, int] = {}
     notes: list[str] = []
-    with on_threads(1), progress_bar(total=1 + len(wanted), desc="calibrating", unit="target", show=progress) as bar:
+    with (
+        on_threads(1),
+        tqdm(total=1 + len(wanted), desc="calibrating", unit="target", leave=False, disable=not progress) as bar,
+    ):
         measured: list[TargetCalibration] = []
         for name, request in wanted.items():
             bar.set_postfix_str(name)

@@ -36,10 +36,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageError, ImageSource, SourceError, batches, index_batches
 from backsight.errors import BacksightError
-from backsight.progress import progress_bar
 from backsight.project import available_cores, cache_folder, read_json, shown, write_atomically, write_json
 from backsight.representation import Predictions, Queries, Representation, Tokens
 from backsight.targets.base import Target
@@ -636,8 +636,13 @@ def _record(recorder: _Recorder, place: Path, batch_size: int, shard_bytes: int,
         "shards": [],
     }
     whole = {shard["file"]: shard for shard in index["shards"] if _shard_is_whole(place, shard)}
-    bar = progress_bar(
-        total=len(images), desc=f"features of {recorder.target.name}", unit="image", unit_scale=True, show=progress
+    bar = tqdm(
+        total=len(images),
+        desc=f"features of {recorder.target.name}",
+        unit="image",
+        unit_scale=True,
+        leave=False,
+        disable=not progress,
     )
     try:
         with bar, ThreadPoolExecutor(available_cores(), "images") as threads:

@@ -16,8 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm.auto import tqdm
+
 from backsight.errors import SourceError
-from backsight.progress import progress_bar
 
 VERSION = 1  # part of the cache key: raise it whenever an index is made in another way
 _BLOCK = 512  # bytes of a tar header; an archive ends with at least one block of zeros
@@ -57,7 +58,7 @@ def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[li
     extensions: of images, in lower case with the dot. Raises SourceError for a shard that is cut short, compressed or
     no tar file, that holds no image, or whose class is no number; and where the index cannot be kept.
     """
-    return [_indexed(shard, extensions) for shard in progress_bar(shards, desc="index of the shards")]
+    return [_indexed(shard, extensions) for shard in tqdm(shards, desc="index of the shards", leave=False)]
 
 
 def _indexed(shard: Path, extensions: Collection[str]) -> list[ShardImage]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.distributed import first_process_first, is_first, wait_for_all
 from backsight.data.features import features_or_images
@@ -19,7 +20,6 @@ from backsight.exact.steps import walk
 from backsight.inverses.files import load_inverse, read_header, save_inverse
 from backsight.inverses.linear import LinearInverse, fit_linear
 from backsight.inverses.module import Chain, Inverse, InverseHeader, header_for
-from backsight.progress import progress_bar
 from backsight.project import project_root
 from backsight.representation import Representation
 from backsight.targets import PIXELS, Target, load_target
@@ -127,7 +127,7 @@ def _fit_map(
     bases |= _with_linear(target, images, validation, linear, without, seed, progress)
     return {
         tap: fit_map(target, tap, bases[tap], validation, Noise("float32"), seed=seed)
-        for tap in progress_bar(taps, show=progress, desc="MAP inverses")
+        for tap in tqdm(taps, leave=False, disable=not progress, desc="MAP inverses")
     }
 
 

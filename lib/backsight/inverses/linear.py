@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.distributed import in_order, processes, share
 from backsight.data.features import FeatureStore
@@ -47,7 +48,6 @@ from backsight.inverses.layouts import (
 from backsight.inverses.linear_inverse import LinearInverse, LinearScore
 from backsight.inverses.ridge import RidgeAccumulator, RidgePath, Spectrum
 from backsight.measures.pixels import psnr
-from backsight.progress import progress_bar
 from backsight.representation import Grid, Queries, Representation, Tokens
 from backsight.tables.pool import bootstrap_interval, determination
 
@@ -422,11 +422,12 @@ def _passes(
         if source is None:
             continue
         own = share(source)
-        bar = progress_bar(
+        bar = tqdm(
             recorded_batches(target, own, taps, batch_size, precision),
             total=-(-len(own) // batch_size),
             desc=f"{'validating' if held_out else 'fitting'} linear maps",
-            show=progress and state.is_main_process,
+            leave=False,
+            disable=not (progress and state.is_main_process),
         )
         for batch, recorded in bar:
             if validation is not None:

@@ -25,9 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
-from backsight.progress import progress_bar
 from backsight.project import cache_folder
 
 Array = np.ndarray
@@ -491,7 +491,7 @@ def write_coco(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     scenes = render_many(split, count, seed, size, options)
-    for index, scene in enumerate(progress_bar(scenes, desc=f"scenes {split}", total=count, show=progress)):
+    for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", total=count, leave=False, disable=not progress)):
         name = f"{index:012d}.png"
         Image.fromarray(scene.image).save(pictures / name, compress_level=1)
         images.append({"id": index, "file_name": name, "height": size, "width": size, "background": scene.background})

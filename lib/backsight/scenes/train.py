@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
-from backsight.progress import progress_bar
 from backsight.scenes.card import write_card
 from backsight.scenes.classifiers import ClassifierTraining, SwinTraining, VitTraining
 from backsight.scenes.dataset import batch_of, scene_arrays, shuffled
@@ -133,7 +133,7 @@ def train_target(
     optimisers = _optimisers(training, recipe)
     rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     curve: list[dict[str, float]] = []
-    bar = progress_bar(range(recipe.steps), desc=recipe.target, show=progress)
+    bar = tqdm(range(recipe.steps), desc=recipe.target, leave=False, disable=not progress)
     batches = shuffled(len(data), recipe.batch, recipe.seed)
     running = 0.0
     for step in bar:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
@@ -25,7 +26,6 @@ from backsight.measures.hue import (
     reversion,
     shares,
 )
-from backsight.progress import progress_bar
 from backsight.representation import Predictions, concatenate
 from backsight.scenes.render import SceneOptions
 from backsight.studies.recolour import JudgedObjects, Perturbation, painted
@@ -131,7 +131,9 @@ def record_colours(
         table[place, part] = object_chroma(images.clamp(0, 1), objects.masks[part])
 
     for place, perturbation in enumerate(
-        progress_bar(perturbations, desc=f"colours of {target.name}", total=len(perturbations), show=progress)
+        tqdm(
+            perturbations, desc=f"colours of {target.name}", total=len(perturbations), leave=False, disable=not progress
+        )
     ):
         pictures = objects.perturbed(perturbation)
         answered = []

@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
 from backsight.inverses.families import families_by_seed
-from backsight.progress import progress_bar
 from backsight.scenes.dataset import BACKGROUND, MEAN, STD, Batch, patch_shares
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
 from backsight.studies.colour import ColourRecord, Families, index_rows, merged, record_colours, uniform_by_seed
@@ -64,7 +64,7 @@ def train_small_vit(rule: str, steps: int, seed: int = 0, progress: bool = True)
     generator = np.random.default_rng(seed)
     model.train()
     with torch.enable_grad():
-        for _ in progress_bar(range(steps), desc=f"small ViT, {rule} hues", total=steps, show=progress):
+        for _ in tqdm(range(steps), desc=f"small ViT, {rule} hues", total=steps, leave=False, disable=not progress):
             chosen = torch.from_numpy(generator.integers(len(data.pixels), size=BATCH))
             batch = Batch(data.pixels[chosen], data.objects[chosen], data.labels[chosen], data.boxes[chosen])
             tokens = model.forward_features(batch.pixels)

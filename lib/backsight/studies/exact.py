@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
@@ -52,7 +53,6 @@ from backsight.exact.tokens import newton, token_map, token_signs
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.module import Chain
 from backsight.measures.pixels import psnr
-from backsight.progress import progress_bar
 from backsight.representation import Representation, Tokens
 from backsight.tables.pool import as_table, bootstrap_statistic, metrics_row, pooled_ratio
 from backsight.targets.base import PIXELS, Target
@@ -329,7 +329,7 @@ def measure_half_steps(
     spans = [span for span in _spans(cases[0].inverse)]
     wanted = _chosen(steps, [span[0] for span in spans], "half-step")
     rows: list[dict[str, Any]] = []
-    with progress_bar(total=len(wanted) * len(cases), desc="half-steps", show=progress) as bar:
+    with tqdm(total=len(wanted) * len(cases), desc="half-steps", leave=False, disable=not progress) as bar:
         for tap, before in spans:
             if tap not in wanted:
                 continue
@@ -461,7 +461,7 @@ def follow_chain(
         return one.trace(representation, there, oracle=oracle)
 
     frames, judged = [], []
-    for part in progress_bar(torch.arange(case.count).split(one.batch_size), desc="chain", show=progress):
+    for part in tqdm(torch.arange(case.count).split(one.batch_size), desc="chain", leave=False, disable=not progress):
         there = {name: each.index(part) for name, each in case.streams.items()}
         representation = there[inverse.source]
         trace = (solver or default)(representation, there)
@@ -503,7 +503,7 @@ def _while_right(one: ExactInverse, case: _Case, oracle: bool, progress: bool) -
     alive, streams = torch.arange(case.count), case.streams[one.source]
     frames = []
     spans = _spans(one)
-    with progress_bar(total=len(spans) * case.count, desc="chain", show=progress) as bar:
+    with tqdm(total=len(spans) * case.count, desc="chain", leave=False, disable=not progress) as bar:
         for tap, before in spans:
             if not len(alive):
                 break
@@ -705,7 +705,9 @@ def find_roots(
     x, behind = streams[step.source], streams[destination]
     began = time.perf_counter()
     parts = []
-    bar = progress_bar(torch.arange(x.batch).split(batch_size), desc=f"roots of {destination}", show=progress)
+    bar = tqdm(
+        torch.arange(x.batch).split(batch_size), desc=f"roots of {destination}", leave=False, disable=not progress
+    )
     with torch.no_grad():
         for part in bar:
             parts.append(
@@ -972,7 +974,7 @@ def second_root_pictures(
     rows: list[dict[str, Any]] = []
     reference: dict[str, Tensor] = {}
     reached: dict[str, Tensor] = {}
-    for name, values in progress_bar(streams.items(), desc="second roots", show=progress):
+    for name, values in tqdm(streams.items(), desc="second roots", leave=False, disable=not progress):
         x, solved = _back_to(inverse, case, found.to, tap, values, settings)
         moved = (values - case.streams[found.to].values).norm(dim=-1)
         has = (moved > 0).any(1) if name != TRUE_STREAM else torch.ones_like(solved)

@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.inverses.ridge import RidgeAccumulator
-from backsight.progress import progress_bar
 from backsight.project import read_json
 from backsight.representation import Representation, Tokens
 from backsight.scenes.render import CLASSES, SPLIT_PHOTOGRAPHS, TEXTURES, cached
@@ -290,7 +290,7 @@ def factor_table(
     found: dict[tuple[str, str], list[dict[str, Judged]]] = {}
     held = validation_count + 2 * test_count
     total = held + len(seeds) * (2 * train_count + held)
-    with progress_bar(total=total, desc=f"factors of {target.name}", show=progress) as bar:
+    with tqdm(total=total, desc=f"factors of {target.name}", leave=False, disable=not progress) as bar:
 
         def read(model: Target, truth: Truth, summaries: Mapping[str, Summary]) -> dict[str, Tensor]:
             return _features(model, truth.images, summaries, batch_size, bar)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, open_images, read_rgb, tensor
 from backsight.errors import BacksightError
@@ -22,7 +23,6 @@ from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import Matches, pooled_precision
 from backsight.measures.pixels import PSNR_CEILING
 from backsight.measures.structure import Judged, Key, Measure, Ratio, fast_ssim, region_psnr
-from backsight.progress import progress_bar
 from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled
@@ -113,7 +113,7 @@ def evaluate_quality(
     image_names: list[str] = []
     kept_images: list[Tensor] = []
     kept: dict[str, dict[str, list[Tensor]]] = {}
-    with progress_bar(total=len(images), desc=f"{target.name} on {dataset}", show=progress) as bar:
+    with tqdm(total=len(images), desc=f"{target.name} on {dataset}", leave=False, disable=not progress) as bar:
         for batch, masks, largest, ids in _with_masks(images, batch_size):
             recorded: dict[str, Any] = dict(target.record(batch, list(dict.fromkeys([*taps, *also_record]))))
             places = torch.arange(len(image_names), len(image_names) + len(batch))

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
@@ -41,7 +42,6 @@ from backsight.measures.structure import (
     scene_objects,
     texture_accuracy,
 )
-from backsight.progress import progress_bar
 from backsight.representation import Representation
 from backsight.studies.cross_layer import Pair, Scores, _at, cross_application, loss, pairs_of_one_form, translated
 from backsight.studies.nulls import null_mean
@@ -588,7 +588,9 @@ def measure_restated(
     collected = TidyRows(target, common, seed)
     crossed = min(cross_images, len(pictures))
     passes = 2 + (1 + len(shifts)) * bool(hue_images) + 2 * REACH * bool(crossed)
-    with progress_bar(total=passes * len(ordered), desc=f"questions to {target.name}", show=progress) as bar:
+    with tqdm(
+        total=passes * len(ordered), desc=f"questions to {target.name}", leave=False, disable=not progress
+    ) as bar:
         maps, skipped = _fitted_maps(
             target, families, ordered, held_out, map_settings, checked, map_seeds, seed, maps or {}, bar.update
         )

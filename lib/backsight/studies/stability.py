@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
@@ -43,7 +44,6 @@ from backsight.exact.steps import in_precision, walk
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.patches import patchify, unpatchify
 from backsight.measures.pixels import psnr, ssim
-from backsight.progress import progress_bar
 from backsight.representation import Representation, concatenate
 from backsight.studies.amplification import amplification, chain_amplification
 from backsight.studies.lanczos import NORMAL_95, crossing, least_seen, recoverable, relative_size, reliability, spectrum
@@ -571,7 +571,7 @@ def measure_stability(
         embedding=measured_embedding(double if wide else target),
     )
     total = len(taps) * (len(parsed) + 2) + 1
-    with progress_bar(total=total, desc=f"stability of {target.name}", show=progress) as bar:
+    with tqdm(total=total, desc=f"stability of {target.name}", leave=False, disable=not progress) as bar:
         for tap in taps:
             _measure_tap(study, tap, collected, bar.update)
         if study.probes.amplified:

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, open_images
 from backsight.errors import BacksightError
@@ -33,7 +34,6 @@ from backsight.inverses.linear import LinearInverse, fit_linear_pairs
 from backsight.measures.hue import hue_error
 from backsight.measures.pixels import psnr
 from backsight.measures.similarity import TokenSample, cka_products, shuffled_rows, token_cosine
-from backsight.progress import progress_bar
 from backsight.representation import Predictions, Representation, concatenate
 from backsight.scenes.dataset import shuffled as shuffled_batches
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
@@ -606,7 +606,7 @@ def measure_tradeoff(
     nulls: dict[int, Reading] = {}
     histories = []
     last = [tap for tap in taps if tap != PREDICTIONS][-1]
-    bar = progress_bar(total=len(seeds) * (len(ts) + 2), desc=f"trade-off of {target.name}", show=progress)
+    bar = tqdm(total=len(seeds) * (len(ts) + 2), desc=f"trade-off of {target.name}", leave=False, disable=not progress)
     with bar:
         for each in seeds:
             tuning = labelled_images(trained_on, "train", target, train_images, TUNING_SEEDS + each)

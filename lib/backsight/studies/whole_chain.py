@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
@@ -27,7 +28,6 @@ from backsight.exact.steps import in_precision, walk
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.patches import unpatchify
 from backsight.measures.pixels import psnr
-from backsight.progress import progress_bar
 from backsight.studies.exact import wilson_interval
 from backsight.studies.stability import map_base
 from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_rows
@@ -102,7 +102,7 @@ def measure_whole_chains(
     rows: list[dict[str, Any]] = []
     frames, shown, histories = [], {}, {}
     total = len(inverses) * (len(pictures) + min(null_images, len(pictures)))
-    with progress_bar(total=total, desc=f"whole chains of {target.name}", show=progress) as bar:
+    with tqdm(total=total, desc=f"whole chains of {target.name}", leave=False, disable=not progress) as bar:
         for tap, inverse in inverses.items():
             effort = map_settings or MapSettings()
             fit = fit_map(

@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
+from tqdm.auto import tqdm
 
 from backsight.data.distributed import average, is_first, processes, wait_for_all
 from backsight.errors import BacksightError
-from backsight.progress import progress_bar
 from backsight.training.muon import Optimizers
 
 HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
@@ -174,7 +174,9 @@ def train(
         started = time.perf_counter() - state.seconds
         if validate is not None and state.step == 0:
             _validate(state, best, modules, validate, autocast, started)
-        bar = progress_bar(total=steps, initial=state.step, desc=title, unit="step", show=progress and is_first())
+        bar = tqdm(
+            total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=not (progress and is_first())
+        )
         try:
             while state.step < steps:
                 _set_training(modules, True)
