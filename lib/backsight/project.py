@@ -11,6 +11,9 @@ from typing import Any
 from backsight.errors import BacksightError
 
 RESULTS_VARIABLE = "BACKSIGHT_RESULTS"
+# The files of a run's folder that others read; app/runs.py writes them.
+STARTED, FINISHED = "started.json", "run.json"
+METRICS, PARTIAL_METRICS = "metrics.csv", "metrics.partial.csv"
 
 
 def project_root() -> Path:

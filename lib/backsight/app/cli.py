@@ -48,9 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
     run.set_defaults(command=_run)
 
-    plan = commands.add_parser("plan", help="estimate time, memory and disk of a preset before it is run")
+    plan = commands.add_parser("plan", help="list the runs of a preset, with the seconds that they last took")
     plan.add_argument("preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
-    plan.add_argument("--cores", type=int, metavar="N", help="jobs at once (default: all cores of this machine)")
     plan.set_defaults(command=_plan)
 
     fit = commands.add_parser("fit", help="fit inverses without a notebook, also under `accelerate launch`")
@@ -112,7 +111,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from backsight.app.plan import plan_preset
 
-    print(plan_preset(options.preset, options.cores))
+    print(plan_preset(options.preset))
     return 0
 
 

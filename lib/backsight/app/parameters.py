@@ -2,10 +2,10 @@
 
 A notebook declares its parameters in the cell tagged `parameters`, one plain literal a line:
 
-    steps = 1500                 # optimiser steps per inverse
-    taps: str | list = "blocks"  # "blocks" | "components" | list of module paths
+    steps = 1500     # optimiser steps per inverse
+    taps = "blocks"  # "blocks" | "components" | list of module paths
 
-The type is the annotation's, else the default's. Everything here happens before a kernel is started.
+The type is the default's. Everything here happens before a kernel is started.
 """
 
 from __future__ import annotations
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
 SHARED_SECTIONS = ("common", "graph")
 # `taps` is a preset's name or a list of module paths, whatever its default in a notebook.
 _KINDS_BY_NAME: Mapping[str, tuple[type, ...]] = {"taps": (str, list)}
-_KINDS: Mapping[str, type] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "list": list,
-    "tuple": list,
-    "dict": dict,
-    "None": NoneType,
-}
 _WORDS: Mapping[type, str] = {
     str: "text",
     int: "a whole number",
@@ -63,7 +53,6 @@ class Parameter:
     default: Any
     kinds: tuple[type, ...]
     element: type | None
-    choices: tuple[Any, ...]
     comment: str
 
 
@@ -134,8 +123,6 @@ def _declared(source: str, path: Path) -> list[Parameter]:
     for statement in statements:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                annotation = None
-            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr() as value):
                 pass
             case ast.Expr(value=ast.Constant()):
                 continue
@@ -149,66 +136,21 @@ def _declared(source: str, path: Path) -> list[Parameter]:
             raise BacksightError(
                 f"the parameter {name} in {path} has a computed default; write a plain literal."
             ) from error
-        kinds, element, choices = _types(name, default, annotation, path)
+        kinds, element = _types(name, default)
         comment = comments.get(statement.end_lineno or statement.lineno, "")
-        parameters.append(Parameter(name, default, kinds, element, choices, comment))
+        parameters.append(Parameter(name, default, kinds, element, comment))
     return parameters
 
 
-def _types(
-    name: str, default: Any, annotation: ast.expr | None, path: Path
-) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
-    """(kinds, element of a list, choices) of a parameter, from its annotation or else from its default."""
-    if annotation is not None:
-        kinds, element, choices = _annotated(name, annotation, path)
-        return kinds, element, (*choices, None) if choices and NoneType in kinds else choices
+def _types(name: str, default: Any) -> tuple[tuple[type, ...], type | None]:
+    """(kinds, element of a list) of a parameter, by its default."""
     if name in _KINDS_BY_NAME:
-        return _KINDS_BY_NAME[name], str, ()
+        return _KINDS_BY_NAME[name], str
     if default is None:
-        return (), None, ()
+        return (), None
     items = {type(item) for item in default} if isinstance(default, list | tuple) else set()
     element = items.pop() if len(items) == 1 else None
-    return (list if isinstance(default, tuple) else type(default),), element, ()
-
-
-def _annotated(name: str, annotation: ast.expr, path: Path) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
-    match annotation:
-        case ast.Constant(value=None):
-            return (NoneType,), None, ()
-        case ast.Constant(value=str() as text):
-            return _annotated(name, ast.parse(text, mode="eval").body, path)
-        case ast.Name(id="Any") | ast.Attribute(attr="Any"):
-            return (), None, ()
-        case ast.Name(id=kind) if kind in _KINDS:
-            return (_KINDS[kind],), None, ()
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _union(name, [left, right], path)
-        case ast.Subscript(value=ast.Name(id=outer) | ast.Attribute(attr=outer), slice=inner):
-            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            if outer == "Literal":
-                choices = tuple(ast.literal_eval(part) for part in parts)
-                return tuple(dict.fromkeys(type(choice) for choice in choices)), None, choices
-            if outer == "Union":
-                return _union(name, parts, path)
-            if outer == "Optional":
-                return _union(name, [*parts, ast.Constant(value=None)], path)
-            if outer in ("list", "tuple", "List", "Tuple"):
-                kinds, _, _ = _annotated(name, parts[0], path)
-                return (list,), kinds[0] if len(kinds) == 1 else None, ()
-            if outer in ("dict", "Dict"):
-                return (dict,), None, ()
-    raise BacksightError(
-        f"the parameter {name} in {path} has the type {ast.unparse(annotation)}; "
-        f"use {', '.join(_KINDS)}, Literal[...] or a union of them."
-    )
-
-
-def _union(name: str, parts: Sequence[ast.expr], path: Path) -> tuple[tuple[type, ...], type | None, tuple[Any, ...]]:
-    found = [_annotated(name, part, path) for part in parts]
-    kinds = tuple(dict.fromkeys(kind for part, _, _ in found for kind in part))
-    elements = [element for _, element, _ in found if element is not None]
-    choices = tuple(choice for _, _, part in found for choice in part)
-    return kinds, elements[0] if elements else None, choices
+    return (list if isinstance(default, tuple) else type(default),), element
 
 
 def assigned(assignment: str) -> tuple[str, str]:
@@ -238,9 +180,15 @@ def parse_text(parameter: Parameter, text: str, origin: str) -> Any:
     for kind in (int, float):
         if kind in kinds:
             try:
-                return check_value(parameter, kind(stripped), origin)
-            except ValueError:
+                number = float(stripped)
+                if kind is float or number.is_integer():  # 1e3 is a whole number too
+                    return check_value(
+                        parameter, int(stripped) if stripped.lstrip("+-").isdigit() else kind(number), origin
+                    )
+            except (ValueError, OverflowError):
                 continue
+    if list in kinds and str not in kinds and not stripped.startswith("["):
+        stripped = f"[{stripped}]"  # linear,direct as in [linear, direct]
     bracketed = (list in kinds and stripped.startswith("[")) or (dict in kinds and stripped.startswith("{"))
     if bracketed or not kinds:
         try:
@@ -261,8 +209,6 @@ def check_value(parameter: Parameter, value: Any, origin: str) -> Any:
         fits = all(type(item) in allowed for item in value)
     if fits and isinstance(value, float):
         fits = math.isfinite(value)
-    if fits and parameter.choices:
-        fits = value in parameter.choices or (isinstance(value, list) and list in kinds)
     if not fits:
         raise _refusal(parameter, value, origin)
     return value
@@ -273,8 +219,6 @@ def _refusal(parameter: Parameter, value: Any, origin: str) -> BacksightError:
 
 
 def _expected(parameter: Parameter) -> str:
-    if parameter.choices:
-        return "one of " + ", ".join(json.dumps(choice) for choice in parameter.choices)
     words = []
     for kind in parameter.kinds:
         word = _WORDS[kind]

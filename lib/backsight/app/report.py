@@ -26,7 +26,6 @@ import pandas as pd
 from backsight.app.frames import FRAME_TABLE
 from backsight.app.report_frames import read_play
 from backsight.app.report_sources import LINE, CitedFile, Ledger, Source, Traced, read_lines, sources_of, with_lines
-from backsight.app.runs import FINISHED, METRICS, STARTED
 from backsight.errors import BacksightError
 from backsight.plots.style import (
     INVERSE_NAMES,
@@ -41,7 +40,7 @@ from backsight.plots.style import (
     taps_in_order,
     target_colour,
 )
-from backsight.project import project_root, read_json, shown, write_atomically
+from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
 from backsight.studies.study import notebook_of
 from backsight.tables.pool import METRIC_COLUMNS
 

@@ -24,20 +24,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
-from backsight.app.runs import (
-    FINISHED,
-    METRICS,
-    PARTIAL_METRICS,
-    RUN_VARIABLE,
-    STARTED,
-    code_digest,
-    complete_run,
-    run_folder,
-    start_run,
-)
+from backsight.app.runs import RUN_VARIABLE, code_digest, complete_run, run_folder, start_run
 from backsight.errors import BacksightError, nearest
-from backsight.project import project_root, read_json, shown
-from backsight.targets.shipped import inverse_files, made_for, refuse_unknown_name, refuse_unknown_taps
+from backsight.project import FINISHED, METRICS, PARTIAL_METRICS, STARTED, project_root, read_json, shown
 
 if TYPE_CHECKING:
     import nbformat
@@ -177,6 +166,9 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     targets = _named_targets(values)
     inverses = values.get("inverses")
     # First what is seen at once, then what needs the target libraries, which take seconds.
+    if targets:
+        from backsight.targets.shipped import refuse_unknown_name, refuse_unknown_taps
+
     for target in targets:
         refuse_unknown_name(target)
         refuse_unknown_taps(target, _taps(values))
@@ -283,6 +275,8 @@ def check_inverses(source: str, target: Any, seeds: Sequence[int] = ()) -> None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise BacksightError(f"inverses: no folder {source!r}; give the folder of a finished training run.")
+    from backsight.targets.shipped import inverse_files, made_for
+
     files = inverse_files(folder)
     if not files:
         raise BacksightError(f"inverses: the folder {source} holds no inverses (<family>--<tap>.safetensors).")
@@ -305,6 +299,8 @@ def check_weights(source: str, target: Any, seed: Any = None) -> None:
     """
     if not isinstance(target, str):
         return
+    from backsight.targets.shipped import inverse_files, made_for
+
     files = {path: made_for(path) for path in inverse_files(Path(source).expanduser())}
     # Inverses of an untrained target may lie beside those of the trained one: they are null models.
     files = {path: each for path, each in files.items() if each.target == target and each.weights != "random"}

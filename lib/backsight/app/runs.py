@@ -28,6 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from backsight.errors import BacksightError
 from backsight.project import (
+    FINISHED,
+    METRICS,
+    PARTIAL_METRICS,
+    STARTED,
     available_cores,
     project_root,
     read_json,
@@ -43,8 +47,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN_VARIABLE = "BACKSIGHT_RUN"
-STARTED, FINISHED = "started.json", "run.json"
-METRICS, PARTIAL_METRICS = "metrics.csv", "metrics.partial.csv"
 
 RECORDED_PACKAGES = (
     "backsight",

@@ -14,9 +14,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from backsight.app.runs import FINISHED, METRICS, STARTED
 from backsight.errors import BacksightError
-from backsight.project import project_root, read_json, shown, write_atomically
+from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
 from backsight.tables.pool import METRIC_COLUMNS
 
 QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
