@@ -59,15 +59,15 @@ def _vit() -> Target:
 
 
 def _detr() -> Target:
-    from backsight.targets.detr import small
+    from targets.examples import small_detector
 
-    return small()
+    return small_detector()
 
 
 def _mask2former() -> Target:
-    from backsight.targets.mask2former import small
+    from targets.examples import small_detector
 
-    return small()
+    return small_detector("mask2former")
 
 
 def _stores(folder: Path) -> list[Path]:

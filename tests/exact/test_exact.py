@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -24,7 +25,7 @@ from backsight.exact.solver import Settings, derivative_product, difference_prod
 from backsight.exact.steps import Norm, Step, in_precision, residual_steps, walk
 from backsight.exact.tokens import Search, newton, token_map, token_roots
 from backsight.studies.amplification import amplification, chain_amplification
-from backsight.targets import Target, detr, timm_models
+from backsight.targets import Target
 
 NEWTON = Settings(anderson=0, restarts=0)
 
@@ -217,12 +218,12 @@ def test_a_projection_has_no_inverse() -> None:
 
 
 def test_what_lies_between_the_stages_of_a_pyramid_is_refused_with_its_dimensions() -> None:
-    target = timm_models.small("Swin")
+    target = small_timm("Swin")
     with pytest.raises(NotInvertibleError, match="no residual block") as refused:
         residual_steps(target, "layers.1", "layers.0")
     assert (refused.value.lost.dimension_in, refused.value.lost.dimension_out) == (256 * 16, 64 * 32)
     with pytest.raises(NotInvertibleError):
-        residual_steps(timm_models.small("ConvNeXt"), *reversed(timm_models.small("ConvNeXt").available_taps[1:3]))
+        residual_steps(small_timm("ConvNeXt"), *reversed(small_timm("ConvNeXt").available_taps[1:3]))
 
 
 def test_unfit_starts_and_values_are_refused() -> None:
@@ -266,7 +267,7 @@ def lively(target: Target, scale: float = 4.0) -> Target:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_come_back_to_round_off_as_far_as_blocks_are_residual(family: str) -> None:
     name, changes = FAMILIES[family]
-    target = lively(timm_models.small(name, **changes))
+    target = lively(small_timm(name, **changes))
     taps = {"Swin": "layers.0", "Swin V2": "layers.0"}.get(family, "blocks.1")
     inverse = fit_exact(target, pictures(target, 40), [taps], count=40, stages=2)[taps]
     assert inverse.reached == "patch_embed"
@@ -285,7 +286,7 @@ def test_models_come_back_to_round_off_as_far_as_blocks_are_residual(family: str
 @pytest.mark.parametrize(("sign", "met"), [(1.0, False), (-1.0, True)])
 def test_another_root_is_told_from_the_right_one(sign: float, met: bool) -> None:
     """A model whose last half-step squares: the start decides which of the two roots is found."""
-    target = timm_models.small("ViT")
+    target = small_timm("ViT")
     model = fit_exact(target, pictures(target, 20), ["blocks.1"], count=20, stages=1)["blocks.1"].model
     number = model.walk.taps["blocks.1"]
     changed = replace(model.walk.steps[number], forward=Tensor.square, jacobian=None)
@@ -363,7 +364,7 @@ def test_near_a_fold_both_roots_are_found_and_beyond_it_none() -> None:
 
 
 def test_dense_derivatives_in_closed_form_agree_with_the_differentiated_ones() -> None:
-    target = in_precision(lively(timm_models.small("ViT")), torch.float64)
+    target = in_precision(lively(small_timm("ViT")), torch.float64)
     step = residual_steps(target, "blocks.1", "blocks.0")[-1]
     assert step.jacobian is not None
     x = normal(5, 16)
@@ -380,7 +381,7 @@ def test_roots_of_steps_that_mix_tokens_are_refused() -> None:
 @pytest.mark.parametrize("oracle", [False, True])
 def test_the_right_root_of_several_is_chosen_by_the_usual_and_by_the_truth(oracle: bool) -> None:
     """A model whose last half-step folds: the closed-form start leads to the root on the other side."""
-    target = timm_models.small("ViT")
+    target = small_timm("ViT")
     model = fit_exact(target, pictures(target, 20), ["blocks.1"], count=20, stages=1)["blocks.1"].model
     number = model.walk.taps["blocks.1"]
     changed = replace(model.walk.steps[number], forward=kinked, jacobian=None)
@@ -407,7 +408,7 @@ def test_the_right_root_of_several_is_chosen_by_the_usual_and_by_the_truth(oracl
 
 
 def test_the_fit_says_where_a_model_folds() -> None:
-    target = lively(timm_models.small("ViT"), 1.0)
+    target = lively(small_timm("ViT"), 1.0)
     folding = fit_exact(target, pictures(target, 20), ["blocks.1"], count=20, stages=1)["blocks.1"].model.folding
     assert folding == {"blocks.0": 0.0, "blocks.1": 0.0}
     parameters = dict(target.model.named_parameters())
@@ -419,7 +420,7 @@ def test_the_fit_says_where_a_model_folds() -> None:
 
 
 def test_a_class_token_that_no_image_has_tells_a_wrong_stream() -> None:
-    target = lively(timm_models.small("ViT"))
+    target = lively(small_timm("ViT"))
     inverse = fit_exact(target, pictures(target, 40), ["blocks.1"], count=40, stages=1)["blocks.1"]
     truth = inverse.model.target.record(pictures(target, 3, seed=1).double(), ["blocks.1"])["blocks.1"]
     assert float(inverse.trace(truth).prefix_error.max()) < 1e-8
@@ -431,7 +432,7 @@ def test_a_class_token_that_no_image_has_tells_a_wrong_stream() -> None:
 
 
 def test_float32_newton_steps_and_float64_meet_at_the_same_stream() -> None:
-    target = lively(timm_models.small("ViT"))
+    target = lively(small_timm("ViT"))
     inverse = fit_exact(target, pictures(target, 40), ["blocks.1"], count=40, stages=1)["blocks.1"]
     truth = inverse.model.target.record(pictures(target, 3, seed=1).double(), ["patch_embed", "blocks.1"])
     refined = ExactInverse(inverse.model, "blocks.1", Settings(products="derivative", precision=torch.float32))
@@ -441,7 +442,7 @@ def test_float32_newton_steps_and_float64_meet_at_the_same_stream() -> None:
 
 
 def test_the_final_norm_loses_one_degree_a_token_and_keeps_it_lost_all_the_way() -> None:
-    target = timm_models.small("ViT")  # as it is drawn: a livelier one has a token with another root
+    target = small_timm("ViT")  # as it is drawn: a livelier one has a token with another root
     inverse = fit_exact(target, pictures(target, 40), ["norm"], count=40, stages=2)["norm"]
     size, tokens = 17 * 16, 17
     assert (inverse.lost[0].dimension_in, inverse.lost[0].dimension_out) == (size, size - tokens)
@@ -463,7 +464,7 @@ def test_a_norm_keeps_the_scale_in_its_last_digits_and_in_float32_loses_it() -> 
 
 
 def test_a_post_norm_layer_behind_a_norm_is_inverted_in_full() -> None:
-    target = in_precision(detr.small(), torch.float64)
+    target = in_precision(small_detector(), torch.float64)
     steps = residual_steps(target, "encoder.layers.1", "encoder.layers.0")
     assert [step.kind for step in steps] == ["post_norm", "post_norm"]
     taps = ["encoder.layers.0", "encoder.layers.0.attn", "encoder.layers.1"]
@@ -484,7 +485,7 @@ def test_a_post_norm_layer_behind_a_norm_is_inverted_in_full() -> None:
 
 
 def test_detr_comes_back_to_its_first_layer_and_says_what_the_first_norm_took() -> None:
-    target = detr.small()
+    target = small_detector()
     inverse = fit_exact(target, pictures(target, 40), ["encoder.layers.1"], count=40, stages=2)["encoder.layers.1"]
     assert inverse.reached == "projection"
     assert "mean of every token" in inverse.lost[0].reason
@@ -499,7 +500,7 @@ def test_detr_comes_back_to_its_first_layer_and_says_what_the_first_norm_took() 
 
 
 def test_every_known_block_is_checked_against_the_model() -> None:
-    target = timm_models.small("ViT")
+    target = small_timm("ViT")
     block = target.model.blocks[1]
     usual = block.forward
     block.forward = lambda x, *others, **named: 1.5 * usual(x, *others, **named)
@@ -511,7 +512,7 @@ def test_every_known_block_is_checked_against_the_model() -> None:
 
 
 def test_a_patch_embedding_of_full_rank_gives_the_pixels_back() -> None:
-    target = in_precision(timm_models.small("ViT", patch_size=4, embed_dim=64), torch.float64)
+    target = in_precision(small_timm("ViT", patch_size=4, embed_dim=64), torch.float64)
     embedding = measured_embedding(target)
     assert embedding is not None
     assert (embedding.rank, embedding.matrix.shape) == (48, (48, 64))
@@ -521,7 +522,7 @@ def test_a_patch_embedding_of_full_rank_gives_the_pixels_back() -> None:
 
 
 def test_a_lossy_patch_embedding_is_completed_by_the_given_image() -> None:
-    target = in_precision(timm_models.small("ViT"), torch.float64)
+    target = in_precision(small_timm("ViT"), torch.float64)
     embedding = measured_embedding(target)
     assert embedding is not None
     assert embedding.rank == 16
@@ -537,7 +538,7 @@ def test_a_lossy_patch_embedding_is_completed_by_the_given_image() -> None:
 
 
 def test_an_inverse_makes_images_of_a_recorded_tap() -> None:
-    target = timm_models.small("ViT", patch_size=4, embed_dim=64)
+    target = small_timm("ViT", patch_size=4, embed_dim=64)
     inverse = fit_exact(target, pictures(target, 40), ["blocks.1"], count=40, stages=1)["blocks.1"]
     images = pictures(target, 3, seed=1)
     made = inverse(target.record(images, ["blocks.1"])["blocks.1"])  # in float32

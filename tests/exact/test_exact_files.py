@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.app.explorer.seeing import _refuse_another_form
@@ -23,7 +24,7 @@ from backsight.inverses.families import FAMILIES, fit_family, load_families, sav
 from backsight.inverses.files import load_inverse, read_header, save_inverse
 from backsight.inverses.module import header_for
 from backsight.representation import Tokens
-from backsight.targets import PIXELS, Target, detr, timm_models
+from backsight.targets import PIXELS, Target
 
 TAPS = ["patch_embed", "blocks.1"]
 SIZE = (32, 16)
@@ -37,7 +38,7 @@ def scenes(count: int, seed: int, size: tuple[int, int] = SIZE) -> Tensor:
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return timm_models.small("ViT", img_size=SIZE).select(TAPS)
+    return small_timm("ViT", img_size=SIZE).select(TAPS)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_half_precision_is_half_as_large_and_leads_to_the_same_images(
 
 
 def test_where_a_step_folds_its_roots_are_chosen_as_before(tmp_path: Path) -> None:
-    target = timm_models.small("ViT", img_size=SIZE)
+    target = small_timm("ViT", img_size=SIZE)
     for name, parameter in target.model.named_parameters():
         if "blocks.1.mlp.fc" in name and parameter.ndim == 2:
             parameter.data.mul_(40)
@@ -182,7 +183,7 @@ def test_where_a_step_folds_its_roots_are_chosen_as_before(tmp_path: Path) -> No
 
 
 def test_a_detector_leaves_out_what_has_no_step_back_and_says_why(tmp_path: Path) -> None:
-    target = detr.small().select(["encoder.layers.1", "decoder.layers.1"])
+    target = small_detector().select(["encoder.layers.1", "decoder.layers.1"])
     images = scenes(20, 0, (64, 64))
     with pytest.warns(UserWarning, match=r"no exact inverse at decoder\.layers\.1\. .*cannot be inverted exactly"):
         made = fit_family("exact", target, images, progress=False)
@@ -212,7 +213,7 @@ def test_padded_tokens_are_refused(target: Target, folder: Path) -> None:
 
 
 def test_the_explorer_refuses_tokens_of_another_form() -> None:
-    swin = timm_models.small("Swin")
+    swin = small_timm("Swin")
     recorded = swin.record(scenes(1, 0, swin.image_size), ["layers.0", "layers.1"])
     view = View(family="map", tap="layers.0", inverse_tap="layers.1")
     with pytest.raises(BacksightError, match=r"map inverse of 'layers\.1' reads .* 32 channels, but 'layers\.0' holds"):
@@ -252,7 +253,7 @@ def test_damaged_and_foreign_files_are_refused(family: str, target: Target, fold
         load_inverse(changed(path, tmp_path / "settings.safetensors", settings={"steps": 1, "magic": 2}), target)
     with pytest.raises(BacksightError, match="fitted on images of 64 x 64 pixels"):
         load_inverse(changed(path, tmp_path / "size.safetensors", image_size=[64, 64]), target)
-    other = timm_models.small("ViT", img_size=SIZE)
+    other = small_timm("ViT", img_size=SIZE)
     next(other.model.parameters()).data.add_(0.1)
     with pytest.raises(BacksightError, match="load that target, or fit an inverse for this one"):
         load_inverse(path, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -24,7 +25,7 @@ from backsight.exact.map import (
     variance_shares,
 )
 from backsight.inverses.patches import patchify
-from backsight.targets import Target, detr, timm_models
+from backsight.targets import Target
 
 THOROUGH = MapSettings(stages=(0.0,), steps=6, products=200, tolerance=1e-13, damping=1e-4, enough=0.0)
 
@@ -212,7 +213,7 @@ def test_noises_are_of_the_size_they_say() -> None:
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return timm_models.small("ViT", img_size=(32, 16))
+    return small_timm("ViT", img_size=(32, 16))
 
 
 def scenes(count: int, seed: int) -> Tensor:
@@ -236,7 +237,7 @@ def test_the_pass_is_the_target_s_own_on_any_pixels(target: Target) -> None:
 
 
 def test_a_detector_s_pass_is_its_own_too() -> None:
-    target = detr.small()
+    target = small_detector()
     height, width = target.image_size
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     for tap in ("encoder.layers.0", "decoder.layers.0"):
@@ -267,7 +268,7 @@ def test_it_beats_the_inverse_that_it_starts_from_and_says_how_far_off_it_is(tar
 
 
 def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
-    target = detr.small()
+    target = small_detector()
     height, width = target.image_size
     images = torch.rand(66, 3, height, width, generator=torch.Generator().manual_seed(0))
     mean = images.mean(0)

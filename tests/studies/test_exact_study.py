@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -42,7 +43,7 @@ from backsight.studies.exact import (
     wilson_interval,
 )
 from backsight.tables.pool import METRIC_COLUMNS
-from backsight.targets import Target, detr, timm_models
+from backsight.targets import Target
 
 LAST, HALF = "blocks.1", "blocks.1.attn"
 QUIET = {"progress": False}
@@ -56,7 +57,7 @@ def pictures(count: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def usual() -> ExactInverse:
     """A small ViT as it is drawn: every half-step is a contraction."""
-    target = timm_models.small("ViT")
+    target = small_timm("ViT")
     size = target.image_size
     shown = torch.nn.functional.interpolate(pictures(24), size=size)
     return fit_exact(target, shown, [LAST], count=24, stages=1)[LAST]
@@ -146,7 +147,7 @@ def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None
 
 
 def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> None:
-    other = fit_exact(timm_models.small("ViT").untrained(3), images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
+    other = fit_exact(small_timm("ViT").untrained(3), images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
     one = images_of(usual, 1)
     truths = [recorded_truth(each, one) for each in (usual, other)]
     table = measure_half_steps([usual, other], truths, steps=["blocks.0"], **QUIET)
@@ -337,16 +338,16 @@ def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactI
 
 
 def test_where_exactness_ends_is_told_for_every_tap() -> None:
-    vit = where_exactness_ends(timm_models.small("ViT"), "fine").set_index("tap")
+    vit = where_exactness_ends(small_timm("ViT"), "fine").set_index("tap")
     assert vit.loc["blocks.1", "exact_to"] == "patch_embed"
     assert vit.loc["blocks.1", "half_steps"] == 4
     assert vit.loc["blocks.1", "dimension_in"] == 3 * vit.loc["blocks.1", "dimension_out"] * 4  # rank 16 of 192
     assert "rank" in vit.loc["blocks.1", "reason"]
     assert vit.loc["norm", "means_lost"] == 17
-    whole = where_exactness_ends(timm_models.small("ViT", patch_size=4, embed_dim=64)).set_index("tap")
+    whole = where_exactness_ends(small_timm("ViT", patch_size=4, embed_dim=64)).set_index("tap")
     assert whole.loc["blocks.1", "exact_to"] == "pixels"
     assert whole.loc["blocks.1", "reason"] == ""
-    made = where_exactness_ends(detr.small(), "fine").set_index("tap")
+    made = where_exactness_ends(small_detector(), "fine").set_index("tap")
     assert made.loc["encoder.layers.1", "exact_to"] == "projection"
     assert made.loc["encoder.layers.1", "norms"] == "encoder.layers.0.attn"
     assert made.loc["decoder.layers.0", "exact_to"] == ""
@@ -354,7 +355,7 @@ def test_where_exactness_ends_is_told_for_every_tap() -> None:
 
 
 def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None:
-    target: Target = timm_models.small("ViT")
+    target: Target = small_timm("ViT")
     shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
     families = {"linear": fit_linear(target, shown, ["patch_embed", "blocks.0"], progress=False)}
     made = measure_exactness(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.data.images import open_images
@@ -32,7 +33,7 @@ from backsight.studies.restated import (
     verdicts,
 )
 from backsight.tables.pool import METRIC_COLUMNS
-from backsight.targets import Target, timm_models
+from backsight.targets import Target
 
 SIZE = 32
 QUICK = MapSettings(stages=(1.0, 1e-2), steps=1, products=4)
@@ -247,7 +248,7 @@ TAPS = ["patch_embed", "blocks.0", "blocks.1"]
 @pytest.fixture(scope="module")
 def target() -> Target:
     torch.manual_seed(0)
-    return timm_models.small("ViT", img_size=SIZE, patch_size=8, embed_dim=48, depth=2, num_heads=2)
+    return small_timm("ViT", img_size=SIZE, patch_size=8, embed_dim=48, depth=2, num_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from targets.examples import small_timm
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
@@ -41,7 +42,7 @@ from backsight.studies.stability import (
     parse_noises,
 )
 from backsight.tables.pool import METRIC_COLUMNS
-from backsight.targets import Target, timm_models
+from backsight.targets import Target
 
 HEIGHT, WIDTH, SIDE, RANK = 8, 6, 2, 8
 TAP = "patch_embed"
@@ -68,7 +69,7 @@ def embedding() -> Tensor:
 @pytest.fixture(scope="module")
 def target() -> Target:
     """A ViT whose patch embedding, its first tap, is known."""
-    found = timm_models.small("ViT", img_size=(HEIGHT, WIDTH), patch_size=SIDE, embed_dim=12, depth=1, num_heads=2)
+    found = small_timm("ViT", img_size=(HEIGHT, WIDTH), patch_size=SIDE, embed_dim=12, depth=1, num_heads=2)
     found = found.select([TAP])
     deviation = torch.tensor(found.preprocessing.std)[:, None, None]  # the target divides pixels by it
     found.model.patch_embed.proj.weight.data = embedding().T.reshape(12, 3, SIDE, SIDE) * deviation
@@ -297,7 +298,7 @@ def test_a_crossing_says_where_or_why_not() -> None:
 
 @pytest.fixture(scope="module")
 def vit() -> Target:
-    return timm_models.small("ViT", img_size=(16, 24)).select(["blocks.0"])
+    return small_timm("ViT", img_size=(16, 24)).select(["blocks.0"])
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from targets.examples import small_detector, small_timm
 from torch.nn.functional import interpolate, one_hot
 
 from backsight.errors import BacksightError
@@ -33,8 +34,6 @@ from backsight.studies.tradeoff import (
 from backsight.tables.pool import METRIC_COLUMNS
 from backsight.targets import module_target
 from backsight.targets.base import hash_of
-from backsight.targets.detr import small as small_detr
-from backsight.targets.timm_models import small as small_timm
 
 STEPS = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}
 
@@ -57,7 +56,7 @@ def vit():
 
 @pytest.fixture(scope="module")
 def detr():
-    return small_detr().select(["encoder.layers.1", "decoder.layernorm"])
+    return small_detector().select(["encoder.layers.1", "decoder.layernorm"])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def result(request):
     if request.param == "vit":
         target = small_timm("ViT", num_classes=len(CLASS_NAMES))
     else:
-        target = small_detr(id2label=dict(enumerate(CLASS_NAMES))).select(["encoder.layers.1", "decoder.layers.1"])
+        target = small_detector(id2label=dict(enumerate(CLASS_NAMES))).select(["encoder.layers.1", "decoder.layers.1"])
     target.classes = CLASS_NAMES
     sizes = {"n": 24, "train_images": 24, "fit_images": 60, "set_inputs": 32}
     return target, measure_tradeoff(target, [1.0, 0.0], [0, 1], **sizes, **STEPS, progress=False)

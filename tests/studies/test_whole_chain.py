@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -15,7 +16,7 @@ from backsight.exact.map import MapSettings
 from backsight.exact.steps import Step
 from backsight.inverses.linear import fit_linear
 from backsight.studies.whole_chain import ANOTHER_ROOT, BACK, FATES, LOST, chain_model, measure_whole_chains
-from backsight.targets import Target, timm_models
+from backsight.targets import Target
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +36,7 @@ def lively(target: Target) -> Target:
 
 @pytest.fixture(scope="module")
 def vit() -> Target:
-    return lively(timm_models.small("ViT"))
+    return lively(small_timm("ViT"))
 
 
 def squares() -> list[Step]:

@@ -10,25 +10,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from targets.examples import TWO_STAGES, small_detector
 from torch import Tensor
 
 from backsight import targets
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Tokens
-from backsight.targets import conditional_detr, dab_detr, deformable_detr, detr, load_target, rt_detr
+from backsight.targets import deformable_detr, load_target, rt_detr
 from backsight.targets.base import Stage, Target
-from backsight.targets.detection import DetectionTarget
 
-TWO_STAGES = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 6}
-MODELS: dict[str, Callable[[], Target]] = {
-    "detr": detr.small,
-    "conditional": conditional_detr.small,
-    "dab": dab_detr.small,
-    "deformable": deformable_detr.small,
-    "deformable, box refinement": partial(deformable_detr.small, with_box_refine=True),
-    "deformable, two stages": partial(deformable_detr.small, **TWO_STAGES),
-    "rt": rt_detr.small,
-    "rt, second": partial(rt_detr.small, rt_detr.SECOND),
+MODELS: dict[str, Callable[..., Any]] = {
+    "detr": partial(small_detector, "detr"),
+    "conditional": partial(small_detector, "conditional_detr"),
+    "dab": partial(small_detector, "dab-detr"),
+    "deformable": partial(small_detector, "deformable_detr"),
+    "deformable, box refinement": partial(small_detector, "deformable_detr", with_box_refine=True),
+    "deformable, two stages": partial(small_detector, "deformable_detr", **TWO_STAGES),
+    "rt": partial(small_detector, "rt_detr"),
+    "rt, second": partial(small_detector, "rt_detr_v2"),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -94,16 +93,18 @@ TIMM = {
     "out_indices": [1, 2, 3],
 }
 VARIANTS: dict[str, Callable[[], Target]] = {
-    "detr, timm": partial(detr.small, backbone_config=TIMM),
-    "conditional, learned positions": partial(conditional_detr.small, position_embedding_type="learned"),
-    "dab, timm": partial(dab_detr.small, backbone_config=TIMM),
-    "deformable, timm, levels added": partial(deformable_detr.small, backbone_config=TIMM, num_feature_levels=5),
-    "deformable, swin": partial(deformable_detr.small, backbone_config=_swin(), **TWO_STAGES),
-    "deformable, no encoder": partial(deformable_detr.small, encoder_layers=0),
-    "rt, softmax, pre-norm": partial(rt_detr.small, use_focal_loss=False, normalize_before=True),
-    "rt, no attention": partial(rt_detr.small, encoder_layers=0),
-    "rt, anchors": partial(rt_detr.small, anchor_image_size=[64, 96], eval_size=64),
-    "rt, second, discrete": partial(rt_detr.small, rt_detr.SECOND, decoder_method="discrete"),
+    "detr, timm": partial(small_detector, "detr", backbone_config=TIMM),
+    "conditional, learned positions": partial(small_detector, "conditional_detr", position_embedding_type="learned"),
+    "dab, timm": partial(small_detector, "dab-detr", backbone_config=TIMM),
+    "deformable, timm, levels added": partial(
+        small_detector, "deformable_detr", backbone_config=TIMM, num_feature_levels=5
+    ),
+    "deformable, swin": partial(small_detector, "deformable_detr", backbone_config=_swin(), **TWO_STAGES),
+    "deformable, no encoder": partial(small_detector, "deformable_detr", encoder_layers=0),
+    "rt, softmax, pre-norm": partial(small_detector, "rt_detr", use_focal_loss=False, normalize_before=True),
+    "rt, no attention": partial(small_detector, "rt_detr", encoder_layers=0),
+    "rt, anchors": partial(small_detector, "rt_detr", anchor_image_size=[64, 96], eval_size=64),
+    "rt, second, discrete": partial(small_detector, "rt_detr_v2", decoder_method="discrete"),
 }
 
 
@@ -113,7 +114,7 @@ def test_variants_continue_from_every_tap(build: Callable[[], Target]) -> None:
 
 
 def test_one_level() -> None:
-    target = deformable_detr.small(num_feature_levels=1, backbone_config={**TIMM, "out_indices": [2]})
+    target = small_detector("deformable_detr", num_feature_levels=1, backbone_config={**TIMM, "out_indices": [2]})
     tokens = target.record(_images(), ["projection"])["projection"]
     assert isinstance(tokens, Tokens)
     assert tokens.grids == ((8, 12),)
@@ -122,12 +123,15 @@ def test_one_level() -> None:
 
 def test_maps_that_are_no_modules_own_are_put_in_all_together() -> None:
     """The levels of a Swin backbone are normed beside the stream, so the coarser ones travel beside a finer one."""
-    target = deformable_detr.small(backbone_config=_swin())
+    target = small_detector("deformable_detr", backbone_config=_swin())
     tokens = target.record(_images(), ["backbone.1"])["backbone.1"]
     assert isinstance(tokens, Tokens)
     assert set(tokens.context) == {"backbone.0", "backbone.2"}
     # A model that reads the last map only has nothing to continue from at the others.
-    assert conditional_detr.small(backbone_config=_swin()).available_taps[:2] == ("backbone.2", "projection")
+    assert small_detector("conditional_detr", backbone_config=_swin()).available_taps[:2] == (
+        "backbone.2",
+        "projection",
+    )
 
 
 def test_a_map_carries_the_coarser_ones_that_follow_from_it() -> None:
@@ -268,11 +272,11 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BacksightError, match="multiple of 32"):
         model("rt").check_size((64, 80))
     with pytest.raises(BacksightError, match=r"chooses 6 of its tokens.*give 5"):
-        deformable_detr.small(**TWO_STAGES, num_feature_levels=2).check_size((16, 16))
+        small_detector("deformable_detr", **TWO_STAGES, num_feature_levels=2).check_size((16, 16))
     with pytest.raises(BacksightError, match=r"exactly \(64, 96\)"):
-        rt_detr.small(anchor_image_size=[64, 96]).check_size((64, 64))
+        small_detector("rt_detr", anchor_image_size=[64, 96]).check_size((64, 64))
     with pytest.raises(BacksightError, match=r"\(400, 400\)"):
-        deformable_detr.small(position_embedding_type="learned").check_size((16, 416))
+        small_detector("deformable_detr", position_embedding_type="learned").check_size((16, 416))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +371,7 @@ def test_a_processor_that_does_not_normalise(folder) -> None:
 def test_another_number_of_classes(name: str, folder) -> None:
     """As config.json says; where it says nothing, as the checkpoint's head has it."""
     build = MODELS[name]
-    target: Any = build(id2label={number: f"class {number}" for number in range(5)})  # type: ignore[call-arg]
+    target = build(id2label={number: f"class {number}" for number in range(5)})
     _save(target, folder)
     assert load_target(str(folder)).classes == tuple(f"class {number}" for number in range(5))
     _edit(folder, id2label=None, label2id=None)
@@ -420,7 +424,7 @@ def test_a_checkpoint_in_the_older_format(folder) -> None:
 
 
 def test_half_precision_runs_in_single(folder) -> None:
-    halved = deformable_detr.small()
+    halved = small_detector("deformable_detr")
     halved.model.half()
     _save(halved, folder)
     assert {each.dtype for each in load_target(str(folder)).model.parameters()} == {torch.float32}
@@ -441,25 +445,6 @@ def test_configurations_that_are_none_of_ours(folder, changes: dict[str, Any], s
     for use in (targets.check_target, load_target):
         with pytest.raises(BacksightError, match=said):
             use(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("name", "taps", "size"),
-    [
-        ("microsoft/conditional-detr-resnet-50", 19, (480, 640)),
-        ("SenseTime/deformable-detr-with-box-refine-two-stage", 17, (480, 640)),
-        ("PekingU/rtdetr_v2_r50vd", 15, (640, 640)),
-    ],
-)
-def test_published_names_are_known_without_network(folder, name: str, taps: int, size: tuple[int, int]) -> None:
-    source, family = targets._find(name)
-    target = family.skeleton(source)
-    assert isinstance(target, DetectionTarget)
-    assert target.name == name
-    assert len(target.tap_set("blocks")) == taps
-    assert target.image_size == size
-    target.check_size(size)
-    assert name in family.listed()
 
 
 def test_other_hub_names_are_asked_what_they_are(folder, monkeypatch: pytest.MonkeyPatch) -> None:

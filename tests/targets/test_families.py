@@ -8,25 +8,19 @@ from functools import cache
 
 import pytest
 import torch
+from targets.examples import EXAMPLES
 from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.module import Chain
 from backsight.representation import Predictions, Queries, Tokens
-from backsight.targets import FAMILIES, PIXELS
+from backsight.targets import PIXELS
 from backsight.targets.base import Target, seeded
 from backsight.training.fit import fit_direct, fit_modular
 
-EXAMPLES = {
-    f"{family.name}: {name}": make for family in FAMILIES for name, make in sorted(dict(family.examples()).items())
-}
 each_example = pytest.mark.parametrize("name", EXAMPLES)
 AGREEMENT = 1e-4  # of the output's own size
-
-
-def test_every_family_offers_examples() -> None:
-    assert not [family.name for family in FAMILIES if not family.examples()]
 
 
 @cache

@@ -730,10 +730,6 @@ def test_architectures_without_weights_for_shape_checks(weights):
     target = load_target("test_vit", pretrained=False)
     assert target.weights == "random"
     assert target.record(torch.zeros(1, 3, 160, 160))["blocks.5"].grids == ((10, 10),)
-    targets.check_taps("facebook/detr-resnet-50", "fine")
-    targets.check_image_size("facebook/detr-resnet-50", (480, 640))
-    with pytest.raises(BacksightError, match="multiple of 32"):
-        targets.check_image_size("facebook/detr-resnet-50", (500, 640))
 
 
 def test_checks_build_no_weights(weights):

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from targets.examples import small_timm
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
@@ -19,7 +20,7 @@ from backsight.representation import Tokens
 from backsight.targets import check_image_size, check_taps, check_target, load_target, sources
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.timm_intermediates import Layout, TimmIntermediates, _guess, _match
-from backsight.targets.timm_models import random_target, small
+from backsight.targets.timm_models import random_target
 from backsight.targets.timm_transformer import TimmTransformer
 
 SHALLOW = {"depth": 3}
@@ -270,7 +271,7 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 def test_descriptions_of_classes(tmp_path: Path) -> None:
     """As the shipped targets are: the class, its arguments, and the weights."""
-    made = small("Swin")
+    made = small_timm("Swin")
     folder = tmp_path / "mine"
     folder.mkdir()
     save_file(made.model.state_dict(), folder / "model.safetensors")

@@ -85,8 +85,7 @@ class Family:
     kind: what its targets are; claims: does this source belong here; skeleton: the target on the meta device, at
     once and without weights; load: the target itself (source, pretrained, seed); check: refuse a source that cannot
     be loaded here; listed: names for `backsight targets`, each with its hub repository; names: all it knows, for
-    "nearest names"; examples: makers of small targets with random weights, which the tests of all families walk
-    (a family without any is not tested).
+    "nearest names".
     """
 
     name: str
@@ -97,7 +96,6 @@ class Family:
     check: Callable[[Source], None]
     listed: Callable[[], dict[str, str]]
     names: Callable[[], list[str]]
-    examples: Callable[[], Mapping[str, Callable[[], Target]]] = dict
 
 
 class Target(ABC):

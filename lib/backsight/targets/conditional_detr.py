@@ -11,12 +11,8 @@ next layer reads the normalised stream; reference points come from the learned q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from backsight.targets.base import Target
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -61,22 +57,7 @@ ARCHITECTURE = Architecture(
     ConditionalDetr,
     heads=("class_labels_classifier.weight",),
     out_indices=lambda _: [1, 2, 3, 4],
-    published={"microsoft/conditional-detr-resnet-50": {"num_labels": PUBLISHED_LABELS}},
 )
 
 
-def small(**changes: Any) -> Target:
-    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16), of which the last counts."""
-    settings: dict[str, Any] = {
-        "backbone_config": small_resnet(),
-        "d_model": 32,
-        **SMALL_LAYERS,
-    }
-    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {"plain": small, "auxiliary losses": lambda: small(auxiliary_loss=True)}
-
-
-FAMILY = family("transformers Conditional DETR", [ARCHITECTURE], _examples)
+FAMILY = family("transformers Conditional DETR", [ARCHITECTURE])

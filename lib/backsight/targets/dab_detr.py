@@ -13,12 +13,10 @@ loss).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from backsight.targets.base import Target
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -67,28 +65,7 @@ ARCHITECTURE = Architecture(
     DabDetr,
     heads=("class_embed.weight",),
     out_indices=lambda _: [1, 2, 3, 4],
-    published={
-        "IDEA-Research/dab-detr-resnet-50": {"num_labels": PUBLISHED_LABELS},
-        "IDEA-Research/dab-detr-resnet-50-dc5": {"num_labels": PUBLISHED_LABELS, "dilation": True},
-    },
 )
 
 
-def small(**changes: Any) -> Target:
-    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16), of which the last counts."""
-    settings: dict[str, Any] = {
-        "backbone_config": small_resnet(),
-        "hidden_size": 32,
-        **SMALL_LAYERS,
-    }
-    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {
-        "plain": small,
-        "patterns, norm behind the encoder": lambda: small(num_patterns=2, normalize_before=True, keep_query_pos=True),
-    }
-
-
-FAMILY = family("transformers DAB-DETR", [ARCHITECTURE], _examples)
+FAMILY = family("transformers DAB-DETR", [ARCHITECTURE])

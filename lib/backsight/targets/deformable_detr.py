@@ -13,14 +13,10 @@ encoder's output (two stages): `from_tap` computes them again. Classes are judge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from torch import Tensor
 
-from backsight.targets.base import Target
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -74,45 +70,7 @@ ARCHITECTURE = Architecture(
     DeformableDetr,
     heads=("class_embed.0.weight", "model.decoder.class_embed.0.weight"),
     out_indices=lambda values: [2, 3, 4] if values.get("num_feature_levels", 4) > 1 else [4],
-    published={
-        "SenseTime/deformable-detr": {"num_labels": PUBLISHED_LABELS},
-        "SenseTime/deformable-detr-single-scale": {"num_labels": PUBLISHED_LABELS, "num_feature_levels": 1},
-        "SenseTime/deformable-detr-single-scale-dc5": {
-            "num_labels": PUBLISHED_LABELS,
-            "num_feature_levels": 1,
-            "dilation": True,
-        },
-        "SenseTime/deformable-detr-with-box-refine": {"num_labels": PUBLISHED_LABELS, "with_box_refine": True},
-        "SenseTime/deformable-detr-with-box-refine-two-stage": {
-            "num_labels": PUBLISHED_LABELS,
-            "with_box_refine": True,
-            "two_stage": True,
-        },
-    },
 )
 
 
-def small(**changes: Any) -> Target:
-    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16) and one level more."""
-    settings: dict[str, Any] = {
-        "backbone_config": small_resnet(),
-        "num_feature_levels": 3,
-        "d_model": 32,
-        **SMALL_LAYERS,
-        "encoder_n_points": 2,
-        "decoder_n_points": 2,
-    }
-    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    two_stage = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 6}
-    return {
-        "plain": small,
-        "box refinement": lambda: small(with_box_refine=True),
-        "two stages": lambda: small(**two_stage),
-        "learned positions": lambda: small(position_embedding_type="learned"),
-    }
-
-
-FAMILY = family("transformers Deformable DETR", [ARCHITECTURE], _examples)
+FAMILY = family("transformers Deformable DETR", [ARCHITECTURE])

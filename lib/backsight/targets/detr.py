@@ -13,7 +13,6 @@ Half-steps (`.attn`, `.cross_attn`) are the stream after their own layer norm, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Tokens
-from backsight.targets.base import Size, Target
+from backsight.targets.base import Size
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hugging_face import PUBLISHED_LABELS, SMALL_LAYERS, Architecture, example, family, small_resnet
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -194,28 +193,8 @@ ARCHITECTURE = Architecture(
     heads=("class_labels_classifier.weight",),
     spare=1,
     out_indices=lambda _: [1, 2, 3, 4],
-    published={
-        "facebook/detr-resnet-50": {"num_labels": PUBLISHED_LABELS, "backbone": "resnet50"},
-        "facebook/detr-resnet-101": {"num_labels": PUBLISHED_LABELS, "backbone": "resnet101"},
-        "facebook/detr-resnet-50-dc5": {"num_labels": PUBLISHED_LABELS, "backbone": "resnet50", "dilation": True},
-        "facebook/detr-resnet-101-dc5": {"num_labels": PUBLISHED_LABELS, "backbone": "resnet101", "dilation": True},
-    },
 )
 
 
-def small(**changes: Any) -> Target:
-    """A small random target for images of 64 x 64: two maps of a ResNet (strides 8, 16), of which the last counts."""
-    settings: dict[str, Any] = {
-        "backbone_config": small_resnet(),
-        "d_model": 32,
-        **SMALL_LAYERS,
-    }
-    return example(ARCHITECTURE, (64, 64), **{**settings, **changes})
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {"plain": small, "auxiliary losses": lambda: small(auxiliary_loss=True)}
-
-
 # It also claims the model types that no family takes, to refuse them in a sentence.
-FAMILY = family("transformers DETR", [ARCHITECTURE], _examples, refuses=True)
+FAMILY = family("transformers DETR", [ARCHITECTURE], refuses=True)

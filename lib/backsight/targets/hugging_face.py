@@ -2,7 +2,7 @@
 
 A family is a file that describes its models by `Architecture` and offers `family(...)`:
 
-    FAMILY = family("transformers Conditional DETR", [Architecture("conditional_detr", …)], examples)
+    FAMILY = family("transformers Conditional DETR", [Architecture("conditional_detr", …)])
 
 What transformers only warns about is refused here: weights that are missing, left over or of another shape. A backbone
 is always described in full, because transformers would otherwise ask the network for it.
@@ -48,14 +48,12 @@ PUBLISHED = {
     "hustvl/yolos-small": "yolos",
     "facebook/mask2former-swin-tiny-coco-instance": "mask2former",
 }
-PUBLISHED_LABELS = 91  # COCO identifiers 0 to 90
 MODEL_TYPES = tuple(dict.fromkeys(PUBLISHED.values()))
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROCESSOR: Mapping[str, Any] = {"size": {"shortest_edge": 800, "longest_edge": 1333}}  # of DETR and its kin
 LARGEST_HEIGHT = 480  # of a batch of images where the processor keeps the aspect ratio
 LEGACY_KEYS = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
-CLASSES = ("disc", "ring", "star")  # of the examples
 
 
 class TransformersTarget(Target):
@@ -80,8 +78,7 @@ class Architecture:
     (model, name, preprocessing, weights, classes); heads: names that the weight of the class head may have in a
     checkpoint; spare: its rows that are no class of the data ("no object"); out_indices: maps that the default timm
     backbone gives, from the config's values, or None where the config class makes its own default without network;
-    published: {hub id: config values}, for shapes without asking the hub; processor: what the model's image processor
-    does by default (keys of preprocessor_config.json).
+    processor: what the model's image processor does by default (keys of preprocessor_config.json).
     """
 
     model_type: str
@@ -91,14 +88,12 @@ class Architecture:
     heads: tuple[str, ...] = ()
     spare: int = 0
     out_indices: Callable[[Mapping[str, Any]], list[int]] | None = None
-    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     processor: Mapping[str, Any] = field(default_factory=lambda: PROCESSOR)
 
 
 def family(
     name: str,
     architectures: Sequence[Architecture],
-    examples: Callable[[], Mapping[str, Callable[[], Target]]],
     kind: Any = "detector",
     refuses: bool = False,
 ) -> Family:
@@ -128,57 +123,7 @@ def family(
         check=lambda source: _check(source, found(source)),
         listed=lambda: {each: each for each in names},
         names=lambda: list(names),
-        examples=examples,
     )
-
-
-def example(architecture: Architecture, size: Size, **config: Any) -> Target:
-    """A small target with random weights for images of `size`, whose steps are no identities by their initial value."""
-    import transformers
-
-    with seeded(0):
-        values: dict[str, Any] = {"id2label": dict(enumerate(CLASSES)), **config}
-        model = getattr(transformers, architecture.model)(getattr(transformers, architecture.config)(**values))
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, size, "bilinear", square=size[0] == size[1])
-    return architecture.target(scattered(model), f"small {architecture.model_type}", preprocessing, "random", CLASSES)
-
-
-# Two layers each, heads and widths that differ, for the examples of the detectors.
-SMALL_LAYERS: dict[str, Any] = {
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 48,
-    "num_queries": 6,
-}
-
-
-def small_resnet() -> Any:
-    """The configuration of a small ResNet with maps of the strides 8 and 16, for examples."""
-    from transformers import ResNetConfig
-
-    config: Any = ResNetConfig  # its signature hides what the base class takes
-    return config(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 24],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3"],
-    )
-
-
-def scattered(model: nn.Module, seed: int = 7) -> nn.Module:
-    """The model with noise on all parameters, and norm weights about 1 (some models start theirs, or heads, at 0)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "weight" and parameter.ndim == 1:
-                    parameter.fill_(1.0)
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model
 
 
 # What a name stands for
@@ -208,8 +153,6 @@ def _config(source: Source, architecture: Architecture, checkpoint: Path | None)
 
     if source.config:
         values = dict(source.config)
-    elif source.name in architecture.published and not sources.cached_file(source.name, ["config.json"]):
-        values = dict(architecture.published[source.name])
     else:
         values = sources.read_json(sources.hub_file(source.name, source.name, ["config.json"]))
     values["backbone_config"] = _explicit_backbone(values, architecture)

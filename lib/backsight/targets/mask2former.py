@@ -19,20 +19,20 @@ Boxes are made from the masks, see `soft_boxes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Representation
-from backsight.targets.base import PIXELS, Stage, Target
+from backsight.targets.base import PIXELS, Stage
 from backsight.targets.detection import PREDICTIONS, PROBE, DetectionTarget, Level, Spot, flat, layer_spots
-from backsight.targets.hugging_face import Architecture, example, family
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place, playing
 
 BACKBONE = "model.pixel_level_module.encoder"
@@ -223,44 +223,7 @@ ARCHITECTURE = Architecture(
     Mask2Former,
     heads=("class_predictor.weight",),
     spare=1,
-    published={
-        "facebook/mask2former-swin-tiny-coco-instance": {
-            "num_labels": 80,
-            "backbone_config": _swin(96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
-        },
-    },
 )
 
 
-def small(backbone: Literal["swin", "resnet"] = "swin", **changes: Any) -> Mask2Former:
-    """A small random target for images of 64 x 64, with maps of the strides 4, 8, 16, 32."""
-    resnet = {
-        "model_type": "resnet",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    }
-    settings: dict[str, Any] = {
-        "backbone_config": _swin(8, (1, 1, 1, 1), (1, 1, 2, 2), 4) if backbone == "swin" else resnet,
-        "feature_size": 32,
-        "mask_feature_size": 16,
-        "hidden_dim": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 3,
-        "encoder_feedforward_dim": 40,
-        "dim_feedforward": 48,
-        "num_attention_heads": 2,
-        "num_queries": 6,
-    }
-    target = example(ARCHITECTURE, (64, 64), **{**settings, **changes})
-    assert isinstance(target, Mask2Former)
-    return target
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {"Swin": small, "ResNet, norms first": lambda: small("resnet", pre_norm=True, decoder_layers=2)}
-
-
-FAMILY = family("transformers Mask2Former", [ARCHITECTURE], _examples)
+FAMILY = family("transformers Mask2Former", [ARCHITECTURE])

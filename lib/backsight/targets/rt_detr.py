@@ -15,16 +15,14 @@ are judged one by one (sigmoid), unless `use_focal_loss` is off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from fractions import Fraction
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from backsight.errors import BacksightError
 from backsight.representation import Grid
-from backsight.targets.base import Size, Target
+from backsight.targets.base import Size
 from backsight.targets.detection import DetectionTarget, Spot, halved, layer_spots
-from backsight.targets.hugging_face import Architecture, example, family
+from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.replay import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -110,7 +108,6 @@ FIRST = Architecture(
     "RTDetrForObjectDetection",
     RtDetr,
     heads=("model.enc_score_head.weight",),
-    published={"PekingU/rtdetr_r50vd": {"num_labels": COCO_CLASSES}},
     processor=PROCESSOR,
 )
 SECOND = Architecture(
@@ -119,49 +116,8 @@ SECOND = Architecture(
     "RTDetrV2ForObjectDetection",
     RtDetr,
     heads=("model.enc_score_head.weight",),
-    published={"PekingU/rtdetr_v2_r50vd": {"num_labels": COCO_CLASSES}},
     processor=PROCESSOR,
 )
 
 
-def small(architecture: Architecture = FIRST, **changes: Any) -> Target:
-    """A small random target for images of 64 x 64: three maps of a ResNet (strides 8, 16, 32)."""
-    from transformers import RTDetrResNetConfig
-
-    backbone: Any = RTDetrResNetConfig
-    settings: dict[str, Any] = {
-        "backbone_config": backbone(
-            embedding_size=8,
-            hidden_sizes=[8, 16, 24, 32],
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            out_features=["stage2", "stage3", "stage4"],
-        ),
-        "encoder_in_channels": [16, 24, 32],
-        "decoder_in_channels": [32, 32, 32],
-        "encoder_hidden_dim": 32,
-        "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 48,
-        "decoder_n_points": 2,
-        "num_queries": 6,
-        "num_denoising": 4,
-    }
-    return example(architecture, (64, 64), **{**settings, **changes})
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {
-        "first": small,
-        "second": partial(small, SECOND),
-        "attention on two levels, one level more": lambda: small(
-            encode_proj_layers=[1, 2], encoder_layers=2, num_feature_levels=4
-        ),
-    }
-
-
-FAMILY = family("transformers RT-DETR", [FIRST, SECOND], _examples)
+FAMILY = family("transformers RT-DETR", [FIRST, SECOND])

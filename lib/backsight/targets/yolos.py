@@ -12,7 +12,7 @@ they are added; layers are pre-norm. The model has no mask, so that padded pixel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Predictions, Representation, Tokens
-from backsight.targets.base import PIXELS, Site, Size, Stage, Target
-from backsight.targets.hugging_face import PUBLISHED_LABELS, Architecture, TransformersTarget, example, family
+from backsight.targets.base import PIXELS, Site, Size, Stage
+from backsight.targets.hugging_face import Architecture, TransformersTarget, family
 from backsight.targets.replay import Place, playing
 
 EMBEDDINGS, NORM, PREDICTIONS = "embeddings", "layernorm", "predictions"
@@ -145,46 +145,7 @@ ARCHITECTURE = Architecture(
     Yolos,
     heads=("class_labels_classifier.layers.2.weight",),
     spare=1,
-    published={
-        "hustvl/yolos-tiny": {
-            "num_labels": PUBLISHED_LABELS,
-            "hidden_size": 192,
-            "intermediate_size": 768,
-            "num_attention_heads": 3,
-            "image_size": [800, 1333],
-            "use_mid_position_embeddings": False,
-        },
-        "hustvl/yolos-small": {
-            "num_labels": PUBLISHED_LABELS,
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_attention_heads": 6,
-        },
-    },
 )
 
 
-def small(size: Size = (64, 64), **changes: Any) -> Yolos:
-    """A small random target for images of `size`, made for 64 x 64."""
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "image_size": [64, 64],
-        "patch_size": 16,
-        "num_detection_tokens": 5,
-    }
-    target = example(ARCHITECTURE, size, **{**settings, **changes})
-    assert isinstance(target, Yolos)
-    return target
-
-
-def _examples() -> Mapping[str, Callable[[], Target]]:
-    return {
-        "plain": lambda: small(use_mid_position_embeddings=False),
-        "positions between the layers, another size": lambda: small((48, 80)),
-    }
-
-
-FAMILY = family("transformers YOLOS", [ARCHITECTURE], _examples)
+FAMILY = family("transformers YOLOS", [ARCHITECTURE])
