@@ -23,7 +23,7 @@ from backsight.app.explorer.serve import command, free_port
 from backsight.app.explorer.view import carried, from_json, from_query
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 VIT, DETR = "scenes-vit", "scenes-detr"
 

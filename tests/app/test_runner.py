@@ -470,7 +470,7 @@ def test_a_run_in_lab_completes_itself(tmp_path: Path, monkeypatch: pytest.Monke
 def test_saved_tables_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    from backsight.tables.pool import METRIC_COLUMNS
+    from backsight.tables.values import METRIC_COLUMNS
 
     monkeypatch.delenv("BACKSIGHT_RUN", raising=False)
     run = open_run(tmp_path / "run", "tiny", {})

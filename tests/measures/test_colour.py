@@ -26,7 +26,7 @@ from backsight.studies.colour import colour_rows, index_rows, null_places, recor
 from backsight.studies.colour_accuracy import accuracy_rows, answer_refusal, average_precisions
 from backsight.studies.colour_targets import prototype_eyes_rows, small_accuracy, told_apart, train_small_vit
 from backsight.studies.recolour import Perturbation, Truth, colour_perturbations, hue_shifts, open_objects, to_rgb
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 
 def flat(hue, saturation=1.0, value=1.0):

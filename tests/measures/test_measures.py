@@ -16,7 +16,8 @@ from backsight.errors import BacksightError
 from backsight.measures.pixels import feature_cosine, mse, psnr, score, ssim
 from backsight.representation import Queries, Tokens
 from backsight.studies.nulls import null_mean, shuffled
-from backsight.tables.pool import METRIC_COLUMNS, bootstrap_interval, determination, metrics_row, metrics_rows
+from backsight.tables.pool import bootstrap_interval, determination, metrics_row, metrics_rows
+from backsight.tables.values import METRIC_COLUMNS
 
 
 def pair(batch: int = 3, height: int = 17, width: int = 23, noise: float = 0.1) -> tuple[Tensor, Tensor]:

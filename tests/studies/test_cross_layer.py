@@ -21,7 +21,7 @@ from backsight.representation import Queries, Tokens
 from backsight.studies import cross_layer
 from backsight.studies.cross_layer import compare_decay, cross_application, translated
 from backsight.studies.nulls import null_mean
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import load_target
 
 ABOUT = {"target": "scenes-vit", "weights": "shipped", "dataset": "smooth", "split": "test"}

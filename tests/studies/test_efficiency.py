@@ -14,7 +14,7 @@ from backsight.plots import efficiency as figures_efficiency
 from backsight.plots.style import ShownFigure
 from backsight.studies import efficiency
 from backsight.studies.efficiency import ALL, METHODS, Cost, Matched, Setting, Starts, Trial
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import load_target
 
 COLUMNS = {"dataset": "scenes", "split": "test"}

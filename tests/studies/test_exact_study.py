@@ -42,7 +42,7 @@ from backsight.studies.exact import (
     where_exactness_ends,
     wilson_interval,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
 LAST, HALF = "blocks.1", "blocks.1.attn"

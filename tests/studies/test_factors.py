@@ -26,7 +26,7 @@ from backsight.studies.factors import (
     factor_table,
     scene_truth,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
 
 SIZE = (16, 16)

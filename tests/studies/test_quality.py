@@ -20,7 +20,7 @@ from backsight.studies.quality import (
     quality_images,
     with_nulls_of,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import load_target
 
 

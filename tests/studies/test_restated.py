@@ -32,7 +32,7 @@ from backsight.studies.restated import (
     measure_restated,
     verdicts,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
 SIZE = 32

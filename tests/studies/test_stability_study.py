@@ -41,7 +41,7 @@ from backsight.studies.stability import (
     measure_stability,
     parse_noises,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
 HEIGHT, WIDTH, SIDE, RANK = 8, 6, 2, 8

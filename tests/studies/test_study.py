@@ -38,7 +38,7 @@ from backsight.studies.study import (
     study_folder,
     write_figures,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 
 @pytest.fixture(scope="module")

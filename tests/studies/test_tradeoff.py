@@ -31,7 +31,7 @@ from backsight.studies.tradeoff import (
     task_loss,
     tidy_rows,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import module_target
 from backsight.targets.base import hash_of
 

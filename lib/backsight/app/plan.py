@@ -28,10 +28,7 @@ def graph_runs(preset: str) -> pd.DataFrame:
     """
     graph = read_preset(preset).get("graph") or {}
     try:
-        targets = {
-            name: (entry["train"], entry["quality"], entry.get("studies", []))
-            for name, entry in graph["targets"].items()
-        }
+        targets = {name: (entry["quality"], entry.get("studies", [])) for name, entry in graph["targets"].items()}
         seeds, families, once = [int(seed) for seed in graph["seeds"]], list(graph["families"]), list(graph["once"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BacksightError(

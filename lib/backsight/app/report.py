@@ -42,7 +42,7 @@ from backsight.plots.style import (
 )
 from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
 from backsight.studies.study import notebook_of
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 PAGE = "index.html"
 TEMPLATE = "report.html.jinja"

@@ -40,7 +40,7 @@ from backsight.project import (
     write_atomically,
     write_json,
 )
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd

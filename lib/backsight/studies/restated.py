@@ -49,7 +49,8 @@ from backsight.studies.quality import _rows, _with_masks, quality_images
 from backsight.studies.recolour import Perturbation, open_objects
 from backsight.studies.stability import map_base
 from backsight.studies.tidy_rows import TidyRows
-from backsight.tables.pool import METRIC_COLUMNS, as_table, metrics_row, pooled_interval, pooled_ratio, pooled_rows
+from backsight.tables.pool import as_table, metrics_row, pooled_interval, pooled_ratio, pooled_rows
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
 
 __all__ = [

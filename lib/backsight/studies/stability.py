@@ -49,7 +49,7 @@ from backsight.studies.amplification import amplification, chain_amplification
 from backsight.studies.lanczos import NORMAL_95, crossing, least_seen, recoverable, relative_size, reliability, spectrum
 from backsight.studies.nulls import null_mean
 from backsight.studies.tidy_rows import TidyRows
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
 
 __all__ = [

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from backsight.errors import BacksightError
 from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
-from backsight.tables.pool import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS
 
 QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
 EFFICIENCY, TRADEOFF, TRAINING = "06_modular_vs_direct", "10_tradeoff", "02_train_inverse"

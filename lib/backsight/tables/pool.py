@@ -12,23 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.tables.values import METRIC_COLUMNS
 
-# The tidy table of every run, in this order; a study adds columns of its own behind them.
-METRIC_COLUMNS = (
-    "target",
-    "weights",
-    "dataset",
-    "split",
-    "tap",
-    "depth",
-    "inverse",
-    "measure",
-    "value",
-    "low",
-    "high",
-    "n",
-    "seed",
-)
 RESAMPLES = 1000
 LEVEL = 0.95
 DRAWS_AT_ONCE = 2**21  # numbers of a bootstrap held in memory
