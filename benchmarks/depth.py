@@ -80,7 +80,7 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
             F.mse_loss(last(x, None), images).backward()
 
     def linear() -> None:
-        fit_linear(target, images, taps, progress=False)
+        fit_linear(target, images, taps=taps, progress=False)
 
     return {"chains": train_chains, "direct": train_direct, "modular": train_modular}, linear, lambda: target(images)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from backsight.data.images import batches, open_images
 from backsight.exact.inverse import ExactInverse, ExactModel, Search, Settings, fit_exact
 from backsight.exact.steps import in_precision, walk
-from backsight.inverses.families import load_families, shipped_inverses
+from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
 from backsight.studies.exact import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
 from backsight.targets import Target, load_target
@@ -63,7 +63,7 @@ def test_images(target: Target, count: int) -> Tensor:
 def fitted(name: str, count: int) -> dict[str, ExactInverse]:
     target = load_target(name)
     folder = shipped_inverses(target)
-    completion = load_families(folder, target)["linear"] if folder is not None else {}
+    completion = load(folder, target)["linear"] if folder is not None else {}
     return fit_exact(target, open_images("scenes", "train", target.image_size, count), "fine", completion, count)
 
 
@@ -108,7 +108,7 @@ def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: 
     """The roots of a half-step on tokens, from the true y, and how often each rule picks the truth's."""
     target = load_target(name)
     folder = shipped_inverses(target)
-    modular = load_families(folder, target).get("modular", {}).get(step) if folder is not None else None
+    modular = load(folder, target).get("modular", {}).get(step) if folder is not None else None
     guess = modular_guess(inverse, step, modular)
     table = measure_roots(
         inverse,

@@ -26,7 +26,7 @@ def one_pass() -> list[Row]:
         {
             "together": lambda: fit_linear(target, images, validation=validation, progress=False),
             "apart": lambda: [
-                fit_linear(target, images, tap, validation=validation, progress=False) for tap in target.taps
+                fit_linear(target, images, validation, taps=[tap], progress=False) for tap in target.taps
             ],
         }
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.inverses import linear as fitting
 from backsight.inverses import networks as residuals
-from backsight.inverses.files import load_inverse, save_inverse
+from backsight.inverses.files import read, write
 from backsight.inverses.layouts import Form, cut, form_of, join, plan_layout
 from backsight.inverses.linear import LinearInverse, fit_linear, fit_linear_pairs
 from backsight.inverses.module import Chain, Inverse, InverseHeader, Moments
@@ -388,7 +388,7 @@ def test_chains_meet_down_to_the_image(fitted, tmp_path) -> None:
             assert made.signature == recorded[tap].signature
             assert (getattr(made, "position", None) is None) == (getattr(recorded[tap], "position", None) is None)
     chain = Chain(modules, last)
-    loaded = load_inverse(save_inverse(chain, tmp_path / "chain.safetensors"), target)
+    loaded = read(write(chain, tmp_path / "chain.safetensors"), target)
     assert torch.equal(loaded(recorded[last]), chain(recorded[last]))
 
 
@@ -428,7 +428,7 @@ def test_direct_decoders_and_polish(fitted, tmp_path) -> None:
     for tap, inverse in direct.items():
         made = inverse(recorded[tap])
         assert made.shape == (1, 3, *target.image_size)
-        loaded = load_inverse(save_inverse(inverse, tmp_path / f"{tap}.safetensors"), target)
+        loaded = read(write(inverse, tmp_path / f"{tap}.safetensors"), target)
         assert torch.equal(loaded(recorded[tap]), made)
     polished = fit_polish(target, images, modules, steps=1, batch_size=6, progress=False)
     assert {module.header.family for module in polished.values()} == {"modular_polished"}

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from backsight.errors import BacksightError
-from backsight.inverses.files import load_inverse, read_header, save_inverse
+from backsight.inverses.files import read, read_header, write
 from backsight.inverses.linear import Form, fit_linear_pairs
 from backsight.inverses.module import (
     RESIDUALS,
@@ -280,16 +280,16 @@ def test_a_queries_inverse_never_reads_the_context(detr, detr_modules) -> None:
 def test_saved_and_loaded_is_the_same(detr, detr_modules, tmp_path) -> None:
     recorded = detr.record(_images(2))
     for tap, module in detr_modules.items():
-        path = save_inverse(module, tmp_path / f"{tap}.safetensors")
+        path = write(module, tmp_path / f"{tap}.safetensors")
         state = torch.get_rng_state()
-        loaded = load_inverse(path, detr)
+        loaded = read(path, detr)
         assert torch.equal(state, torch.get_rng_state())
         assert loaded.header == module.header == read_header(path)
         assert torch.equal(loaded.raw(recorded[tap]), module.raw(recorded[tap])), tap
     chain = Chain(detr_modules, "predictions")
-    full = save_inverse(chain, tmp_path / "chain.safetensors")
+    full = write(chain, tmp_path / "chain.safetensors")
     wanted = chain(recorded["predictions"])
-    assert torch.equal(load_inverse(full, detr)(recorded["predictions"]), wanted)
+    assert torch.equal(read(full, detr)(recorded["predictions"]), wanted)
     header = read_header(full)
     assert (header.family, header.source, header.destination) == ("modular", "predictions", "pixels")
     assert "torch" in header.versions
@@ -297,9 +297,9 @@ def test_saved_and_loaded_is_the_same(detr, detr_modules, tmp_path) -> None:
 
 def test_half_precision_halves_the_file_and_not_the_picture(vit, vit_modules, tmp_path) -> None:
     chain, tokens = Chain(vit_modules, "norm"), vit.record(_images(2))["norm"]
-    full = save_inverse(chain, tmp_path / "chain.safetensors")
-    half = save_inverse(chain, tmp_path / "half.safetensors", half=True)
-    torch.testing.assert_close(load_inverse(half, vit)(tokens), chain(tokens), atol=0.02, rtol=0)
+    full = write(chain, tmp_path / "chain.safetensors")
+    half = write(chain, tmp_path / "half.safetensors", half=True)
+    torch.testing.assert_close(read(half, vit)(tokens), chain(tokens), atol=0.02, rtol=0)
     assert half.stat().st_size < 0.75 * full.stat().st_size
 
 
@@ -309,38 +309,38 @@ def test_linear_inverses_are_saved_by_the_same_functions(vit, tmp_path) -> None:
     linear = fit_linear_pairs(vit, images, pairs, progress=False)
     modules = {source: linear[source, destination] for source, destination in pairs}
     with pytest.raises(BacksightError, match="does not know its target"):
-        save_inverse(modules["blocks.0"], tmp_path / "linear.safetensors")
+        write(modules["blocks.0"], tmp_path / "linear.safetensors")
     recorded = vit.record(images[:2])["blocks.0"]
     for inverse in (modules["blocks.0"], Chain(modules, "blocks.0")):
         header = header_for(vit, "linear", inverse.source, inverse.destination, images)
-        path = save_inverse(inverse, tmp_path / "linear.safetensors", header=header)
-        loaded, wanted = load_inverse(path, vit)(recorded), inverse(recorded)
+        path = write(inverse, tmp_path / "linear.safetensors")
+        loaded, wanted = read(path, vit)(recorded), inverse(recorded)
         assert torch.equal(*(each.values if isinstance(each, Tokens) else each for each in (loaded, wanted)))
         assert read_header(path) == header
 
 
 def test_other_targets_and_broken_files_are_refused(vit, vit_modules, tmp_path) -> None:
-    path = save_inverse(vit_modules["blocks.0"], tmp_path / "inverse.safetensors")
+    path = write(vit_modules["blocks.0"], tmp_path / "inverse.safetensors")
     with pytest.raises(BacksightError, match="was made for tiny-vit with the weights"):
-        load_inverse(path, _vit(seed=1))
+        read(path, _vit(seed=1))
     with pytest.raises(BacksightError, match="no inverse at"):
-        load_inverse(tmp_path / "none.safetensors", vit)
+        read(tmp_path / "none.safetensors", vit)
     tensors, metadata = read_tensors(path, "inverse")
     write_tensors(tmp_path / "foreign.safetensors", tensors, {})
     with pytest.raises(BacksightError, match="holds no inverse"):
-        load_inverse(tmp_path / "foreign.safetensors", vit)
+        read(tmp_path / "foreign.safetensors", vit)
     fewer = {key: tensor for key, tensor in tensors.items() if key != "source_mean"}
     write_tensors(tmp_path / "fewer.safetensors", fewer, metadata)
     with pytest.raises(BacksightError, match="does not fit its own header"):
-        load_inverse(tmp_path / "fewer.safetensors", vit)
+        read(tmp_path / "fewer.safetensors", vit)
     description = json.loads(metadata["backsight"])
     description["design"]["kind"] = "magic"
     write_tensors(tmp_path / "magic.safetensors", tensors, {"backsight": json.dumps(description)})
     with pytest.raises(BacksightError, match="does not fit its own header"):
-        load_inverse(tmp_path / "magic.safetensors", vit)
+        read(tmp_path / "magic.safetensors", vit)
     (tmp_path / "short.safetensors").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BacksightError, match="damaged"):
-        load_inverse(tmp_path / "short.safetensors", vit)
+        read(tmp_path / "short.safetensors", vit)
 
 
 def test_chain_ends_must_meet(vit, vit_modules) -> None:

@@ -45,10 +45,10 @@ def study(vit, images):
     train, test = images[:40], images[40:]
     steps = cross_layer.half_steps(vit)[:4]
     ends = [*vit.taps, *(tap for step in steps for tap in (step.before, step.after))]
-    fitted = {s: fit_linear(vit, train[20 * s :][:20], ends, seed=s, progress=False) for s in (0, 1)}
+    fitted = {s: fit_linear(vit, train[20 * s :][:20], taps=ends, seed=s, progress=False) for s in (0, 1)}
     linear = {s: {"linear": {tap: each[tap] for tap in vit.taps}} for s, each in fitted.items()}
     null = vit.untrained(0)
-    untrained = {0: (null, {"linear": fit_linear(null, train, null.taps, progress=False)})}
+    untrained = {0: (null, {"linear": fit_linear(null, train, taps=null.taps, progress=False)})}
     moments = cross_layer.tap_moments(vit, train, vit.taps)
     rows = cross_layer.cross_rows(vit, test, linear, untrained, null_mean(train), moments, columns=ABOUT)
     layers = cross_layer.block_steps(vit, vit.taps)

@@ -357,7 +357,7 @@ def test_where_exactness_ends_is_told_for_every_tap() -> None:
 def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None:
     target: Target = small_timm("ViT")
     shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
-    families = {"linear": fit_linear(target, shown, ["patch_embed", "blocks.0"], progress=False)}
+    families = {"linear": fit_linear(target, shown, taps=["patch_embed", "blocks.0"], progress=False)}
     made = measure_exactness(
         target, families, tap="blocks.0", n=2, n_chain=3, n_roots=1, n_pictures=1, fit_images=10, stages=1, examples=1,
         curves=0, seeds=(0, 1), oracle=False, **QUIET,

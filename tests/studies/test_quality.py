@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from backsight.errors import BacksightError
-from backsight.inverses.families import fit_family, fit_or_load, load_families, save_family
+from backsight.inverses.families import fit
+from backsight.inverses.files import load, save
 from backsight.inverses.linear import fit_linear
+from backsight.studies.by_seed import fit_or_load
 from backsight.studies.nulls import null_mean
 from backsight.studies.quality import (
     CELLS,
@@ -55,11 +57,11 @@ def target():
 def quality(target, images):
     train, test = images[:60], images[60:]
     families = {
-        "linear": fit_linear(target, train, target.taps, progress=False),
-        "direct": fit_family("direct", target, train, steps=1, batch_size=4, progress=False),
+        "linear": fit_linear(target, train, taps=target.taps, progress=False),
+        "direct": fit("direct", target, train, steps=1, batch_size=4, progress=False),
     }
     untrained = target.untrained(3)
-    null = untrained, fit_linear(untrained, train, target.taps, progress=False)
+    null = untrained, fit_linear(untrained, train, taps=target.taps, progress=False)
     return evaluate_quality(target, test, families, null_mean(train), null, batch_size=7, keep=3, progress=False)
 
 
@@ -102,10 +104,10 @@ def by_seed(target, images):
     families, untrained = {}, {}
     for seed in (4, 7):
         part = train[: 40 + seed]
-        linear = fit_linear(target, part, target.taps, progress=False)
+        linear = fit_linear(target, part, taps=target.taps, progress=False)
         families[seed] = {"linear": linear, "direct": dict(linear)}
         drawn = target.untrained(seed)
-        untrained[seed] = drawn, {"linear": fit_linear(drawn, part, target.taps, progress=False)}
+        untrained[seed] = drawn, {"linear": fit_linear(drawn, part, taps=target.taps, progress=False)}
 
     def places(judged):
         return lambda made: {("place", (("further", "x"),)): judged.places.float() + 0 * made.flatten(1).mean(1)}
@@ -197,9 +199,9 @@ def test_a_gallery_holds_the_judged_images_first_and_no_image_twice():
 
 def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, quality):
     for family in ("linear", "modular"):
-        modules = fit_family(family, target, images[:60], steps=1, batch_size=4, progress=False)
-        save_family(target, family, modules, tmp_path / family, images[:60])
-    families = load_families(tmp_path, target)
+        modules = fit(family, target, images[:60], steps=1, batch_size=4, progress=False)
+        save(modules, tmp_path / family)
+    families = load(tmp_path, target)
     assert list(families) == ["linear", "modular"]
     recorded = target.record(images[:2])
     for taps in families.values():
@@ -207,20 +209,19 @@ def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, 
         for tap, inverse in taps.items():
             assert inverse(recorded[tap]).shape == (2, 3, 16, 16)
     assert list(fit_or_load(target, tmp_path)["modular"]) == list(target.taps)
-    save_family(target, "linear", fit_linear(target, images[:60], ["norm"], progress=False), tmp_path / "again")
+    save(fit_linear(target, images[:60], taps=["norm"], progress=False), tmp_path / "again")
     with pytest.raises(BacksightError, match="two linear inverses for norm"):
-        load_families(tmp_path, target)
+        load(tmp_path, target)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BacksightError, match="02_train_inverse"):
-        load_families(tmp_path / "empty", target)
-    linear = fit_linear(target, images[:60], ["norm"], progress=False)
+        load(tmp_path / "empty", target)
     for seed in (0, 1):
-        save_family(target, "linear", linear, tmp_path / "seeds" / str(seed), images[:60], seed)
-    assert list(load_families(tmp_path / "seeds", target, seed=1)["linear"]) == ["norm"]
+        save(fit_linear(target, images[:60], taps=["norm"], seed=seed, progress=False), tmp_path / "seeds" / str(seed))
+    assert list(load(tmp_path / "seeds", target, seed=1)["linear"]) == ["norm"]
     with pytest.raises(BacksightError, match=r"seeds \[0, 1\]"):
-        load_families(tmp_path / "seeds", target, seed=7)
+        load(tmp_path / "seeds", target, seed=7)
     with pytest.raises(BacksightError, match="not a folder"):
-        load_families(tmp_path / "absent", target)
+        load(tmp_path / "absent", target)
 
 
 def test_claims_name_the_worst_tap():

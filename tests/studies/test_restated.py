@@ -258,7 +258,7 @@ def pictures() -> Tensor:
 
 @pytest.fixture(scope="module")
 def study(target: Target, pictures: Tensor) -> Restated:
-    linear = dict(fit_linear(target, open_images("scenes", "train", SIZE, 40), TAPS, progress=False))
+    linear = dict(fit_linear(target, open_images("scenes", "train", SIZE, 40), taps=TAPS, progress=False))
     del linear["patch_embed"]
     exact = fit_exact(target, pictures, ["blocks.0", "blocks.1"], count=40, stages=1)
     return measure_restated(
@@ -402,7 +402,7 @@ def test_a_refused_map_says_why(
 def test_maps_that_are_there_are_not_fitted_again(
     target: Target, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    families = {0: {"linear": dict(fit_linear(target, pictures, ["blocks.0"], progress=False))}}
+    families = {0: {"linear": dict(fit_linear(target, pictures, taps=["blocks.0"], progress=False))}}
     held_out = open_images("scenes", "validation", SIZE, 10)
     asked = {"calibration": held_out, "n": 2, "hue_images": 0, "cross_images": 0, "stage_images": 0}
     asked |= {"map_settings": QUICK, "fitted": 10, "checked": 0, "texture_images": 0, "progress": False}

@@ -84,7 +84,7 @@ def seen() -> dict[str, list[Tensor]]:
 
 @pytest.fixture(scope="module")
 def study(target: Target, seen: dict[str, list[Tensor]]) -> Iterator[Stability]:
-    linear = fit_linear(target, noise_images(200, 3), [TAP], progress=False)[TAP]
+    linear = fit_linear(target, noise_images(200, 3), taps=[TAP], progress=False)[TAP]
 
     def read_by(name: str):
         def inverse(representation):
@@ -316,7 +316,7 @@ def exact(vit: Target, pictures: Tensor) -> dict[str, ExactInverse]:
 @pytest.fixture(scope="module")
 def with_exact(vit: Target, pictures: Tensor, exact: dict[str, ExactInverse]) -> Stability:
     """Of a small ViT with random weights: exact solves, their crossing, and how half-steps amplify."""
-    linear = fit_linear(vit, pictures[:32], ["blocks.0"], progress=False)
+    linear = fit_linear(vit, pictures[:32], taps=["blocks.0"], progress=False)
     return measure_stability(
         vit,
         {0: {"linear": linear}},

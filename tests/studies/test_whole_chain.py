@@ -116,7 +116,7 @@ def test_unfit_starts_and_chains_are_refused(vit: Target) -> None:
 
 
 def test_the_fates_of_all_images_sum_to_one_and_the_null_is_judged_alike(vit: Target) -> None:
-    linear = fit_linear(vit, pictures(vit, 60), ["patch_embed", "blocks.0"], progress=False)
+    linear = fit_linear(vit, pictures(vit, 60), taps=["patch_embed", "blocks.0"], progress=False)
     study = measure_whole_chains(
         vit, {"linear": linear}, ["blocks.0"], pictures(vit, 5, seed=3), pictures(vit, 16, seed=4),
         map_settings=MapSettings(stages=(1.0, 1e-3, 1e-5), steps=2, products=15),

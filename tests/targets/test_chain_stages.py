@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backsight.errors import BacksightError
-from backsight.inverses.linear import fit_linear_pairs
+from backsight.inverses.linear import Request, fit_linear_pairs
 from backsight.inverses.module import Chain
 from backsight.targets import load_target
 from backsight.training.fit import STAGE_FLOOR, fit_modular, stage_pairs
@@ -30,8 +30,9 @@ def test_the_projection_belongs_to_the_backbone(detr):
 
 def test_a_floor_keeps_a_map_from_amplifying(detr):
     pair = ("encoder.layers.0", "projection")
-    free = fit_linear_pairs(detr, IMAGES, [pair], context=3, alphas=(1e-8, 1e-1), progress=False)[pair]
-    held = fit_linear_pairs(detr, IMAGES, [pair], context=3, floors={pair: 1e-1}, progress=False)[pair]
+    free = fit_linear_pairs(detr, IMAGES, [pair], context=3, progress=False)[pair]
+    request = Request(*pair, context=3, floor=1e-1)
+    held = fit_linear_pairs(detr, IMAGES, [request], progress=False)[request]
     assert held.alpha >= 1e-1 >= STAGE_FLOOR
     assert held.weight.norm() <= free.weight.norm()
 

@@ -15,8 +15,9 @@ from backsight.data.distributed import share
 from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import batches
 from backsight.errors import BacksightError
-from backsight.inverses.families import fit_family, load_families
-from backsight.inverses.linear import Request, fit_linear_pairs, fit_linear_requests
+from backsight.inverses.families import fit
+from backsight.inverses.files import load
+from backsight.inverses.linear import Request, fit_linear_pairs
 from backsight.inverses.networks import LAYERS
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.targets.base import Target
@@ -56,8 +57,8 @@ def _close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float
 def test_inverses_from_a_store_are_those_from_the_images(vit: Target, images: Tensor, store: FeatureStore) -> None:
     """In full precision: the same sample, the same batches, the same maps."""
     _close(_weights(fit_linear(vit, images, progress=False)), _weights(fit_linear(vit, store, progress=False)), 1e-5)
-    for fit in (fit_direct, fit_modular):
-        plain, read = fit(vit, images, **QUICK), fit(vit, store, **QUICK)
+    for trained in (fit_direct, fit_modular):
+        plain, read = trained(vit, images, **QUICK), trained(vit, store, **QUICK)
         _close(_weights(plain), _weights(read), 1e-4)
 
 
@@ -92,9 +93,9 @@ def test_features_are_recorded_where_every_image_is_shown_twice(
 ) -> None:
     monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path))
     once = {"steps": 2, "batch_size": 4, "progress": False, "features": "auto"}
-    fit_family("direct", vit, images, images[:8], **once)
+    fit("direct", vit, images, images[:8], **once)
     assert not (tmp_path / "features").exists()
-    fit_family("direct", vit, images, images[:8], **{**once, "steps": 12})
+    fit("direct", vit, images, images[:8], **{**once, "steps": 12})
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 1
 
 
@@ -176,14 +177,12 @@ def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor
     seen: list[int] = []
     handle = vit.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     try:
-        found = fit_linear_requests(vit, images, requests, progress=False)
+        found = fit_linear_pairs(vit, images, requests, progress=False)
     finally:
         handle.remove()
     assert sum(seen) == len(images)
     for request in requests:
-        pair = (first, "pixels")
-        floors = {pair: request.floor}
-        alone = fit_linear_pairs(vit, images, [pair], context=request.context, floors=floors, progress=False)[pair]
+        alone = fit_linear_pairs(vit, images, [request], progress=False)[request]
         _close({"weight": alone.weight}, {"weight": found[request].weight}, 1e-6)
         assert found[request].alpha >= request.floor
 
@@ -210,7 +209,7 @@ def test_the_command_fit_writes_inverses_that_a_notebook_finds(tmp_path: Path, c
     options = ["--steps", "2", "--batch-size", "4", "--train-images", "16", "--validation-images", "8"]
     assert main([*command, *options]) == 0
     assert "4 inverses" in capsys.readouterr().out
-    found = load_families(out, load_target("scenes-vit", taps="components"))
+    found = load(out, load_target("scenes-vit", taps="components"))
     assert {family: len(taps) for family, taps in found.items()} == {"linear": 2, "modular": 2}
     assert main(["fit", "scenes-vit", "scenes", str(out), "--families", "lineer"]) == 2
     assert "nearest: linear" in capsys.readouterr().err

@@ -274,7 +274,7 @@ def test_what_goes_around_a_tap_is_refused_or_travels_with_it() -> None:
     torch.testing.assert_close(target.from_tap("pair", pair.index([2])), target(images[2:]))
     with pytest.raises(BacksightError, match=r"needs more of pair than these tokens hold, \[1\]"):
         target.from_tap("pair", Tokens(pair.values, pair.grids))
-    deep = fit_linear(target, _images(40), ["deep", "pair"])  # all else works from any tap
+    deep = fit_linear(target, _images(40), taps=["deep", "pair"])  # all else works from any tap
     assert deep["deep"](recorded["deep"]).shape == images.shape
 
 

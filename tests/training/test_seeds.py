@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from backsight.errors import BacksightError
-from backsight.inverses.families import (
-    FAMILIES,
-    families_by_seed,
-    fit_family,
-    load_families,
-    save_family,
-    untrained_by_seed,
-)
+from backsight.inverses.families import FAMILIES, fit
+from backsight.inverses.files import load, save
+from backsight.studies.by_seed import families_by_seed, untrained_by_seed
 from backsight.targets import load_target
 
 
@@ -29,8 +24,8 @@ def folder(target, tmp_path_factory):
     for name, frozen, seed in (("a", target, 0), ("b", target, 1), ("null", untrained, 0)):
         for family in ("linear", "modular"):
             options = {} if family == "linear" else {"steps": 1, "batch_size": 4}
-            made = fit_family(family, frozen, images, seed=seed, progress=False, **options)
-            save_family(frozen, family, made, place / name / family, images, seed)
+            made = fit(family, frozen, images, seed=seed, progress=False, **options)
+            save(made, place / name / family)
     return place
 
 
@@ -45,7 +40,7 @@ def test_every_seed_and_family_of_a_folder(target, folder):
             assert list(inverses) == list(target.taps)
             assert all(inverse(recorded[tap]).shape == images.shape for tap, inverse in inverses.items())
     assert set(families_by_seed(target.select(["norm"]), folder, [0])[0]["modular"]) == {"norm"}
-    assert set(load_families(folder, target, 0)) <= set(FAMILIES)  # those of the untrained target are passed over
+    assert set(load(folder, target, 0)) <= set(FAMILIES)  # those of the untrained target are passed over
 
 
 def test_untrained_families_are_found_or_fitted(target, folder):
@@ -71,4 +66,4 @@ def test_bad_seeds_and_folders_are_refused(target, folder):
     with pytest.raises(BacksightError, match=r"not of|no inverse for"):
         families_by_seed(load_target("scenes-detr"), folder, [0])
     with pytest.raises(BacksightError, match="with the weights"):
-        load_families(folder / "null", target)
+        load(folder / "null", target)

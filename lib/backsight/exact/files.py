@@ -12,7 +12,8 @@ Rows that repeat (all grid tokens share one covariance) are stored once, with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,9 @@ from backsight.exact.inverse import (
 )
 from backsight.exact.map import Likelihood, MapInverse, MapSettings, Noise, Steadied
 from backsight.exact.steps import NotInvertibleError, Walk, in_precision, walk
+from backsight.inverses.files import _halved as halved
 from backsight.inverses.linear import LinearInverse
-from backsight.inverses.module import Chain, Inverse, InverseHeader, damage_told, described, halved, rebuilt
+from backsight.inverses.module import Chain, Inverse, InverseHeader, described, rebuilt
 from backsight.representation import Queries, Representation, Tokens
 from backsight.targets.base import PIXELS, Target
 
@@ -210,7 +212,7 @@ def _unpacked_exact(
         folding = {str(name): float(share) for name, share in description["folding"].items()}
         end, batch_size, completion = str(description["reached"]), int(description["batch_size"]), {}
         if description["completion"] is not None:
-            completion[end] = rebuilt(description["completion"], _below("completion", tensors), measured.target)
+            completion[end] = _filled(description["completion"], _below("completion", tensors), measured.target)
     model = replace(
         measured.exact,
         starts=starts,
@@ -279,7 +281,7 @@ def _unpacked_map(
         }
         _check_rows(rows, there.values)
         down, across = description["patch"]
-        base = rebuilt(description["base"], _below("base", tensors), target)
+        base = _filled(description["base"], _below("base", tensors), target)
         start = Steadied(base, (down, across), rows["mean"], rows["wiener"], tensors["weight"], tensors["bias"])
         likelihood = Likelihood(rows["noise"], rows.get("spread"))
         return MapInverse(
@@ -319,8 +321,26 @@ def _within(module: Any, name: str, half: bool, source: str) -> tuple[dict[str, 
             f"The inverse of {source!r} rests on {type(module).__name__}, which no file can hold: fit it on a linear "
             "inverse, an inverse module or a chain of them, and save that."
         )
-    said, tensors = described(module, half)
-    return said, {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    tensors = {f"{name}.{key}": halved(tensor) if half else tensor for key, tensor in module.state_dict().items()}
+    return described(module), tensors
+
+
+def _filled(description: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Any:
+    module = rebuilt(description, target)
+    module.load_state_dict(tensors)
+    return module.eval().requires_grad_(False).to(target.device)
+
+
+@contextmanager
+def damage_told(path: Path | str) -> Iterator[None]:
+    """What goes wrong within, where a file is turned into an inverse, is the file's damage."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BacksightError(
+            f"The inverse {path} does not fit its own header ({reason}): it is damaged, fit it again."
+        ) from error
 
 
 def _below(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

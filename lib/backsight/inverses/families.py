@@ -1,10 +1,14 @@
-"""The inverse families by name: fit one, save it, find it again, and turn it into images."""
+"""The inverse families by name: where the function of each lies, and one call for all of them."""
 
+from __future__ import annotations
+
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,83 +17,147 @@ from backsight.data.distributed import first_process_first, is_first, wait_for_a
 from backsight.data.features import features_or_images
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.exact.files import Measured, exact_refusal, map_refusal
-from backsight.exact.inverse import ExactInverse, fit_exact
-from backsight.exact.map import MapInverse, Noise, fit_map
-from backsight.exact.steps import walk
-from backsight.inverses.files import load_inverse, read_header, save_inverse
-from backsight.inverses.linear import LinearInverse, fit_linear
-from backsight.inverses.module import Chain, Inverse, InverseHeader, header_for
-from backsight.project import project_root
+from backsight.inverses.files import save
+from backsight.inverses.module import Chain, Inverses, header_for
 from backsight.representation import Representation
-from backsight.targets import PIXELS, Target, load_target
-from backsight.targets.shipped import inverse_files
-from backsight.training.fit import fit_direct, fit_modular, fit_polish
+from backsight.targets.base import PIXELS
+
+if TYPE_CHECKING:
+    from backsight.data.features import FeatureStore
+    from backsight.data.images import ImageSource
+    from backsight.targets.base import Target
 
 Reconstruct = Callable[[Representation], Tensor]
-FAMILIES = ("linear", "direct", "modular", "modular_polished", "exact", "map")
+FAMILIES = {
+    "linear": "backsight.inverses.linear:fit_linear",
+    "direct": "backsight.training.fit:fit_direct",
+    "modular": "backsight.training.fit:fit_modular",
+    "modular_polished": "backsight.training.fit:fit_polish",
+    "exact": "backsight.exact.inverse:fit_exact",
+    "map": "backsight.exact.map:fit_map",
+}  # later rooms are loaded by name, when they are needed
 SOLVED = ("exact", "map")  # no training: a fit of starts and covariances, and a search for every image
 Features = Literal["auto", "always", "never"]
 
 
-def fit_family(
+def fit(
     family: str,
     target: Target,
-    images: Any,
-    validation: Any = None,
+    images: ImageSource | Tensor | FeatureStore,
+    validation: ImageSource | Tensor | FeatureStore | None = None,
     *,
-    steps: int = 400,
-    batch_size: int = 16,
+    taps: str | Sequence[str] | None = None,
     seed: int = 0,
-    chain_fraction: float = 0.25,
-    modules: Mapping[str, Inverse] | None = None,
-    linear: Mapping[str, LinearInverse] | None = None,
-    checkpoint: Path | None = None,
-    features: Features = "never",
     progress: bool = True,
-) -> dict[str, Any]:
-    """The inverses of one family at every tap of the target: {tap: inverse}; see `fit_linear`, `fit_direct`, ….
+    features: Features = "never",
+    checkpoint: Path | None = None,
+    **arguments: Any,
+) -> Inverses:
+    """The inverses of one family at the taps of the target; see `fit_linear`, `fit_direct`, ….
 
-    modules: of a modular family that is there already, which "modular_polished" starts from (else it is trained
-    first), and "map" too (else from linear inverses). linear: inverses to pixels that are there already, which "exact"
-    ends with and "map" starts from (else they are fitted). checkpoint: a folder to resume an interrupted training
-    from. features: whether what the frozen target makes of the training images is recorded on disk and read from
-    there, "auto" where every image is shown twice or more; where the disk is too small, it is computed at every step
-    after all.
-
-    "exact" and "map" leave out, with a warning, the taps that they cannot read, and do not use steps, batch_size,
-    chain_fraction, checkpoint and features. "map" is fitted for what float32 keeps, and measured on `validation`,
-    which it needs. Raises BacksightError on an unknown family, and where "exact" or "map" can read no tap at all.
+    arguments: of the family's function, those that it does not take are left out, so that all families can be fitted
+    by the same call: steps, batch_size, chain_fraction, linear (the Inverses of `fit_linear` that are there already),
+    modules (those of `fit_modular`, from which "modular_polished" and "map" start; else they are trained, or linear
+    ones fitted). features: whether what the target makes of the training images is recorded on disk and read from
+    there, "auto" where every image is shown twice or more. checkpoint: a folder to resume an interrupted training from.
+    Raises BacksightError on an unknown family, and where it can read no tap at all.
     """
+    function = _function(family)
+    taken = inspect.signature(function).parameters
+    trained = "steps" in taken or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    common = {"taps": taps, "seed": seed, "progress": progress, "features": features, "checkpoint": checkpoint}
+    if family == "modular_polished" and arguments.get("modules") is None:
+        arguments["modules"] = fit("modular", target, images, validation, **common, **arguments)
+    if trained:
+        often = arguments.get("steps", 400) * arguments.get("batch_size", 16) >= 2 * len(images)
+        if features == "always" or (features == "auto" and often):
+            images = features_or_images(target, images, target.taps, progress=progress)
+        if checkpoint is not None:
+            arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
+    if family in SOLVED:  # until exact
+        return _solved(
+            family, target if taps is None else target.select(taps), images, validation, seed, progress, arguments
+        )
+    known = set(taken) | ({"steps", "batch_size", "checkpoint"} if trained else set())
+    if family == "direct" or family.startswith("modular"):
+        known -= {"linear"}  # until training: it means starts by pair there
+    if family == "modular_polished":  # until training
+        return Inverses(
+            function(
+                target,
+                images,
+                arguments["modules"].modules,
+                validation=validation,
+                seed=seed,
+                progress=progress,
+                **{name: value for name, value in arguments.items() if name in known and name != "modules"},
+            )
+        )
+    passed = {name: value for name, value in arguments.items() if name in known}
+    fitted = function(target, images, taps=taps, validation=validation, seed=seed, progress=progress, **passed)
+    return fitted if isinstance(fitted, Inverses) else Inverses(fitted)
+
+
+def _function(family: str) -> Callable[..., Any]:
     if family not in FAMILIES:
-        raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, FAMILIES)}.")
-    if family in SOLVED:
-        ready = {tap: each for tap, each in (linear or {}).items() if each.destination == PIXELS}
-        if family == "exact":
-            return dict(_fit_exact(target, images, validation, ready, seed, progress))
-        return dict(_fit_map(target, images, validation, modules or {}, ready, seed, progress))
-    often = family != "linear" and steps * batch_size >= 2 * len(images)
-    if features == "always" or (features == "auto" and often):
-        images = features_or_images(target, images, target.taps, progress=progress)
-    common: dict[str, Any] = {"validation": validation, "seed": seed, "progress": progress}
-    if family == "linear":
-        return fit_linear(target, images, target.taps, **common)
-    common |= {"steps": steps, "batch_size": batch_size}
-    common["checkpoint"] = None if checkpoint is None else checkpoint / f"{family}.safetensors"
-    if family == "direct":
-        return fit_direct(target, images, target.taps, **common)
-    if family == "modular":
-        return fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **common)
-    if modules is None:
-        first = common | {"checkpoint": None if checkpoint is None else checkpoint / "modular.safetensors"}
-        modules = fit_modular(target, images, target.taps, chain_fraction=chain_fraction, **first)
-    return fit_polish(target, images, modules, **common)
+        raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, list(FAMILIES))}.")
+    home, _, name = FAMILIES[family].partition(":")
+    return getattr(import_module(home), name)
+
+
+def fit_and_save(
+    target: Target,
+    source: str,
+    families: Sequence[str],
+    out: Path,
+    *,
+    train_images: int | None = None,
+    validation_images: int | None = None,
+    seed: int = 0,
+    **training: Any,
+) -> list[Path]:
+    """Fit families on a source's training split, and write them to `out`; an interrupted training resumes.
+
+    source: as `open_images` takes it; training: the other arguments of `fit`. Under `accelerate launch` all processes
+    fit, each on its share of the images, and the first one opens what has to be made or recorded, and writes.
+    Returns the files. Raises BacksightError as `open_images` and `fit` do.
+    """
+    with first_process_first():
+        train = open_images(source, "train", target.image_size, train_images, seed)
+        validation = open_images(source, "validation", target.image_size, validation_images, seed)
+    fitted: dict[str, Inverses] = {}
+    files: list[Path] = []
+    for family in families:
+        given = {"modules": fitted.get("modular"), "linear": fitted.get("linear"), "checkpoint": out / "checkpoints"}
+        fitted[family] = fit(family, target, train, validation, seed=seed, **given, **training)
+        if is_first():
+            files += save(fitted[family], out)
+    wait_for_all()
+    return files
+
+
+# Until exact: what a whole target's exact and MAP inverses are
+
+
+def _solved(family, target, images, validation, seed, progress, arguments):
+    linear, modules = dict(arguments.get("linear") or {}), arguments.get("modules")
+    if family == "exact":
+        fitted = _fit_exact(target, images, validation, linear, seed, progress)
+    else:
+        fitted = _fit_map(target, images, validation, modules.modules if modules else {}, linear, seed, progress)
+    for tap, inverse in fitted.items():
+        object.__setattr__(inverse, "header", header_for(target, family, tap, inverse.destination, images, seed))
+    return Inverses(fitted)
 
 
 def _fit_exact(
-    target: Target, images: Any, validation: Any, linear: Mapping[str, LinearInverse], seed: int, progress: bool
-) -> dict[str, ExactInverse]:
+    target: Target, images: Any, validation: Any, linear: Mapping[str, Any], seed: int, progress: bool
+) -> dict[str, Any]:
     """With a linear inverse, given or fitted here, at every tap where exactness ends."""
+    from backsight.exact.files import exact_refusal
+    from backsight.exact.inverse import ExactInverse, fit_exact
+    from backsight.exact.steps import walk
+
     found = fit_exact(target, images, target.taps)
     # Without a measured patch embedding, the first tap's image would be the linear inverse's alone.
     found = {tap: each for tap, each in found.items() if each.reached != tap or each.model.embedding is not None}
@@ -108,11 +176,14 @@ def _fit_map(
     images: Any,
     validation: Any,
     modules: Mapping[str, Any],
-    linear: Mapping[str, LinearInverse],
+    linear: Mapping[str, Any],
     seed: int,
     progress: bool,
-) -> dict[str, MapInverse]:
+) -> dict[str, Any]:
     """From chains of the modules where they lead to pixels, else from linear inverses."""
+    from backsight.exact.files import map_refusal
+    from backsight.exact.map import Noise, fit_map
+
     if validation is None:
         raise BacksightError(
             "A MAP inverse is measured on held-out images: give `validation`, images that nothing was fitted on."
@@ -135,16 +206,18 @@ def _with_linear(
     target: Target,
     images: Any,
     validation: Any,
-    linear: Mapping[str, LinearInverse],
+    linear: Mapping[str, Any],
     taps: Sequence[str],
     seed: int,
     progress: bool,
-) -> dict[str, LinearInverse]:
+) -> dict[str, Any]:
     """The linear inverses of these taps; those that are not there are fitted."""
+    from backsight.inverses.linear import fit_linear
+
     missing = [tap for tap in taps if tap not in linear]
     fitted = {}
     if missing:
-        fitted = fit_linear(target, images, missing, validation=validation, seed=seed, progress=progress)
+        fitted = fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)
     return {tap: linear[tap] if tap in linear else fitted[tap] for tap in taps}
 
 
@@ -156,220 +229,3 @@ def _tell_left_out(family: str, target: Target, refused: Mapping[str, str]) -> N
     if set(target.taps) <= set(refused):
         raise BacksightError(f"{target.name} has no {family} inverse at any of its taps ({taps}). {reason}")
     warnings.warn(f"{target.name} has no {family} inverse at {taps}. {reason}", stacklevel=4)
-
-
-def fit_and_save(
-    target: Target,
-    source: str,
-    families: Sequence[str],
-    out: Path,
-    *,
-    train_images: int | None = None,
-    validation_images: int | None = None,
-    seed: int = 0,
-    **training: Any,
-) -> list[Path]:
-    """Fit families on a source's training split, and write them to `out`; an interrupted training resumes.
-
-    source: as `open_images` takes it; training: the other arguments of `fit_family`. Under `accelerate launch` all
-    processes fit, each on its share of the images, and the first one opens what has to be made or recorded, and writes.
-    Returns the files. Raises BacksightError as `open_images` and `fit_family` do.
-    """
-    with first_process_first():
-        train = open_images(source, "train", target.image_size, train_images, seed)
-        validation = open_images(source, "validation", target.image_size, validation_images, seed)
-    fitted: dict[str, dict[str, Any]] = {}
-    files: list[Path] = []
-    for family in families:
-        settings = {**training, "modules": fitted.get("modular"), "linear": fitted.get("linear"), "seed": seed}
-        settings["checkpoint"] = out / "checkpoints"
-        fitted[family] = fit_family(family, target, train, validation, **settings)
-        if is_first():
-            files += save_family(target, family, fitted[family], out, train, seed)
-    wait_for_all()
-    return files
-
-
-def fit_or_load(
-    target: Target, folder: str | Path = "", count: int = 2000, seed: int = 0, trained_on: str = "scenes"
-) -> dict[str, dict[str, Reconstruct]]:
-    """{family: {tap: reconstruction}} of the target's taps: from `folder`, else shipped, else linear ones fitted here.
-
-    count, trained_on, seed: of the training images for such a fit.
-    """
-    found = Path(folder) if folder else shipped_inverses(target)
-    if found is not None:
-        families = load_families(found, target, seed)
-        chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
-        return {family: taps for family, taps in chosen.items() if taps}
-    images = open_images(trained_on, "train", target.image_size, count, seed)
-    return {"linear": dict(fit_linear(target, images, target.taps, seed=seed))}
-
-
-def families_by_seed(
-    target: Target,
-    folder: str | Path = "",
-    seeds: Sequence[int] = (0, 1, 2),
-    count: int = 2000,
-    trained_on: str = "scenes",
-) -> dict[int, dict[str, dict[str, Reconstruct]]]:
-    """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
-
-    folder: with the runs of 02_train_inverse for each of the seeds; "": linear inverses, fitted here once a seed on
-    `count` training images of `trained_on`, others for every seed. Raises BacksightError as `load_families`, and
-    where no family is there for all seeds.
-    """
-    by_seed = {}
-    for seed in _distinct(seeds):
-        found = load_families(folder, target, seed) if folder else _linear_family(target, count, seed, trained_on)
-        chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}
-        by_seed[seed] = {family: taps for family, taps in chosen.items() if taps}
-    common = [family for family in by_seed[seeds[0]] if all(family in each for each in by_seed.values())]
-    if not common:
-        raise BacksightError(
-            f"{folder} holds no inverse family of {target.name} at its chosen taps for all of the seeds {list(seeds)}: "
-            "run 02_train_inverse with each of them."
-        )
-    return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
-
-
-def untrained_by_seed(
-    target: Target,
-    folder: str | Path = "",
-    seeds: Sequence[int] = (0, 1, 2),
-    count: int = 2000,
-    trained_on: str = "scenes",
-) -> dict[int, tuple[Target, dict[str, dict[str, Reconstruct]]]]:
-    """{seed: (the architecture with random weights drawn anew, {family: {tap: reconstruction}})}: the null models.
-
-    Linear inverses are fitted here where `folder` has none; trained families are there for the seeds whose runs of
-    02_train_inverse with pretrained = false are in `folder`.
-    """
-    made: dict[int, tuple[Target, dict[str, dict[str, Reconstruct]]]] = {}
-    for seed in _distinct(seeds):
-        untrained = _untrained(target, folder, seed)
-        families: dict[str, dict[str, Reconstruct]] = {}
-        if folder and _headers(folder, untrained):
-            families = {f: dict(taps) for f, taps in load_families(folder, untrained, seed).items()}
-        if "linear" not in families:
-            families = _linear_family(untrained, count, seed, trained_on) | families
-        made[seed] = (untrained, families)
-    return made
-
-
-def _untrained(target: Target, folder: str | Path, seed: int) -> Target:
-    """The target with random weights: those of the folder's inverses, where it has some for this seed."""
-    drawn = target.untrained(seed)
-    if not folder or _headers(folder, drawn):
-        return drawn
-    headers = [read_header(path) for path in inverse_files(Path(folder))]
-    if any((each.target, each.weights, each.seed) == (target.name, "random", seed) for each in headers):
-        built = load_target(target.name, target.taps, pretrained=False, seed=seed)  # as 02_train_inverse does
-        return built if _headers(folder, built) else drawn
-    return drawn
-
-
-def _distinct(seeds: Sequence[int]) -> Sequence[int]:
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise BacksightError(f"seeds = {list(seeds)}: give at least one training seed, and each of them once.")
-    return seeds
-
-
-def _linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, dict[str, Reconstruct]]:
-    images = open_images(trained_on, "train", target.image_size, count, seed)
-    return {"linear": dict(fit_linear(target, images, target.taps, seed=seed, progress=False))}
-
-
-def _headers(folder: str | Path, target: Target) -> dict[Path, InverseHeader]:
-    """Of all inverses of this target, by name and weights, in a folder and its sub-folders."""
-    headers = {path: read_header(path) for path in inverse_files(Path(folder))}
-    return {
-        path: header
-        for path, header in headers.items()
-        if (header.target, header.weights_hash) == (target.name, target.weights_hash)
-    }
-
-
-def load_families(folder: str | Path, target: Target, seed: int | None = None) -> dict[str, dict[str, Any]]:
-    """{family: {tap: inverse to pixels}} of every inverse for `target` in a folder and its sub-folders.
-
-    Modules of a modular family become chains that end in pixels; inverses of the same architecture with other weights
-    are passed over. seed: whose inverses to take where the folder holds inverses of several training seeds. Raises
-    BacksightError where the folder holds no inverse of this target, or two for one tap.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
-    headers = _headers(folder, target)
-    if not headers:
-        _refuse_without_inverses(folder, target)
-    seeds = sorted({header.seed for header in headers.values()})
-    if len(seeds) > 1:
-        if seed not in seeds:
-            raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
-        headers = {path: header for path, header in headers.items() if header.seed == seed}
-    found: dict[str, dict[str, Any]] = {}
-    measured = Measured(target)
-    for path, header in headers.items():
-        modules = found.setdefault(header.family, {})
-        if header.source in modules:
-            raise BacksightError(
-                f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
-            )
-        modules[header.source] = load_inverse(path, target, measured)
-    order = {tap: place for place, tap in enumerate(target.available_taps)}
-    return {
-        family: as_reconstructions({tap: found[family][tap] for tap in sorted(found[family], key=order.__getitem__)})
-        for family in sorted(found, key=_family_order)
-    }
-
-
-def _refuse_without_inverses(folder: Path, target: Target) -> None:
-    others = [read_header(path) for path in inverse_files(folder)]
-    for header in others:
-        if header.target == target.name:
-            raise BacksightError(
-                f"the inverses in {folder} were made for {target.name} with the weights {header.weights_hash}, not "
-                f"{target.weights_hash}: load that target, or fit inverses for this one."
-            )
-    names = sorted({header.target for header in others})
-    hint = f"; it has inverses of {', '.join(names)}" if names else ""
-    raise BacksightError(
-        f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
-    )
-
-
-def shipped_inverses(target: Target) -> Path | None:
-    """The folder of the inverses that are shipped with a shipped target, or None."""
-    folder = project_root() / "data" / "weights" / target.name / "inverses"
-    return folder if target.weights == "shipped" and folder.is_dir() else None
-
-
-def _family_order(family: str) -> tuple[int, str]:
-    known = ("linear", "direct", "modular", "exact", "map")
-    first = family.split("_")[0]
-    return (known.index(first) if first in known else len(known), family)
-
-
-def save_family(
-    target: Target,
-    family: str,
-    inverses: Mapping[str, Inverse | LinearInverse | ExactInverse | MapInverse],
-    folder: str | Path,
-    images: Any = None,
-    seed: int = 0,
-    half: bool = False,
-) -> list[Path]:
-    """One safetensors file for each module, `<family>--<tap>.safetensors`; images: what they were fitted on."""
-    files = []
-    for tap, inverse in inverses.items():
-        header = getattr(inverse, "header", None) or header_for(target, family, tap, inverse.destination, images, seed)
-        files.append(save_inverse(inverse, Path(folder) / f"{family}--{tap}.safetensors", half, header))
-    return files
-
-
-def as_reconstructions(modules: Mapping[str, Any]) -> dict[str, Reconstruct]:
-    """{tap: images from that tap}: the modules themselves where they end in pixels, else chains of them."""
-    if all(module.destination == PIXELS for module in modules.values()):
-        return dict(modules)
-    return {tap: Chain(modules, tap) for tap in modules}

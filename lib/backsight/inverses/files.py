@@ -1,86 +1,235 @@
-"""The files of inverses of every family: one safetensors file each, with a JSON header in its metadata."""
+"""The files of inverses of every family: one safetensors file a tap, `<family>--<tap>.safetensors`.
+
+Its metadata holds one JSON object: {"format", "kind", "header", "configuration"}; see `module.described`.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.exact.files import Measured, packed, unpacked
-from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import MapInverse
-from backsight.inverses.linear import LinearInverse
-from backsight.inverses.module import Chain, Inverse, InverseHeader, damage_told, described, rebuilt
-from backsight.targets.base import Target
-from backsight.training.loop import read_tensors, write_tensors
+from backsight.inverses.module import InverseHeader, Inverses, described, from_json, rebuilt
+from backsight.project import project_root, write_atomically
 
-__all__ = ["load_inverse", "read_header", "save_inverse"]
+if TYPE_CHECKING:
+    from backsight.targets.base import Target
 
-FORMAT = 1
+FORMAT = 2
+ORDER = ("linear", "direct", "modular", "modular_polished", "exact", "map")
 
 
-def save_inverse(
-    inverse: Inverse | LinearInverse | Chain | ExactInverse | MapInverse,
-    path: Path | str,
-    half: bool = False,
-    header: InverseHeader | None = None,
-) -> Path:
-    """Write an inverse of any family, or a chain, as one safetensors file with a JSON header in its metadata.
+def save(inverses: Inverses, folder: Path | str, half: bool = False) -> list[Path]:
+    """Write a family, one file a tap; what is there under the same name is replaced.
 
-    half: store float16 (half the size; computing stays float32) wherever the values fit. header: of what holds
-    none itself, a LinearInverse or a chain of them, an exact or a MAP inverse; see `header_for`.
-    Raises BacksightError without a header, and where the file cannot be written.
+    half: float16 wherever the values fit, but for what a module keeps as it is (half the size; computing stays
+    float32). Raises BacksightError where a module does not know its target, or a file cannot be written.
     """
-    if isinstance(inverse, Inverse | LinearInverse | Chain):
-        said, tensors = described(inverse, half)
-    else:
-        said, tensors = packed(inverse, half)
-    first = inverse.modules_in_order[0] if isinstance(inverse, Chain) else inverse
-    if isinstance(first, Inverse):
-        header = replace(first.header, destination=inverse.destination)
-    if header is None:
-        raise BacksightError(
-            f"The {first.family} inverse of {inverse.source!r} does not know its target: save it with "
-            f"header=header_for(target, {first.family!r}, source, destination, images)."
+    return [
+        write(module, Path(folder) / f"{inverses.family}--{tap}.safetensors", half)
+        for tap, module in inverses.modules.items()
+    ]
+
+
+def write(module: nn.Module, path: Path | str, half: bool = False) -> Path:
+    """Write one module of any kind, or a chain; see `save`."""
+    if not isinstance(module, nn.Module):  # until exact
+        from backsight.exact.files import packed
+
+        said, tensors = packed(module, half)
+        said = {"header": asdict(module.header), **said}
+        return write_tensors(path, tensors, {"backsight": json.dumps({"format": FORMAT, **said})})
+    if module.header is None:
+        raise BacksightError(f"The inverse of {module.source!r} does not know its target: set its header (header_for).")
+    tensors = module.state_dict()
+    if half:
+        precise = tuple(
+            f"{name}.{prefix}".lstrip(".")
+            for name, part in module.named_modules()
+            for prefix in getattr(part, "precise", ())
         )
-    description = {"format": FORMAT, "header": asdict(header), **said}
-    return write_tensors(path, tensors, {"backsight": json.dumps(description)})
+        tensors = {key: tensor if key.startswith(precise) else _halved(tensor) for key, tensor in tensors.items()}
+    return write_tensors(path, tensors, {"backsight": json.dumps({"format": FORMAT, **described(module)})})
 
 
 def read_header(path: Path | str) -> InverseHeader:
-    """The header of a file that `save_inverse` wrote, without its target. Raises BacksightError as it does."""
-    return _read(path)[0]
+    """Where an inverse file comes from, without its target. Raises BacksightError as `read` does."""
+    return _description(path)[0]
 
 
-def load_inverse(
-    path: Path | str, target: Target, measured: Measured | None = None
-) -> Inverse | LinearInverse | Chain | ExactInverse | MapInverse:
-    """Read what `save_inverse` wrote, on the target's device.
+def read(path: Path | str, target: Target) -> nn.Module:
+    """Read what `write` wrote, on the target's device.
 
-    measured: what exact and MAP inverses measure on the target, to share it among its files (default: anew).
-    Raises BacksightError where the file is missing, damaged or of another kind, and where it inverts another
-    target (the weight hash decides, not the name).
+    Raises BacksightError where the file is missing, damaged, of another format or kind, or holds values that are not
+    finite, and where it inverts another target (the weight hash decides, not the name).
     """
-    header, description, tensors = _read(path)
+    header, description, tensors = _description(path)
     if header.weights_hash != target.weights_hash:
         raise BacksightError(
             f"The inverse {path} was made for {header.target} with the weights {header.weights_hash}, not for "
             f"{target.name} with {target.weights_hash}: load that target, or fit an inverse for this one."
         )
-    with damage_told(path):
-        if description["kind"] not in ("exact", "map"):
-            return rebuilt(description, tensors, target)
-    return unpacked(path, header, description, tensors, measured or Measured(target))
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BacksightError(f"The inverse {path} holds NaN or infinite values in {key!r}: fit it again.")
+    if description["kind"] in ("exact", "map") and "configuration" not in description:  # until exact
+        from backsight.exact.files import Measured, unpacked
+
+        inverse = unpacked(path, header, description, tensors, Measured(target))
+        object.__setattr__(inverse, "header", header)
+        return inverse
+    try:
+        module = rebuilt(description, target)
+        module.load_state_dict(tensors)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BacksightError(
+            f"The inverse {path} does not fit its own header ({reason}): it is damaged or of another version, fit it "
+            "again."
+        ) from error
+    return module.eval().requires_grad_(False).to(target.device)
 
 
-def _read(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Tensor]]:
+def load(folder: Path | str, target: Target, seed: int | None = None) -> dict[str, Inverses]:
+    """{family: Inverses} of every file for `target` in a folder and its sub-folders.
+
+    Inverses of the same architecture with other weights are passed over. seed: whose to take where there are several
+    training seeds. Raises BacksightError where there is no inverse of this target, or two for one tap.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
+    headers = headers_for(folder, target)
+    if not headers:
+        _refuse_without_inverses(folder, target)
+    seeds = sorted({header.seed for header in headers.values()})
+    if len(seeds) > 1:
+        if seed not in seeds:
+            raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
+        headers = {path: header for path, header in headers.items() if header.seed == seed}
+    families: dict[str, dict[str, nn.Module]] = {}
+    for path, header in headers.items():
+        modules = families.setdefault(header.family, {})
+        if header.source in modules:
+            raise BacksightError(
+                f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
+            )
+        modules[header.source] = read(path, target)
+    depth = {tap: place for place, tap in enumerate(target.available_taps)}
+    families = dict(sorted(families.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
+    return {
+        family: Inverses({tap: modules[tap] for tap in sorted(modules, key=depth.__getitem__)})
+        for family, modules in families.items()
+    }
+
+
+def shipped_inverses(target: Target) -> Path | None:
+    """The folder of the inverses that are shipped with a shipped target, or None."""
+    folder = project_root() / "data" / "weights" / target.name / "inverses"
+    return folder if target.weights == "shipped" and folder.is_dir() else None
+
+
+def inverse_files(folder: Path) -> Iterator[Path]:
+    """The files of inverses in a folder and its sub-folders, in order of their names; checkpoints are none."""
+    return (path for path in sorted(folder.rglob("*--*.safetensors")) if not path.name.startswith("."))
+
+
+def headers_for(folder: Path | str, target: Target) -> dict[Path, InverseHeader]:
+    """Of all inverses of this target, by name and weights, in a folder and its sub-folders."""
+    headers = {path: read_header(path) for path in inverse_files(Path(folder))}
+    own = (target.name, target.weights_hash)
+    return {path: header for path, header in headers.items() if (header.target, header.weights_hash) == own}
+
+
+def _refuse_without_inverses(folder: Path, target: Target) -> None:
+    headers = [read_header(path) for path in inverse_files(folder)]
+    for header in headers:
+        if header.target == target.name:
+            raise BacksightError(
+                f"the inverses in {folder} were made for {target.name} with the weights {header.weights_hash}, not "
+                f"{target.weights_hash}: load that target, or fit inverses for this one."
+            )
+    names = sorted({header.target for header in headers})
+    hint = f"; it has inverses of {', '.join(names)}" if names else ""
+    raise BacksightError(
+        f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
+    )
+
+
+def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Tensor]]:
     tensors, metadata = read_tensors(path, "inverse")
     try:
         description = json.loads(metadata["backsight"])
-        return InverseHeader(**description["header"]), description, tensors
+        number = int(description["format"])
+        if number == 1 and description["kind"] not in ("exact", "map"):  # until converted
+            description, number = _of_format_1(description), FORMAT
+        if number == FORMAT:
+            return from_json(InverseHeader, description["header"]), description, tensors
     except (KeyError, TypeError, ValueError) as error:
-        raise BacksightError(f"{path} holds no inverse of backsight: name a file that save_inverse() wrote.") from error
+        raise BacksightError(
+            f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."
+        ) from error
+    advice = "update backsight, or fit it again" if number > FORMAT else "fit it again"
+    age = "a newer" if number > FORMAT else "an older"
+    raise BacksightError(f"The inverse {path} was made by {age} backsight (format {number}, not {FORMAT}): {advice}.")
+
+
+def _of_format_1(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a file that the first edition wrote."""
+    if said["kind"] == "chain":
+        path = [_of_format_1({"header": None, **part}) for part in said["path"]]
+        return {"kind": "chain", "header": said["header"], "configuration": {"path": path}}
+
+    def linear(configuration: dict[str, Any]) -> dict[str, Any]:
+        configuration = {key: value for key, value in configuration.items() if key != "family"}
+        return {"kind": "linear", "header": None, "configuration": configuration}
+
+    if said["kind"] == "linear":
+        return {**linear(said["linear"]), "header": said["header"]}
+    configuration = {key: said[key] for key in ("design", "variance", "position")}
+    configuration["linear"] = None if said["linear"] is None else linear(said["linear"])
+    return {"kind": "inverse", "header": said["header"], "configuration": configuration}
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file, first under a temporary name: the file is whole or not there.
+
+    Raises BacksightError where the folder cannot be written.
+    """
+    owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    try:
+        return write_atomically(path, lambda temporary: save_file(owned, temporary, dict(metadata)))
+    except (OSError, SafetensorError) as error:
+        raise BacksightError(
+            f"{path} cannot be written ({error}): choose a folder that is writable and has space."
+        ) from error
+
+
+def read_tensors(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; `what` names it in the error.
+
+    Raises BacksightError where there is no such file, or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise BacksightError(f"There is no {what} at {path}: check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BacksightError(
+            f"The {what} {path} is damaged or is no safetensors file ({error}): delete it and make it again."
+        ) from error
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """A float32 tensor as float16 where all of its values fit, others as they are."""
+    half = tensor.half() if tensor.dtype == torch.float32 else tensor
+    return half if bool(torch.isfinite(half).all()) else tensor

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -46,10 +46,15 @@ from backsight.inverses.layouts import (
     unpack,
 )
 from backsight.inverses.linear_inverse import LinearInverse, LinearScore
+from backsight.inverses.module import Inverses, header_for
 from backsight.inverses.ridge import RidgeAccumulator, RidgePath, Spectrum
 from backsight.measures.pixels import psnr
 from backsight.representation import Grid, Queries, Representation, Tokens
 from backsight.tables.pool import bootstrap_interval, determination
+
+if TYPE_CHECKING:
+    from backsight.data.images import ImageSource
+    from backsight.targets.base import Target
 
 __all__ = [
     "ALPHAS",
@@ -83,8 +88,6 @@ MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 SAMPLE_BYTES = 256 * 2**20  # validation images kept for intervals, over all taps
 WIDE = 512  # inputs of a row from which the moments' products weigh on a GPU
-Products = Literal["auto", "float64", "float32"]
-Precision = Literal["float32", "bfloat16"]
 
 
 class Request(NamedTuple):
@@ -97,6 +100,9 @@ class Request(NamedTuple):
     destination: str
     context: int = 1
     floor: float = 0.0
+
+
+AnyPair = TypeVar("AnyPair", bound=tuple)
 
 
 @dataclass
@@ -189,118 +195,76 @@ class _Sample:
 
 
 def fit_linear(
-    target: Any,
-    images: Any,
+    target: Target,
+    images: ImageSource | Tensor | FeatureStore,
+    validation: ImageSource | Tensor | FeatureStore | None = None,
+    *,
     taps: Sequence[str] | str | None = None,
-    to: str = PIXELS,
-    validation: Any = None,
-    alphas: Sequence[float] = ALPHAS,
-    batch_size: int = 64,
-    rank: int | None = None,
     seed: int = 0,
+    batch_size: int = 64,
+    workers: int | Literal["auto"] = 0,
     progress: bool = True,
-    context: int = 1,
-    products: Products = "auto",
-    precision: Precision = "float32",
-) -> dict[str, LinearInverse]:
-    """The linear inverse of every tap, to pixels or to the tap `to`, in one pass over the images.
+) -> Inverses:
+    """The linear inverse of every tap to pixels, in one pass over the images.
 
-    taps: names, default all of the target's (without `to` itself). Returns {tap: LinearInverse}.
-    For the rest see `fit_linear_pairs`.
+    taps: as `load_target` takes them, default the target's own. For the rest see `fit_linear_pairs`.
     """
-    names = [taps] if isinstance(taps, str) else list(target.taps if taps is None else taps)
-    if taps is None:
-        names = [tap for tap in names if tap != to]
-    fitted = fit_linear_pairs(
-        target,
-        images,
-        [(tap, to) for tap in names],
-        validation,
-        alphas,
-        batch_size,
-        rank,
-        seed,
-        progress,
-        context=context,
-        products=products,
-        precision=precision,
-    )
-    return {tap: fitted[tap, to] for tap in names}
+    names = list(target.taps if taps is None else target.resolve_taps(taps))
+    pairs = [(tap, PIXELS) for tap in names]
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "workers": workers, "progress": progress}
+    fitted = fit_linear_pairs(target, images, pairs, validation, **common)
+    return Inverses({tap: fitted[tap, PIXELS] for tap in names})
 
 
 def fit_linear_pairs(
-    target: Any,
-    images: Any,
-    pairs: Iterable[Pair],
-    validation: Any = None,
-    alphas: Sequence[float] = ALPHAS,
-    batch_size: int = 64,
-    rank: int | None = None,
+    target: Target,
+    images: ImageSource | Tensor | FeatureStore,
+    pairs: Sequence[AnyPair],
+    validation: ImageSource | Tensor | FeatureStore | None = None,
+    *,
     seed: int = 0,
-    progress: bool = True,
-    maximum_inputs: int = MAXIMUM_INPUTS,
-    maximum_outputs: int | None = None,
     context: int = 1,
-    floors: Mapping[Pair, float] | None = None,
-    products: Products = "auto",
-    precision: Precision = "float32",
-) -> dict[Pair, LinearInverse]:
+    batch_size: int = 64,
+    workers: int | Literal["auto"] = 0,
+    maximum_inputs: int = MAXIMUM_INPUTS,
+    progress: bool = True,
+) -> dict[AnyPair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
     Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same,
     and the time of a fit stays in proportion to the images.
 
-    target: a Target; images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or
-    "pixels"); validation: images of another split, on which the ridge strength is chosen from their moments
-    alone (default: every fifth image of `images` is held out of the fit); alphas: strengths to choose from,
-    in units of the variance of a standardised input; rank: of the maps from a whole set of queries
-    (default 128); seed: of the projection of a long set and of the bootstrap; maximum_inputs,
-    maximum_outputs: see `plan_layout`; context: side of the square of tokens that the map of one token reads, 1 (what
-    that token alone says, the `linear` family) or an odd number above (a convolution in closed form); floors: the least
-    strength for some pairs, for maps that will read an input with errors in it; products: precision of the moments'
-    matrix products (their sums are float64 always), "auto": float64, but float32 for rows of WIDE values and more on a
-    GPU, where float64 is slow; it moves R² by less than 1e-6 where the inputs have full rank; precision: of the frozen
-    forward pass. Under `accelerate launch` every process reads its share of the images, and all return the same maps.
+    images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`
+    with its own context and floor; validation: images of another split, on which the ridge strength is chosen from
+    their moments alone (default: every fifth image of `images` is held out of the fit); seed: of the projection of a
+    long set and of the bootstrap; context: side of the square of tokens that the map of one token reads, 1 (what that
+    token alone says, the `linear` family) or an odd number above (a convolution in closed form); workers: processes
+    that decode images; maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of
+    the images, and all return the same maps.
 
-    Returns {(source, destination): LinearInverse}, each scored on the validation images. Raises
-    BacksightError on an unknown tap, on ends between which no map is defined, and on too few images.
+    Returns {pair: LinearInverse}, each scored on the validation images. Raises BacksightError on an unknown tap, on
+    ends between which no map is defined, and on too few images.
     """
-    requests = {pair: Request(*pair, context, (floors or {}).get(pair, 0.0)) for pair in dict.fromkeys(pairs)}
+    requests = {pair: pair if isinstance(pair, Request) else Request(*pair, context) for pair in dict.fromkeys(pairs)}
     fitted = fit_linear_requests(
-        target,
-        images,
-        list(requests.values()),
-        validation,
-        alphas,
-        batch_size,
-        rank,
-        seed,
-        progress,
-        maximum_inputs,
-        maximum_outputs,
-        products,
-        precision,
+        target, images, list(requests.values()), validation, batch_size, seed, progress, workers, maximum_inputs
     )
     return {pair: fitted[request] for pair, request in requests.items()}
 
 
 def fit_linear_requests(
-    target: Any,
+    target: Target,
     images: Any,
     requests: Sequence[Request],
     validation: Any = None,
-    alphas: Sequence[float] = ALPHAS,
     batch_size: int = 64,
-    rank: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    workers: int | Literal["auto"] = 0,
     maximum_inputs: int = MAXIMUM_INPUTS,
-    maximum_outputs: int | None = None,
-    products: Products = "auto",
-    precision: Precision = "float32",
 ) -> dict[Request, LinearInverse]:
     """`fit_linear_pairs` for maps of several contexts and floors, in one pass over the images."""
-    _check_requests(target, requests, alphas)
+    _check_requests(target, requests)
     for each in (images, validation):
         if getattr(each, "fit", None) == "pad":
             raise BacksightError(
@@ -309,7 +273,7 @@ def fit_linear_requests(
             )
     ends = (tap for request in requests for tap in (request.source, request.destination))
     taps = list(dict.fromkeys(tap for tap in ends if tap != PIXELS))
-    passes = _passes(target, images, validation, taps, batch_size, progress, precision)
+    passes = _passes(target, images, validation, taps, batch_size, progress, workers)
 
     def planned(request: Request, source: Representation, destination: Tensor | Representation) -> Layout:
         return plan_layout(
@@ -318,12 +282,15 @@ def fit_linear_requests(
             form_of(destination),
             getattr(target, "reduction", None),
             maximum_inputs,
-            maximum_outputs,
+            None,
             request.context,
         )
 
-    moments = _accumulated(passes, requests, planned, products, seed)
-    return _solved(moments, alphas, rank or RANK, seed)
+    moments = _accumulated(passes, requests, planned, seed)
+    fitted = _solved(moments, seed)
+    for request, inverse in fitted.items():
+        inverse.header = header_for(target, "linear", request.source, request.destination, images, seed)
+    return fitted
 
 
 @dataclass
@@ -340,7 +307,6 @@ def _accumulated(
     passes: Iterable[tuple[Tensor, dict[str, Representation], bool]],
     requests: Sequence[Request],
     planned: Callable[[Request, Representation, Tensor | Representation], Layout],
-    products: Products,
     seed: int,
 ) -> _Moments:
     """The moments of all processes' passes: (images, representations, whether they are held out)."""
@@ -351,7 +317,7 @@ def _accumulated(
                 at_end = batch if request.destination == PIXELS else recorded[request.destination]
                 moments.layouts[request] = planned(request, recorded[request.source], at_end)
                 moments.positions[request] = _position_rule(recorded[request.source], at_end)
-            moments.groups = _grouped(moments.layouts, seed, batch.device, products)
+            moments.groups = _grouped(moments.layouts, seed, batch.device)
         packed: dict[tuple[Any, ...], Tensor] = {}
         for group in moments.groups:
             group.update(batch, recorded, held_out, packed, seed + number)
@@ -362,7 +328,7 @@ def _accumulated(
     return moments
 
 
-def _solved(moments: _Moments, alphas: Sequence[float], rank: int, seed: int) -> dict[Request, LinearInverse]:
+def _solved(moments: _Moments, seed: int) -> dict[Request, LinearInverse]:
     """The maps of all requests, each of the strength that the validation moments choose, with their scores."""
     groups = moments.groups
     if not groups or any(min(each.training.count, each.validation.count) == 0 for each in groups):
@@ -379,17 +345,15 @@ def _solved(moments: _Moments, alphas: Sequence[float], rank: int, seed: int) ->
             for part, (each, _, block) in enumerate(group.members)
             if each == request
         }
-        allowed = [alpha for alpha in alphas if alpha >= request.floor] or [max(alphas)]
-        inverses[request] = _solve(request, layout, blocks, allowed, rank, rule, position)
+        allowed = [alpha for alpha in ALPHAS if alpha >= request.floor] or [max(ALPHAS)]
+        inverses[request] = _solve(request, layout, blocks, allowed, RANK, rule, position)
     _score_sample(inverses, moments.sample, seed)
     return inverses
 
 
-def _check_requests(target: Any, requests: Sequence[Request], alphas: Sequence[float]) -> None:
+def _check_requests(target: Target, requests: Sequence[Request]) -> None:
     if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
-    if not alphas or min(alphas) <= 0:
-        raise BacksightError(f"Ridge strengths must be above 0, but alphas is {list(alphas)}.")
     for context in {request.context for request in requests}:
         if context < 1 or context % 2 == 0:
             raise BacksightError(f"The context of a linear map is an odd number of tokens from 1, not {context}.")
@@ -413,7 +377,7 @@ def _passes(
     taps: Sequence[str],
     batch_size: int,
     progress: bool,
-    precision: Precision,
+    workers: int | Literal["auto"],
 ) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
     """Every batch with its representations and whether it is held out: one forward pass an image."""
     state = processes()
@@ -423,7 +387,7 @@ def _passes(
             continue
         own = share(source)
         bar = tqdm(
-            recorded_batches(target, own, taps, batch_size, precision),
+            recorded_batches(target, own, taps, batch_size, workers=workers),
             total=-(-len(own) // batch_size),
             desc=f"{'validating' if held_out else 'fitting'} linear maps",
             leave=False,
@@ -448,24 +412,23 @@ def recorded_batches(
     images: Any,
     taps: Sequence[str],
     batch_size: int,
-    precision: Precision = "float32",
     limit: int | None = None,
+    workers: int | Literal["auto"] = 0,
 ) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
     """Batches with their representations: read where a store holds them, else from the frozen pass.
 
     limit: about this many of the first images. Values are float32, and queries come without the encoder's output.
     """
-    device = next((each.device for each in target.model.parameters()), torch.device("cpu"))
+    device = target.device
     steps = None if limit is None else -(-min(limit, len(images)) // batch_size)
     if isinstance(images, FeatureStore) and set(taps) <= set(images.taps):
         images.check(target)
         for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
             yield batch.to(device), {tap: recorded[tap].to(device) for tap in taps}
         return
-    for batch in itertools.islice(batches(images, batch_size), steps):
+    for batch in itertools.islice(batches(images, batch_size, workers=workers), steps):
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            recorded = target.record(batch, taps)
+        recorded = target.record(batch, taps)
         yield batch, {tap: _plain(each) for tap, each in recorded.items()}
 
 
@@ -476,7 +439,7 @@ def _plain(representation: Representation) -> Representation:
     return representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device, products: Products) -> list[_Group]:
+def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device) -> list[_Group]:
     groups: dict[tuple[str, Reading, Grid | None], list[tuple[Request, Layout, str]]] = {}
     for request, layout in layouts.items():
         for block in layout.blocks:
@@ -492,7 +455,7 @@ def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device, pr
         _, layout, block = members[0]
         projection = _projection(layout, seed, device) if block == "set" else None
         wide = layout.rows == "patches" and layout.inputs(block) >= WIDE
-        fast = products == "float32" or (products == "auto" and wide and device.type == "cuda")
+        fast = wide and device.type == "cuda"
         made.append(_Group(members, projection, torch.float32 if fast else torch.float64))
     return made
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.inverses.layouts import Form, Layout, form_of, pack_source, row_padding, unpack
 from backsight.representation import Representation, Tokens
+
+if TYPE_CHECKING:
+    from backsight.inverses.module import InverseHeader
+    from backsight.targets.base import Target
 
 
 class AffineMap(nn.Module):
@@ -71,7 +75,7 @@ class LinearScore:
 class LinearInverse(nn.Module):
     """A linear map from the representation at `source` to `destination` (an earlier tap or "pixels")."""
 
-    family = "linear"
+    kind = "linear"
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class LinearInverse(nn.Module):
     ) -> None:
         super().__init__()
         self.source, self.destination, self.layout = source, destination, layout
+        self.header: InverseHeader | None = None  # its fit says where it comes from
         self.score = score or LinearScore()
         self.position_rule = position
         ranks = ranks or {}
@@ -95,6 +100,14 @@ class LinearInverse(nn.Module):
             self.register_buffer("projection", torch.zeros(layout.source.channels, layout.projected))
         if position == "fixed":
             self.register_buffer("position", torch.zeros(tuple(position_shape)))
+
+    @property
+    def source_form(self) -> Form:
+        return self.layout.source
+
+    @property
+    def destination_form(self) -> Form:
+        return self.layout.destination
 
     @property
     def alpha(self) -> float:
@@ -137,7 +150,7 @@ class LinearInverse(nn.Module):
         projection = self.get_buffer("projection") if self.layout.projected is not None else None
         return {block: pack_source(representation, self.layout, block, projection) for block in self.layout.blocks}
 
-    def raw(self, representation: Representation) -> Any:
+    def raw(self, representation: Representation, layout: Tokens | None = None) -> Any:
         """Like `forward`, but images are not clamped to [0, 1]."""
         self._check(representation)
         rows = {block: self.maps[block](each) for block, each in self.pack(representation).items()}
@@ -147,11 +160,12 @@ class LinearInverse(nn.Module):
                 rows[block] = torch.where(padding.reshape(-1, 1), self.maps[block].get_buffer("bias"), rows[block])
         return unpack(rows, self.layout, representation, self._position(representation))
 
-    def forward(self, representation: Representation) -> Any:
+    def forward(self, representation: Representation, layout: Tokens | None = None) -> Any:
         """Images (B, 3, H, W) in [0, 1], or the representation at `destination`.
 
         Differentiable in the representation. Maps of single tokens also read other grids than they were
-        fitted on. Padded tokens give the training mean. Raises BacksightError where shapes do not agree.
+        fitted on. Padded tokens give the training mean. layout: for modules of a chain; not read here.
+        Raises BacksightError where shapes do not agree.
         """
         result = self.raw(representation)
         return result.clamp(0, 1) if isinstance(result, Tensor) else result
@@ -183,7 +197,6 @@ class LinearInverse(nn.Module):
         """Everything but the numbers in `state_dict()`, as JSON."""
         fixed = self.position_rule == "fixed"
         return {
-            "family": self.family,
             "source": self.source,
             "destination": self.destination,
             "layout": asdict(self.layout),
@@ -194,7 +207,7 @@ class LinearInverse(nn.Module):
         }
 
     @classmethod
-    def from_configuration(cls, configuration: dict[str, Any]) -> LinearInverse:
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> LinearInverse:
         """An inverse whose numbers are still to be loaded by `load_state_dict`."""
         # Files from before there was a limit had none.
         layout = {"inputs_limit": sys.maxsize, **configuration["layout"]}

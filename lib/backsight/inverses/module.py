@@ -11,27 +11,26 @@ The networks are in residuals.py. A chain of modules leads from any tap down to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.inverses.layouts import PIXELS, Form, carried_padding, form_of
-from backsight.inverses.linear import LinearInverse
 from backsight.inverses.networks import RESIDUALS, Design, Surroundings, Upsampling, design_for, words
 from backsight.representation import Queries, Representation, Tokens
-from backsight.training.loop import seeded
 
 if TYPE_CHECKING:
+    from backsight.inverses.linear_inverse import LinearInverse
     from backsight.targets.base import Target
+
+Described = TypeVar("Described")
 
 __all__ = [
     "RESIDUALS",
@@ -39,6 +38,7 @@ __all__ = [
     "Design",
     "Inverse",
     "InverseHeader",
+    "Inverses",
     "Moments",
     "Upsampling",
     "design_for",
@@ -106,6 +106,7 @@ class Inverse(nn.Module):
     Raises BacksightError where it does not.
     """
 
+    kind = "inverse"
     source_mean: Tensor
     source_deviation: Tensor
     destination_mean: Tensor
@@ -140,6 +141,14 @@ class Inverse(nn.Module):
     @property
     def destination(self) -> str:
         return self.header.destination
+
+    @property
+    def source_form(self) -> Form:
+        return self.design.source
+
+    @property
+    def destination_form(self) -> Form:
+        return self.design.destination
 
     def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor:
         """Images (B, 3, H, W) or values (B, N, C) before any clamping; arguments as `forward`."""
@@ -225,6 +234,31 @@ class Inverse(nn.Module):
         area = sum(height * width for height, width in form.grids)
         return torch.cat([moments[:-1], moments[-1:].expand(area, -1)])
 
+    def configuration(self) -> dict[str, Any]:
+        """Everything but the numbers in `state_dict()`, as JSON."""
+        return {
+            "design": asdict(self.design),
+            "linear": None if self.linear is None else described(self.linear),
+            "variance": self.variance,
+            "position": None if self.position is None else list(self.position.shape),
+        }
+
+    @classmethod
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> Inverse:
+        """An inverse whose numbers, and header, are still to be set."""
+        design, linear = Design.from_json(configuration["design"]), configuration["linear"]
+        empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
+        source, destination = (Moments(each, each, configuration["variance"]) for each in empty)
+        shape = configuration["position"]
+        return cls(
+            InverseHeader("", "", "", "", "", ""),
+            design,
+            None if linear is None else rebuilt(linear, target),
+            source,
+            destination,
+            None if shape is None else torch.zeros(shape),
+        )
+
 
 class Chain(nn.Module):
     """Inverse modules, one after the other: from `start` down to where no module goes on.
@@ -234,11 +268,12 @@ class Chain(nn.Module):
     Raises BacksightError where the ends do not meet: no module for `start`, other forms, other weights, a circle.
     """
 
+    kind = "chain"
+
     def __init__(self, modules: Mapping[str, Inverse | LinearInverse], start: str) -> None:
         super().__init__()
         if start not in modules:
-            nearest = get_close_matches(start, modules, n=3, cutoff=0.3) or list(modules)
-            raise BacksightError(f"The chain has no module for its start {start!r}; nearest: {', '.join(nearest)}.")
+            raise BacksightError(f"The chain has no module for its start {start!r}; {nearest(start, list(modules))}.")
         path = [modules[start]]
         while (tap := path[-1].destination) in modules:
             _check_joint(path[-1], modules[tap], tap)
@@ -251,7 +286,12 @@ class Chain(nn.Module):
 
     @property
     def modules_in_order(self) -> tuple[Inverse | LinearInverse, ...]:
-        return tuple(module for module in self.path if isinstance(module, Inverse | LinearInverse))
+        return tuple(self.path)
+
+    @property
+    def header(self) -> InverseHeader:
+        """That of the first module, with the chain's own destination."""
+        return replace(self.modules_in_order[0].header, destination=self.destination)
 
     @property
     def source(self) -> str:
@@ -267,32 +307,77 @@ class Chain(nn.Module):
 
     def intermediate(self, representation: Representation, layout: Tokens | None = None) -> dict[str, Any]:
         """{tap: what the chain makes of it} on the way down; images under "pixels"."""
-        made: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for module in self.modules_in_order:
-            plain = isinstance(module, LinearInverse)
-            made[module.destination] = module(representation) if plain else module(representation, layout)
-            representation = made[module.destination]
-        return made
+            representation = results[module.destination] = module(representation, layout)
+        return results
+
+    def configuration(self) -> dict[str, Any]:
+        return {"path": [described(module) for module in self.modules_in_order]}
+
+    @classmethod
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> Chain:
+        path = [rebuilt(description, target) for description in configuration["path"]]
+        return cls({module.source: module for module in path}, path[0].source)
+
+
+class Inverses(Mapping[str, nn.Module]):
+    """The inverses of one family: {tap: module that gives an image (B, 3, H, W) in [0, 1]}.
+
+    modules: {tap: the stage alone}. A stage that does not end in pixels (of the modular families: it ends at the tap
+    before) is followed by those below it; `module(tap)` gives it alone. family, target, weights_hash: of the headers.
+    Raises KeyError on a tap that has no inverse.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = dict(modules.modules if isinstance(modules, Inverses) else modules)
+        headers = [module.header for module in self.modules.values()]
+        self.family, self.target, self.weights_hash = "", "", ""
+        if headers:
+            self.family, self.target, self.weights_hash = headers[0].family, headers[0].target, headers[0].weights_hash
+
+    def module(self, tap: str) -> nn.Module:
+        """The stage alone, from this tap to its own destination."""
+        if tap not in self.modules:
+            raise KeyError(f"there is no {self.family} inverse of {tap!r}; {nearest(tap, list(self.modules))}")
+        return self.modules[tap]
+
+    def __getitem__(self, tap: str) -> nn.Module:
+        stage = self.module(tap)
+        return stage if stage.destination == PIXELS else Chain(self.modules, tap)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __contains__(self, tap: object) -> bool:
+        return tap in self.modules
+
+    def to(self, device: torch.device | str) -> Inverses:
+        """Move all modules; returns self."""
+        for stage in self.modules.values():
+            stage.to(device)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Inverses({self.family!r} of {self.target}: {', '.join(self.modules)})"
 
 
 def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse, tap: str) -> None:
-    made, read = _ends(before)[1], _ends(after)[0]
-    if made != read or after.source != tap:
+    if before.destination_form != after.source_form or after.source != tap:
         raise BacksightError(
-            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {words(made)}, and the next, of "
-            f"{after.source!r}, reads {words(read)}; fit both for the same taps and image size."
+            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {words(before.destination_form)}, "
+            f"and the next, of {after.source!r}, reads {words(after.source_form)}; fit both for the same taps and "
+            "image size."
         )
-    hashes = [each.header.weights_hash for each in (before, after) if isinstance(each, Inverse)]
-    if len(set(hashes)) > 1:
+    hashes = {module.header.weights_hash for module in (before, after)}
+    if len(hashes) > 1:
         raise BacksightError(
             f"The chain breaks at {tap!r}: its modules invert different weights ({' and '.join(hashes)}); fit "
             "both for one target."
         )
-
-
-def _ends(inverse: Inverse | LinearInverse) -> tuple[Form, Form]:
-    ends = inverse.layout if isinstance(inverse, LinearInverse) else inverse.design
-    return ends.source, ends.destination
 
 
 def header_for(
@@ -307,75 +392,48 @@ def header_for(
     )
 
 
-@contextmanager
-def damage_told(path: Path | str) -> Iterator[None]:
-    """What goes wrong within, where a file is turned into an inverse, is the file's damage."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BacksightError(
-            f"The inverse {path} does not fit its own header ({reason}): it is damaged, fit it again."
-        ) from error
-
-
 def library_versions() -> dict[str, str]:
     """Of the libraries that decide what an inverse computes."""
     return {name: version(name) for name in ("backsight", "torch", "timm", "transformers")}
 
 
-def described(inverse: Inverse | LinearInverse | Chain, half: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(what a file says of a module, its numbers); half: float16 wherever they fit."""
-    tensors = dict(inverse.state_dict())
-    return _describe(inverse), {key: halved(tensor) for key, tensor in tensors.items()} if half else tensors
+# What files say of modules
+
+KINDS = {
+    "linear": "backsight.inverses.linear_inverse:LinearInverse",
+    "inverse": "backsight.inverses.module:Inverse",
+    "chain": "backsight.inverses.module:Chain",
+    "exact": "backsight.exact.inverse:ExactInverse",
+    "map": "backsight.exact.map:MapInverse",
+}  # every one has kind, header, configuration() and build(configuration, target); later rooms are loaded by name
 
 
-def rebuilt(
-    description: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
-) -> Inverse | LinearInverse | Chain:
-    """What `described` tells, on the target's device. Raises what torch and Python do where the two do not agree."""
-    with seeded(0):
-        inverse = _rebuild(description)
-    inverse.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    return inverse.eval().requires_grad_(False).to(target.device)
+def described(module: nn.Module) -> dict[str, Any]:
+    """All but the numbers in `state_dict()`, as JSON; nested modules describe theirs the same way."""
+    header = None if module.header is None else asdict(module.header)
+    return {"kind": module.kind, "header": header, "configuration": module.configuration()}
 
 
-def _describe(inverse: nn.Module) -> dict[str, Any]:
-    if isinstance(inverse, Chain):
-        return {"kind": "chain", "path": [_describe(each) for each in inverse.modules_in_order]}
-    if isinstance(inverse, LinearInverse):
-        return {"kind": "linear", "linear": inverse.configuration()}
-    assert isinstance(inverse, Inverse)
-    return {
-        "kind": "inverse",
-        "header": asdict(inverse.header),
-        "design": asdict(inverse.design),
-        "linear": None if inverse.linear is None else inverse.linear.configuration(),
-        "variance": inverse.variance,
-        "position": None if inverse.position is None else list(inverse.position.shape),
-    }
+def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
+    """The module that `described` told of, its numbers still to come by `load_state_dict`.
+
+    Raises ValueError on an unknown kind or field, and what torch and Python do where a description does not fit.
+    """
+    if description["kind"] not in KINDS:
+        raise ValueError(f"there is no kind of inverse {description['kind']!r}")
+    home, _, name = KINDS[description["kind"]].partition(":")
+    module = getattr(import_module(home), name).build(description["configuration"], target)
+    if description["kind"] != "chain" and description["header"] is not None:
+        module.header = from_json(InverseHeader, description["header"])
+    return module
 
 
-def _rebuild(description: Mapping[str, Any]) -> Inverse | LinearInverse | Chain:
-    if description["kind"] == "chain":
-        parts = [_rebuild(each) for each in description["path"]]
-        modules = {each.source: each for each in parts if not isinstance(each, Chain)}
-        return Chain(modules, parts[0].source)
-    linear = None
-    if description["linear"] is not None:
-        linear = LinearInverse.from_configuration(description["linear"])
-    if description["kind"] == "linear":
-        assert linear is not None
-        return linear
-    design = Design.from_json(description["design"])
-    empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
-    source, destination = (Moments(each, each, description["variance"]) for each in empty)
-    shape = description["position"]
-    position = None if shape is None else torch.zeros(shape)
-    return Inverse(InverseHeader(**description["header"]), design, linear, source, destination, position)
-
-
-def halved(tensor: Tensor) -> Tensor:
-    """A float32 tensor as float16 where all of its values fit, others as they are."""
-    half = tensor.half() if tensor.dtype == torch.float32 else tensor
-    return half if bool(torch.isfinite(half).all()) else tensor
+def from_json(dataclass: type[Described], values: Mapping[str, Any]) -> Described:
+    """A dataclass of these fields. Raises ValueError that names a field which is not known, or missing."""
+    names = {field.name for field in fields(dataclass)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"it has the field {unknown[0]!r}, which {dataclass.__name__} does not know")
+    try:
+        return dataclass(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from error

@@ -86,13 +86,13 @@ def example_pictures(
     """
     import torch
 
-    from backsight.inverses.families import load_families, shipped_inverses
+    from backsight.inverses.files import load, shipped_inverses
     from backsight.scenes.render import render
     from backsight.targets import load_target
 
     frozen = load_target(target)
     folder = shipped_inverses(frozen)
-    chains = load_families(folder, frozen).get("modular", {}) if folder is not None else {}
+    chains = load(folder, frozen).get("modular", {}) if folder is not None else {}
     if not chains:
         raise BacksightError(f"no modular inverses are shipped with {target}: the scheme is drawn with scenes-vit.")
     scene = render("test", index, seed, size=max(frozen.image_size)).image

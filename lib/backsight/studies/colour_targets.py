@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
-from backsight.inverses.families import families_by_seed
 from backsight.scenes.dataset import BACKGROUND, MEAN, STD, Batch, patch_shares
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
+from backsight.studies.by_seed import families_by_seed
 from backsight.studies.colour import ColourRecord, Families, index_rows, merged, record_colours, uniform_by_seed
 from backsight.studies.recolour import JudgedObjects, hue_shifts, open_objects
 from backsight.targets import Target

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backsight.data.images import batches, tensor
 from backsight.errors import BacksightError
-from backsight.inverses.families import Reconstruct, families_by_seed
+from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs, image_errors
 from backsight.measures.pixels import psnr
 from backsight.measures.similarity import (
@@ -36,6 +36,7 @@ from backsight.measures.similarity import (
     token_cosine,
 )
 from backsight.representation import Queries, Representation, Tokens
+from backsight.studies.by_seed import families_by_seed
 from backsight.studies.nulls import shuffled
 from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_ratio, pooled_rows
 from backsight.targets import PIXELS, Target

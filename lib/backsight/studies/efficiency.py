@@ -32,10 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import Reconstruct, as_reconstructions
+from backsight.inverses.families import Reconstruct
 from backsight.inverses.layouts import PIXELS, Form, Pair, form_of, plan_layout
-from backsight.inverses.linear import LinearInverse, fit_linear_pairs
-from backsight.inverses.module import Inverse
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
+from backsight.inverses.module import Inverse, Inverses
 from backsight.measures.pixels import psnr
 from backsight.representation import Queries, Representation
 from backsight.studies.nulls import null_mean, shuffled
@@ -149,9 +149,11 @@ def _ridge(setting: Setting, images: Any, pairs: Sequence[Pair], seed: int) -> d
     defined = [pair for pair in pairs if _is_defined(setting, pair)]
     stages = {pair for method in ("modular", "modular_components") for pair in setting.pairs(method)}
     floors = {pair: PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR for pair in stages}
-    return fit_linear_pairs(
-        setting.target, images, defined, seed=seed, progress=False, floors=floors, batch_size=2 * COUNTED_IMAGES
+    requests = {pair: Request(*pair, floor=floors.get(pair, 0.0)) for pair in defined}
+    fitted = fit_linear_pairs(
+        setting.target, images, [*requests.values()], seed=seed, progress=False, batch_size=2 * COUNTED_IMAGES
     )
+    return {pair: fitted[request] for pair, request in requests.items()}
 
 
 def _is_defined(setting: Setting, pair: Pair) -> bool:
@@ -315,7 +317,7 @@ def train_once(
         flops, seconds, steps = flops + before[0].flops, seconds + before[0].seconds, steps + before[0].steps
     elif start == "closed_form":
         flops, seconds = cost.total(steps, starts.images), seconds + starts.seconds
-    values = tap_psnr(setting.target, as_reconstructions(inverses), setting.test if images is None else images)
+    values = tap_psnr(setting.target, Inverses(inverses), setting.test if images is None else images)
     held = sum(map(numbers_held, inverses.values()))
     trial = Trial(part, method, start, steps, learning_rate, starts.images, starts.seed, values, flops, seconds, held)
     return trial, inverses
@@ -331,7 +333,7 @@ def closed_form_trial(setting: Setting, method: str, starts: Starts, cost: Cost,
     if method != "linear" and len(maps) < len(wanted):
         # Where a stage has no linear map a module starts at the mean, which only a fit makes.
         return train_once(setting, method, starts, cost, steps=0, learning_rate=math.nan, part=part)[0]
-    values = tap_psnr(setting.target, as_reconstructions(maps), setting.test)
+    values = tap_psnr(setting.target, Inverses(maps), setting.test)
     held = sum(numbers_held(maps[tap]) for tap in setting.taps(method) if tap in maps)
     flops = cost.start + cost.start_image * starts.images
     return Trial(
@@ -820,7 +822,7 @@ def rebuild_few(
     pictures: dict[str, Tensor] = {}
     made = []
     for method, modules in inverses.items():
-        reconstruct = as_reconstructions(modules)[tap]
+        reconstruct = Inverses(modules)[tap]
         began = time.perf_counter()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             pictures[method] = reconstruct(representation).clamp(0, 1).cpu()

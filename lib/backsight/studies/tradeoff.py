@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, open_images
 from backsight.errors import BacksightError
-from backsight.inverses.families import Reconstruct, families_by_seed
+from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs
 from backsight.measures.hue import hue_error
 from backsight.measures.pixels import psnr
@@ -37,6 +37,7 @@ from backsight.measures.similarity import TokenSample, cka_products, shuffled_ro
 from backsight.representation import Predictions, Representation, concatenate
 from backsight.scenes.dataset import shuffled as shuffled_batches
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
+from backsight.studies.by_seed import families_by_seed
 from backsight.studies.colour_accuracy import average_precisions
 from backsight.studies.nulls import null_mean, shuffled
 from backsight.studies.recolour import Truth

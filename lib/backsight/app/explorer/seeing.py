@@ -23,7 +23,8 @@ from backsight.app.explorer.pictures import Subject, subject
 from backsight.app.explorer.view import Cells, Grid, View, carried, with_cells
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import SOLVED, Reconstruct, fit_or_load, load_families, save_family, shipped_inverses
+from backsight.inverses.families import SOLVED, Reconstruct
+from backsight.inverses.files import load, save, shipped_inverses
 from backsight.inverses.layouts import form_of
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.networks import words
@@ -31,6 +32,7 @@ from backsight.measures.pixels import psnr, ssim
 from backsight.measures.structure import bands, hue_errors, mean_hue, spectrum
 from backsight.project import results_root, write_atomically
 from backsight.representation import Predictions, Representation, Tokens
+from backsight.studies.by_seed import fit_or_load
 from backsight.studies.recolour import to_hsv
 from backsight.targets import Target, load_target
 
@@ -207,10 +209,10 @@ class Workbench:
                 "once: seconds for a small model, minutes for ViT-B/16."
             )
             images = open_images(_source(target), "train", target.image_size, self.fit_images, self.seed)
-            fitted = fit_linear(target, images, target.taps, seed=self.seed, progress=False)
-            save_family(target, "linear", dict(fitted), kept, images, self.seed)
+            fitted = fit_linear(target, images, seed=self.seed, progress=False)
+            save(fitted, kept)
             write_atomically(finished, lambda temporary: temporary.write_text("linear\n", encoding="utf-8"))
-        return load_families(kept, target)
+        return load(kept, target)
 
     def place(self, view: View, name: str) -> View:
         """The view on another target: the same relative depth and places; what does not exist there is let go."""

@@ -1,0 +1,104 @@
+"""Inverses by training seed, of trained and of untrained targets: what studies compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from backsight.data.images import open_images
+from backsight.errors import BacksightError
+from backsight.inverses.families import Reconstruct
+from backsight.inverses.files import headers_for, inverse_files, load, read_header, shipped_inverses
+from backsight.inverses.linear import fit_linear
+from backsight.targets import load_target
+from backsight.targets.base import Target
+
+
+def fit_or_load(
+    target: Target, folder: str | Path = "", count: int = 2000, seed: int = 0, trained_on: str = "scenes"
+) -> dict[str, Mapping[str, Reconstruct]]:
+    """{family: {tap: reconstruction}} of the target's taps: from `folder`, else shipped, else linear ones fitted here.
+
+    count, trained_on, seed: of the training images for such a fit.
+    """
+    found = Path(folder) if folder else shipped_inverses(target)
+    if found is not None:
+        families = load(found, target, seed)
+        chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
+        return {family: taps for family, taps in chosen.items() if taps}
+    images = open_images(trained_on, "train", target.image_size, count, seed)
+    return {"linear": fit_linear(target, images, seed=seed)}
+
+
+def families_by_seed(
+    target: Target,
+    folder: str | Path = "",
+    seeds: Sequence[int] = (0, 1, 2),
+    count: int = 2000,
+    trained_on: str = "scenes",
+) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
+    """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
+
+    folder: with the runs of 02_train_inverse for each of the seeds; "": linear inverses, fitted here once a seed on
+    `count` training images of `trained_on`, others for every seed. Raises BacksightError as `load`, and
+    where no family is there for all seeds.
+    """
+    by_seed = {}
+    for seed in _distinct(seeds):
+        found = load(folder, target, seed) if folder else _linear_family(target, count, seed, trained_on)
+        chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}
+        by_seed[seed] = {family: taps for family, taps in chosen.items() if taps}
+    common = [family for family in by_seed[seeds[0]] if all(family in each for each in by_seed.values())]
+    if not common:
+        raise BacksightError(
+            f"{folder} holds no inverse family of {target.name} at its chosen taps for all of the seeds {list(seeds)}: "
+            "run 02_train_inverse with each of them."
+        )
+    return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
+
+
+def untrained_by_seed(
+    target: Target,
+    folder: str | Path = "",
+    seeds: Sequence[int] = (0, 1, 2),
+    count: int = 2000,
+    trained_on: str = "scenes",
+) -> dict[int, tuple[Target, dict[str, Mapping[str, Reconstruct]]]]:
+    """{seed: (the architecture with random weights drawn anew, {family: {tap: reconstruction}})}: the null models.
+
+    Linear inverses are fitted here where `folder` has none; trained families are there for the seeds whose runs of
+    02_train_inverse with pretrained = false are in `folder`.
+    """
+    made: dict[int, tuple[Target, dict[str, Mapping[str, Reconstruct]]]] = {}
+    for seed in _distinct(seeds):
+        untrained = _untrained(target, folder, seed)
+        families: dict[str, Mapping[str, Reconstruct]] = {}
+        if folder and headers_for(folder, untrained):
+            families = dict(load(folder, untrained, seed))
+        if "linear" not in families:
+            families = _linear_family(untrained, count, seed, trained_on) | families
+        made[seed] = (untrained, families)
+    return made
+
+
+def _untrained(target: Target, folder: str | Path, seed: int) -> Target:
+    """The target with random weights: those of the folder's inverses, where it has some for this seed."""
+    drawn = target.untrained(seed)
+    if not folder or headers_for(folder, drawn):
+        return drawn
+    headers = [read_header(path) for path in inverse_files(Path(folder))]
+    if any((each.target, each.weights, each.seed) == (target.name, "random", seed) for each in headers):
+        built = load_target(target.name, target.taps, pretrained=False, seed=seed)  # as 02_train_inverse does
+        return built if headers_for(folder, built) else drawn
+    return drawn
+
+
+def _distinct(seeds: Sequence[int]) -> Sequence[int]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise BacksightError(f"seeds = {list(seeds)}: give at least one training seed, and each of them once.")
+    return seeds
+
+
+def _linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
+    images = open_images(trained_on, "train", target.image_size, count, seed)
+    return {"linear": fit_linear(target, images, seed=seed, progress=False)}
