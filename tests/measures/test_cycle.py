@@ -8,15 +8,14 @@ from backsight.errors import BacksightError
 from backsight.measures.agreement import (
     Matches,
     average_precision,
-    cycle,
-    cycle_taps,
     detections,
-    early_taps,
     match,
-    pooled_precision,
 )
 from backsight.measures.structure import Judged
 from backsight.representation import Predictions
+from backsight.studies.cycle import cycle, cycle_taps, early_taps
+from backsight.studies.quality import _pooled_precision as pooled_precision
+from backsight.studies.recolour import scene_objects
 from backsight.targets import load_target
 
 
@@ -90,8 +89,6 @@ def test_sigmoid_detections_are_pairs_of_query_and_class():
 
 @pytest.mark.parametrize("name", ["scenes-vit", "scenes-detr"])
 def test_an_image_agrees_with_itself(name):
-    from backsight.measures.structure import scene_objects
-
     target = load_target(name, "components")
     images = scene_objects("test", 6, 64).images
     taps = cycle_taps(target, target.taps)

@@ -25,10 +25,10 @@ from backsight.measures.structure import (
     mean_hue,
     region_psnr,
     regions,
-    scene_objects,
     segmented,
     texture_accuracy,
 )
+from backsight.studies.recolour import scene_objects
 
 
 def disc(size=32, radius=9, row=16, column=14):

@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from backsight.errors import BacksightError
+from backsight.exact.inverse import RIGHT
 from backsight.plots import style as figures
 from backsight.plots.style import (
     class_scores,
@@ -26,9 +27,12 @@ from backsight.plots.style import (
     target_colour,
     training_curves,
 )
+from backsight.scenes.render import CLASSES, UNOWNED_HUES
+from backsight.tables import names
 
 TAPS = ("backbone", "encoder.layers.0", "decoder.layernorm", "predictions")
 FAMILIES = ("linear", "direct", "modular", "modular_polished")
+HUES = {kind.name: kind.hue for kind in CLASSES}
 NULLS = ("null_mean", "null_shuffled", "null_untrained")
 
 
@@ -94,7 +98,7 @@ def drawn() -> dict[str, Figure]:
         "grid": reconstruction_grid(torch.from_numpy(images), taps, titles=["astronaut", "000000123456.jpg"]),
         "families": family_grid(images[0], {"direct": {TAPS[1]: images[0] / 2}, "linear": {TAPS[0]: images[1]}}),
         "training": training_curves(history()),
-        "classes": class_scores(card()),
+        "classes": class_scores(card(), HUES),
     }
 
 
@@ -238,7 +242,7 @@ def test_class_scores_draw_both_colour_rules(drawn: dict[str, Figure]) -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["disc (0°)", "star (0°)", "arrow (any hue)"]
     with pytest.raises(BacksightError, match="no scores"):
-        class_scores({"target": "scenes-vit"})
+        class_scores({"target": "scenes-vit"}, HUES)
 
 
 def test_a_history_without_rows_or_columns_is_refused() -> None:
@@ -259,3 +263,8 @@ def test_long_tap_names_break_at_their_dots() -> None:
     assert figures._broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
     assert figures._broken("blocks.2", 0.55) == ["blocks.2"]
     assert figures._merged_order([["a", "c"], ["a", "b", "c", "d"]]) == ["a", "b", "c", "d"]
+
+
+def test_names_of_tables_are_those_of_the_rooms_that_make_them() -> None:
+    assert names.UNOWNED_HUES == UNOWNED_HUES
+    assert names.RIGHT == RIGHT

@@ -19,8 +19,9 @@ from backsight.plots.cross_layer import (
 )
 from backsight.representation import Queries, Tokens
 from backsight.studies import cross_layer
-from backsight.studies.cross_layer import compare_decay, cross_application, translated
+from backsight.studies.cross_layer import cross_application, translated
 from backsight.studies.nulls import null_mean
+from backsight.tables.names import SLOPES
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import load_target
 
@@ -193,7 +194,7 @@ def test_every_row_has_its_interval_and_every_measure_its_nulls(study):
     assert found["cross_psnr"] == {"linear", "null_mean", "null_shuffled", "null_untrained"}
     assert found["cka"] == found["procrustes"] == {"features", "null_shuffled", "null_untrained"}
     assert found["predictability_r2"] == {"linear", "null_shuffled"}
-    for name in cross_layer.SLOPES:
+    for name in SLOPES:
         rows = metrics[(metrics["measure"] == name) & ~metrics["inverse"].str.startswith("null_")]
         assert len(rows) == 1, "one number for each target and group"
         assert rows.iloc[0][["group", "distance"]].tolist() == ["blocks", 2]
@@ -210,47 +211,6 @@ def test_a_tap_predicts_itself_moved_and_not_another_image(study):
     near = rows[(rows["inverse"] == "linear") & (rows["component"] == "block") & (rows["group"] == "blocks")]
     expected = (near["distance"] * (1 - near["value"])).sum() / (near["distance"] ** 2).sum()
     assert slope["value"] == pytest.approx(expected)
-
-
-def decay(target: str, group: str, value: float, half: float, measure: str = "decay_slope") -> dict:
-    row = {"target": target, "group": group, "measure": measure, "inverse": "linear", "distance": 2.0, "n": 50}
-    return row | {
-        "dataset": "d",
-        "split": "test",
-        "value": value,
-        "low": value - half,
-        "high": value + half,
-        "seeds": 3,
-    }
-
-
-@pytest.mark.parametrize(
-    ("detector", "half", "verdict"), [(5.0, 0.5, "agreed"), (1.0, 0.5, "disagreed"), (3.1, 0.5, "cannot tell")]
-)
-def test_the_claim_can_come_out_either_way(detector, half, verdict):
-    table = pd.DataFrame([decay("vit", "blocks", 3.0, half), decay("detr", "encoder", detector, half)])
-    row = compare_decay(table).iloc[0]
-    assert (row["target"], row["other"], row["other_group"], row["verdict"]) == ("vit", "detr", "encoder", verdict)
-    assert row["difference"] == pytest.approx(detector - 3)
-    assert row["high"] - row["difference"] == pytest.approx(half * 2**0.5)
-
-
-def test_only_like_is_compared_with_like():
-    rows = [decay("vit", "blocks", 3, 1), decay("vit", "blocks", 3, 1, "cka_slope"), decay("swin", "blocks", 3, 1)]
-    rows += [decay("detr", group, 4, 1) for group in ("encoder", "decoder")]
-    rows.append(decay("detr", "encoder", 4, 1) | {"distance": 3.0})
-    table = compare_decay(pd.DataFrame(rows))
-    assert list(zip(table["target"], table["other_group"], strict=True)) == [
-        ("vit", "encoder"),
-        ("vit", "decoder"),
-        ("swin", "encoder"),
-        ("swin", "decoder"),
-    ]
-    assert set(table["measure"]) == {"decay_slope"}
-    with pytest.raises(BacksightError, match="decay_slope"):
-        compare_decay(pd.DataFrame({"measure": ["psnr"]}))
-    unknown = pd.DataFrame([decay("vit", "blocks", 3, np.nan), decay("detr", "encoder", 4, 1)])
-    assert compare_decay(unknown)["verdict"].tolist() == ["cannot tell"]
 
 
 def test_claims_are_read_off_the_numbers(study):

@@ -179,7 +179,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _findings(options: argparse.Namespace) -> int:
     from backsight.project import shown
-    from backsight.studies.findings import write_findings
+    from backsight.tables.claims import write_findings
 
     print(shown(write_findings(options.folder, options.page)))
     return 0

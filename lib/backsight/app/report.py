@@ -41,7 +41,7 @@ from backsight.plots.style import (
     target_colour,
 )
 from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
-from backsight.studies.study import notebook_of
+from backsight.tables.read import notebook_of
 from backsight.tables.values import METRIC_COLUMNS
 
 PAGE = "index.html"

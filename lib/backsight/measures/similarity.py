@@ -16,27 +16,17 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.representation import Representation, Tokens
-from backsight.tables.pool import bootstrap_statistic
 
 MINIBATCH_IMAGES = 10
 LEAST_ROWS = 4  # of a minibatch: the debiased HSIC divides by R (R - 3)
 
 
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Debiased linear centred kernel alignment of two sets of features, in [-1, 1].
-
-    first: (R, C) or minibatches (M, R, C); second: the same rows with any number of channels. 1 for features equal up
-    to rotation, shift and one scale; 0 on average for independent ones, and 0 where one of them is constant (what does
-    not vary is like nothing; never NaN). Source: HSIC_1 of Song et al., JMLR 13, 2012; summed over minibatches as
-    Nguyen et al., ICLR 2021.
-    """
-    return float(cka_from_products(cka_products([first, second]))[0, 1])
-
-
 def cka_products(features: Sequence[Tensor]) -> np.ndarray:
     """(M, T, T): the debiased HSIC between every two of T layers in each minibatch, but for a constant factor.
 
-    features: T tensors (M, R, C_t), or (R, C_t). The debiased HSIC is an inner product of U-centred Gram matrices
+    features: T tensors (M, R, C_t), or (R, C_t). CKA of them is 1 for features equal up to rotation, shift and one
+    scale, and 0 on average for independent ones. Source: HSIC_1 of Song et al., JMLR 13, 2012; summed over minibatches
+    as Nguyen et al., ICLR 2021. The debiased HSIC is an inner product of U-centred Gram matrices
     (Székely & Rizzo, Annals of Statistics 42, 2014), so that |CKA| <= 1 in every minibatch and in their sum.
     """
     parts = _minibatches(features)
@@ -55,36 +45,17 @@ def cka_from_products(products: np.ndarray) -> np.ndarray:
     return np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
 
 
-def cka_matrix(
-    features: Sequence[Tensor], seed: int = 0, resamples: int = 300
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(value, low, high), each (T, T): CKA of every two layers with its 95 % bootstrap interval over minibatches."""
-    products = cka_products(features)
-    low, high = bootstrap_statistic(
-        lambda drawn: cka_from_products(products[drawn]), len(products), seed, resamples=resamples
-    )
-    return cka_from_products(products), low, high
-
-
-def procrustes(first: Tensor, second: Tensor) -> float:
-    """Orthogonal Procrustes similarity in [0, 1]: 1 for features equal up to rotation, shift and one scale.
-
-    first, second: (R, C) or (M, R, C), the same rows. The cosine between the centred features after the best rotation,
-    |XᵀY|_* / (|X| |Y|); 0 where one of them is constant. It is not debiased: independent features of C channels score
-    about sqrt(C / R), which the null of shuffled features shows. Source: Schönemann 1966; as a similarity of layers:
-    Williams et al., NeurIPS 2021.
-    """
-    moments = _cross_moments(_minibatches([first, second]), [(0, 1)])
-    return float(_procrustes_from(moments)[0])
-
-
 def procrustes_pairs(
     features: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(value, low, high), each (len(pairs),): Procrustes similarity with its 95 % interval.
+    """(value, low, high), each (len(pairs),): orthogonal Procrustes similarity in [0, 1] with its 95 % interval.
 
-    The interval is a jackknife that leaves out one minibatch at a time (a bootstrap would repeat rows, and the
-    similarity grows as rows become fewer). Pairs need not have equal numbers of channels.
+    1 for features equal up to rotation, shift and one scale: the cosine between the centred features after the best
+    rotation, |XᵀY|_* / (|X| |Y|); 0 where one of them is constant. It is not debiased: independent features of C
+    channels score about sqrt(C / R), which the null of shuffled features shows. Source: Schönemann 1966; as a
+    similarity of layers: Williams et al., NeurIPS 2021. The interval is a jackknife that leaves out one minibatch at a
+    time (a bootstrap would repeat rows, and the similarity grows as rows become fewer). Pairs need not have equal
+    numbers of channels.
     """
     moments = _cross_moments(_minibatches(features), pairs)
     return jackknife(lambda kept: _procrustes_from(moments, kept), len(moments[0]))

@@ -447,25 +447,3 @@ def texture_accuracy(probe: TextureProbe, labels: Sequence[str]) -> Measure:
         return measured
 
     return prepared
-
-
-@dataclass(frozen=True)
-class SceneObjects:
-    """Scenes and their dominant objects. images: (N, 3, H, W) in [0, 1]; inside: (N, H, W) bool; textures: names."""
-
-    images: Tensor
-    inside: Tensor
-    textures: tuple[str, ...]
-
-
-def scene_objects(split: str, count: int, size: int, seed: int = 0) -> SceneObjects:
-    """The first scenes of a split, rendered: the same that `open_images("scenes", split, size, count, seed)` reads."""
-    from backsight.scenes.render import render_many
-
-    scenes = list(render_many(split, count, seed, size))
-    pixels = np.stack([scene.image for scene in scenes])
-    return SceneObjects(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
-        torch.from_numpy(np.stack([scene.masks[0] for scene in scenes])),
-        tuple(scene.textures[0] for scene in scenes),
-    )

@@ -26,8 +26,7 @@ from backsight.plots.style import (
     styled_figure,
     taps_in_order,
 )
-from backsight.scenes.render import UNOWNED_HUES
-from backsight.studies.recolour import PERMUTATIONS
+from backsight.tables.names import PERMUTATIONS, UNOWNED_HUES
 
 COLOUR_MEASURES: Mapping[str, str] = MappingProxyType(
     {

@@ -24,6 +24,7 @@ from backsight.plots.style import (
     styled_figure,
     target_colour,
 )
+from backsight.tables.names import SLOPES
 
 MEASURES: Mapping[str, str] = {
     "cross_psnr": "PSNR (dB)",
@@ -463,8 +464,6 @@ def _stacks(rows: pd.DataFrame, layers: Sequence[str]) -> list[pd.DataFrame]:
 
 def slope_table(metrics: pd.DataFrame) -> pd.DataFrame:
     """The decay of each group, one row for each group and inverse, one column for each slope: value [low, high]."""
-    from backsight.studies.cross_layer import SLOPES
-
     rows = metrics[metrics["measure"].isin(list(SLOPES))].copy()
     rows["text"] = [
         f"{value:.2f} [{low:.2f}, {high:.2f}]"

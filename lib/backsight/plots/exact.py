@@ -6,7 +6,7 @@ to right the way goes back, from the deepest half-step to the first.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,22 +17,42 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import RIGHT
 from backsight.plots.style import COLUMN_WIDTH, INVERSE_NAMES, NORMAL, SMALL, ShownFigure, _psnr, styled_figure
-from backsight.studies import whole_chain
-from backsight.studies.exact import (
+from backsight.tables.names import (
     ALL_TOKENS,
     ANOTHER_ROOT,
     BACK,
+    CHAIN_FATES,
     ERROR_GROWN,
     FATES,
+    LOST,
+    MAP,
+    NEAR,
+    NEARBY,
     ONE_TOKEN,
     RANDOM_MOVE,
+    RIGHT,
     TRUE_STREAM,
     UNSOLVED,
-    SecondRoots,
 )
-from backsight.studies.whole_chain import WholeChains
+
+
+class SecondRoots(Protocol):
+    """What `second_root_figure` reads of the study's record of the same name."""
+
+    @property
+    def metrics(self) -> pd.DataFrame: ...
+    @property
+    def images(self) -> torch.Tensor: ...
+    @property
+    def pictures(self) -> Mapping[str, Mapping[str, torch.Tensor]]: ...
+    @property
+    def reached(self) -> Mapping[str, torch.Tensor]: ...
+    @property
+    def tap(self) -> str: ...
+    @property
+    def destination(self) -> str: ...
+
 
 FATE_COLOURS: Mapping[str, str] = {
     BACK: "#0173b2",
@@ -346,16 +366,16 @@ def chain_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_heigh
 
 
 WHOLE_COLOURS: Mapping[str, str] = {
-    whole_chain.BACK: FATE_COLOURS[BACK],
-    whole_chain.ANOTHER_ROOT: FATE_COLOURS[ANOTHER_ROOT],
-    whole_chain.NEARBY: "#56b4e9",
-    whole_chain.LOST: FATE_COLOURS[UNSOLVED],
+    BACK: FATE_COLOURS[BACK],
+    ANOTHER_ROOT: FATE_COLOURS[ANOTHER_ROOT],
+    NEARBY: "#56b4e9",
+    LOST: FATE_COLOURS[UNSOLVED],
 }
 WHOLE_NAMES: Mapping[str, str] = {
-    whole_chain.BACK: FATE_NAMES[BACK],
-    whole_chain.ANOTHER_ROOT: FATE_NAMES[ANOTHER_ROOT],
-    whole_chain.NEARBY: f"near (error ≤ {whole_chain.NEAR:g})",
-    whole_chain.LOST: "lost",
+    BACK: FATE_NAMES[BACK],
+    ANOTHER_ROOT: FATE_NAMES[ANOTHER_ROOT],
+    NEARBY: f"near (error ≤ {NEAR:g})",
+    LOST: "lost",
 }
 
 
@@ -365,17 +385,17 @@ def whole_chain_figure(
     """All half-steps solved together. Left: the fate of images by tap, and of starts from another image's picture.
     Right: each image's error at the start (open) and at the end (full), one column a tap; the line: what counts as
     back."""
-    rows = _rows(metrics, "whole", *whole_chain.FATES)
+    rows = _rows(metrics, "whole", *CHAIN_FATES)
     taps = list(dict.fromkeys(rows.sort_values("depth", kind="stable")["tap"]))
     bars = [(tap, inverse) for tap in taps for inverse in ("exact", "null_shuffled")]
     bars = [(t, i) for t, i in bars if ((rows["tap"] == t) & (rows["inverse"] == i)).any()]
     with styled_figure(width, height) as figure:
         left, right = figure.subplots(1, 2)
         names, bottom = [], np.zeros(len(bars))
-        for fate in whole_chain.FATES:
+        for fate in CHAIN_FATES:
             part = rows[rows["measure"] == fate].set_index(["tap", "inverse"]).reindex(bars)
             left.bar(range(len(bars)), part["value"], 0.72, bottom, color=WHOLE_COLOURS[fate], linewidth=0)
-            if fate == whole_chain.BACK:
+            if fate == BACK:
                 left.errorbar(range(len(bars)), part["value"], _spread(part), fmt="none", ecolor="black", capsize=2)
             bottom += part["value"].to_numpy(float)
             counts = part["n"].tolist()
@@ -386,12 +406,12 @@ def whole_chain_figure(
         left.set_ylim(0, 1.02)
         left.set_ylabel("share of images")
         _tilted(left, names)
-        told = outcomes[outcomes["start"] == whole_chain.MAP]
+        told = outcomes[outcomes["start"] == MAP]
         for place, tap in enumerate(taps):
             own = told[told["tap"] == tap].sort_values("error")
             x = place + np.linspace(-0.3, 0.3, len(own)) if len(own) > 1 else np.array([float(place)])
             right.plot(x, own["error_start"], "o", markersize=3, mfc="none", mec="#555555", linestyle="none")
-            for fate in whole_chain.FATES:
+            for fate in CHAIN_FATES:
                 of = (own["fate"] == fate).to_numpy()
                 errors = own["error"].to_numpy(float)
                 right.plot(x[of], errors[of].clip(1e-16), "o", markersize=3, color=WHOLE_COLOURS[fate])
@@ -400,7 +420,7 @@ def whole_chain_figure(
         right.set_ylabel("relative error of the first stream")
         _tilted(right, taps)
         handles: list[Patch | Line2D] = [
-            Patch(color=WHOLE_COLOURS[fate], label=WHOLE_NAMES[fate]) for fate in whole_chain.FATES
+            Patch(color=WHOLE_COLOURS[fate], label=WHOLE_NAMES[fate]) for fate in CHAIN_FATES
         ]
         handles.append(Line2D([], [], marker="o", mfc="none", mec="#555555", linestyle="none", label="its start (MAP)"))
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -409,19 +429,21 @@ def whole_chain_figure(
             "interval of “back”; null: the search begins at another image's picture. Right: every image's error at the "
             "start and at the end."
         )
-        back = rows[(rows["measure"] == whole_chain.BACK) & (rows["inverse"] == "exact")]
+        back = rows[(rows["measure"] == BACK) & (rows["inverse"] == "exact")]
         figure.description = "Share of images that are back: " + ", ".join(
             f"{r.tap} {r.value:.3g} [{r.low:.3g}, {r.high:.3g}] of {r.n}" for r in back.itertuples()
         )
     return figure
 
 
-def whole_chain_pictures(study: WholeChains, tap: str, count: int = 4, width: float = COLUMN_WIDTH) -> ShownFigure:
+def whole_chain_pictures(
+    images: torch.Tensor, pictures: Mapping[str, torch.Tensor], tap: str, width: float = COLUMN_WIDTH
+) -> ShownFigure:
     """Images as rows: the input, what decoders and MAP make of a tap, the exact solution, the true embedding decoded.
 
     Under the pictures: PSNR to the input (dB)."""
-    shown = study.pictures[tap]
-    inputs = study.images.numpy()[:count]
+    shown, count = pictures, 4
+    inputs = images.numpy()[:count]
     names = {"embedding": "true embedding"}
     with styled_figure(width, (width / (1 + len(shown)) + 0.16) * len(inputs) + 0.4) as figure:
         grid = figure.subplots(len(inputs), 1 + len(shown), squeeze=False)
@@ -430,9 +452,9 @@ def whole_chain_pictures(study: WholeChains, tap: str, count: int = 4, width: fl
         grid[0, 0].set_title("input", fontsize=SMALL)
         told = []
         for place, (family, made) in enumerate(shown.items(), start=1):
-            pictures = made.numpy()[:count]
-            scores = _psnr(inputs, pictures)
-            for line, picture in enumerate(pictures):
+            drawn = made.numpy()[:count]
+            scores = _psnr(inputs, drawn)
+            for line, picture in enumerate(drawn):
                 _picture(grid[line, place], picture)
                 grid[line, place].set_xlabel(f"{scores[line]:.1f} dB", fontsize=SMALL, labelpad=1)
             grid[0, place].set_title(names.get(family, INVERSE_NAMES.get(family, family)), fontsize=SMALL)

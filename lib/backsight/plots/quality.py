@@ -25,7 +25,7 @@ from backsight.plots.style import (
     styled_figure,
     taps_in_order,
 )
-from backsight.studies.quality import with_nulls_of
+from backsight.tables.pool import with_nulls_of
 
 DETAIL_NAMES = MappingProxyType(
     {

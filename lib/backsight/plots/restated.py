@@ -33,7 +33,7 @@ from backsight.plots.style import (
     styled_figure,
     taps_in_order,
 )
-from backsight.studies.restated import LOWER, MAP
+from backsight.tables.names import LOWER_IS_BETTER, MAP
 
 NULL_COLOUR = "#5f5f5f"
 MAP_COLOUR = "#000000"
@@ -140,7 +140,7 @@ def _curves(
 def _without_far_nulls(axes: Axes, rows: pd.DataFrame) -> None:
     """Where every null of an error lies far above, the inverses get the panel and the nulls a word at its top."""
     null = rows["inverse"].str.startswith("null_")
-    if rows["measure"].iloc[0] not in LOWER or not null.any() or null.all():
+    if rows["measure"].iloc[0] not in LOWER_IS_BETTER or not null.any() or null.all():
         return
     most, least = rows.loc[~null, "high"].max(), rows.loc[null, "value"].min()
     if least > 2 * most:

@@ -446,11 +446,9 @@ def _pixels(values: Any, name: str, shape: tuple[int, ...] | None = None, dimens
 
 
 def _psnr(images: np.ndarray, made: np.ndarray) -> np.ndarray:
-    import torch
-
-    from backsight.measures.pixels import psnr
-
-    return psnr(torch.from_numpy(images), torch.from_numpy(made)).numpy()
+    """(B,) what stands below a picture, in dB, as measures.pixels.psnr has it."""
+    error = np.square(images - made).reshape(len(images), -1).mean(1)
+    return -10 * np.log10(np.maximum(error, 1e-10))
 
 
 _MOST_COLUMNS = 12  # at 6.5 inches a picture is then half an inch wide, and a tap's name still fits above it
@@ -593,19 +591,17 @@ def card_scores(card: Mapping[str, Any]) -> pd.DataFrame:
 _RULE_NAMES = MappingProxyType({"mixed": "typical hue", "uniform": "any hue"})
 
 
-def class_scores(card: Mapping[str, Any], measure: str | None = None, width: float = COLUMN_WIDTH) -> ShownFigure:
+def class_scores(card: Mapping[str, Any], hues: Mapping[str, float | None], width: float = COLUMN_WIDTH) -> ShownFigure:
     """Horizontal bars for each class of `scenes`: the score with the typical hues, and with uniformly random hues.
 
-    card: a model card (see card_scores). measure: "top1", "ap50" or "ap"; default: the card's first. Classes with a
+    card: a model card (see card_scores), of which the first measure is drawn; hues: {class: its canonical hue in
+    degrees, or None}, in the order of the bars. Classes with a
     canonical hue and colour-free ones stand apart; whiskers are 95 % intervals where the card has them; dashed and
     dotted lines are the scores over all classes.
     """
-    from backsight.scenes.render import CLASSES
-
     scores = card_scores(card)
-    scores = _only(scores, "measure", [measure or str(scores["measure"].iloc[0])])
     measure = str(scores["measure"].iloc[0])
-    hues = {kind.name: kind.hue for kind in CLASSES}
+    scores = scores[scores["measure"] == measure]
     table = scores.pivot_table(index="classes", columns="rule", values="value")
     classes = [name for name in hues if name in table.index]
     if not classes or "mixed" not in table or "uniform" not in table:
@@ -669,24 +665,23 @@ def score_curve(curves: Mapping[str, pd.DataFrame], width: float = COLUMN_WIDTH,
     return figure
 
 
-def scenes_sheet(
-    rules: Sequence[str], split: str = "test", count: int = 10, seed: int = 0, width: float = COLUMN_WIDTH
-) -> ShownFigure:
-    """The first scenes of a split, one row for each colour rule: the same geometry, other hues."""
-    from backsight.scenes.render import SceneOptions, render_many
+def scenes_sheet(scenes: Mapping[str, Sequence[np.ndarray]], width: float = COLUMN_WIDTH) -> ShownFigure:
+    """Scenes of the data set, one row for each colour rule: the same geometry, other hues.
 
-    with styled_figure(width, width / count * len(rules) + 0.1) as figure:
-        grid = figure.subplots(len(rules), count, squeeze=False)
-        for row, rule in zip(grid, rules, strict=True):
-            options = SceneOptions(rule=rule)  # type: ignore[arg-type]
-            for axes, scene in zip(row, render_many(split, count, seed, options=options), strict=True):
-                axes.imshow(scene.image, interpolation="nearest")
+    scenes: {rule: pictures (H, W, 3) uint8}, equally many of each.
+    """
+    count = len(next(iter(scenes.values())))
+    with styled_figure(width, width / count * len(scenes) + 0.1) as figure:
+        grid = figure.subplots(len(scenes), count, squeeze=False)
+        for row, (rule, pictures) in zip(grid, scenes.items(), strict=True):
+            for axes, picture in zip(row, pictures, strict=True):
+                axes.imshow(picture, interpolation="nearest")
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.grid(False)
             row[0].set_ylabel(_RULE_NAMES.get(rule, rule))
         figure.caption = "Scenes of the data set: the same geometry in each column, another colour rule in each row."
-        names = ", ".join(_RULE_NAMES.get(rule, rule) for rule in rules)
+        names = ", ".join(_RULE_NAMES.get(rule, rule) for rule in scenes)
         figure.description = f"Grid of {count} scenes, textured silhouettes on photographs, in {names}."
         figure.shows_images = True
     return figure

@@ -25,7 +25,7 @@ from backsight.plots.style import (
     styled_figure,
     taps_in_order,
 )
-from backsight.studies.tradeoff import FRESH, RANDOM_HUES, START
+from backsight.tables.names import FRESH, RANDOM_HUES, START
 
 NULL_COLOUR = "#5f5f5f"
 START_COLOUR = "#000000"

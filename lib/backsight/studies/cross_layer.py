@@ -3,12 +3,11 @@
     representation of tap i ──► inverse made for tap j ──► images       PSNR matrix, loss by |i - j|, decay slope
 
 Beside it: how alike the layers are (similarity.py), and how well tap j follows linearly from tap i (linear.py).
-All functions return tidy rows; `compare_decay` holds the rows of several targets against each other.
+All functions return tidy rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +27,6 @@ from backsight.measures.pixels import psnr
 from backsight.measures.similarity import (
     TokenSample,
     cka_from_products,
-    cka_matrix,
     cka_products,
     procrustes_pairs,
     residual_update,
@@ -56,13 +54,6 @@ _GROUP_OF_KIND = {
     "projection": "encoder",
     "encoder": "encoder",
     "decoder": "decoder",
-}
-SLOPES = {
-    "decay_slope": "dB lost a layer",
-    "decay_slope_standardised": "dB lost a layer, channels standardised",
-    "decay_slope_share": "share of the PSNR above the mean image lost a layer",
-    "cka_slope": "1 - CKA a layer",
-    "r2_slope": "1 - R² a layer",
 }
 
 
@@ -578,6 +569,13 @@ def _aligned_sets(recorded: Mapping[str, Representation], wanted: Sequence[tuple
     return list(sets.values())
 
 
+def _cka_matrix(features: Sequence[Tensor], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(value, low, high), each (T, T): CKA of every two layers with its 95 % bootstrap interval over minibatches."""
+    products = cka_products(features)
+    low, high = bootstrap_statistic(lambda drawn: cka_from_products(products[drawn]), len(products), seed)
+    return cka_from_products(products), low, high
+
+
 def _similar_rows(
     target: Target,
     features: Mapping[str, Tensor],
@@ -595,7 +593,7 @@ def _similar_rows(
     given = own if moved is None else [*own, *(shuffled_rows(each, moved) for each in own)]
     shift = 0 if moved is None else len(own)
     numbers = [(place[i], place[j] + shift) for i, j, _ in pairs]
-    alike = [np.array([each[pair] for pair in numbers]) for each in cka_matrix(given, seed)]
+    alike = [np.array([each[pair] for pair in numbers]) for each in _cka_matrix(given, seed)]
     rotated = procrustes_pairs(given, numbers)
     rows = []
     for measure, (value, low, high) in (("cka", alike), ("procrustes", rotated)):
@@ -786,72 +784,7 @@ def half_step_rows(
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- several targets
-
-
-def compare_decay(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Do the layers of ViT-like targets correlate more than those of detectors? One row for each way to ask it.
-
-    metrics: rows of this study for several targets. Every target with a decay in the group "blocks" is held against
-    every other one with "encoder" or "decoder", for each slope (SLOPES) and inverse that both have, over the same
-    layer distances. difference: slope of the detector minus slope of the blocks, so that above 0 means that the
-    layers of the blocks have more in common. low, high: 95 %, from both intervals as of independent samples (MOVER:
-    Zou & Donner, Statistics in Medicine 27, 2008). verdict: "agreed" (with the claim) where low > 0, "disagreed"
-    where high < 0, else "cannot tell". Raises BacksightError where the table has no slopes.
-    """
-    columns = ["target", "group", "other", "other_group", "measure", "inverse", "distance"]
-    columns += ["value", "other_value", "difference", "low", "high", "n", "seeds", "verdict"]
-    slopes = metrics[metrics["measure"].isin(list(SLOPES))] if "measure" in metrics else pd.DataFrame()
-    if slopes.empty:
-        raise BacksightError(f"the table holds none of {', '.join(SLOPES)}: give metrics.csv of 04_cross_layer runs.")
-    # Several runs of one target (data sets, weights) are not mixed: each is compared with those on the same images.
-    keys = ["dataset", "split", "measure", "inverse", "distance"]
-    rows = []
-    for key, table in slopes.groupby(keys, sort=False, dropna=False):
-        blocks = table[table["group"] == "blocks"]
-        others = table[table["group"].isin(["encoder", "decoder"])]
-        for _, one in blocks.iterrows():
-            for _, other in others[others["target"] != one["target"]].iterrows():
-                found = difference_of(
-                    (other["value"], other["low"], other["high"]), tuple(one[["value", "low", "high"]])
-                )
-                rows.append(
-                    {
-                        "dataset": key[0],
-                        "split": key[1],
-                        "target": one["target"],
-                        "group": one["group"],
-                        "other": other["target"],
-                        "other_group": other["group"],
-                        "measure": key[2],
-                        "inverse": key[3],
-                        "distance": key[4],
-                        "value": one["value"],
-                        "other_value": other["value"],
-                        "difference": found[0],
-                        "low": found[1],
-                        "high": found[2],
-                        "n": min(one["n"], other["n"]),
-                        "seeds": min(one["seeds"], other["seeds"]),
-                        "verdict": verdict(found[1], found[2]),
-                    }
-                )
-    return pd.DataFrame(rows, columns=["dataset", "split", *columns])
-
-
-def difference_of(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """(first - second, low, high) of two independent estimates (value, low, high), by MOVER."""
-    value = first[0] - second[0]
-    below = math.hypot(first[0] - first[1], second[2] - second[0])
-    above = math.hypot(first[2] - first[0], second[0] - second[1])
-    return value, value - below, value + above
-
-
-def verdict(low: float, high: float) -> str:
-    """ "agreed" where the whole interval is above 0, "disagreed" where it is below, else "cannot tell"."""
-    if low > 0:
-        return "agreed"
-    return "disagreed" if high < 0 else "cannot tell"
+# ------------------------------------------------------------------------------------------------- what one expects
 
 
 def check_cross_claims(metrics: pd.DataFrame) -> pd.DataFrame:

@@ -54,6 +54,17 @@ from backsight.inverses.families import Reconstruct
 from backsight.inverses.module import Chain
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, Tokens
+from backsight.tables.names import (
+    ALL_TOKENS,
+    ANOTHER_ROOT,
+    BACK,
+    ERROR_GROWN,
+    FATES,
+    ONE_TOKEN,
+    RANDOM_MOVE,
+    TRUE_STREAM,
+    UNSOLVED,
+)
 from backsight.tables.pool import as_table, bootstrap_statistic, metrics_row, pooled_ratio
 from backsight.targets.base import PIXELS, Target
 
@@ -81,9 +92,6 @@ __all__ = [
     "wilson_interval",
 ]
 
-BACK, ANOTHER_ROOT, UNSOLVED, ERROR_GROWN = "back", "another_root", "unsolved", "error_grown"
-FATES = (BACK, ANOTHER_ROOT, UNSOLVED, ERROR_GROWN)
-TRUE_STREAM, ONE_TOKEN, ALL_TOKENS, RANDOM_MOVE = "true stream", "one token", "all tokens", "null: random direction"
 QUANTILES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LARGEST = 1e9  # a relative error above this is no number that a median could use
 USUAL_ROOT, NEAREST_TO_TRUTH = "most usual root", "root nearest to the truth"

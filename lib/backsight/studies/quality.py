@@ -20,19 +20,20 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, open_images, read_rgb, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
-from backsight.measures.agreement import Matches, pooled_precision
+from backsight.measures.agreement import Matches, average_precision
 from backsight.measures.pixels import PSNR_CEILING
 from backsight.measures.structure import Judged, Key, Measure, Ratio, fast_ssim, region_psnr
 from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled
-from backsight.tables.pool import metrics_row, pooled_interval, pooled_ratio, pooled_rows
+from backsight.tables.names import SHUFFLED_FAMILIES
+from backsight.tables.pool import metrics_row, pooled_interval, pooled_ratio, pooled_rows, with_nulls_of
 from backsight.targets import Target
 
 Families = Mapping[str, Mapping[str, Reconstruct]]
 FamiliesBySeed = Mapping[int, Families]
 UntrainedBySeed = Mapping[int, tuple[Target, Families]]
-SHUFFLED_FAMILIES = ("modular", "linear", "direct")  # whose inverse makes `null_shuffled`: the first that is there
+PRECISION_RESAMPLES = 200
 CEILING = "_ceiling"  # a measure of this ending is the column `ceiling` of the measure without it
 CELLS = 8  # rows and columns of an information map: patches of 8 x 8 pixels in the shipped targets
 CLAIMED = (  # measure, what a sound inverse does better than one that reads another image's features, lower is better
@@ -240,12 +241,35 @@ def _rows(values: Mapping[Key, Mapping[int, list[Any]]], seed: int, columns: Map
             count = len(next(iter(part.values())))
             rows.append(metrics_row(measure, value, low, high, count, seed, seeds=len(part), **given))
         elif isinstance(sample, Matches):
-            rows.append(pooled_precision(measure, by_seed, seed, given))
+            rows.append(_pooled_precision(measure, by_seed, seed, given))
         else:
             if ceiling := values.get(f"{measure}{CEILING}"):
                 given["ceiling"] = float(torch.cat(next(iter(ceiling.values()))).nanmean())
             rows += pooled_rows({s: torch.cat(parts) for s, parts in by_seed.items()}, measure, seed, **given)
     return rows
+
+
+def _pooled_precision(
+    measure: str, by_seed: Mapping[int, Sequence[Matches]], seed: int, columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One tidy row: AP50 over all images, mean over training seeds; both are resampled for its 95 % interval."""
+    joined = [_joined(parts) for parts in by_seed.values()]
+    images = len(joined[0].scores)
+    value = float(np.mean([average_precision(each)[0] for each in joined]))
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(images, np.full(images, 1 / images), size=PRECISION_RESAMPLES).astype(float)
+    every = np.stack([average_precision(each, weights) for each in joined])  # (S, R)
+    drawn = generator.integers(len(joined), size=(len(joined), PRECISION_RESAMPLES))
+    resampled = np.take_along_axis(every, drawn, axis=0).mean(0)
+    low, high = (
+        np.nanquantile(resampled, [0.025, 0.975]) if not np.isnan(resampled).all() else (float("nan"), float("nan"))
+    )
+    return metrics_row(measure, value, float(low), float(high), images, seed, seeds=len(joined), **columns)
+
+
+def _joined(parts: Sequence[Matches]) -> Matches:
+    names = ("scores", "classes", "hits", "counted", "truth")
+    return Matches(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def _per_image(
@@ -302,37 +326,6 @@ def _stacked(items: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None,
     return pictures, union, largest, names
 
 
-def with_nulls_of(metrics: pd.DataFrame, family: str) -> pd.DataFrame:
-    """The rows of all families, and of the nulls only those that were made for `family` (and the mean image).
-
-    Figures that draw one line for each inverse need it where nulls of several families stand in one table.
-    """
-    if "family" not in metrics:
-        return metrics
-    kept = metrics["family"].isna() | ~metrics["inverse"].str.startswith("null_")
-    for null, rows in metrics[~kept].groupby("inverse"):
-        known = list(dict.fromkeys(rows["family"]))
-        owner = next((name for name in (family, *SHUFFLED_FAMILIES) if name in known), known[0])
-        kept |= (metrics["inverse"] == null) & (metrics["family"] == owner)
-    return metrics[kept]
-
-
-def compare_families(metrics: pd.DataFrame, first: str, second: str, measure: str = "psnr") -> pd.DataFrame:
-    """`first` minus `second` of a measure at every tap both have: target, dataset, tap, depth, difference."""
-    chosen = with_nulls_of(metrics[metrics.measure == measure], _family_of(first, second))
-    keys = ["target", "dataset", "tap", "depth"]
-    wide = chosen.pivot_table(index=keys, columns="inverse", values="value").reset_index()
-    if missing := [name for name in (first, second) if name not in wide]:
-        raise BacksightError(f"the metrics hold no inverse {' or '.join(missing)}: train it with 02_train_inverse")
-    wide["difference"] = wide[first] - wide[second]
-    return wide[[*keys, first, second, "difference"]].sort_values(["target", "dataset", "depth"], ignore_index=True)
-
-
-def _family_of(*inverses: str) -> str:
-    """The inverse family whose nulls a comparison of these needs."""
-    return next((name for name in inverses if not name.startswith("null_")), "")
-
-
 def paired_difference(
     per_image: pd.DataFrame, first: str, second: str, taps: Sequence[str], measure: str = "psnr", seed: int = 0
 ) -> pd.DataFrame:
@@ -340,7 +333,10 @@ def paired_difference(
 
     The difference is taken image by image and, where both have them, training seed by training seed; n counts images.
     """
-    listed = with_nulls_of(per_image[per_image.inverse.isin([first, second])], _family_of(first, second))
+    listed = with_nulls_of(
+        per_image[per_image.inverse.isin([first, second])],
+        next((name for name in (first, second) if not name.startswith("null_")), ""),
+    )
     rows = []
     for tap in taps:
         at = listed[listed.tap == tap]

@@ -8,7 +8,6 @@ other source, is changed pixel by pixel inside the mask.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +17,12 @@ from torch import Tensor
 from backsight.data.images import ImageSource, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.scenes.render import CLASS_NAMES, CLASSES, Scene, SceneOptions, render_many
+from backsight.tables.names import PERMUTATIONS
 
 Kind = Literal["none", "set_hue", "hue_shift", "grey", "channels", "saturation", "brightness", "white_surroundings"]
 KINDS: tuple[str, ...] = (
     *("none", "set_hue", "hue_shift", "grey", "channels", "saturation", "brightness", "white_surroundings"),
 )
-PERMUTATIONS: tuple[tuple[int, ...], ...] = tuple(permutations(range(3)))[1:]  # the five that change something
 EXACT: tuple[str, ...] = ("set_hue", "hue_shift", "grey", "white_surroundings")  # what scenes render by themselves
 SET_HUES = (0.0, 60.0, 120.0, 180.0, 240.0, 300.0)  # red, green, blue as the paper, and the hues between them
 FACTORS = (0.5, 1.5)  # of saturation and brightness, the controls
@@ -370,3 +369,23 @@ def known_hues(prototypes: Mapping[str, float | None], classes: Sequence[str]) -
 
 def _pictures(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+@dataclass(frozen=True)
+class SceneObjects:
+    """Scenes and their dominant objects. images: (N, 3, H, W) in [0, 1]; inside: (N, H, W) bool; textures: names."""
+
+    images: Tensor
+    inside: Tensor
+    textures: tuple[str, ...]
+
+
+def scene_objects(split: str, count: int, size: int, seed: int = 0) -> SceneObjects:
+    """The first scenes of a split, rendered: the same that `open_images("scenes", split, size, count, seed)` reads."""
+    scenes = list(render_many(split, count, seed, size))
+    pixels = np.stack([scene.image for scene in scenes])
+    return SceneObjects(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+        torch.from_numpy(np.stack([scene.masks[0] for scene in scenes])),
+        tuple(scene.textures[0] for scene in scenes),
+    )

@@ -39,16 +39,25 @@ from backsight.measures.structure import (
     Measure,
     detail,
     fit_texture_probe,
-    scene_objects,
     texture_accuracy,
 )
 from backsight.representation import Representation
 from backsight.studies.cross_layer import Pair, Scores, _at, cross_application, loss, pairs_of_one_form, translated
 from backsight.studies.nulls import null_mean
 from backsight.studies.quality import _rows, _with_masks, quality_images
-from backsight.studies.recolour import Perturbation, open_objects
+from backsight.studies.recolour import Perturbation, open_objects, scene_objects
 from backsight.studies.stability import map_base
 from backsight.studies.tidy_rows import TidyRows
+from backsight.tables.names import (
+    EXACT,
+    LEADING_FAMILIES,
+    LOWER_IS_BETTER,
+    MAP,
+    NULL_GUESS,
+    NULL_MEAN,
+    NULL_SAME,
+    NULL_SHUFFLED,
+)
 from backsight.tables.pool import as_table, metrics_row, pooled_interval, pooled_ratio, pooled_rows
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
@@ -66,10 +75,6 @@ __all__ = [
     "verdicts",
 ]
 
-MAP, EXACT = "map", "exact"
-NULL_MEAN, NULL_SHUFFLED, NULL_GUESS, NULL_SAME = "null_mean", "null_shuffled", "null_guess", "null_unchanged"
-CHEAP = ("modular", "direct", "linear")  # the decoder that MAP is held against, the first that is there
-LOWER = ("hue_error", "lost", "invented")  # measures of which less is better
 SHOWN = 8  # images kept as pictures
 REACH = 2  # places apart that taps are crossed with one another
 TURNS = (30.0, 150.0)  # degrees: a smaller turn drowns, and a larger one could have gone either way round
@@ -337,7 +342,7 @@ def _share_of_loss(
     """gained over −cost, both (S, N), where the cost is a loss."""
     cost = cost[: len(gained)]
     _, low, high = pooled_interval(cost, seed)
-    lost = low > 0 if columns["of"] in LOWER else high < 0
+    lost = low > 0 if columns["of"] in LOWER_IS_BETTER else high < 0
     value = pooled_ratio(gained, -cost, seed) if lost else (math.nan,) * 3
     note = None if lost else f"{columns['against']} loses nothing that could be told from none"
     return metrics_row(measure, *value, gained.shape[1], seed, **columns, seeds=len(gained), note=note)
@@ -709,7 +714,7 @@ def verdicts(metrics: pd.DataFrame, stability: pd.DataFrame | None = None, met: 
         if measure == "cross_psnr":
             own = own[own["tap"].isna()]  # the mean over pairs
         for key, at in own.groupby(["target", "tap"], sort=False, dropna=False):
-            against = next((name for name in CHEAP if (at["against"] == name).any()), at["against"].iloc[0])
+            against = next((name for name in LEADING_FAMILIES if (at["against"] == name).any()), at["against"].iloc[0])
             row = at[at["against"] == against].iloc[0]
             answer = _answer(measure, question, row, str(against), metrics[metrics["target"] == key[0]], stability, met)
             told = {"question": question.name, "target": key[0], "tap": row["tap"], "depth": row["depth"], **answer}
@@ -727,7 +732,7 @@ def _answer(
     stability: pd.DataFrame | None,
     met: float,
 ) -> dict[str, Any]:
-    sign = -1.0 if measure in LOWER else 1.0
+    sign = -1.0 if measure in LOWER_IS_BETTER else 1.0
     gain = _Interval.of(row, sign)
     said = f"{measure}: map − {against}" if sign > 0 else f"{measure}: {against} − map"
     below, than = _below(measure, row["tap"], metrics, sign)

@@ -41,6 +41,7 @@ from backsight.studies.by_seed import families_by_seed
 from backsight.studies.colour_accuracy import average_precisions
 from backsight.studies.nulls import null_mean, shuffled
 from backsight.studies.recolour import Truth
+from backsight.tables.names import FRESH, JOINT, OF_START, RANDOM_HUES, START, TASK_ONLY
 from backsight.tables.pool import metrics_row, pooled_rows
 from backsight.targets import PIXELS, Target
 from backsight.targets.base import Site, recording
@@ -53,12 +54,9 @@ WARMUP = 0.1  # share of the steps
 PROBE_STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
 RESAMPLES = 300  # of the bootstraps of CKA and AP50
 MINIBATCH = 10  # images whose tokens make one minibatch of the CKA
-RANDOM_HUES = "random_hues"  # the end of the name of a score on scenes whose hues say nothing of the class
-FRESH, JOINT, OF_START = "linear", "linear_joint", "linear_of_start"
 PICTURE_MEASURES = ("psnr", "psnr_objects", "hue_error")
 # Measures whose change against the start, and against t = 0, is paired image by image.
 PAIRED = (*PICTURE_MEASURES, "token_cosine", "cross_psnr", "top1", "probe_top1")
-START, TASK_ONLY = "start", "t = 0"  # what a change is measured against
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -30,15 +30,13 @@ from backsight.inverses.patches import unpatchify
 from backsight.measures.pixels import psnr
 from backsight.studies.exact import wilson_interval
 from backsight.studies.stability import map_base
+from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED
+from backsight.tables.names import CHAIN_FATES as FATES
 from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_rows
 from backsight.targets.base import Target
 
 __all__ = ["FATES", "NEAR", "WholeChains", "chain_model", "measure_whole_chains"]
 
-BACK, ANOTHER_ROOT, NEARBY, LOST = "back", "another_root", "near", "lost"
-FATES = (BACK, ANOTHER_ROOT, NEARBY, LOST)
-NEAR = 1e-2  # relative error of the first stream: such a picture is the same to the eye
-MAP, EXACT, NULL_SHUFFLED = "map", "exact", "null_shuffled"
 EMBEDDING = "embedding"  # the true first stream, decoded in the same way: what there is to get back
 SHOWN = 4
 

@@ -1,18 +1,16 @@
-"""All finished runs below one folder as one table, and what is made of it: figures in two formats, their captions.
+"""All finished runs below one folder as one table.
 
 A run is a sub-folder with a metrics.csv. It counts as finished where its run.json says so; a folder without any
 record, as in the committed results/reference, is taken as it is. Nothing here computes a score again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from backsight.errors import BacksightError
 from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
@@ -43,7 +41,6 @@ _FIRST_WORDS: Mapping[str, str] = MappingProxyType(
 _SIGNATURES: Mapping[str, str] = MappingProxyType(
     {"study": EXACT, "source_tap": CROSS_LAYER, "perturbation": COLOUR, "flops": EFFICIENCY, "t": TRADEOFF}
 )
-CAPTIONS = "captions.md"
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ class Study:
                     "notebook": self.notebooks[run],
                     "targets": ", ".join(sorted(set(table["target"].dropna()))),
                     "rows": len(table),
-                    "n": _range(counted),
-                    "seeds": _range(table["seeds"]),
+                    "n": span(counted),
+                    "seeds": span(table["seeds"]),
                 }
             )
         return pd.DataFrame(lines).sort_values(["notebook", "run"], ignore_index=True)
@@ -173,96 +170,16 @@ def fullest_run(rows: pd.DataFrame, by: Sequence[str] = ("target", "dataset")) -
     return pd.concat(kept, ignore_index=True)
 
 
-# ------------------------------------------------------------------------------------------------- figures and captions
+def counted(numbers: pd.Series, unit: str) -> str:
+    return f"{span(numbers)} {unit[:-1] if (numbers == 1).all() else unit}"
 
 
-@dataclass(frozen=True)
-class StudyFigure:
-    """A figure of the study: a file name without suffix, a title, the picture and the rows that it shows.
-
-    rows: the tidy rows drawn; None where the figure shows pictures. runs: the runs that they come from.
-    note: what else a reader has to know.
-    """
-
-    name: str
-    title: str
-    figure: Figure
-    rows: pd.DataFrame | None = None
-    runs: tuple[str, ...] = ()
-    note: str = ""
-
-
-def save_figure(folder: str | Path, name: str, figure: Figure) -> list[Path]:
-    """Save <name>.png (200 dots per inch) and <name>.svg; equal figures are equal bytes. Returns the two paths."""
-    folder = Path(folder)
-    # An SVG names its parts by random identifiers unless a salt is set while it is written, and tells the date.
-    with rc_context({"svg.hashsalt": "backsight", "svg.fonttype": "path"}):
-        return [
-            write_atomically(
-                folder / f"{name}.png",
-                lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
-            ),
-            write_atomically(
-                folder / f"{name}.svg",
-                lambda temporary: figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None}),
-            ),
-        ]
-
-
-def caption(drawn: StudyFigure) -> str:
-    """A figure's caption in Markdown: title, what it shows, n, seeds, intervals, runs; counted from its rows."""
-    said = getattr(drawn.figure, "caption", "")
-    parts = [f"**{drawn.title}.**", said, drawn.note]
-    runs: Iterable[str] = drawn.runs
-    if drawn.rows is not None and len(drawn.rows):
-        rows = drawn.rows
-        parts.append(f"n = {_span(rows['n'], 'images')}; {_span(rows['seeds'], 'training seeds')};")
-        with_interval = rows[["low", "high"]].notna().all(axis=1)
-        if with_interval.all():
-            parts.append("95 % bootstrap intervals.")
-        elif with_interval.any():
-            parts.append(f"95 % bootstrap intervals for {with_interval.sum()} of {len(rows)} values.")
-        else:
-            parts.append("no intervals.")
-        datasets = rows[["dataset", "split"]].dropna().drop_duplicates()
-        where = [f"{dataset} ({split})" for dataset, split in datasets.itertuples(index=False)]
-        parts.append(f"Images: {', '.join(where)}.")
-        runs = runs or sorted(set(rows["run"]))
-    if runs := list(runs):
-        parts.append(f"Runs: {', '.join(f'`{run}`' for run in runs)}.")
-    return " ".join(part.strip() for part in parts if part)
-
-
-def _span(numbers: pd.Series, unit: str) -> str:
-    return f"{_range(numbers)} {unit[:-1] if (numbers == 1).all() else unit}"
-
-
-def _range(numbers: pd.Series) -> str:
+def span(numbers: pd.Series) -> str:
     """The smallest and the largest of some whole numbers, in words."""
     if numbers.dropna().empty:
         return "no"
     low, high = int(numbers.min()), int(numbers.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def write_figures(folder: str | Path, figures: Sequence[StudyFigure], study: Study) -> Path:
-    """Save every figure as PNG and SVG, and their captions as captions.md beside them; returns that file.
-
-    Raises BacksightError where two figures have one name.
-    """
-    names = [drawn.name for drawn in figures]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BacksightError(f"two figures are called {', '.join(twice)}: give each a name of its own.")
-    lines = [
-        "# Figures",
-        "",
-        f"Drawn from the tables (metrics.csv) and pictures of the runs in `{study.name}`.",
-    ]
-    for number, drawn in enumerate(figures, start=1):
-        save_figure(folder, drawn.name, drawn.figure)
-        lines += ["", f"## {number}. {drawn.name}", "", f"![{drawn.title}]({drawn.name}.png)", "", caption(drawn)]
-    text = "\n".join(lines) + "\n"
-    return write_text(Path(folder) / CAPTIONS, text)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -4,7 +4,8 @@ Numbers come from the tidy tables of finished runs (study.Study) alone; pictures
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -12,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 
 from backsight.errors import BacksightError
+from backsight.inverses.files import load, shipped_inverses
 from backsight.plots.colour import accuracy_curves, outcome_bars, response_curves, reversion_by_depth
 from backsight.plots.cross_layer import cross_matrix, decay_curve, half_step_curves, similarity_matrices
 from backsight.plots.efficiency import (
@@ -44,20 +49,26 @@ from backsight.plots.style import (
     target_colour,
 )
 from backsight.plots.tradeoff import by_depth, score_against_psnr, task_by_t
-from backsight.studies.study import (
+from backsight.project import write_atomically
+from backsight.scenes.render import render
+from backsight.tables.claims import AS_GOOD, difference, estimate_of
+from backsight.tables.names import LEADING_FAMILIES
+from backsight.tables.read import (
     COLOUR,
     CROSS_LAYER,
     EFFICIENCY,
     QUALITY,
     TRADEOFF,
     Study,
-    StudyFigure,
+    counted,
     fullest_run,
     used_columns,
+    write_text,
 )
+from backsight.targets import load_target
 
 NULL_COLOUR = "#5f5f5f"
-FAMILY_ORDER = ("modular", "direct", "linear")  # whose scores speak for a target: the first that is there
+CAPTIONS = "captions.md"
 STUDY_MEASURES: Mapping[str, str] = MappingProxyType(
     {
         **MEASURE_NAMES,
@@ -74,6 +85,86 @@ STUDY_MEASURES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# ------------------------------------------------------------------------------------------------- figures and captions
+
+
+@dataclass(frozen=True)
+class StudyFigure:
+    """A figure of the study: a file name without suffix, a title, the picture and the rows that it shows.
+
+    rows: the tidy rows drawn; None where the figure shows pictures. runs: the runs that they come from.
+    note: what else a reader has to know.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    rows: pd.DataFrame | None = None
+    runs: tuple[str, ...] = ()
+    note: str = ""
+
+
+def save_figure(folder: str | Path, name: str, figure: Figure) -> list[Path]:
+    """Save <name>.png (200 dots per inch) and <name>.svg; equal figures are equal bytes. Returns the two paths."""
+    folder = Path(folder)
+    # An SVG names its parts by random identifiers unless a salt is set while it is written, and tells the date.
+    with rc_context({"svg.hashsalt": "backsight", "svg.fonttype": "path"}):
+        return [
+            write_atomically(
+                folder / f"{name}.png",
+                lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
+            ),
+            write_atomically(
+                folder / f"{name}.svg",
+                lambda temporary: figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None}),
+            ),
+        ]
+
+
+def caption(drawn: StudyFigure) -> str:
+    """A figure's caption in Markdown: title, what it shows, n, seeds, intervals, runs; counted from its rows."""
+    said = getattr(drawn.figure, "caption", "")
+    parts = [f"**{drawn.title}.**", said, drawn.note]
+    runs: Iterable[str] = drawn.runs
+    if drawn.rows is not None and len(drawn.rows):
+        rows = drawn.rows
+        parts.append(f"n = {counted(rows['n'], 'images')}; {counted(rows['seeds'], 'training seeds')};")
+        with_interval = rows[["low", "high"]].notna().all(axis=1)
+        if with_interval.all():
+            parts.append("95 % bootstrap intervals.")
+        elif with_interval.any():
+            parts.append(f"95 % bootstrap intervals for {with_interval.sum()} of {len(rows)} values.")
+        else:
+            parts.append("no intervals.")
+        datasets = rows[["dataset", "split"]].dropna().drop_duplicates()
+        where = [f"{dataset} ({split})" for dataset, split in datasets.itertuples(index=False)]
+        parts.append(f"Images: {', '.join(where)}.")
+        runs = runs or sorted(set(rows["run"]))
+    if runs := list(runs):
+        parts.append(f"Runs: {', '.join(f'`{run}`' for run in runs)}.")
+    return " ".join(part.strip() for part in parts if part)
+
+
+def write_figures(folder: str | Path, figures: Sequence[StudyFigure], study: Study) -> Path:
+    """Save every figure as PNG and SVG, and their captions as captions.md beside them; returns that file.
+
+    Raises BacksightError where two figures have one name.
+    """
+    names = [drawn.name for drawn in figures]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BacksightError(f"two figures are called {', '.join(twice)}: give each a name of its own.")
+    lines = [
+        "# Figures",
+        "",
+        f"Drawn from the tables (metrics.csv) and pictures of the runs in `{study.name}`.",
+    ]
+    for number, drawn in enumerate(figures, start=1):
+        save_figure(folder, drawn.name, drawn.figure)
+        lines += ["", f"## {number}. {drawn.name}", "", f"![{drawn.title}]({drawn.name}.png)", "", caption(drawn)]
+    text = "\n".join(lines) + "\n"
+    return write_text(Path(folder) / CAPTIONS, text)
+
+
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
@@ -84,12 +175,6 @@ def example_pictures(
 
     Returns ((3, H, W), {tap: (3, H, W)}) in [0, 1]. Raises BacksightError where the target has no such inverses.
     """
-    import torch
-
-    from backsight.inverses.files import load, shipped_inverses
-    from backsight.scenes.render import render
-    from backsight.targets import load_target
-
     frozen = load_target(target)
     folder = shipped_inverses(frozen)
     chains = load(folder, frozen).get("modular", {}) if folder is not None else {}
@@ -256,14 +341,14 @@ def plain_rows(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     null = rows["inverse"].astype(str).str.startswith("null_")
     named = set(rows.loc[null, "family"].dropna())
-    lead = next((name for name in FAMILY_ORDER if name in named), None)
+    lead = next((name for name in LEADING_FAMILIES if name in named), None)
     return rows[~null | rows["family"].isna() | (rows["family"] == lead)]
 
 
 def leading_family(rows: pd.DataFrame) -> str:
     """The first of modular, direct, linear that every target of the rows has. Raises BacksightError without one."""
     per_target = [set(group["inverse"]) for _, group in rows.groupby("target")]
-    for name in FAMILY_ORDER:
+    for name in LEADING_FAMILIES:
         if per_target and all(name in names for names in per_target):
             return name
     raise BacksightError("the targets of this table share no inverse family: draw each of them by itself.")
@@ -338,8 +423,6 @@ def modular_against_direct(rows: pd.DataFrame, width: float = COLUMN_WIDTH, pane
     rows: tidy rows of psnr, one run for each target. Bands: 95 % intervals of the difference of two (findings.py).
     Raises BacksightError where no target has both families.
     """
-    from backsight.studies.findings import AS_GOOD, difference, estimate_of
-
     both = rows[(rows["measure"] == "psnr") & rows["inverse"].isin(["modular", "direct"])]
     lines: dict[str, pd.DataFrame] = {}
     for target in _in_order(both["target"]):
@@ -493,8 +576,8 @@ def _quality_figures(study: Study, say: Say) -> Iterator[StudyFigure]:
 
 
 def _quality_of_one(label: str, table: pd.DataFrame, say: Say) -> Iterator[StudyFigure]:
-    families = inverse_order([name for name in set(table["inverse"].dropna()) if name in FAMILY_ORDER])
-    lead = next((name for name in FAMILY_ORDER if name in families), "")
+    families = inverse_order([name for name in set(table["inverse"].dropna()) if name in LEADING_FAMILIES])
+    lead = next((name for name in LEADING_FAMILIES if name in families), "")
     plain = _of(plain_rows(table), "psnr")
     yield from _attempt(say, f"psnr-{label}", f"PSNR by depth: {label}", plain, partial(depth_curves, plain, "psnr"))
     if "band" in table:
@@ -522,7 +605,7 @@ def _pictures_by_target(study: Study, say: Say) -> Iterator[StudyFigure]:
     for run in study.runs(QUALITY):
         table = study.tables[run]
         drawn = study.folder / run / "figures"
-        found = next((path for name in FAMILY_ORDER if (path := drawn / f"pictures-{name}.png").is_file()), None)
+        found = next((path for name in LEADING_FAMILIES if (path := drawn / f"pictures-{name}.png").is_file()), None)
         if found is None:
             say(f"No pictures of {run}: it has no figures/pictures-*.png; run {QUALITY} again for them.")
             continue

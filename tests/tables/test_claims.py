@@ -8,7 +8,7 @@ import pytest
 from study_tables import DETR_TAPS, tables, write_study
 
 from backsight.app.cli import main
-from backsight.studies.findings import (
+from backsight.tables.claims import (
     AGREED,
     AS_GOOD,
     CLAIMS,
@@ -26,7 +26,7 @@ from backsight.studies.findings import (
     verdict,
     write_findings,
 )
-from backsight.studies.study import Study, read_study
+from backsight.tables.read import Study, read_study
 
 
 def estimate(value: float, half: float = 1.0, seeds: int = 3) -> Estimate:

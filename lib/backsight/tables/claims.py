@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from backsight.studies.study import (
+from backsight.tables.names import ALL_TAPS, LEADING_FAMILIES, SLOPES
+from backsight.tables.read import (
     COLOUR,
     CROSS_LAYER,
     EFFICIENCY,
@@ -51,8 +52,6 @@ FINDING_COLUMNS = (
     "why",
     "caution",
 )
-ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
-_FAMILIES = ("modular", "direct", "linear")  # whose reconstructions speak for a layer: the first that is there
 _PROBE = "probe"
 
 
@@ -191,7 +190,7 @@ def deep_taps(rows: pd.DataFrame) -> dict[str, str]:
 def _main_family(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the family that speaks for the layers."""
     present = set(rows["inverse"]) if len(rows) else set()
-    family = next((name for name in _FAMILIES if name in present), "")
+    family = next((name for name in LEADING_FAMILIES if name in present), "")
     return rows[rows["inverse"] == family]
 
 
@@ -328,7 +327,7 @@ def _vit_against_detr(rows: pd.DataFrame, what: str, sign: int, trained: bool = 
 def _shared_family(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the first family that every target has: two targets are compared by the same kind of inverse."""
     per_target = [set(rows.loc[rows["target"] == name, "inverse"]) for name in _targets(rows)]
-    family = next((name for name in _FAMILIES if all(name in names for names in per_target)), "")
+    family = next((name for name in LEADING_FAMILIES if all(name in names for names in per_target)), "")
     return rows[rows["inverse"] == family]
 
 
@@ -336,26 +335,29 @@ def _shared_family(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _layers_correlate(study: Study) -> Iterator[Evidence]:
-    """What a layer of distance costs, detector minus ViT (cross_layer.compare_decay); above zero, the ViT's layers
-    correlate more. Over the largest distance that both targets have."""
-    from backsight.studies.cross_layer import SLOPES, compare_decay
-
+    """What a layer of distance costs, detector minus ViT; above zero, the ViT's layers correlate more. Of each slope
+    by the leading family, over the largest distance that both targets have on the same images."""
     rows = fullest_run(_scenes_first(study.rows(CROSS_LAYER, list(SLOPES))))
     rows = rows[~rows["inverse"].str.startswith("null_")]
     if rows.empty or not {"group", "distance"} <= set(rows):
         return
-    table = compare_decay(rows)
-    pairs = pd.Series(list(zip(table["target"], table["other"], strict=True)), index=table.index, dtype=object)
-    table = table[pairs.isin(_pairs(rows))]
-    for (vit, detr, stage, measure), found in table.groupby(["target", "other", "other_group", "measure"], sort=True):
-        names = set(found["inverse"])
-        family = next((name for name in _FAMILIES if name in names), sorted(names)[0])
-        one = found[found["inverse"] == family].sort_values("distance").iloc[-1]
-        runs = tuple(str(rows.loc[rows["target"] == name, "run"].iloc[0]) for name in (vit, detr))
-        numbers = Estimate(one["difference"], one["low"], one["high"], int(one["n"]), int(one["seeds"]), runs)
-        what = f"{measure} ({family}), up to {one['distance']:g} layers apart: {detr} {stage} minus {vit}"
-        trained = str(measure).startswith("decay")
-        yield Evidence(f"{detr} / {vit}", what, SLOPES[str(measure)], numbers, trained)
+    keys = ["dataset", "split", "measure", "inverse", "distance"]
+    for vit, detr in _pairs(rows):
+        ours = rows[(rows["target"] == vit) & (rows["group"] == "blocks")]
+        theirs = rows[(rows["target"] == detr) & rows["group"].isin(["encoder", "decoder"])]
+        both = ours.merge(theirs, on=keys, suffixes=("", "_other"))
+        for (stage, measure), found in both.groupby(["group_other", "measure"], sort=True):
+            names = set(found["inverse"])
+            family = next((name for name in LEADING_FAMILIES if name in names), sorted(names)[0])
+            one = found[found["inverse"] == family].sort_values("distance").iloc[-1]
+            same = rows[(rows[keys] == one[keys]).all(axis=1)]
+            sides = [(detr, stage), (vit, "blocks")]
+            ends = [estimate_of(same[(same["target"] == name) & (same["group"] == group)]) for name, group in sides]
+            if (numbers := difference(*ends)) is None:
+                continue
+            what = f"{measure} ({family}), up to {one['distance']:g} layers apart: {detr} {stage} minus {vit}"
+            numbers = replace(numbers, runs=numbers.runs[::-1])
+            yield Evidence(f"{detr} / {vit}", what, SLOPES[str(measure)], numbers, str(measure).startswith("decay"))
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. colour
@@ -600,7 +602,7 @@ def _lost_for_good(study: Study) -> Iterator[Evidence]:
         of = of[of["tap"] == list(deep_taps(of).values())[-1]].sort_values("sigma")
         for noise in dict.fromkeys(of["noise"]):
             at = of[of["noise"] == noise]
-            decoders = at[at["inverse"].isin(_FAMILIES)]
+            decoders = at[at["inverse"].isin(LEADING_FAMILIES)]
             found = estimate_of(_has(at, inverse="map"))
             if found is None or decoders.empty:
                 continue

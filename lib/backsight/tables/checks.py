@@ -7,13 +7,12 @@ families that are compared given the same images, steps, seeds and learning rate
 
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from backsight.studies.findings import LEAST_SEEDS
-from backsight.studies.study import EFFICIENCY, STUDIES, Study, read_study, used_columns
+from backsight.tables.claims import LEAST_SEEDS
+from backsight.tables.read import EFFICIENCY, STUDIES, Study, used_columns
 
 CHECKLIST_COLUMNS = ("run", "check", "holds", "detail")
 REPORTED_SPLITS = ("test", "all")  # "all": a folder of photographs, none of which trained anything
@@ -72,11 +71,6 @@ def checklist(study: Study, notebooks: tuple[str, ...] = STUDIES) -> pd.DataFram
                 {"run": run, "check": check, "holds": not wrong, "detail": detail or f"{len(table):,} rows hold it"}
             )
     return pd.DataFrame(rows, columns=list(CHECKLIST_COLUMNS))
-
-
-def check_folder(results: str | Path) -> pd.DataFrame:
-    """`checklist` of the runs in a folder. Raises BacksightError where there is none."""
-    return checklist(read_study(results))
 
 
 def _wrong_splits(table: pd.DataFrame) -> Iterator[str]:

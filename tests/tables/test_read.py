@@ -11,17 +11,21 @@ import pytest
 from study_tables import DETR_TAPS, VIT_TAPS, tables, write_study
 
 from backsight.errors import BacksightError
-from backsight.plots.study import (
+from backsight.plots.style import reconstruction_grid
+from backsight.studies.figures import (
+    StudyFigure,
+    caption,
     leading_family,
     method_scheme,
     modular_against_direct,
     plain_rows,
+    save_figure,
     stacked_pictures,
     study_figures,
     targets_by_depth,
+    write_figures,
 )
-from backsight.plots.style import reconstruction_grid
-from backsight.studies.study import (
+from backsight.tables.read import (
     COLOUR,
     CROSS_LAYER,
     EFFICIENCY,
@@ -29,14 +33,10 @@ from backsight.studies.study import (
     QUALITY,
     TRADEOFF,
     Study,
-    StudyFigure,
-    caption,
     fullest_run,
     notebook_of,
     read_study,
-    save_figure,
     study_folder,
-    write_figures,
 )
 from backsight.tables.values import METRIC_COLUMNS
 

@@ -1,0 +1,42 @@
+"""Names that tables hold: studies write them, figures and claims read them."""
+
+from collections.abc import Mapping
+from itertools import permutations
+from types import MappingProxyType
+
+# Families whose inverse speaks for a layer, and whose inverse reads another image's features: the first that is there.
+LEADING_FAMILIES = ("modular", "direct", "linear")
+SHUFFLED_FAMILIES = ("modular", "linear", "direct")
+MAP, EXACT = "map", "exact"
+NULL_MEAN, NULL_SHUFFLED, NULL_GUESS, NULL_SAME = "null_mean", "null_shuffled", "null_guess", "null_unchanged"
+LOWER_IS_BETTER = ("hue_error", "lost", "invented")
+ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
+
+# 04_cross_layer: slopes and their units.
+SLOPES: Mapping[str, str] = MappingProxyType(
+    {
+        "decay_slope": "dB lost a layer",
+        "decay_slope_standardised": "dB lost a layer, channels standardised",
+        "decay_slope_share": "share of the PSNR above the mean image lost a layer",
+        "cka_slope": "1 - CKA a layer",
+        "r2_slope": "1 - R² a layer",
+    }
+)
+
+# 05_colour: hues, and the five orders of the channels that change something.
+UNOWNED_HUES = (180.0, 300.0)  # degrees that no class owns, as scenes.render has them
+PERMUTATIONS: tuple[tuple[int, ...], ...] = tuple(permutations(range(3)))[1:]
+
+# 10_tradeoff: inverses, what a change is measured against, the end of a score on hues that say nothing of the class.
+FRESH, JOINT, OF_START = "linear", "linear_joint", "linear_of_start"
+START, TASK_ONLY = "start", "t = 0"
+RANDOM_HUES = "random_hues"
+
+# 11_exact: what became of an image, at half-steps and along whole chains, and which stream a picture is of.
+RIGHT = 1e-5  # relative error up to which a stream is back, as exact.inverse has it
+BACK, ANOTHER_ROOT, UNSOLVED, ERROR_GROWN = "back", "another_root", "unsolved", "error_grown"
+FATES = (BACK, ANOTHER_ROOT, UNSOLVED, ERROR_GROWN)
+NEARBY, LOST = "near", "lost"
+CHAIN_FATES = (BACK, ANOTHER_ROOT, NEARBY, LOST)
+NEAR = 1e-2  # relative error of the first stream: such a picture is the same to the eye
+TRUE_STREAM, ONE_TOKEN, ALL_TOKENS, RANDOM_MOVE = "true stream", "one token", "all tokens", "null: random direction"
