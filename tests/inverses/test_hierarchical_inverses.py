@@ -67,7 +67,7 @@ class Hierarchy(Target):
     def _nothing(self, *arguments: Any) -> Any:
         raise NotImplementedError
 
-    _sites = _canonical = _forward = _rest = _randomised = _nothing
+    _places = _canonical = _forward = _rest = _randomised = _nothing
 
 
 class TinySwin(nn.Module):

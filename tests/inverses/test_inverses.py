@@ -24,7 +24,7 @@ from backsight.representation import Queries, Tokens
 from backsight.targets import module_target
 from backsight.targets.base import Preprocessing, Stage, Target, seeded
 from backsight.targets.detr import Detr
-from backsight.targets.timm_transformer import TimmTransformer
+from backsight.targets.vit import TimmTransformer
 from backsight.training import fit as fitting
 from backsight.training.fit import fit_direct, fit_modular, fit_polish
 from backsight.training.loop import read_tensors, write_tensors

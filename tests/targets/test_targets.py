@@ -19,7 +19,7 @@ from backsight.targets import load_target, sources
 from backsight.targets.base import Preprocessing, Stage, seeded
 from backsight.targets.detr import Detr
 from backsight.targets.timm_models import LISTED
-from backsight.targets.timm_transformer import TimmTransformer
+from backsight.targets.vit import TimmTransformer
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 MEAN_STD = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (32, 32))

@@ -21,7 +21,7 @@ from backsight.targets import check_image_size, check_taps, check_target, load_t
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.timm_intermediates import Layout, TimmIntermediates, _guess, _match
 from backsight.targets.timm_models import random_target
-from backsight.targets.timm_transformer import TimmTransformer
+from backsight.targets.vit import TimmTransformer
 
 SHALLOW = {"depth": 3}
 STAGES = {"depths": (1, 1, 3, 1)}

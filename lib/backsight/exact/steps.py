@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
 from backsight.targets.base import PIXELS, Target
+from backsight.targets.hooks import watching
 
 AGREEMENT = 1e-4  # relative, between a half-step in float32 and the model's own pass
 SAME = 1e-6  # relative, between two records of one stream
@@ -205,38 +206,22 @@ def walk(target: Target) -> Walk:
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weights)
     seen: list[_Seen] = []
     norms: list[tuple[str, nn.LayerNorm, Tensor, Tensor]] = []
-    handles = []
 
-    def block_hook(path: str) -> Callable[..., None]:
-        def look(module: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+    # Norms inside known blocks belong to their half-steps.
+    known = tuple(f"{path}." for path, module in target.model.named_modules() if _is_known(module))
+
+    def look(path: str, module: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+        if _is_known(module):
             stream, *others = given if given else (named["hidden_states"],)
             named = {key: value for key, value in named.items() if value is not stream}
             halves = _halves(module, path, stream, others, named)
-            made = output[0] if isinstance(output, tuple) else output
-            seen.append(_Seen(path, halves, _flat(stream).clone(), _flat(made).clone()))
+            leaving = output[0] if isinstance(output, tuple) else output
+            seen.append(_Seen(path, halves, _flat(stream).clone(), _flat(leaving).clone()))
+        elif isinstance(module, nn.LayerNorm) and not path.startswith(known) and given[0].ndim in (3, 4):
+            norms.append((path, module, _flat(given[0]).clone(), _flat(output).clone()))
 
-        return look
-
-    def norm_hook(path: str) -> Callable[..., None]:
-        def look(module: nn.Module, given: Sequence[Any], output: Any) -> None:
-            if given[0].ndim in (3, 4) and isinstance(module, nn.LayerNorm):
-                norms.append((path, module, _flat(given[0]).clone(), _flat(output).clone()))
-
-        return look
-
-    # Norms inside known blocks belong to their half-steps.
-    inside = [path + "." for path, module in target.model.named_modules() if _is_known(module)]
-    try:
-        for path, module in target.model.named_modules():
-            if _is_known(module):
-                handles.append(module.register_forward_hook(block_hook(path), with_kwargs=True))
-            elif isinstance(module, nn.LayerNorm) and not any(path.startswith(each) for each in inside):
-                handles.append(module.register_forward_hook(norm_hook(path)))
-        with torch.no_grad():
-            recorded = target.record(image, target.available_taps)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(target.model, look), torch.no_grad():
+        recorded = target.record(image, target.available_taps)
     streams, values, steps = _joined(seen, norms)
     sizes, channels = {PIXELS: image[0].numel()}, {PIXELS: image.shape[1]}
     taps: dict[str, int] = {}

@@ -23,7 +23,7 @@ from backsight.studies.colour import ColourRecord, Families, index_rows, merged,
 from backsight.studies.recolour import JudgedObjects, hue_shifts, open_objects
 from backsight.targets import Target
 from backsight.targets.base import Preprocessing, seeded
-from backsight.targets.timm_transformer import TimmTransformer
+from backsight.targets.vit import TimmTransformer
 
 SMALL: dict[str, Any] = {
     "img_size": 32,

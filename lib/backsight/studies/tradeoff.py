@@ -44,8 +44,8 @@ from backsight.studies.recolour import Truth
 from backsight.tables.names import FRESH, JOINT, OF_START, RANDOM_HUES, START, TASK_ONLY
 from backsight.tables.pool import metrics_row, pooled_rows
 from backsight.targets import PIXELS, Target
-from backsight.targets.base import Site, recording
 from backsight.targets.detection import PREDICTIONS
+from backsight.targets.hooks import Place, recording
 from backsight.training.loop import learning_rate_at
 
 TUNING_SEEDS, FITTING_SEEDS = 1000, 2000  # added to a training seed: scenes that trained neither target nor inverse
@@ -246,7 +246,7 @@ def _pass(
     if target.kind == "detector":
         recorded = target.record(images, list(dict.fromkeys([*taps, PREDICTIONS])), gradient=gradient)
         return recorded, recorded[PREDICTIONS]
-    with recording({"answer": Site(target.model)}) as seen:
+    with recording(target.model, {"answer": Place("")}) as seen:
         recorded = target.record(images, list(taps), gradient=gradient)
     return recorded, seen["answer"]
 

@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.representation import Predictions, Representation
+from backsight.representation import Predictions, Representation, Tokens
+from backsight.targets.hooks import Place, recording
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from backsight.targets.sources import Source
 
 PIXELS = "pixels"
@@ -30,6 +33,7 @@ StageKind = Literal[
     "patch_embedding", "backbone", "projection", "blocks", "convolution", "encoder", "decoder", "norm", "heads"
 ]
 Kind = Literal["classifier", "detector", "module"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Size = tuple[int, int]
 
 
@@ -70,15 +74,6 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where a hook reads: a module's output or its first positional input, and what of it is kept."""
-
-    module: nn.Module
-    side: Literal["input", "output"] = "output"
-    read: Callable[[Any], Any] = lambda value: value
-
-
-@dataclass(frozen=True)
 class Family:
     """A family of models, as the registry sees it.
 
@@ -106,6 +101,7 @@ class Target(ABC):
     """
 
     kind: ClassVar[Kind]
+    precision: Precision = "float32"
 
     def __init__(
         self,
@@ -152,8 +148,8 @@ class Target(ABC):
         """What lies between the tap `previous` ("pixels" allowed) and the later tap `tap`."""
 
     @abstractmethod
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        """Where the hooks read for these taps."""
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
+        """What is read in the forward pass for these taps."""
 
     @abstractmethod
     def _canonical(
@@ -196,28 +192,30 @@ class Target(ABC):
         self, images: Tensor, normalised: Tensor, wanted: Sequence[str], padding: Tensor | None, gradient: bool
     ) -> dict[str, Representation]:
         """`record` of images that are normalised already."""
-        sites = self._sites(wanted)
-        with recording(sites) as seen, torch.set_grad_enabled(gradient):
+        places = self._places(wanted)
+        with recording(self.model, places) as seen, torch.set_grad_enabled(gradient), self._in_precision():
             output = self._forward(normalised, padding)
-            if silent := sorted(sites.keys() - seen.keys()):
-                raise BacksightError(
-                    f"These taps of {self.name} never ran in this forward pass: {', '.join(silent)}; record others."
-                )
-            return self._canonical(wanted, seen, output, images, padding)
+        if silent := sorted(places.keys() - seen.keys()):
+            raise BacksightError(
+                f"These taps of {self.name} never ran in this forward pass: {', '.join(silent)}; record others."
+            )
+        with torch.set_grad_enabled(gradient):
+            recorded = self._canonical(wanted, seen, output, images, padding)
+            return {tap: representation.apply(_widened) for tap, representation in recorded.items()}
 
     def __call__(self, images: Tensor, padding: Tensor | None = None, gradient: bool = False) -> Tensor | Predictions:
         """The model's own output: logits (B, K) of a classifier, Predictions of a detector."""
         normalised, padding = self._prepared(images, padding)
-        with torch.set_grad_enabled(gradient):
-            return self._forward(normalised, padding)
+        with torch.set_grad_enabled(gradient), self._in_precision():
+            return _wide(self._forward(normalised, padding))
 
     def from_tap(self, tap: str, representation: Representation, gradient: bool = False) -> Tensor | Predictions:
         """The rest of the forward pass: from the representation at `tap` to the same output as __call__."""
         self._refuse_training()
         if tap not in self.available_taps:
             raise BacksightError(self._unknown_tap(tap))
-        with torch.set_grad_enabled(gradient):
-            return self._rest(tap, representation)
+        with torch.set_grad_enabled(gradient), self._in_precision():
+            return _wide(self._rest(tap, representation.to(self.device)))
 
     def select(self, taps: str | Sequence[str]) -> Self:
         """The same target with other selected taps."""
@@ -226,7 +224,7 @@ class Target(ABC):
         return other
 
     def untrained(self, seed: int = 0) -> Self:
-        """The same architecture with random weights (the null of "what training has done")."""
+        """The same architecture with random weights (the null of "what training has done"), drawn on the CPU."""
         other = copy.copy(self)
         with seeded(seed):
             other.model = self._randomised().eval().requires_grad_(False).to(self.device)
@@ -234,14 +232,41 @@ class Target(ABC):
         other.__dict__.pop("weights_hash", None)
         return other
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move the model; returns the target itself."""
+    def to(self, device: torch.device | str | None = None, precision: Precision | None = None) -> Self:
+        """Move the model, and choose the arithmetic of its passes; returns the target itself.
+
+        precision: "bfloat16" and "float16" are torch's autocast and "tf32" is for CUDA; weights stay as they are, and
+        representations and outputs are handed out in float32.
+        """
+        if precision is not None and precision not in get_args(Precision):
+            raise BacksightError(f"A target computes in {', '.join(get_args(Precision))}, not {precision!r}.")
+        self.precision = precision or self.precision
         self.model.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights. Where `precision` is "bfloat16" or "float16", products are computed in that."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @contextmanager
+    def _in_precision(self) -> Iterator[None]:
+        if self.precision in ("bfloat16", "float16"):
+            with torch.autocast(self.device.type, getattr(torch, self.precision)):
+                yield
+            return
+        before = torch.get_float32_matmul_precision()
+        try:
+            if self.precision == "tf32":
+                torch.set_float32_matmul_precision("high")
+            yield
+        finally:
+            if self.precision == "tf32":
+                torch.set_float32_matmul_precision(before)
 
     @property
     def image_size(self) -> Size:
@@ -272,6 +297,26 @@ class Target(ABC):
         start = places.get(before, -1)
         return start + (places[after] - start) * (position - before) / (after - before)
 
+    def show_taps(self, taps: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """What the selected taps (or these) hold: tap, kind, shape, grid, prefix, depth. Runs one random image."""
+        import pandas as pd
+
+        image = torch.rand(1, len(self.preprocessing.mean), *self.image_size)
+        rows = []
+        for tap, representation in self.record(image, taps).items():
+            grids = representation.grids if isinstance(representation, Tokens) else ()
+            rows.append(
+                {
+                    "tap": tap,
+                    "kind": type(representation).__name__.lower(),
+                    "shape": " × ".join(["B", *map(str, representation.values.shape[1:])]),
+                    "grid": ", ".join(f"{height} × {width}" for height, width in grids),
+                    "prefix": getattr(representation, "prefix", 0),
+                    "depth": self.depth(tap),
+                }
+            )
+        return pd.DataFrame(rows)
+
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         """Tap names in forward order from "blocks", "components", "fine", one name or a list of names.
 
@@ -301,7 +346,7 @@ class Target(ABC):
                 f"{self.name} takes float images in [0, 1], not {images.dtype}: divide them by 255 first."
             )
         if images.device.type != "meta" and images.numel():
-            low, high = (float(bound) for bound in images.detach().aminmax())
+            low, high = torch.stack(images.detach().aminmax()).tolist()  # one wait for the device
             if low < -0.01 or high > 1.01:
                 raise BacksightError(
                     f"{self.name} takes images in [0, 1], but these go from {low:.3g} to {high:.3g}: "
@@ -319,12 +364,19 @@ class Target(ABC):
     def _prepared(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self._refuse_training()
         self.check_images(images, padding)
-        images = images.to(self.device)
+        images = images.to(self.device, self.dtype)
         padding = None if padding is None else padding.to(self.device)
         normalised = self.preprocessing.normalise(images)
         if padding is not None:
             normalised = normalised.masked_fill(padding[:, None], 0.0)
         return normalised, padding
+
+    def _refuse_padding(self, padding: Tensor | None) -> None:
+        if padding is not None and bool(padding.any()):
+            raise BacksightError(
+                f"{self.name} has no attention mask, so padded pixels would count as picture: "
+                "crop or stretch the images instead of padding them."
+            )
 
     def _refuse_training(self) -> None:
         if any(module.training for module in self.model.modules()):
@@ -345,49 +397,65 @@ class Target(ABC):
             raise BacksightError(f"In {self.name} the tap {previous!r} does not lie before {tap!r}: swap them.")
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _wide(output: Tensor | Predictions) -> Tensor | Predictions:
+    return _widened(output) if isinstance(output, Tensor) else output.apply(_widened)
+
+
 def hash_of(model: nn.Module) -> str:
     """First 16 hexadecimal digits of the SHA-256 over the names and bytes of a model's weights, names sorted."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(value))
     return digest.hexdigest()[:16]
 
 
+def _bytes(value: Any) -> bytes:
+    """Of a tensor, or of what quantised modules keep beside tensors."""
+    if isinstance(value, (tuple, list)):
+        return b"".join(_bytes(part) for part in value)
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()  # of a sharded model: all of it
+    value = value.dequantize() if value.is_quantized else value
+    return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def redrawn(model: nn.Module, draw: Callable[[nn.Module], object], name: str) -> nn.Module:
+    """A copy, on the CPU, that `draw` has given new weights. Raises BacksightError where it has left one as it was.
+
+    That is seen because all of them are NaN before; persistent buffers count too, but for single numbers and the three
+    of an image's channels, which are no weights.
+    """
+    copied = copy.deepcopy(model).cpu()
+    state = {key: t for key, t in copied.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+    parameters = dict(copied.named_parameters())
+    weights = {key: tensor for key, tensor in state.items() if key in parameters or tensor.numel() not in (0, 1, 3)}
+    with torch.no_grad():
+        for tensor in weights.values():
+            tensor.fill_(torch.nan)
+        draw(copied)
+        after = {**parameters, **copied.state_dict()}
+    if trained := [key for key in weights if key in after and bool(after[key].isnan().any())]:
+        raise BacksightError(
+            f"{', '.join(trained[:3])} of {name} cannot be drawn anew (nothing that its modules offer for that reaches "
+            f"{'it' if len(trained) == 1 else 'them'}): build an untrained model and give it to target.with_model()."
+        )
+    return copied
+
+
 @contextmanager
-def recording(sites: Mapping[str, Site]) -> Iterator[dict[str, Any]]:
-    """Hooks on these sites, for the time of one forward pass; a site that runs again keeps its last value."""
-    seen: dict[str, Any] = {}
-    handles = []
-    try:
-        for name, site in sites.items():
-            if site.side == "output":
-                handles.append(site.module.register_forward_hook(_keep_output(seen, name, site.read)))
-            else:
-                handles.append(site.module.register_forward_pre_hook(_keep_input(seen, name, site.read)))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep_output(seen: dict[str, Any], name: str, read: Callable[[Any], Any]) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen[name] = read(output)
-
-    return keep
-
-
-def _keep_input(seen: dict[str, Any], name: str, read: Callable[[Any], Any]) -> Callable[[nn.Module, Any], None]:
-    def keep(_module: nn.Module, inputs: Any) -> None:
-        seen[name] = read(inputs[0])
-
-    return keep
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Global CPU generator set to `seed` inside, as it was before outside: model constructors draw from it."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """The generators of the CPU and, where that is one, of a CUDA device start at `seed` inside, and stay as they were
+    outside: model constructors draw from them."""
+    device = torch.device(device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
         yield

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
 from backsight.targets.hugging_face import Architecture, family
-from backsight.targets.replay import Place
+from backsight.targets.hooks import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
 from backsight.targets.hugging_face import Architecture, family
-from backsight.targets.replay import Place
+from backsight.targets.hooks import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

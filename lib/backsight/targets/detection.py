@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Predictions, Queries, Representation, Tokens
-from backsight.targets.base import PIXELS, Site, Size, Stage
+from backsight.targets.base import PIXELS, Size, Stage
+from backsight.targets.hooks import Element, Place, observe, playing, watching
 from backsight.targets.hugging_face import TransformersTarget
-from backsight.targets.replay import Element, Place, observe, playing, recording_places
 
 PREDICTIONS = "predictions"
 PIXEL_PADDING = "padding"  # in Tokens.context: (B, H, W) bool, where the tap's own levels do not tell all of it
@@ -207,22 +207,7 @@ class DetectionTarget(TransformersTarget):
 
     # Recording
 
-    def _recorded(
-        self, images: Tensor, normalised: Tensor, wanted: Sequence[str], padding: Tensor | None, gradient: bool
-    ) -> dict[str, Representation]:
-        places = self._wanted_places(wanted)
-        with recording_places(self.model, places) as seen, torch.set_grad_enabled(gradient):
-            output = self._forward(normalised, padding)
-            if silent := sorted(places.keys() - seen.keys()):
-                raise BacksightError(
-                    f"These places of {self.name} never ran in this forward pass: {', '.join(silent)}; record others."
-                )
-            return self._canonical(wanted, seen, output, images, padding)
-
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        return {}  # this family reads places, in _recorded()
-
-    def _wanted_places(self, taps: Sequence[str]) -> dict[str, Place]:
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
         spots = [self.spots[tap] for tap in taps if tap != PREDICTIONS]
         if any(spot.kind == "queries" for spot in spots):
             spots.append(self._memory)
@@ -342,12 +327,12 @@ class DetectionTarget(TransformersTarget):
         maps: list[Tensor] = []
 
         def coarsest(images: Tensor) -> Tensor:
-            maps.extend(self._maps(backbone(images, torch.ones_like(images[:, 0]))))
+            maps[:] = self._maps(backbone(images, torch.ones_like(images[:, 0])))
             return maps[-1]
 
         blank = torch.zeros(1, len(self.preprocessing.mean), PROBE, PROBE, device=self.device)
         with _makers(backbone) as makers:
-            calls = observe(backbone, coarsest, blank)
+            calls = observe(backbone, coarsest, blank).calls
         strides = [(PROBE // each.shape[2], PROBE // each.shape[3]) for each in maps]
         paths = [makers[id(each)][1] for each in maps if id(each) in makers]
         cuts = [call.path for call in calls if call.path in paths and call.found[0].cut]
@@ -381,22 +366,12 @@ def _makers(model: nn.Module) -> Iterator[dict[int, tuple[Tensor, str]]]:
     """For the time of one pass: {id of a tensor: (the tensor, path of the outermost module that returns it)}."""
     made: dict[int, tuple[Tensor, str]] = {}
 
-    def keeping(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                made[id(output)] = (output, path)
+    def keep(path: str, _module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
+        if path and isinstance(output, Tensor):
+            made[id(output)] = (output, path)
 
-        return keep
-
-    handles = []
-    try:
-        for path, module in model.named_modules():
-            if path:
-                handles.append(module.register_forward_hook(keeping(path)))
+    with watching(model, keep):
         yield made
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_spots(

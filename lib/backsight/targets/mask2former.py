@@ -33,7 +33,7 @@ from backsight.representation import Predictions, Queries, Representation
 from backsight.targets.base import PIXELS, Stage
 from backsight.targets.detection import PREDICTIONS, PROBE, DetectionTarget, Level, Spot, flat, layer_spots
 from backsight.targets.hugging_face import Architecture, family
-from backsight.targets.replay import Place, playing
+from backsight.targets.hooks import Place, playing
 
 BACKBONE = "model.pixel_level_module.encoder"
 PIXEL_DECODER = "pixel_level_module.decoder"

@@ -20,7 +20,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from backsight.errors import BacksightError, nearest
 from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import Axes, Order, guess_axes
-from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Site, Size, Stage, Target, hash_of, seeded
-from backsight.targets.replay import Element, Place, element_of, frozen, module_at, observe, playing, tensors_in
+from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of, seeded
+from backsight.targets.hooks import Element, Place, element_of, frozen, observe, playing, tensors_in, watching
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,11 +122,11 @@ class ModuleTarget(Target):
         images = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
         self._survey = survey(model, preprocessing, images, output)
         self._order = {each.place: place for place, each in enumerate(self._survey.seen)}
-        self._places: dict[str, Seen] = {}
+        self._chosen: dict[str, Seen] = {}
         self._checked: dict[str, str] = {}
         self._hashed: tuple[object, str] | None = None
         super().__init__(model, name or type(model).__name__, preprocessing, "given", taps=taps)
-        if stray := sorted({*self._grids, *self._axes} - set(self._places)):
+        if stray := sorted({*self._grids, *self._axes} - set(self._chosen)):
             raise BacksightError(
                 f"grids and axes are said of {', '.join(stray)}, which are not among the taps: "
                 f"{', '.join(self.taps)}; use the same names."
@@ -148,7 +148,7 @@ class ModuleTarget(Target):
 
         rows = []
         for tap in self.taps:
-            seen = self._places[tap]
+            seen = self._chosen[tap]
             axes = cast(Axes, seen.axes)
             rows.append(
                 {
@@ -177,7 +177,7 @@ class ModuleTarget(Target):
     @property
     def available_taps(self) -> tuple[str, ...]:
         """What `suggest_taps` lists as a map, tokens or a vector, and all taps that were named since."""
-        known = {each.name: each for each in self._survey.seen if each.axes is not None} | self._places
+        known = {each.name: each for each in self._survey.seen if each.axes is not None} | self._chosen
         return tuple(sorted(known, key=lambda tap: self._order[known[tap].place]))
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
@@ -196,9 +196,9 @@ class ModuleTarget(Target):
         if not named:
             raise BacksightError(f"No tap of {self.name} is named: give a list of taps, or {RECOMMENDED!r}.")
         for tap in named:
-            if tap not in self._places:
-                self._places[tap] = self._read(tap)
-        return tuple(sorted(dict.fromkeys(named), key=lambda tap: self._order[self._places[tap].place]))
+            if tap not in self._chosen:
+                self._chosen[tap] = self._read(tap)
+        return tuple(sorted(dict.fromkeys(named), key=lambda tap: self._order[self._chosen[tap].place]))
 
     def tap_set(self, name: str) -> tuple[str, ...]:
         return self.taps
@@ -296,7 +296,7 @@ class ModuleTarget(Target):
 
     @property
     def reduction(self) -> Size:
-        grid = cast(Axes, self._places[self.taps[0]].axes).grid
+        grid = cast(Axes, self._chosen[self.taps[0]].axes).grid
         return -(-self.image_size[0] // grid[0]), -(-self.image_size[1] // grid[1])
 
     def check_size(self, size: Size) -> None:
@@ -313,12 +313,12 @@ class ModuleTarget(Target):
         self._refuse_unselected(previous)
         if previous != PIXELS and self.taps.index(previous) >= self.taps.index(tap):
             raise BacksightError(f"In {self.name} the tap {previous!r} does not run before {tap!r}: swap them.")
-        start = -1 if previous == PIXELS else self._places[previous].order
-        between = self._survey.kinds[start + 1 : self._places[tap].order + 1]
+        start = -1 if previous == PIXELS else self._chosen[previous].order
+        between = self._survey.kinds[start + 1 : self._chosen[tap].order + 1]
         attention = [each for each in between if _is_attention(*each[:2])]
         if attention:
             outermost = [one for one in attention if not any(one[0].startswith(f"{two[0]}.") for two in attention)]
-            channels = self._places[tap].shape[cast(Axes, self._places[tap].axes).order.index("c")]
+            channels = self._chosen[tap].shape[cast(Axes, self._chosen[tap].axes).order.index("c")]
             return Stage("blocks", len(outermost), _heads(outermost[0][2], channels), 0)
         leaves = [(kind, module) for _, kind, module in between if _is_leaf(module)]
         if leaves and all(_keeps_places(kind, module) for kind, module in leaves):
@@ -341,29 +341,33 @@ class ModuleTarget(Target):
             self._hashed = (state, hash_of(self.model))
         return self._hashed[1]
 
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        places = {tap: self._places[tap].place for tap in taps}
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
         return {
-            tap: Site(module_at(self.model, place.module), read=_at_call(place.call)) for tap, place in places.items()
+            tap + key: place
+            for tap in taps
+            for key, place in {"": self._chosen[tap].place, **self._beside(tap)}.items()
         }
+
+    def _beside(self, tap: str) -> dict[str, Place]:
+        return {f" {_brackets(each.place.element)}": each.place for each in self._companions(self._chosen[tap])}
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
     ) -> dict[str, Representation]:
-        return {tap: self._tokens(tap, seen[tap]) for tap in taps}
+        return {tap: self._tokens(tap, seen) for tap in taps}
 
-    def _tokens(self, tap: str, tensors: Mapping[Element, Tensor] | None) -> Tokens:
-        seen = self._places[tap]
-        if tensors is None or seen.place.element not in tensors:
-            raise BacksightError(f"{tap} of {self.name} did not run as in the pass that found it: tap another module.")
-        tokens = cast(Axes, seen.axes).tokens(tensors[seen.place.element].float())
-        if (tokens.grids[0], tokens.prefix) != (cast(Axes, seen.axes).grid, cast(Axes, seen.axes).prefix):
+    def _tokens(self, tap: str, seen: Mapping[str, Any]) -> Tokens:
+        axes = cast(Axes, self._chosen[tap].axes)
+        tokens = axes.tokens(seen[tap].float())
+        if (tokens.grids[0], tokens.prefix) != (axes.grid, axes.prefix):
             raise BacksightError(
                 f"{tap} of {self.name} is of another shape in this pass than in the one that found it."
             )
         context = {
-            _brackets(each.place.element): tensors[each.place.element].movedim(cast(int, each.axis), 0)
-            for each in self._companions(seen)
+            _brackets(each.place.element): seen[f"{tap} {_brackets(each.place.element)}"].movedim(
+                cast(int, each.axis), 0
+            )
+            for each in self._companions(self._chosen[tap])
         }
         return replace(tokens, context=context)
 
@@ -390,14 +394,14 @@ class ModuleTarget(Target):
         return cast(Tensor, super().__call__(images, padding, gradient))
 
     def from_tap(self, tap: str, representation: Representation, gradient: bool = False) -> Tensor:
-        if tap not in self._places:
+        if tap not in self._chosen:
             self.resolve_taps([tap])
         return cast(Tensor, super().from_tap(tap, representation, gradient))
 
     def _rest(self, tap: str, representation: Any) -> Tensor:
         if not isinstance(representation, Tokens):
             raise BacksightError(f"{tap} of {self.name} holds tokens, not {type(representation).__name__}.")
-        lacking = [_brackets(each.place.element) for each in self._companions(self._places[tap])]
+        lacking = [_brackets(each.place.element) for each in self._companions(self._chosen[tap])]
         if lacking := [name for name in lacking if name not in representation.context]:
             raise BacksightError(
                 f"The output of {self.name} needs more of {tap} than these tokens hold, {', '.join(lacking)}: "
@@ -411,7 +415,7 @@ class ModuleTarget(Target):
 
     def _why_no_rest(self, tap: str, tokens: Tokens) -> str:
         """Why the rest of the pass cannot be run from this tap alone, in one sentence, or ""."""
-        seen = self._places[tap]
+        seen = self._chosen[tap]
         start = f"The rest of {self.name} cannot be run from {tap}"
         if self._survey.output is None:
             return f"{start}: the model returns no floating-point tensor."
@@ -428,7 +432,7 @@ class ModuleTarget(Target):
 
     def _replaced(self, tap: str, tokens: Tokens, images: Tensor) -> Tensor:
         """A forward pass in which the tap's output is these tokens, whatever the images are."""
-        seen = self._places[tap]
+        seen = self._chosen[tap]
         values = {seen.place: cast(Axes, seen.axes).tensor(tokens).to(self.device, seen.dtype)}
         for each in self._companions(seen):
             companion = tokens.context[_brackets(each.place.element)].movedim(0, cast(int, each.axis))
@@ -454,7 +458,7 @@ class ModuleTarget(Target):
 
     def select(self, taps: str | Sequence[str]) -> Self:
         other = super().select(taps)
-        other._places = dict(self._places)
+        other._chosen = dict(self._chosen)
         return other
 
     def _randomised(self) -> nn.Module:
@@ -628,7 +632,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
         return None if chosen[-1] is None else element_of(found, chosen[-1])
 
     with frozen(model), _explained(model, size):
-        calls = observe(model, run, inputs[:2])
+        calls = observe(model, run, inputs[:2]).calls
         second, flops = _second_pass(model, inputs)
     modules = dict(model.named_modules())
     repeated = Counter(call.path for call in calls)
@@ -686,25 +690,15 @@ def _second_pass(model: nn.Module, inputs: Tensor) -> tuple[dict[tuple[str, int]
     counts: Counter[str] = Counter()
     counter = FlopCounterMode(display=False)
 
-    def looking(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            flops = counter.get_total_flops() / len(inputs)
-            tensors = {element: _look_at(tensor) for element, tensor in tensors_in(output)}
-            returned[path, counts[path]] = _Returned(_words(output), tensors, flops)
-            counts[path] += 1
+    def look(path: str, _module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
+        flops = counter.get_total_flops() / len(inputs)
+        tensors = {element: _look_at(tensor) for element, tensor in tensors_in(output)}
+        returned[path, counts[path]] = _Returned(_words(output), tensors, flops)
+        counts[path] += 1
 
-        return look
-
-    handles = []
-    try:
-        for path, module in model.named_modules():
-            handles.append(module.register_forward_hook(looking(path)))
-        with torch.no_grad(), warnings.catch_warnings(), counter:
-            warnings.filterwarnings("ignore", r"Using `torch\.compile")  # of hooks that the counter sets on all modules
-            model(inputs.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, look), torch.no_grad(), warnings.catch_warnings(), counter:
+        warnings.filterwarnings("ignore", r"Using `torch\.compile")  # of hooks that the counter sets on all modules
+        model(inputs.clone())
     return returned, counter.get_total_flops() / len(inputs)
 
 
@@ -868,18 +862,6 @@ def _in_precision_of(model: nn.Module, images: Tensor) -> Tensor:
     """Images as the model's parameters are, in half or double precision too."""
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), images.dtype)
     return images.to(dtype)
-
-
-def _at_call(number: int) -> Callable[[Any], dict[Element, Tensor] | None]:
-    """Reads every float tensor of one call; of the calls before it nothing, of those after it the same once more."""
-    past: list[dict[Element, Tensor] | None] = []
-
-    def read(output: Any) -> dict[Element, Tensor] | None:
-        # Clones, because a later in-place activation would write into what was recorded.
-        past.append({e: t.clone() for e, t in tensors_in(output)} if len(past) == number else None)
-        return past[number] if len(past) > number else None
-
-    return read
 
 
 def _is_attention(path: str, kind: str) -> bool:

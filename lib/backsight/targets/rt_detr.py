@@ -23,7 +23,7 @@ from backsight.representation import Grid
 from backsight.targets.base import Size
 from backsight.targets.detection import DetectionTarget, Spot, halved, layer_spots
 from backsight.targets.hugging_face import Architecture, family
-from backsight.targets.replay import Place
+from backsight.targets.hooks import Place
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

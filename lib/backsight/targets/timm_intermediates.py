@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import LARGEST_PREFIX, Axes, guess_axes
-from backsight.targets.base import PIXELS, Preprocessing, Site, Size, Stage, Target
-from backsight.targets.replay import Call, Element, Place, element_of, observe, playing, recording_places
+from backsight.targets.base import PIXELS, Preprocessing, Size, Stage, Target
+from backsight.targets.hooks import Call, Element, Place, observe, playing, recording
 
 LOOKED_AT = 2  # images in an observed pass: with two, a batch axis is told from others
 NUMBERED_AT_THE_TOP = re.compile(r"(?i)(block|stage|layer|level|cell|mixed)\w*\d\w*")
@@ -139,10 +139,14 @@ class TimmIntermediates(Target):
         """Every tap, in forward order; their layouts at the model's own size are kept."""
         size = self.image_size
         try:
-            calls = observe(self.model, self._output, self._looked_at(size))
+            calls = observe(self.model, self._output, self._looked_at(size)).calls
             candidates = _candidates(self.model, calls)
             places = {each.name: [Place(each.module, 0, element) for element in each.elements] for each in candidates}
-            places = self._used(places, size)
+            used = {(call.path, found.element) for call in calls for found in call.found if found.used}
+            places = {
+                tap: [each for each in several if len(several) == 1 or (each.module, each.element) in used]
+                for tap, several in places.items()
+            }
             read = self._read(places, size)
         except PASS_ERRORS as error:
             raise BacksightError(f"{self.name} cannot be a target: {_reason(error)}.") from error
@@ -180,37 +184,12 @@ class TimmIntermediates(Target):
         shape = (LOOKED_AT, len(self.preprocessing.mean), *size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
-    def _used(self, places: Mapping[str, list[Place]], size: Size) -> dict[str, list[Place]]:
-        """Without the places that the output knows nothing of, where a tap has several."""
-        several = [place for each in places.values() if len(each) > 1 for place in each]
-        if not several:
-            return dict(places)
-        seen: dict[Place, Tensor] = {}
-
-        def keeper(place: Place) -> Callable[[nn.Module, Any, Any], None]:
-            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                seen[place] = element_of(output, place.element)
-
-            return keep
-
-        handles = [self.model.get_submodule(each.module).register_forward_hook(keeper(each)) for each in several]
-        try:
-            with torch.enable_grad():
-                output = self._output(self._looked_at(size).requires_grad_(True))
-        finally:
-            for handle in handles:
-                handle.remove()
-        known = [place for place in several if seen[place].requires_grad]
-        gradients = torch.autograd.grad(output.sum(), [seen[place] for place in known], allow_unused=True)
-        used = {place for place, gradient in zip(known, gradients, strict=True) if gradient is not None}
-        return {tap: [each for each in there if len(there) == 1 or each in used] for tap, there in places.items()}
-
     def _read(self, places: Mapping[str, Sequence[Place]], size: Size) -> dict[str, Read]:
         """Those taps that are pictures: the first of their places that is one, what is there, and how it is read."""
         images = self._looked_at(size)
         wanted = {f"{tap}:{number}": place for tap in places for number, place in enumerate(places[tap])}
         with torch.no_grad():
-            with recording_places(self.model, wanted) as seen:
+            with recording(self.model, wanted) as seen:
                 self.model(images)
             known = self.model.forward_intermediates(images, norm=False, output_fmt="NCHW", intermediates_only=True)
         tensors = {
@@ -303,13 +282,12 @@ class TimmIntermediates(Target):
 
     # Passes
 
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        return {tap: Site(self.model.get_submodule(self._found[tap].module), read=self._reader(tap)) for tap in taps}
-
-    def _reader(self, tap: str) -> Callable[[Any], dict[Element, Tensor]]:
-        elements = (self._found[tap].element, *self._found[tap].beside)
-        # Clones, because a later in-place activation would write into what was recorded.
-        return lambda output: {element: element_of(output, element).clone() for element in elements}
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
+        return {
+            f"{tap}{_key(element)}": Place(self._found[tap].module, 0, element)
+            for tap in taps
+            for element in (self._found[tap].element, *self._found[tap].beside)
+        }
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
@@ -318,9 +296,9 @@ class TimmIntermediates(Target):
         recorded: dict[str, Representation] = {}
         for tap in taps:
             found = self._found[tap]
-            tokens = layouts[tap].tokens(seen[tap][found.element])
+            tokens = layouts[tap].tokens(seen[tap + _key(found.element)])
             # Images first, because TNT keeps the pixels of all patches of all images on one axis.
-            context = {_key(each): seen[tap][each].unflatten(0, (len(images), -1)) for each in found.beside}
+            context = {_key(each): seen[tap + _key(each)].unflatten(0, (len(images), -1)) for each in found.beside}
             recorded[tap] = Tokens(tokens.values, tokens.grids, tokens.prefix, context=context)
         return recorded
 
@@ -356,9 +334,7 @@ class TimmIntermediates(Target):
             )
         tensors = {each: representation.context[_key(each)].flatten(0, 1) for each in found.beside}
         tensors[found.element] = layout.tensor(representation)
-        # Clones, because an activation in place would write into the representation.
-        clones = {element: tensor.clone() for element, tensor in tensors.items()}
-        values = {place: clone for element, clone in clones.items() for place in found.places(element)}
+        values = {place: tensor for element, tensor in tensors.items() for place in found.places(element)}
         blank = representation.values.new_zeros(representation.batch, len(self.preprocessing.mean), *size)
         with playing(self.model, values):
             return self._output(blank)

@@ -1,6 +1,6 @@
 """timm models by name, folder, checkpoint or description: building, loading, and which adapter reads them.
 
-VisionTransformer and its subclasses     timm_transformer.py, exact, with half-steps
+VisionTransformer and its subclasses     vit.py, exact, with half-steps
 every other with forward_intermediates   timm_intermediates.py, read off one observed pass
 """
 
@@ -22,7 +22,7 @@ from backsight.targets import sources
 from backsight.targets.base import Family, Preprocessing, Target, seeded
 from backsight.targets.sources import HUB_PREFIXES, Source
 from backsight.targets.timm_intermediates import TimmIntermediates
-from backsight.targets.timm_transformer import TimmTransformer
+from backsight.targets.vit import TimmTransformer
 
 # Listed by `backsight targets`; any other name of timm works too.
 LISTED = (

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Predictions, Representation, Tokens
-from backsight.targets.base import PIXELS, Site, Size, Stage
+from backsight.targets.base import PIXELS, Size, Stage
 from backsight.targets.hugging_face import Architecture, TransformersTarget, family
-from backsight.targets.replay import Place, playing
+from backsight.targets.hooks import Place, playing
 
 EMBEDDINGS, NORM, PREDICTIONS = "embeddings", "layernorm", "predictions"
 
@@ -72,13 +72,13 @@ class Yolos(TransformersTarget):
             return Stage("patch_embedding", depth, *sizes)
         return Stage("blocks" if depth else "norm", depth, *sizes)
 
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        return {tap: self._site(tap) for tap in taps if tap != PREDICTIONS}
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
+        return {tap: self._place(tap) for tap in taps if tap != PREDICTIONS}
 
-    def _site(self, tap: str) -> Site:
+    def _place(self, tap: str) -> Place:
         if tap.endswith(".attn"):
-            return Site(self._layer(tap).layernorm_after, "input")
-        return Site(self.model.vit.get_submodule(tap))
+            return Place(f"vit.{tap.removesuffix('.attn')}.layernorm_after", side="input")
+        return Place(f"vit.{tap}")
 
     def _layer(self, tap: str) -> Any:
         return self.model.vit.encoder.layer[int(tap.split(".")[2])]

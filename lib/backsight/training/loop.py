@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from backsight.data.distributed import average, is_first, processes, wait_for_all
 from backsight.errors import BacksightError
+from backsight.targets.base import seeded
 from backsight.training.muon import Optimizers
 
 HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
@@ -67,15 +68,6 @@ def faster_in_bfloat16(modules: Iterable[nn.Module] = ()) -> bool:
     has = torch.cpu.get_capabilities()
     wide = any(min(p.shape[0], p[0].numel()) >= WIDE for m in modules for p in m.parameters() if p.ndim > 1)
     return wide and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """A seeded random state inside; the caller's own is put back on leaving."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:

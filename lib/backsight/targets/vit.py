@@ -11,8 +11,8 @@ norm that CLIP-like models put before the blocks. `norm` is a tap only where the
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,19 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.representation import Representation, Tokens
-from backsight.targets.base import (
-    PIXELS,
-    Preprocessing,
-    Site,
-    Size,
-    Stage,
-    Target,
-)
+from backsight.representation import Grid, Representation, Tokens
+from backsight.targets.base import PIXELS, Preprocessing, Size, Stage, Target, redrawn
+from backsight.targets.hooks import Place
 
 
 class TimmTransformer(Target):
-    """A timm VisionTransformer. Its output is logits (B, K), or pooled features where it has no head."""
+    """A timm VisionTransformer. Its output is logits (B, K), or pooled features where it has no head.
+
+    preprocessing: default that of the model's own configuration. Warns where the patches leave a strip of pixels out.
+    """
 
     kind = "classifier"
     model: Any
@@ -53,11 +50,19 @@ class TimmTransformer(Target):
                 f"{name} is a {type(model).__name__}, not one of timm's VisionTransformers: "
                 "use module_target() for other models."
             )
+        self._halves = [_half_step(block) for block in model.blocks]
         super().__init__(model, name, preprocessing or _preprocessing(model), weights, classes, taps)
+        height, width = (side % cell for side, cell in zip(self.image_size, self.reduction, strict=True))
+        if (height or width) and not self.model.patch_embed.dynamic_img_pad:
+            warnings.warn(
+                f"{name}: images of {self.image_size} in patches of {self.reduction}: the last {height} rows and "
+                f"{width} columns of pixels lie in no token.",
+                stacklevel=2,
+            )
 
     @property
     def available_taps(self) -> tuple[str, ...]:
-        return self._taps_with(halves=self._half_step_refusal() is None)
+        return self._taps_with(halves=None not in self._halves)
 
     def _taps_with(self, halves: bool) -> tuple[str, ...]:
         taps = ["patch_embed"]
@@ -65,42 +70,41 @@ class TimmTransformer(Target):
             taps += [f"blocks.{index}.attn", f"blocks.{index}"] if halves else [f"blocks.{index}"]
         return (*taps, *(() if isinstance(self.model.norm, nn.Identity) else ("norm",)))
 
-    def _half_step_refusal(self) -> str | None:
-        for index, block in enumerate(self.model.blocks):
-            if _half_step(block) is None:
-                return (
-                    f"blocks.{index} of {self.name} is a {type(block).__name__}, in which attention and MLP do not "
-                    "follow one another: there is no state between them"
-                )
-        return None
+    def _half_step_refusal(self) -> str:
+        index = self._halves.index(None)
+        return (
+            f"blocks.{index} of {self.name} is a {type(self.model.blocks[index]).__name__}, in which attention and MLP "
+            "do not follow one another: there is no state between them"
+        )
 
     def tap_set(self, name: str) -> tuple[str, ...]:
         if name == "components":
             return ("patch_embed", f"blocks.{len(self.model.blocks) - 1}")
-        if name == "fine" and (reason := self._half_step_refusal()):
-            raise BacksightError(f'{reason}, so use taps="blocks".')
+        if name == "fine" and None in self._halves:
+            raise BacksightError(f'{self._half_step_refusal()}, so use taps="blocks".')
         return self._taps_with(halves=name == "fine")
 
     def _unknown_tap(self, tap: str) -> str:
-        if tap.endswith(".attn") and (reason := self._half_step_refusal()):
-            return f"{reason}, so {tap!r} is not a tap."
+        if tap.endswith(".attn") and None in self._halves:
+            return f"{self._half_step_refusal()}, so {tap!r} is not a tap."
         return super()._unknown_tap(tap)
 
     @property
     def reduction(self) -> Size:
-        embedding = self.model.patch_embed
-        return embedding.img_size[0] // embedding.grid_size[0], embedding.img_size[1] // embedding.grid_size[1]
+        down, across = self.model.patch_embed.feat_ratio(as_scalar=False)
+        return down, across
 
     def check_size(self, size: Size) -> None:
+        embedding = self.model.patch_embed
         if not self.model.dynamic_img_size:
-            if tuple(size) != tuple(self.model.patch_embed.img_size):
+            if tuple(size) != tuple(embedding.img_size):
                 raise BacksightError(
-                    f"{self.name} takes images of exactly {tuple(self.model.patch_embed.img_size)} "
-                    f"(height, width), not {tuple(size)}."
+                    f"{self.name} takes images of exactly {tuple(embedding.img_size)} (height, width), "
+                    f"not {tuple(size)}."
                 )
             return
         down, across = self.reduction
-        if size[0] < down or size[1] < across or size[0] % down or size[1] % across:
+        if min(size) < 1 or (not embedding.dynamic_img_pad and (size[0] % down or size[1] % across)):
             raise BacksightError(
                 f"{self.name} takes images whose height is a multiple of {down} and whose width is a multiple of "
                 f"{across}, not {tuple(size)}."
@@ -117,46 +121,37 @@ class TimmTransformer(Target):
             return Stage("patch_embedding", depth, heads, hidden)
         return Stage("blocks" if depth else "norm", depth, heads, hidden)
 
-    def _sites(self, taps: Sequence[str]) -> dict[str, Site]:
-        return {tap: self._site(tap) for tap in taps}
+    def _places(self, taps: Sequence[str]) -> dict[str, Place]:
+        return {tap: self._place(tap) for tap in taps}
 
-    def _site(self, tap: str) -> Site:
+    def _place(self, tap: str) -> Place:
         if tap == "patch_embed":
-            return Site(self.model.blocks[0], "input")
-        if tap == "norm":
-            return Site(self.model.norm)
-        block = self.model.blocks[_block_index(tap)]
+            return Place("blocks.0", side="input")
         if not tap.endswith(".attn"):
-            return Site(block)
-        half = _half_step(block)
-        assert half is not None
-        return Site(half[0], "input")
+            return Place(tap)
+        inner, _ = self._halves[_block_index(tap)]  # type: ignore[misc]
+        return Place(f"{tap.removesuffix('.attn')}.{inner}", side="input")
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
     ) -> dict[str, Representation]:
-        height, width = images.shape[2:]
-        down, across = self.reduction
-        grid = (height // down, width // across)
+        grid: Grid = tuple(self.model.patch_embed.dynamic_feat_size(images.shape[2:]))
         return {tap: Tokens(seen[tap], (grid,), self.model.num_prefix_tokens) for tap in taps}
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Tensor:
-        if padding is not None and bool(padding.any()):
-            raise BacksightError(
-                f"{self.name} has no attention mask, so padded pixels would count as picture: "
-                "crop or stretch the images instead of padding them."
-            )
+        self._refuse_padding(padding)
         return self.model(images)
 
     def _rest(self, tap: str, representation: Any) -> Tensor:
-        if not isinstance(representation, Tokens) or representation.channels != self.model.embed_dim:
+        prefix, channels = self.model.num_prefix_tokens, self.model.embed_dim
+        if (
+            not isinstance(representation, Tokens)
+            or representation.channels != channels
+            or representation.prefix != prefix
+        ):
             raise BacksightError(
-                f"{tap} of {self.name} holds tokens of {self.model.embed_dim} channels, "
+                f"{tap} of {self.name} holds tokens of {channels} channels behind {prefix} prefix tokens, "
                 f"not a representation {representation.signature}."
-            )
-        if representation.prefix != self.model.num_prefix_tokens:
-            raise BacksightError(
-                f"{tap} of {self.name} has {self.model.num_prefix_tokens} prefix tokens, not {representation.prefix}."
             )
         values = representation.values
         if tap == "norm":
@@ -165,33 +160,29 @@ class TimmTransformer(Target):
         if tap != "patch_embed":
             following = _block_index(tap) + 1
             if tap.endswith(".attn"):
-                half = _half_step(self.model.blocks[_block_index(tap)])
-                assert half is not None
-                values = half[1](values)
+                values = self._halves[_block_index(tap)][1](self.model.blocks[_block_index(tap)], values)  # type: ignore[index]
         for block in self.model.blocks[following:]:
             values = block(values)
         return self.model.forward_head(self.model.norm(values))
 
     def _randomised(self) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        model.init_weights(needs_reset=True)
-        return model
+        return redrawn(self.model, lambda model: model.init_weights(needs_reset=True), self.name)
 
 
 def _block_index(tap: str) -> int:
     return int(tap.split(".")[1])
 
 
-def _half_step(block: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+def _half_step(block: Any) -> tuple[str, Callable[[Any, Tensor], Tensor]] | None:
     """(module whose input is the residual stream after attention, the rest of the block), None if there is none."""
     from timm.models import vision_transformer as vit
 
     if isinstance(block, vit.Block):
-        return block.norm2, lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return "norm2", lambda block, x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     if isinstance(block, vit.ResPostBlock):
-        return block.mlp, lambda x: x + block.drop_path2(block.norm2(block.mlp(x)))
+        return "mlp", lambda block, x: x + block.drop_path2(block.norm2(block.mlp(x)))
     if isinstance(block, vit.ParallelThingsBlock):
-        return block.ffns[0], lambda x: x + torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
+        return "ffns.0", lambda block, x: x + torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
     return None
 
 
@@ -209,12 +200,6 @@ def _preprocessing(model: Any) -> Preprocessing:
     from timm.data import resolve_model_data_config
 
     data = resolve_model_data_config(model)
-    size = tuple(model.patch_embed.img_size or data["input_size"][1:])
-    return Preprocessing(
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        size=(size[0], size[1]),
-        interpolation=data["interpolation"],
-        crop_fraction=float(data["crop_pct"]),
-        square=size[0] == size[1],
-    )
+    height, width = model.patch_embed.img_size or data["input_size"][1:]
+    crop = float(data["crop_pct"])
+    return Preprocessing(data["mean"], data["std"], (height, width), data["interpolation"], crop, height == width)

@@ -1,0 +1,438 @@
+"""The only file that registers a hook: read, replace and survey what the modules of a model return.
+
+    watching(model, look)           every call of every module in one pass
+    recording(model, places)        what lies at places
+    playing(model, values)          the same pass with other values at places: the rest of a model behind a tap
+    observe(model, run, images)     every call of one pass, in order: shapes, and which tensors are cuts
+    frozen(model)                   passes that leave a model of the user exactly as it was
+
+A *cut* is a tensor through which everything goes that the output knows of the image. It is found exactly, from the
+graph that autograd keeps of one pass: all paths from the output back to the image run through a cut, and none reads it
+before the module returns (an earlier tensor that is returned once more is no cut there).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backsight.errors import BacksightError
+
+Element = tuple[int | str, ...]
+Edge = tuple[Any, int]  # where a tensor comes out of autograd's graph: (node, which of its outputs)
+Look = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor in what a module returns (or is given).
+
+    module: path in named_modules(), "" for the model itself; call: which of its calls in a pass, from 0; element:
+    keys that lead to the tensor in a tuple, list, dictionary or data class, () for the output itself; side: "output",
+    "input" for the first argument, or "stream": the same, but what is played is written into the tensor itself, for
+    models that go on with it outside of the module (x = x + attention(x)).
+    """
+
+    module: str
+    call: int = 0
+    element: Element = ()
+    side: Literal["output", "input", "stream"] = "output"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A float tensor that a module returns.
+
+    cut: of the pass; used: the output knows of it; same: a number that equal tensors of one pass share (a block and the
+    container that ends with it), -1 where no path leads from the images to it; value: None unless it was to be kept, or
+    where the model has written into it since.
+    """
+
+    element: Element
+    shape: tuple[int, ...]
+    cut: bool
+    same: int = -1
+    used: bool = False
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module's call in a pass: its path, class and number; cut: are all that it returns, taken together, one."""
+
+    path: str
+    kind: str
+    number: int
+    found: tuple[Found, ...]
+    cut: bool = False
+    given: Found | None = None  # its first argument, where that is a float tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """calls: in the order in which they end; reason: why no cuts could be found from the images on, or ""."""
+
+    calls: tuple[Call, ...]
+    reason: str = ""
+
+
+def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]]:
+    """Every floating-point tensor in nested tuples, lists, dictionaries and data classes, with its keys, in order."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and not output.is_nested:
+            yield at, output
+        return
+    if isinstance(output, Mapping):  # ModelOutput of transformers is one, too
+        parts: Any = output.items()
+    elif isinstance(output, (tuple, list)):
+        parts = enumerate(output)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        parts = ((field.name, getattr(output, field.name)) for field in dataclasses.fields(output))
+    else:
+        return
+    for key, part in parts:
+        yield from tensors_in(part, (*at, key))
+
+
+def element_of(output: Any, element: Element) -> Any:
+    """What these keys lead to. Raises LookupError or AttributeError where they lead nowhere."""
+    for key in element:
+        if isinstance(output, Mapping):
+            output = output[key]
+        else:
+            output = output[int(key)] if isinstance(output, (tuple, list)) else getattr(output, str(key))
+    return output
+
+
+def with_element(output: Any, element: Element, value: Any) -> Any:
+    """The same output with another value there; the original is left as it is."""
+    if not element:
+        return value
+    key, *rest = element
+    inner = with_element(element_of(output, (key,)), tuple(rest), value)
+    if isinstance(output, tuple):
+        parts: list[Any] = list(output)
+        parts[int(key)] = inner
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if isinstance(output, (Mapping, list)):
+        changed: Any = copy.copy(output)
+        changed[key] = inner
+        return changed
+    return dataclasses.replace(output, **{str(key): inner})
+
+
+@contextmanager
+def watching(model: nn.Module, look: Look, enter: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Call look(path, module, arguments, named arguments, output) after every call of every module.
+
+    enter(module, arguments, named arguments): before each call; what it returns, if not None, takes their place.
+    """
+    handles = []
+    try:
+        for path, module in model.named_modules():
+
+            def after(module: nn.Module, given: Any, named: Any, output: Any, path: str = path) -> None:
+                look(path, module, given, named, output)
+
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+            if enter is not None:
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recording(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
+    """What lies at these places in one pass; a key that never ran is missing after it.
+
+    A tensor is copied, because a later in-place activation would write into it.
+    """
+    seen: dict[str, Any] = {}
+
+    def reader(name: str, place: Place) -> Callable[[Any], None]:
+        def read(value: Any) -> None:
+            value = element_of(value, place.element)
+            seen[name] = value.clone() if isinstance(value, Tensor) else value
+
+        return read
+
+    with ExitStack() as stack:
+        for name, place in places.items():
+            stack.enter_context(_visiting(model, place, reader(name, place)))
+        yield seen
+
+
+@contextmanager
+def playing(model: nn.Module, values: Mapping[Place, Tensor]) -> Iterator[None]:
+    """One pass with copies of these tensors at their places.
+
+    An output is replaced before and after the model's own hooks, some of which only read it, and some change it.
+    Raises BacksightError where a shape differs.
+    """
+
+    def writer(place: Place, value: Tensor) -> Callable[[Any], Any]:
+        def write(output: Any) -> Any:
+            present = element_of(output, place.element)
+            if present.shape != value.shape:
+                raise BacksightError(
+                    f"{place.module} returns {tuple(present.shape)} here, and {tuple(value.shape)} cannot stand for it."
+                )
+            if place.side != "stream":
+                return with_element(output, place.element, value)
+            present.copy_(value)
+            return None
+
+        return write
+
+    with ExitStack() as stack:
+        for place, value in values.items():
+            write = writer(place, value.clone())
+            stack.enter_context(_visiting(model, place, write, prepend=True))
+            if place.side == "output":
+                stack.enter_context(_visiting(model, place, write))
+        yield
+
+
+@contextmanager
+def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepend: bool = False) -> Iterator[None]:
+    """Call `visit` with what is at the place; what it returns, if not None, takes that place."""
+    calls = 0
+
+    def visited(value: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        changed = visit(value) if calls == place.call + 1 else None
+        return value if changed is None else changed
+
+    def after(_module: nn.Module, _given: Any, output: Any) -> Any:
+        return visited(output)
+
+    def before(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if given:
+            return (visited(given[0]), *given[1:]), named
+        first = next(iter(named))
+        return given, {**named, first: visited(named[first])}
+
+    module = model.get_submodule(place.module)
+    if place.side == "output":
+        handle = module.register_forward_hook(after, prepend=prepend)
+    else:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Cuts
+
+
+def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool = False) -> Observation:
+    """One pass of `run` on the images, seen from every module; the model is frozen and in eval().
+
+    keep: the tensors too. Where autograd loses the images (no_grad, a leaf that is written into), the graph is begun at
+    the input of the first module without children; where it cannot be had at all, there are no cuts.
+    """
+    reason = ""
+    for inside in (False, True):
+        try:
+            calls, traced = _observed(model, run, images, keep, inside)
+        except BacksightError:
+            raise
+        except Exception as error:  # of the user's own model, under gradients
+            reason = reason or f"its pass fails while gradients are traced ({type(error).__name__}: {error})"
+            continue
+        if traced:
+            return Observation(calls, f"{reason}; cuts are those behind the first module" if inside else "")
+        reason = reason or (
+            "its output has no gradient with respect to the images (no_grad, inference_mode, detach or a discrete step)"
+        )
+    with torch.no_grad():
+        return Observation(_observed(model, run, images, keep)[0], reason)
+
+
+def _observed(
+    model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool, inside: bool | None = None
+) -> tuple[tuple[Call, ...], bool]:
+    """(calls, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
+    seen: list[tuple[str, str, int, list[_Read], _Read | None]] = []
+    counts: Counter[str] = Counter()
+    given_to: list[_Read | None] = []  # of the calls that have not ended
+    starts: list[Tensor] = []
+
+    def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = given[0] if given else next(iter(named.values()), None)
+        plain = next(tensors_in(first), ((0,), None))[0] == ()
+        if inside and not starts and plain and given and next(module.children(), None) is None:
+            torch.set_grad_enabled(True)  # until the end of the no_grad around it
+            starts.append(first.detach().requires_grad_(True).clone())
+            given = (starts[0], *given[1:])
+        given_to.append(_Read.of((), given[0] if given else first, False) if plain else None)
+        return given, named
+
+    def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
+        read = [_Read.of(element, tensor, keep) for element, tensor in tensors_in(output)]
+        seen.append((path, type(module).__name__, counts[path], read, given_to.pop()))
+        counts[path] += 1
+
+    with torch.set_grad_enabled(inside is not None), watching(model, look, enter):
+        start = images.detach().clone().requires_grad_(inside is False)
+        if inside is False:  # a copy, because a model may write into its input, and autograd protects a leaf
+            starts.append(start := start.clone())
+        output = run(start)
+    graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
+    numbers: dict[Edge | None, int] = {None: -1}
+    for *_, read, given in seen:
+        for one in (*read, given):
+            if one is not None:
+                numbers.setdefault(one.edge, len(numbers) - 1)
+
+    def found(one: _Read) -> Found:
+        value = one.value if one.value is not None and one.value._version == one.version else None
+        cut, used = graph.is_cut(one.edge, one.clock), graph.knows(one.edge)
+        return Found(one.element, one.shape, cut, numbers[one.edge], used, value)
+
+    calls = []
+    for path, kind, number, read, given in seen:
+        together = graph.all_pass({one.edge for one in read if one.edge is not None}, read[0].clock if read else 0)
+        calls.append(
+            Call(path, kind, number, tuple(map(found, read)), together, None if given is None else found(given))
+        )
+    return tuple(calls), bool(starts) and graph.knows(_edge(starts[0]))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A tensor as a hook has seen it; clock: autograd's, then."""
+
+    element: Element
+    shape: tuple[int, ...]
+    edge: Edge | None
+    clock: int
+    value: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, element: Element, tensor: Tensor, keep: bool) -> _Read:
+        value, version = (tensor.detach(), tensor._version) if keep else (None, 0)
+        return cls(element, tuple(tensor.shape), _edge(tensor), torch.autograd._get_sequence_nr(), value, version)
+
+
+def _edge(tensor: Tensor) -> Edge | None:
+    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+
+
+class _Graph:
+    """What autograd keeps of one pass, from the output's tensors (roots) to the leaf."""
+
+    def __init__(self, roots: list[Edge]) -> None:
+        self.roots = roots
+        self.first_read: dict[Edge, int] = {}  # when the first operation read it, on autograd's clock
+        order: list[Any] = []  # every node after those that it reads from
+        entered: set[Any] = set()
+        pending = [(root, False) for root, _ in roots]
+        while pending:
+            node, done = pending.pop()
+            if done:
+                order.append(node)
+            elif node not in entered:
+                entered.add(node)
+                pending.append((node, True))
+                pending.extend((before, False) for before, _ in node.next_functions if before is not None)
+        # Paths are counted, exactly, as integers: down from a node to the leaf, up from the roots to an edge.
+        down: dict[Any, int] = {}
+        for node in order:
+            before = [other for other, _ in node.next_functions if other is not None]
+            down[node] = sum(down[other] for other in before) if before else 1
+        up: Counter[Any] = Counter(root for root, _ in roots)
+        through: Counter[Edge] = Counter(roots)
+        for node in reversed(order):
+            for edge in node.next_functions:
+                if edge[0] is not None:
+                    up[edge[0]] += up[node]
+                    through[edge] += up[node]
+                    clock = node._sequence_nr()
+                    self.first_read[edge] = min(clock, self.first_read.get(edge, clock))
+        total = sum(down[root] for root, _ in roots)
+        self.cuts = {edge for edge, paths in through.items() if paths * down[edge[0]] == total}
+        self.known = set(through)
+
+    def knows(self, edge: Edge | None) -> bool:
+        return edge in self.known
+
+    def is_cut(self, edge: Edge | None, clock: int) -> bool:
+        """Do all paths run through it, and has none read it before `clock`?"""
+        return edge in self.cuts and self.first_read.get(edge, clock) >= clock  # type: ignore[arg-type]
+
+    def all_pass(self, edges: set[Edge], clock: int) -> bool:
+        """Does no path from the roots to the leaf avoid these edges, read after `clock`?"""
+        if len(edges) < 2 or any(edge in self.cuts for edge in edges):
+            return any(self.is_cut(edge, clock) for edge in edges)
+        pending, entered = [edge for edge in self.roots if edge not in edges], set[Any]()
+        while pending:
+            node, _ = pending.pop()
+            if node in entered:
+                continue
+            entered.add(node)
+            before = [edge for edge in node.next_functions if edge[0] is not None]
+            if not before:
+                return False
+            early = node._sequence_nr() < clock
+            pending.extend(edge for edge in before if early or edge not in edges)
+        return bool(self.roots)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, without gradients of its parameters; after it, it is exactly as it was.
+
+    That is: the mode of every module, which parameters want gradients, what buffers hold, and the random states. A
+    model that draws random numbers draws the same ones in every such block. Compiled parts run uncompiled, and torch's
+    attention takes its ordinary path, because hooks see nothing of the fast ones.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The values of the buffers as they are now; one that a pass replaces (a cache that has grown) stays replaced.
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model of a user may draw from it)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        try:
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module, _ in modes:
+                module.training = False  # not eval(), which some models override
+            for parameter in wanting:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for module, mode in modes:
+                module.training = mode
+            for parameter in wanting:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    if not torch.equal(buffer, values):
+                        buffer.copy_(values)
