@@ -43,12 +43,12 @@ def test_map_needs_a_single_grid():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"values": torch.zeros(2, 6), "grids": ((2, 3),)}, "batch, tokens, channels"),
-        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 2),)}, "need 4 tokens"),
-        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "prefix": 1}, "need 7 tokens"),
+        ({"values": torch.zeros(2, 6), "grids": ((2, 3),)}, r"\(2, 6\)"),
+        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 2),)}, r"batch, 4, channels"),
+        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "prefix": 1}, r"batch, 7, channels"),
         ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "padding": torch.zeros(2, 5)}, "padding"),
-        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "position": torch.zeros(1, 6, 3)}, "positional"),
-        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "position": torch.zeros(3, 6, 4)}, "positional"),
+        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "position": torch.zeros(1, 6, 3)}, "position"),
+        ({"values": torch.zeros(2, 6, 4), "grids": ((2, 3),), "position": torch.zeros(3, 6, 4)}, "position"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(arguments, said):
@@ -59,7 +59,7 @@ def test_tokens_that_do_not_fit_are_refused(arguments, said):
 def test_queries_and_predictions_that_do_not_fit_are_refused():
     with pytest.raises(BacksightError, match="queries"):
         Queries(torch.zeros(2, 4))
-    with pytest.raises(BacksightError, match="holds 2 images"):
+    with pytest.raises(BacksightError, match="2 images"):
         Queries(torch.zeros(3, 5, 4), _tokens(2))
     with pytest.raises(BacksightError, match="boxes"):
         Predictions(torch.zeros(2, 5, 3), torch.zeros(2, 4, 4))
@@ -123,6 +123,13 @@ def test_prediction_values_are_distribution_and_box():
     again = predictions.replace(predictions.values)
     torch.testing.assert_close(again.values, predictions.values)
     assert torch.isfinite(predictions.replace(torch.zeros(2, 5, 7)).logits).all()
+
+
+def test_plain_is_all_that_an_inverse_may_read():
+    tokens = Tokens(_random(2, 6, 4), ((2, 3),), context={"beside": _random(2, 9)}, position=_random(1, 6, 4))
+    assert (tokens.plain().context, tokens.plain().position, tokens.plain().grids) == ({}, None, tokens.grids)
+    assert Queries(_random(2, 5, 3), tokens).plain().context is None
+    assert _tokens().plain().padding is not None
 
 
 def test_detach_leaves_no_graph_in_what_travels_along():

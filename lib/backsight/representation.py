@@ -1,15 +1,16 @@
 """What a tap holds, in one canonical form: tokens on grids, a set of object queries, or predictions.
 
-Axis orders of the models (NCHW, NHWC, tuples) exist only inside the target adapters; everything else in
-backsight reads these three classes.
+Axis orders of the models (NCHW, NHWC, tuples) exist only inside the targets; everything else in backsight reads these
+three classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,50 @@ MASK_CELLS = 16  # a side: a mask in more detail would make `values` as large as
 Index = int | slice | Sequence[int] | Tensor
 
 
+class _Batch:
+    """What the three have in common: tensors whose first axis is the batch, or 1 where all images share them."""
+
+    values: Any
+
+    @property
+    def batch(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.values.shape[2]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The function on every tensor that travels along."""
+
+        def applied(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: applied(part) for name, part in value.items()}
+            if isinstance(value, _Batch):
+                return value.apply(function)
+            return function(value) if isinstance(value, Tensor) else value
+
+        parts = {each.name: applied(getattr(self, each.name)) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+
+    def index(self, which: Index) -> Self:
+        """The images `which` of the batch (a number keeps the batch axis)."""
+        if isinstance(which, int):
+            which = [which]
+        rows = which.reshape(1) if isinstance(which, Tensor) and which.ndim == 0 else which
+        return self.apply(lambda tensor: tensor if len(tensor) == 1 < self.batch else tensor[rows])
+
+    def detach(self) -> Self:
+        return self.apply(Tensor.detach)
+
+    def to(self, *where: torch.device | torch.dtype | str) -> Self:
+        """As Tensor.to; a type is taken by floating-point tensors only."""
+        kinds = [each for each in where if not isinstance(each, torch.dtype)]
+        return self.apply(lambda tensor: tensor.to(*(where if tensor.is_floating_point() else kinds)))
+
+
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(_Batch):
     """Tokens on one or more grids, with the prefix (class, register) tokens first.
 
     values: (B, P + N, C); grids: ((h, w), …), row-major, areas sum to N; prefix: P;
@@ -41,34 +84,19 @@ class Tokens:
     context: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = tuple(self.values.shape)
-        if len(shape) != 3:
-            raise BacksightError(f"Tokens need values of shape (batch, tokens, channels), not {shape}.")
-        area = sum(height * width for height, width in self.grids)
-        if self.prefix + area != shape[1]:
+        shape, area = tuple(self.values.shape), sum(height * width for height, width in self.grids)
+        if len(shape) != 3 or self.prefix + area != shape[1]:
             raise BacksightError(
-                f"Tokens on the grids {self.grids} with {self.prefix} prefix tokens need "
-                f"{self.prefix + area} tokens, but the values have {shape[1]}."
+                f"Tokens on the grids {self.grids} behind {self.prefix} prefix tokens need values of shape "
+                f"(batch, {self.prefix + area}, channels), not {shape}."
             )
-        if self.padding is not None and tuple(self.padding.shape) != (shape[0], area):
-            raise BacksightError(
-                f"The padding of these tokens needs the shape {(shape[0], area)}, not {tuple(self.padding.shape)}."
-            )
-        if self.position is not None and (
-            tuple(self.position.shape[1:]) != (area, shape[2]) or self.position.shape[0] not in (1, shape[0])
-        ):
-            raise BacksightError(
-                f"The positional code of these tokens needs the shape (1 or {shape[0]}, {area}, {shape[2]}), "
-                f"not {tuple(self.position.shape)}."
-            )
-
-    @property
-    def batch(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.values.shape[2]
+        codes = {"padding": (self.padding, {(shape[0], area)})}
+        codes["position"] = (self.position, {(1, area, shape[2]), (shape[0], area, shape[2])})
+        for name, (tensor, fitting) in codes.items():
+            if tensor is not None and tuple(tensor.shape) not in fitting:
+                raise BacksightError(
+                    f"The {name} of tokens {shape} needs the shape {sorted(fitting)[0]}, not {tuple(tensor.shape)}."
+                )
 
     @property
     def patches(self) -> Tensor:
@@ -85,13 +113,17 @@ class Tokens:
         """Equal for two representations that the same inverse can read (the batch size does not count)."""
         return ("tokens", self.grids, self.prefix, self.channels)
 
+    def plain(self) -> Tokens:
+        """What an inverse may read: without position and context."""
+        return Tokens(self.values, self.grids, self.prefix, self.padding)
+
     def replace(self, values: Tensor) -> Tokens:
-        """The same grids, padding and position with other values, whose channels may differ.
+        """The same grids, padding, position and context with other values.
 
         A positional code is dropped where the number of channels changes.
         """
         position = self.position if values.shape[2] == self.channels else None
-        return replace(self, values=values, position=position)
+        return dataclasses.replace(self, values=values, position=position)
 
     def maps(self) -> tuple[Tensor, ...]:
         """One (B, C, h, w) map for each grid."""
@@ -105,35 +137,9 @@ class Tokens:
             raise BacksightError(f"These tokens have {len(self.grids)} grids {self.grids}: use maps(), not map().")
         return self.maps()[0]
 
-    def index(self, which: Index) -> Tokens:
-        """The images `which` of the batch (a number keeps the batch axis)."""
-        which = _keep_axis(which)
-        position = self.position
-        if position is not None and position.shape[0] == self.batch and self.batch > 1:
-            position = position[which]
-        padding = None if self.padding is None else self.padding[which]
-        context = {name: tensor[which] for name, tensor in self.context.items()}
-        return replace(self, values=self.values[which], padding=padding, position=position, context=context)
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Tokens:
-        """The function on every tensor that travels with the tokens."""
-        return replace(
-            self,
-            values=function(self.values),
-            padding=None if self.padding is None else function(self.padding),
-            position=None if self.position is None else function(self.position),
-            context={name: function(tensor) for name, tensor in self.context.items()},
-        )
-
-    def detach(self) -> Tokens:
-        return self.apply(Tensor.detach)
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return self.apply(lambda tensor: tensor.to(device))
-
 
 @dataclass(frozen=True, eq=False)
-class Queries:
+class Queries(_Batch):
     """A set of object queries.
 
     values: (B, Q, C); context: the encoder's output, which only `target.from_tap` may read (an inverse that
@@ -144,52 +150,28 @@ class Queries:
     context: Tokens | None = None
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 3:
+        if self.values.ndim != 3 or (self.context is not None and self.context.batch != self.batch):
+            context = "" if self.context is None else f", with a context of {self.context.batch} images"
             raise BacksightError(
-                f"Queries need values of shape (batch, queries, channels), not {tuple(self.values.shape)}."
+                f"Queries need values of shape (batch, queries, channels), not {tuple(self.values.shape)}{context}."
             )
-        if self.context is not None and self.context.batch != self.batch:
-            raise BacksightError(
-                f"The context of these queries holds {self.context.batch} images, the queries {self.batch}."
-            )
-
-    @property
-    def batch(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.values.shape[2]
 
     @property
     def signature(self) -> Hashable:
         """Equal for two representations that the same inverse can read."""
         return ("queries", self.values.shape[1], self.channels)
 
+    def plain(self) -> Queries:
+        """What an inverse may read: without context."""
+        return Queries(self.values)
+
     def replace(self, values: Tensor) -> Queries:
         """The same context with other values."""
-        return replace(self, values=values)
-
-    def index(self, which: Index) -> Queries:
-        """The images `which` of the batch (a number keeps the batch axis)."""
-        which = _keep_axis(which)
-        context = None if self.context is None else self.context.index(which)
-        return Queries(self.values[which], context)
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Queries:
-        """The function on every tensor that travels with the queries."""
-        context = None if self.context is None else self.context.apply(function)
-        return Queries(function(self.values), context)
-
-    def detach(self) -> Queries:
-        return self.apply(Tensor.detach)
-
-    def to(self, device: torch.device | str) -> Queries:
-        return self.apply(lambda tensor: tensor.to(device))
+        return dataclasses.replace(self, values=values)
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class Predictions(_Batch):
     """What a detector or a segmentation model says of each query.
 
     logits: (B, Q, K + 1) with activation "softmax", the last class is "no object"; (B, Q, K) with "sigmoid", where
@@ -203,19 +185,12 @@ class Predictions:
     masks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (
-            self.logits.ndim != 3
-            or self.boxes.shape[:2] != self.logits.shape[:2]
-            or tuple(self.boxes.shape[2:]) != (4,)
-        ):
+        queries, masks = self.logits.shape[:2], () if self.masks is None else tuple(self.masks.shape)
+        fits = self.logits.ndim == 3 and self.boxes.shape == (*queries, 4)
+        if not fits or (masks and (len(masks) != 4 or masks[:2] != queries)):
             raise BacksightError(
-                "Predictions need logits (batch, queries, classes) and boxes (batch, queries, 4), not "
-                f"{tuple(self.logits.shape)} and {tuple(self.boxes.shape)}."
-            )
-        if self.masks is not None and (self.masks.ndim != 4 or self.masks.shape[:2] != self.logits.shape[:2]):
-            raise BacksightError(
-                f"Predictions of {tuple(self.logits.shape[:2])} (batch, queries) need masks (batch, queries, height, "
-                f"width), not {tuple(self.masks.shape)}."
+                "Predictions need logits (batch, queries, classes), boxes (batch, queries, 4) and masks (batch, "
+                f"queries, h, w) or none, not {tuple(self.logits.shape)}, {tuple(self.boxes.shape)} and {masks}."
             )
 
     @property
@@ -260,6 +235,10 @@ class Predictions:
         """Equal for two representations that the same inverse can read."""
         return ("predictions", self.logits.shape[1], self.channels)
 
+    def plain(self) -> Predictions:
+        """What an inverse may read: all of it."""
+        return self
+
     def replace(self, values: Tensor) -> Predictions:
         """Predictions with these values (B, Q, classes + 4 + cells) in the layout of `values`.
 
@@ -273,22 +252,6 @@ class Predictions:
         shaped = None if self.masks is None else _logit(masks).unflatten(-1, cells)
         return Predictions(logits, boxes, self.activation, shaped)
 
-    def index(self, which: Index) -> Predictions:
-        """The images `which` of the batch (a number keeps the batch axis)."""
-        which = _keep_axis(which)
-        return self.apply(lambda tensor: tensor[which])
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Predictions:
-        """The function on logits, boxes and masks."""
-        masks = None if self.masks is None else function(self.masks)
-        return Predictions(function(self.logits), function(self.boxes), self.activation, masks)
-
-    def detach(self) -> Predictions:
-        return self.apply(Tensor.detach)
-
-    def to(self, device: torch.device | str) -> Predictions:
-        return self.apply(lambda tensor: tensor.to(device))
-
 
 def _logit(probabilities: Tensor) -> Tensor:
     tiny = torch.finfo(probabilities.dtype).eps
@@ -300,7 +263,7 @@ AnyRepresentation = TypeVar("AnyRepresentation", Tokens, Queries, Predictions)
 
 
 def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentation:
-    """Batches of the same tap, one after the other.
+    """Batches of the same tap, one after the other; what does not travel with all of them is dropped.
 
     Raises BacksightError if there is none, or if their signatures differ.
     """
@@ -312,49 +275,30 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
             raise BacksightError(
                 f"Representations of different form cannot be concatenated: {first.signature} and {other.signature}."
             )
-    if isinstance(first, Predictions):
-        predictions = [each for each in representations if isinstance(each, Predictions)]
-        masks = [each.masks for each in predictions if each.masks is not None]
-        return Predictions(
-            torch.cat([each.logits for each in predictions]),
-            torch.cat([each.boxes for each in predictions]),
-            first.activation,
-            torch.cat(masks) if len(masks) == len(predictions) else None,
-        )
-    values = torch.cat([each.values for each in representations])
-    if isinstance(first, Queries):
-        contexts = [each.context for each in representations if isinstance(each, Queries) and each.context]
-        complete = len(contexts) == len(representations)
-        return Queries(values, concatenate(contexts) if complete else None)
-    tokens = [each for each in representations if isinstance(each, Tokens)]
-    names = set.intersection(*(set(each.context) for each in tokens))
-    context = {name: torch.cat([each.context[name] for each in tokens]) for name in sorted(names)}
-    return Tokens(values, first.grids, first.prefix, _joined_padding(tokens), _joined_position(tokens), context)
+    parts = {each.name: _joined(each.name, representations) for each in dataclasses.fields(first)}
+    return dataclasses.replace(first, **parts)
 
 
-def _joined_padding(tokens: Sequence[Tokens]) -> Tensor | None:
-    if all(each.padding is None for each in tokens):
+def _joined(name: str, representations: Sequence[Any]) -> Any:
+    values = [getattr(each, name) for each in representations]
+    if name == "padding" and any(value is not None for value in values):
+        values = [_no_padding(each) if each.padding is None else each.padding for each in representations]
+    first = values[0]
+    if any(value is None for value in values):
         return None
-    return torch.cat(
-        [
-            each.patches.new_zeros(each.patches.shape[:2], dtype=torch.bool) if each.padding is None else each.padding
-            for each in tokens
-        ]
-    )
+    if isinstance(first, _Batch):
+        return concatenate(values)
+    if isinstance(first, Mapping):
+        names = set.intersection(*(set(value) for value in values))
+        return {key: torch.cat([value[key] for value in values]) for key in sorted(names)}
+    if not isinstance(first, Tensor):
+        return first
+    if name == "position":
+        if all(len(value) == 1 and torch.equal(value, first) for value in values):
+            return first
+        values = [value.expand(each.batch, -1, -1) for value, each in zip(values, representations, strict=True)]
+    return torch.cat(values)
 
 
-def _joined_position(tokens: Sequence[Tokens]) -> Tensor | None:
-    positions = [each.position for each in tokens if each.position is not None]
-    if len(positions) < len(tokens):
-        return None
-    if all(position.shape[0] == 1 and torch.equal(position, positions[0]) for position in positions):
-        return positions[0]
-    return torch.cat([p.expand(each.batch, -1, -1) for p, each in zip(positions, tokens, strict=True)])
-
-
-def _keep_axis(which: Index) -> slice | Sequence[int] | Tensor:
-    if isinstance(which, int):
-        return [which]
-    if isinstance(which, Tensor) and which.ndim == 0:
-        return which.reshape(1)
-    return which
+def _no_padding(tokens: Tokens) -> Tensor:
+    return tokens.patches.new_zeros(tokens.patches.shape[:2], dtype=torch.bool)
