@@ -12,8 +12,8 @@ next layer reads the normalised stream; reference points come from the learned q
 from __future__ import annotations
 
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.hooks import Place
+from backsight.targets.hugging_face import Architecture, family
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.hooks import Place
+from backsight.targets.hugging_face import Architecture, family
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn", "cross_attn": "cross_attn"}

@@ -16,8 +16,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.hooks import Place
+from backsight.targets.hugging_face import Architecture, family
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

@@ -32,8 +32,8 @@ from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Representation
 from backsight.targets.base import PIXELS, Stage
 from backsight.targets.detection import PREDICTIONS, PROBE, DetectionTarget, Level, Spot, flat, layer_spots
-from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.hooks import Place, playing
+from backsight.targets.hugging_face import Architecture, family
 
 BACKBONE = "model.pixel_level_module.encoder"
 PIXEL_DECODER = "pixel_level_module.decoder"

@@ -22,8 +22,8 @@ from backsight.errors import BacksightError
 from backsight.representation import Grid
 from backsight.targets.base import Size
 from backsight.targets.detection import DetectionTarget, Spot, halved, layer_spots
-from backsight.targets.hugging_face import Architecture, family
 from backsight.targets.hooks import Place
+from backsight.targets.hugging_face import Architecture, family
 
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}

@@ -21,8 +21,8 @@ from torch import Tensor
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Predictions, Representation, Tokens
 from backsight.targets.base import PIXELS, Size, Stage
-from backsight.targets.hugging_face import Architecture, TransformersTarget, family
 from backsight.targets.hooks import Place, playing
+from backsight.targets.hugging_face import Architecture, TransformersTarget, family
 
 EMBEDDINGS, NORM, PREDICTIONS = "embeddings", "layernorm", "predictions"
 
