@@ -1,7 +1,7 @@
 # make run    build the environment, then results/$(PRESET): every layer of both targets, the studies, and the page
 # make run PRESET=long  at the sizes of the committed run, results/reference
 # make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
-# make test   everything that is checked, with a pytest summary as the last line
+# make test   what is checked, with a pytest summary as the last line; make test-all: the slow tests too
 # make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
 # make bench  results/bench/*.csv, a quarter of an hour
 # make lint   style and types                    make clean   remove what these commands make
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS = $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
-.PHONY: run study test browser lab explore lint bench clean clean-venv install
+.PHONY: run study test test-all browser lab explore lint bench clean clean-venv install
 
 run: $(INSTALLED)
 	$(BIN)/snakemake --config preset=$(PRESET) --cores $(CORES) --rerun-incomplete --nolock --keep-going \
@@ -41,12 +41,12 @@ browser:
 				chromium fonts-dejavu-core >/dev/null && break; done || true; \
 	fi
 
-# One process for each file at a time; a test process or a kernel computes with one thread.
-test: $(INSTALLED) browser
+# One process for each file, or notebook, at a time; a test process or a kernel computes with one thread.
+test test-all: $(INSTALLED) browser
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 BACKSIGHT_RESULTS=$(CURDIR)/results/test \
 	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),--nbval $(NOTEBOOKS) --nbval-kernel-name python3 \
 		--nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 180) \
-		-n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_OPTIONS)
+		-n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 25 $(if $(filter test,$@),-m "not slow") $(PYTEST_OPTIONS)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks

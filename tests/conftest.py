@@ -18,18 +18,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 NotebookWriter = Callable[..., Path]
 # What takes longest, in this order; a test process that starts one of these last would keep the other waiting.
 LONGEST = (
-    "test_last_notebooks_run.py",
-    "test_first_notebooks_run.py",
+    "test_notebook_runs.py",
     "test_explorer_page.py",
     "test_graph_faults.py",
-    "test_snakefile.py",
-    "test_hierarchical_inverses.py",
+    "test_families.py",
     "test_timm_zoo.py",
     "test_processes.py",
-    "test_store.py",
     "test_training_faults.py",
-    "test_engine.py",
-    "test_plan.py",
+    "test_tradeoff.py",
+    "test_restated.py",
+    "test_stability_study.py",
+    "test_efficiency.py",
     "test_explorer.py",
     "test_gallery.py",
     "test_profiles.py",
@@ -82,11 +81,14 @@ def pytest_runtest_setup() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first.
+    """The longest files first; a file is one group of pytest-xdist, but each notebook is a group of its own.
 
-    nbval leaves out the notebooks that ask for it: notebook_runs re-executes them at smoke size.
+    nbval leaves out the notebooks that ask for it: test_notebook_runs executes them at smoke size.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        group = item.name if item.path.name == "test_notebook_runs.py" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
     left_out = [item for item in items if item.path.suffix == ".ipynb" and validated_at_smoke_size(item.path)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

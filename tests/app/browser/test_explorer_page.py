@@ -281,6 +281,7 @@ def test_the_exported_python_reproduces_the_exported_png(
     assert pictures(again) == shown  # the address is a link to the same view
 
 
+@pytest.mark.slow
 def test_the_page_in_jupyterlab(open_page: Any, tmp_path: Path, shot: Any) -> None:
     notebook = nbformat.read(project_root() / "notebooks" / "08_explorer.ipynb", as_version=4)
     last = next(
