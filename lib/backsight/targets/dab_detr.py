@@ -13,49 +13,37 @@ loss).
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
-from backsight.targets.detection import DetectionTarget, Spot, layer_spots
-from backsight.targets.hooks import Place
+from backsight.targets.detection import DetectionTarget, Spot
+from backsight.targets.hooks import Element, Place
 from backsight.targets.hugging_face import Architecture, family
 
-ATTENTION = {"attn": "self_attn_layer_norm"}
-CROSS_ATTENTION = {"attn": "self_attn", "cross_attn": "cross_attn"}
+STEPS = {"attn": "self_attn", "cross_attn": "cross_attn"}
 
 
 class DabDetr(DetectionTarget):
     """A transformers DabDetrForObjectDetection."""
 
-    maps_at = (0,)  # the backbone returns (maps with masks, positional codes)
+    one_level = True
+    layers_return = (0,)
+    decoder_steps = STEPS
 
-    @property
-    def _read_levels(self) -> tuple[int, ...]:
-        return (len(self._levels) - 1,)
-
-    def _spots(self) -> dict[str, Spot]:
-        config, levels = self.model.config, self._read_levels
-        coded: dict[str, Any] = {"levels": levels, "positioned": True}
-        spots = {
-            **self._backbone_spots(),
-            "projection": Spot("tokens", "projection", (Place("model.encoder", side="input"),), **coded),
-            **layer_spots("encoder", config.encoder_layers, ATTENTION, "tokens", "encoder", element=(0,), **coded),
-        }
-        if config.normalize_before:
-            spots["encoder.norm"] = Spot("tokens", "norm", (Place("model.encoder.norm"),), **coded)
-        feeding = Place("model.decoder.layernorm", call=config.decoder_layers - 1)
-        return {
-            **spots,
-            **layer_spots("decoder", config.decoder_layers, CROSS_ATTENTION, "queries", "decoder", element=(0,)),
-            "decoder.layernorm": Spot("queries", "norm", (feeding,)),
-        }
-
-    @property
-    def _memory(self) -> Spot:
-        leaving = Place("model.encoder", element=("last_hidden_state",))
-        return Spot("tokens", "encoder", (leaving,), self._read_levels, positioned=True)
+    def _map_at(self, number: int) -> Element:
+        return 0, number, 0  # the backbone returns (maps with masks, positional codes)
 
     def _codes(self) -> dict[int, Place]:
-        return {level: Place("model.backbone", element=(1, level)) for level in self._read_levels}
+        return {level: Place(self.backbone, element=(1, level)) for level in self._encoder_levels}
+
+    def _encoder_spots(self) -> dict[str, Spot]:
+        spots = super()._encoder_spots()
+        if self.model.config.normalize_before:
+            spots["encoder.norm"] = replace(self._encoded(Place("model.encoder.norm")), part="norm")
+        return spots
+
+    def _decoder_spots(self) -> dict[str, Spot]:
+        feeding = Place("model.decoder.layernorm", call=self.model.config.decoder_layers - 1)
+        return {**super()._decoder_spots(), "decoder.layernorm": Spot("queries", "norm", (feeding,))}
 
 
 ARCHITECTURE = Architecture(

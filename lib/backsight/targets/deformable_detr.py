@@ -15,44 +15,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backsight.targets.detection import DetectionTarget, Spot, flat, layer_spots
-from backsight.targets.hooks import Place
+from backsight.targets.detection import DetectionTarget, flat
 from backsight.targets.hugging_face import Architecture, family
-
-ATTENTION = {"attn": "self_attn_layer_norm"}
-CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}
 
 
 class DeformableDetr(DetectionTarget):
     """A transformers DeformableDetrForObjectDetection."""
-
-    @property
-    def _further_levels(self) -> int:
-        return max(0, int(self.model.config.num_feature_levels) - len(self._levels))
-
-    @property
-    def _all_levels(self) -> tuple[int, ...]:
-        return tuple(range(len(self._levels) + self._further_levels))
-
-    def _spots(self) -> dict[str, Spot]:
-        config, levels = self.model.config, self._all_levels
-        entering = Place("model.encoder", side="input")
-        return {
-            **self._backbone_spots(),
-            "projection": Spot("tokens", "projection", (entering,), levels, positioned=True),
-            **layer_spots(
-                "encoder", config.encoder_layers, ATTENTION, "tokens", "encoder", levels=levels, positioned=True
-            ),
-            **layer_spots("decoder", config.decoder_layers, CROSS_ATTENTION, "queries", "decoder"),
-        }
-
-    @property
-    def _memory(self) -> Spot:
-        leaving = Place("model.encoder", element=("last_hidden_state",))
-        return Spot("tokens", "encoder", (leaving,), self._all_levels, positioned=True)
-
-    def _codes(self) -> dict[int, Place]:
-        return {level: Place("model.position_embedding", call=level) for level in self._all_levels}
 
     def _code(self, level: int, code: Tensor) -> Tensor:
         return flat(code) + self.model.model.level_embed[level]

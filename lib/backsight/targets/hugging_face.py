@@ -56,20 +56,6 @@ LARGEST_HEIGHT = 480  # of a batch of images where the processor keeps the aspec
 LEGACY_KEYS = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
 
 
-class TransformersTarget(Target):
-    """A model of transformers with a `config`, from which the same architecture can be built again."""
-
-    model: Any
-
-    @property
-    def size_step(self) -> Size:
-        """Height and width of images are multiples of these."""
-        return self.reduction
-
-    def _randomised(self) -> nn.Module:
-        return type(self.model)(self.model.config)
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One model class of transformers, as its family describes it.
@@ -84,7 +70,7 @@ class Architecture:
     model_type: str
     config: str
     model: str
-    target: Callable[[Any, str, Preprocessing, str, Sequence[str]], TransformersTarget]
+    target: Callable[[Any, str, Preprocessing, str, Sequence[str]], Any]
     heads: tuple[str, ...] = ()
     spare: int = 0
     out_indices: Callable[[Mapping[str, Any]], list[int]] | None = None

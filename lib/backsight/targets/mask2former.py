@@ -18,24 +18,17 @@ Boxes are made from the masks, see `soft_boxes`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
-from backsight.representation import Predictions, Queries, Representation
-from backsight.targets.base import PIXELS, Stage
-from backsight.targets.detection import PREDICTIONS, PROBE, DetectionTarget, Level, Spot, flat, layer_spots
-from backsight.targets.hooks import Place, playing
+from backsight.representation import Predictions
+from backsight.targets.detection import ATTENTION, DetectionTarget, Level, Spot, flat, layer_spots
+from backsight.targets.hooks import Element, Place
 from backsight.targets.hugging_face import Architecture, family
 
-BACKBONE = "model.pixel_level_module.encoder"
 PIXEL_DECODER = "pixel_level_module.decoder"
 DECODER = "transformer_module.decoder"
 ENCODER_LEVELS = 3  # maps that the pixel decoder's encoder reads, in every published model and in the code
@@ -45,79 +38,54 @@ CROSS_FIRST = {"cross_attn": "cross_attn_layer_norm", "attn": "self_attn_layer_n
 class Mask2Former(DetectionTarget):
     """A transformers Mask2FormerForUniversalSegmentation. Its output is Predictions with masks."""
 
-    @cached_property
-    def _levels(self) -> tuple[Level, ...]:
-        """The backbone's maps, from fine to coarse; strides are measured on a blank image."""
-        backbone = self.model.get_submodule(BACKBONE)
-        blank = torch.zeros(1, len(self.preprocessing.mean), PROBE, PROBE, device=self.device)
-        with torch.no_grad():
-            maps = backbone(blank).feature_maps
-        strides = [(PROBE // each.shape[2], PROBE // each.shape[3]) for each in maps]
-        stages = self._swin_stages(len(maps))
-        if stages is not None:
-            return tuple(Level(stride, place, True) for stride, place in zip(strides, stages, strict=True))
-        return tuple(
-            Level(stride, Place(BACKBONE, element=("feature_maps", number)), number == len(maps) - 1)
-            for number, stride in enumerate(strides)
-        )
+    backbone = "model.pixel_level_module.encoder"
+    sequence_first = True
 
-    def _swin_stages(self, count: int) -> list[Place] | None:
-        """Where a Swin backbone's stages end, before the norm of each map and before the patches are merged."""
-        stages = getattr(
-            getattr(getattr(self.model.get_submodule(BACKBONE), "swin", None), "encoder", None), "layers", []
-        )
-        if len(stages) != count:
-            return None
-        return [
-            Place(f"{BACKBONE}.swin.encoder.layers.{number}.blocks.{len(stage.blocks) - 1}", element=(0,))
-            for number, stage in enumerate(stages)
-        ]
+    def _map_at(self, number: int) -> Element:
+        return "feature_maps", number
+
+    def _through_backbone(self, images: Tensor) -> Any:
+        return self.model.get_submodule(self.backbone)(images)
+
+    def _find_levels(self) -> tuple[Level, ...]:
+        """Of a Swin, where its stages end: before the norm of each map, and before the patches are merged."""
+        levels = super()._find_levels()
+        encoder = getattr(getattr(self.model.get_submodule(self.backbone), "swin", None), "encoder", None)
+        stages = [] if encoder is None else [len(stage.blocks) - 1 for stage in encoder.layers]
+        if len(stages) != len(levels):
+            return levels
+        blocks = [f"{self.backbone}.swin.encoder.layers.{n}.blocks.{last}" for n, last in enumerate(stages)]
+        places = [Place(block, element=(0,)) for block in blocks]
+        return tuple(Level(level.stride, place, True, "tokens") for level, place in zip(levels, places, strict=True))
 
     @property
     def _encoder_levels(self) -> tuple[int, ...]:
         """The coarsest first, as the model orders them."""
         return tuple(range(len(self._levels)))[: -ENCODER_LEVELS - 1 : -1]
 
-    @property
-    def _beside_encoder(self) -> Mapping[str, Place]:
-        """Maps that go around the encoder, to the features of the masks."""
-        count = int(self.model.model.pixel_level_module.decoder.num_fpn_levels)
-        return {f"backbone.{level}": self._levels[level].place for level in range(count)}
+    def _encoded(self, place: Place) -> Spot:
+        """Beside the encoder, maps go around it, to the features of the masks."""
+        around = range(int(self.model.model.pixel_level_module.decoder.num_fpn_levels))
+        return replace(super()._encoded(place), beside={f"backbone.{n}": self._levels[n].place for n in around})
 
-    def _backbone_spots(self) -> dict[str, Spot]:
-        spots = super()._backbone_spots()
-        if self._swin_stages(len(self._levels)) is None:
-            return spots
-        return {tap: replace(spot, kind="tokens") for tap, spot in spots.items()}
+    def _encoder_spots(self) -> dict[str, Spot]:
+        module = f"{PIXEL_DECODER}.encoder"
+        entering = self._encoded(Place(f"model.{module}", side="input"))
+        layers = layer_spots(module, self.model.config.encoder_layers, ATTENTION, entering, (0,))
+        named = {tap.removeprefix(f"{PIXEL_DECODER}."): spot for tap, spot in layers.items()}
+        return {"projection": replace(entering, part="projection"), **named}
 
-    def _spots(self) -> dict[str, Spot]:
-        config = self.model.config
-        on_maps: dict[str, Any] = {"levels": self._encoder_levels, "beside": self._beside_encoder, "positioned": True}
-        entering = Place(f"model.{PIXEL_DECODER}.encoder", side="input")
-        encoder = layer_spots(
-            f"{PIXEL_DECODER}.encoder",
-            config.encoder_layers,
-            {"attn": "self_attn_layer_norm"},
-            "tokens",
-            "encoder",
-            (0,),
-            **on_maps,
-        )
-        layers = len(self.model.get_submodule(f"model.{DECODER}").layers)
-        decoder = layer_spots(DECODER, layers, {} if config.pre_norm else CROSS_FIRST, "queries", "decoder", (0,))
-        last = Place(f"model.{DECODER}.layernorm", call=layers)
-        return {
-            **self._backbone_spots(),
-            "projection": Spot("tokens", "projection", (entering,), **on_maps),
-            **{tap.removeprefix("pixel_level_module.decoder."): spot for tap, spot in encoder.items()},
-            **{tap.removeprefix("transformer_module."): spot for tap, spot in decoder.items()},
-            "decoder.layernorm": Spot("queries", "norm", (last,)),
-        }
+    def _decoder_spots(self) -> dict[str, Spot]:
+        count = len(self.model.get_submodule(f"model.{DECODER}").layers)
+        steps = {} if self.model.config.pre_norm else CROSS_FIRST
+        layers = layer_spots(DECODER, count, steps, Spot("queries", "decoder"), (0,))
+        last = Place(f"model.{DECODER}.layernorm", call=count)
+        named = {tap.removeprefix("transformer_module."): spot for tap, spot in layers.items()}
+        return {**named, "decoder.layernorm": Spot("queries", "norm", (last,))}
 
     @property
     def _memory(self) -> Spot:
-        leaving = Place(f"model.{PIXEL_DECODER}.encoder", element=("last_hidden_state",))
-        return Spot("tokens", "encoder", (leaving,), self._encoder_levels, beside=self._beside_encoder, positioned=True)
+        return self._encoded(Place(f"model.{PIXEL_DECODER}.encoder", element=("last_hidden_state",)))
 
     def _codes(self) -> dict[int, Place]:
         module = f"model.{PIXEL_DECODER}.position_embedding"
@@ -127,59 +95,19 @@ class Mask2Former(DetectionTarget):
         embedding = self.model.model.pixel_level_module.decoder.level_embed
         return flat(code) + embedding[self._encoder_levels.index(level)]
 
-    def stage(self, tap: str, previous: str) -> Stage:
-        """As of a detector; one number of heads serves encoder and decoder."""
-        self._refuse_order(tap, previous)
-        order, config = self.available_taps, self.model.config
-        steps = order[0 if previous == PIXELS else order.index(previous) + 1 : order.index(tap) + 1]
-        spots = [self.spots[step] for step in steps if step != PREDICTIONS]
-        depth = math.ceil(sum((spot.share for spot in spots), Fraction(0)))
-        parts = {spot.part for spot in spots}
-        heads = int(config.num_attention_heads)
-        encoder, decoder = (heads, int(config.encoder_feedforward_dim)), (heads, int(config.dim_feedforward))
-        if tap == PREDICTIONS or self.spots[tap].kind == "queries":
-            if previous == PIXELS or self.spots[previous].kind != "queries" or "decoder" in parts:
-                return Stage("decoder", depth, *decoder)
-            return (
-                Stage("heads", 0, heads, int(config.hidden_dim)) if tap == PREDICTIONS else Stage("norm", 0, *decoder)
-            )
-        if previous == PIXELS or parts == {"backbone"}:
-            return Stage("backbone", depth, *encoder)
-        return Stage("encoder" if depth else "projection", depth, *encoder)
-
-    def _canonical(
-        self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
-    ) -> dict[str, Representation]:
-        batch_first = {
-            key: value.transpose(0, 1) if key.startswith(f"model.{DECODER}.") else value for key, value in seen.items()
-        }
-        return super()._canonical(taps, batch_first, output, images, None)
+    @property
+    def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        config = self.model.config
+        return (
+            (config.num_attention_heads, config.encoder_feedforward_dim),
+            (config.num_attention_heads, config.dim_feedforward),
+        )
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
-        if padding is not None and bool(padding.any()):
-            raise BacksightError(
-                f"{self.name} takes a mask of padded pixels and does not read it, so padding would count as picture: "
-                "crop or stretch the images instead of padding them."
-            )
+        self._refuse_padding(padding)
         output = self.model(pixel_values=images)
         masks = output.masks_queries_logits
         return Predictions(output.class_queries_logits, soft_boxes(masks), "softmax", masks)
-
-    def _rest(self, tap: str, representation: Any) -> Predictions:
-        if tap == PREDICTIONS or self.spots[tap].kind != "queries":
-            return super()._rest(tap, representation)
-        queries = self._expect(tap, representation, Queries)
-        if queries.context is None:
-            raise BacksightError(
-                f"The rest of {self.name} behind {tap} reads the encoder's output, but these queries carry no "
-                "context: pass queries from record(), or give them one with dataclasses.replace."
-            )
-        size, _ = self._frame(tap, self._memory, queries.context)
-        values = dict(self._put(tap, self._memory, queries.context))
-        values[self.spots[tap].places[0]] = queries.values.transpose(0, 1)
-        blank = queries.values.new_zeros(queries.batch, len(self.preprocessing.mean), *size)
-        with playing(self.model, values):
-            return self._forward(blank, None)
 
 
 def soft_boxes(masks: Tensor) -> Tensor:
@@ -203,17 +131,6 @@ def soft_boxes(masks: Tensor) -> Tensor:
         centres.append(centre)
         sides.append((12 * variance).sqrt().clamp(max=1))
     return torch.stack([*centres, *sides], dim=-1)
-
-
-def _swin(embed: int, depths: Sequence[int], heads: Sequence[int], window: int) -> dict[str, Any]:
-    return {
-        "model_type": "swin",
-        "embed_dim": embed,
-        "depths": list(depths),
-        "num_heads": list(heads),
-        "window_size": window,
-        "out_features": [f"stage{number + 1}" for number in range(len(depths))],
-    }
 
 
 ARCHITECTURE = Architecture(

@@ -21,14 +21,9 @@ from typing import Literal
 from backsight.errors import BacksightError
 from backsight.representation import Grid
 from backsight.targets.base import Size
-from backsight.targets.detection import DetectionTarget, Spot, halved, layer_spots
+from backsight.targets.detection import ATTENTION, DetectionTarget, Spot, halved, layer_spots
 from backsight.targets.hooks import Place
 from backsight.targets.hugging_face import Architecture, family
-
-ATTENTION = {"attn": "self_attn_layer_norm"}
-CROSS_ATTENTION = {"attn": "self_attn_layer_norm", "cross_attn": "encoder_attn_layer_norm"}
-COCO_CLASSES = 80
-PROCESSOR = {"size": {"height": 640, "width": 640}, "do_normalize": False}
 
 
 class RtDetr(DetectionTarget):
@@ -38,12 +33,8 @@ class RtDetr(DetectionTarget):
     def _activation(self) -> Literal["softmax", "sigmoid"]:
         return "sigmoid" if self.model.config.use_focal_loss else "softmax"
 
-    @property
-    def _further_levels(self) -> int:
-        return max(0, int(self.model.config.num_feature_levels) - len(self._levels))
-
     def _grids(self, size: Size) -> tuple[Grid, ...]:
-        grids = [(size[0] // level.stride[0], size[1] // level.stride[1]) for level in self._levels]
+        grids = super()._grids(size)[: len(self._levels)]
         # All further levels are made of the encoder's coarsest map, none of another.
         return (*grids, *[halved(grids[-1])] * self._further_levels)
 
@@ -59,49 +50,37 @@ class RtDetr(DetectionTarget):
     def _least_tokens(self) -> int:
         return int(self.model.config.num_queries)
 
-    def _spots(self) -> dict[str, Spot]:
-        config, levels = self.model.config, self._read_levels
+    def _encoder_spots(self) -> dict[str, Spot]:
+        config, levels = self.model.config, tuple(range(len(self._levels)))
         entering = tuple(Place("model.encoder", element=(level,), side="input") for level in levels)
-        spots = {**self._backbone_spots(), "projection": Spot("maps", "projection", entering, levels)}
+        spots = {"projection": Spot("maps", "projection", entering, levels)}
         streams = {f"projection.{level}": place for level, place in zip(levels, entering, strict=True)}
         for number, level in enumerate(config.encode_proj_layers if config.encoder_layers else ()):
-            name = f"projection.{level}"
-            spots |= layer_spots(
-                f"encoder.aifi.{number}",
-                config.encoder_layers,
-                {} if config.normalize_before else ATTENTION,
-                "tokens",
-                "encoder",
-                levels=(level,),
-                positioned=True,
-                beside={each: place for each, place in streams.items() if each != name},
-            )
-            streams[name] = Place(f"model.encoder.aifi.{number}")
-        if top := len(levels) - 1:
+            beside = {name: place for name, place in streams.items() if name != f"projection.{level}"}
+            attended = Spot("tokens", "encoder", levels=(level,), beside=beside, coded=True)
+            steps = {} if config.normalize_before else ATTENTION
+            spots |= layer_spots(f"encoder.aifi.{number}", config.encoder_layers, steps, attended)
+            streams[f"projection.{level}"] = Place(f"model.encoder.aifi.{number}")
+        if top := levels[-1]:
             finest = Place(f"model.encoder.fpn_blocks.{top - 1}")
             down = (finest, *(Place(f"model.encoder.lateral_convs.{top - level}") for level in levels[1:]))
             up = (finest, *(Place(f"model.encoder.pan_blocks.{level - 1}") for level in levels[1:]))
             spots["encoder.fpn_blocks"] = Spot("maps", "convolution", down, levels, Fraction(top))
             spots["encoder.pan_blocks"] = Spot("maps", "convolution", up, levels, Fraction(top))
-        spots["decoder_input_proj"] = self._memory
-        return {**spots, **layer_spots("decoder", config.decoder_layers, CROSS_ATTENTION, "queries", "decoder")}
+        return {**spots, "decoder_input_proj": self._memory}
 
     @property
     def _memory(self) -> Spot:
-        levels = tuple(range(len(self._levels) + self._further_levels))
-        places = tuple(Place(f"model.decoder_input_proj.{level}") for level in levels)
-        return Spot("maps", "projection", places, levels)
+        places = tuple(Place(f"model.decoder_input_proj.{level}") for level in self._encoder_levels)
+        return Spot("maps", "projection", places, self._encoder_levels)
 
     def _codes(self) -> dict[int, Place]:
         config = self.model.config
-        if config.eval_size is not None:
-            return {}
-        return {
-            level: Place(f"model.encoder.aifi.{number}.position_embedding")
-            for number, level in enumerate(config.encode_proj_layers)
-        }
+        attended = enumerate(config.encode_proj_layers if config.eval_size is None else ())
+        return {level: Place(f"model.encoder.aifi.{number}.position_embedding") for number, level in attended}
 
 
+PROCESSOR = {"size": {"height": 640, "width": 640}, "do_normalize": False}
 FIRST = Architecture(
     "rt_detr",
     "RTDetrConfig",

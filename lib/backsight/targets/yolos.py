@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.representation import Grid, Predictions, Representation, Tokens
+from backsight.representation import Predictions, Representation, Tokens
 from backsight.targets.base import PIXELS, Size, Stage
+from backsight.targets.detection import PREDICTIONS, TransformersTarget
 from backsight.targets.hooks import Place, playing
-from backsight.targets.hugging_face import Architecture, TransformersTarget, family
+from backsight.targets.hugging_face import Architecture, family
 
-EMBEDDINGS, NORM, PREDICTIONS = "embeddings", "layernorm", "predictions"
+EMBEDDINGS, NORM = "embeddings", "layernorm"
 
 
 class Yolos(TransformersTarget):
@@ -34,17 +35,14 @@ class Yolos(TransformersTarget):
 
     @property
     def available_taps(self) -> tuple[str, ...]:
-        return self._taps_with(halves=True)
-
-    def _taps_with(self, halves: bool) -> tuple[str, ...]:
-        layers = range(self.model.config.num_hidden_layers)
-        steps = (".attn", "") if halves else ("",)
-        return (EMBEDDINGS, *(f"encoder.layer.{i}{step}" for i in layers for step in steps), NORM, PREDICTIONS)
+        return self.tap_set("fine")
 
     def tap_set(self, name: str) -> tuple[str, ...]:
+        layers = [f"encoder.layer.{index}" for index in range(self.model.config.num_hidden_layers)]
         if name == "components":
-            return (EMBEDDINGS, f"encoder.layer.{self.model.config.num_hidden_layers - 1}", PREDICTIONS)
-        return self._taps_with(halves=name == "fine")
+            return (EMBEDDINGS, layers[-1], PREDICTIONS)
+        steps = (".attn", "") if name == "fine" else ("",)
+        return (EMBEDDINGS, *(f"{layer}{step}" for layer in layers for step in steps), NORM, PREDICTIONS)
 
     @property
     def reduction(self) -> Size:
@@ -60,10 +58,7 @@ class Yolos(TransformersTarget):
 
     def stage(self, tap: str, previous: str) -> Stage:
         """What lies between two taps; to predictions from anywhere: decoder."""
-        self._refuse_order(tap, previous)
-        order = self.available_taps
-        steps = order[0 if previous == PIXELS else order.index(previous) + 1 : order.index(tap) + 1]
-        depth = math.ceil(sum(step.startswith("encoder.") for step in steps) / 2)
+        depth = math.ceil(sum(step.startswith("encoder.") for step in self._steps(tap, previous)) / 2)
         config = self.model.config
         sizes = (int(config.num_attention_heads), int(config.intermediate_size))
         if tap == PREDICTIONS:
@@ -73,69 +68,50 @@ class Yolos(TransformersTarget):
         return Stage("blocks" if depth else "norm", depth, *sizes)
 
     def _places(self, taps: Sequence[str]) -> dict[str, Place]:
-        return {tap: self._place(tap) for tap in taps if tap != PREDICTIONS}
-
-    def _place(self, tap: str) -> Place:
-        if tap.endswith(".attn"):
-            return Place(f"vit.{tap.removesuffix('.attn')}.layernorm_after", side="input")
-        return Place(f"vit.{tap}")
-
-    def _layer(self, tap: str) -> Any:
-        return self.model.vit.encoder.layer[int(tap.split(".")[2])]
+        """A half-step is what the second norm is given; the layer adds its MLP to the same tensor."""
+        return {
+            tap: Place(f"vit.{tap.removesuffix('.attn')}.layernorm_after", side="stream")
+            if tap.endswith(".attn")
+            else Place(f"vit.{tap}")
+            for tap in taps
+            if tap != PREDICTIONS
+        }
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
     ) -> dict[str, Representation]:
-        side = self.reduction[0]
-        grid = (images.shape[2] // side, images.shape[3] // side)
-        return {tap: output if tap == PREDICTIONS else self._tokens(seen[tap], grid) for tap in taps}
+        grid = (images.shape[2] // self.reduction[0], images.shape[3] // self.reduction[1])
+        count = 1 + grid[0] * grid[1]
+
+        def tokens(values: Tensor) -> Tokens:
+            parts = (values[:, :1], values[:, count:], values[:, 1:count])
+            return Tokens(torch.cat(parts, dim=1), (grid,), self._prefix)
+
+        return {tap: output if tap == PREDICTIONS else tokens(seen[tap]) for tap in taps}
 
     @property
     def _prefix(self) -> int:
         return 1 + int(self.model.config.num_detection_tokens)
 
-    def _tokens(self, values: Tensor, grid: Grid) -> Tokens:
-        """values: (B, 1 + N + D, C) as the model orders them."""
-        count = grid[0] * grid[1]
-        parts = (values[:, :1], values[:, 1 + count :], values[:, 1 : 1 + count])
-        return Tokens(torch.cat(parts, dim=1), (grid,), self._prefix)
-
     def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
-        if padding is not None and bool(padding.any()):
-            raise BacksightError(
-                f"{self.name} has no attention mask, so padded pixels would count as picture: "
-                "crop or stretch the images instead of padding them."
-            )
+        self._refuse_padding(padding)
         output = self.model(pixel_values=images)
         return Predictions(output.logits, output.pred_boxes)
 
     def _rest(self, tap: str, representation: Any) -> Predictions:
         if tap == PREDICTIONS:
-            if not isinstance(representation, Predictions):
-                raise BacksightError(self._misfit(tap, "predictions", representation))
-            return representation
-        width = int(self.model.config.hidden_size)
-        if (
-            not isinstance(representation, Tokens)
-            or (representation.channels, representation.prefix) != (width, self._prefix)
-            or len(representation.grids) != 1
-        ):
-            expected = f"tokens of {width} channels on one grid behind {self._prefix} prefix tokens"
-            raise BacksightError(self._misfit(tap, expected, representation))
-        values = torch.cat(
-            [representation.values[:, :1], representation.patches, representation.values[:, 1 : self._prefix]], dim=1
-        )
-        if tap.endswith(".attn"):  # the layer adds the stream itself to what its MLP makes of it
-            layer = self._layer(tap)
-            values = layer.output(layer.intermediate(layer.layernorm_after(values)), values)
-        height, width = (cells * self.reduction[0] for cells in representation.grids[0])
-        blank = values.new_zeros(representation.batch, len(self.preprocessing.mean), height, width)
-        with playing(self.model, {Place(f"vit.{tap.removesuffix('.attn')}"): values}):
+            return self._expect(tap, representation, Predictions)
+        tokens = self._expect(tap, representation, Tokens)
+        if tokens.prefix != self._prefix or len(tokens.grids) != 1:
+            raise BacksightError(
+                f"{tap} of {self.name} holds one grid behind {self._prefix} prefix tokens, not {tokens.grids} behind "
+                f"{tokens.prefix}."
+            )
+        values = torch.cat([tokens.values[:, :1], tokens.patches, tokens.values[:, 1 : self._prefix]], dim=1)
+        height, width = (cells * side for cells, side in zip(tokens.grids[0], self.reduction, strict=True))
+        blank = values.new_zeros(tokens.batch, len(self.preprocessing.mean), height, width)
+        with playing(self.model, {self._places([tap])[tap]: values}):
             return self._forward(blank, None)
-
-    def _misfit(self, tap: str, expected: str, representation: Any) -> str:
-        given = getattr(representation, "signature", type(representation).__name__)
-        return f"{tap} of {self.name} holds {expected}, not a representation {given}."
 
 
 ARCHITECTURE = Architecture(
