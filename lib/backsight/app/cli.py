@@ -117,11 +117,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     from backsight.app.runner import check_families, check_images, check_writable
-    from backsight.data.distributed import is_first
+    from backsight.data.distributed import processes
     from backsight.inverses.families import fit_and_save
     from backsight.project import shown
     from backsight.targets import load_target
 
+    first = processes().is_main_process  # asked before the target is loaded: each process has a GPU of its own
     families = [family.strip() for family in options.families.split(",")]
     check_families(families)
     check_images(options.images)
@@ -139,7 +140,7 @@ def _fit(options: argparse.Namespace) -> int:
         features=options.features,
         seed=options.seed,
     )
-    if is_first():
+    if first:
         print(f"{len(files)} inverses in {shown(options.out)}")
     return 0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.distributed import first_process_first, is_first, wait_for_all
+from backsight.data.distributed import processes
 from backsight.data.features import features_or_images
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
@@ -64,7 +64,7 @@ def fit(
     """
     function = _function(family)
     taken = inspect.signature(function).parameters
-    trained = "steps" in taken or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    trained = "steps" in taken
     common = {"taps": taps, "seed": seed, "progress": progress, "features": features, "checkpoint": checkpoint}
     if family == "modular_polished" and arguments.get("modules") is None:
         arguments["modules"] = fit("modular", target, images, validation, **common, **arguments)
@@ -78,24 +78,10 @@ def fit(
         return _solved(
             family, target if taps is None else target.select(taps), images, validation, seed, progress, arguments
         )
-    known = set(taken) | ({"steps", "batch_size", "checkpoint"} if trained else set())
-    if family == "direct" or family.startswith("modular"):
-        known -= {"linear"}  # until training: it means starts by pair there
-    if family == "modular_polished":  # until training
-        return Inverses(
-            function(
-                target,
-                images,
-                arguments["modules"].modules,
-                validation=validation,
-                seed=seed,
-                progress=progress,
-                **{name: value for name, value in arguments.items() if name in known and name != "modules"},
-            )
-        )
-    passed = {name: value for name, value in arguments.items() if name in known}
-    fitted = function(target, images, taps=taps, validation=validation, seed=seed, progress=progress, **passed)
-    return fitted if isinstance(fitted, Inverses) else Inverses(fitted)
+    passed = {name: value for name, value in arguments.items() if name in taken}
+    if "taps" in taken:
+        passed["taps"] = taps
+    return function(target, images, validation, seed=seed, progress=progress, **passed)
 
 
 def _function(family: str) -> Callable[..., Any]:
@@ -122,7 +108,7 @@ def fit_and_save(
     fit, each on its share of the images, and the first one opens what has to be made or recorded, and writes.
     Returns the files. Raises BacksightError as `open_images` and `fit` do.
     """
-    with first_process_first():
+    with processes().main_process_first():
         train = open_images(source, "train", target.image_size, train_images, seed)
         validation = open_images(source, "validation", target.image_size, validation_images, seed)
     fitted: dict[str, Inverses] = {}
@@ -130,9 +116,9 @@ def fit_and_save(
     for family in families:
         given = {"modules": fitted.get("modular"), "linear": fitted.get("linear"), "checkpoint": out / "checkpoints"}
         fitted[family] = fit(family, target, train, validation, seed=seed, **given, **training)
-        if is_first():
+        if processes().is_main_process:
             files += save(fitted[family], out)
-    wait_for_all()
+    processes().wait_for_everyone()
     return files
 
 

@@ -254,8 +254,7 @@ def _fit(
     modules: Mapping[str, Inverse] | None = None,
 ) -> dict[str, Inverse]:
     common: dict[str, Any] = {
-        "validation": validation,
-        "validation_images": setting.validation_images,
+        "validation": None if validation is None else next(batches(validation, setting.validation_images, seed, steps=1)),
         "steps": steps,
         "learning_rate": learning_rate,
         "batch_size": setting.batch_size,
@@ -265,17 +264,17 @@ def _fit(
     if method == "modular_polished":
         if modules is None:
             raise BacksightError("A polish starts from modules: give those of a `modular` training.")
-        return fit_polish(setting.target, images, modules, **common)
+        return fit_polish(setting.target, images, modules=modules, **common)
     pairs = setting.pairs(method)
-    common["linear"] = {pair: starts.maps.get(pair) if start == "closed_form" else None for pair in pairs}
+    common["starts"] = {pair: starts.maps.get(pair) if start == "closed_form" else None for pair in pairs}
     common["ridge_images"] = setting.ridge_images
     if method == "direct":
-        return fit_direct(setting.target, images, setting.judged, **common)
+        return fit_direct(setting.target, images, taps=setting.judged, **common)
     if method not in METHODS:
         raise BacksightError(f"There is no method {method!r}; {nearest(method, METHODS)}.")
     # The plain way of the paper: every module learns from the true representation, on its own squared error.
     plain: dict[str, Any] = {} if start == "closed_form" else {"chain_fraction": 0.0, "image_share": 0.0}
-    return fit_modular(setting.target, images, setting.taps(method), **common, **plain)
+    return fit_modular(setting.target, images, taps=setting.taps(method), **common, **plain)
 
 
 def train_once(

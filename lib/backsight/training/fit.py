@@ -2,39 +2,46 @@
 
     images ──► frozen target ──► taps           one pass a batch, whatever is trained
                                   │ │ │
-                       every tap's or stage's own module, loss and gradient, side by side
+                       every tap's or stage's own module, loss and gradient, one after the other
 
-All losses are squared errors divided by the variance of what is to be found, measured once before training: 1 is
-as bad as the mean, 0 is perfect, and stages are comparable.
+A training loss is a squared error divided by the variance of what is to be found: 1 is as bad as the mean, 0 is
+perfect. A validation loss is always that of the picture: what is returned is what was judged.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backsight.data.distributed import processes, share
-from backsight.data.features import FeatureStore
-from backsight.data.images import batches
+from backsight.data.distributed import average, processes, share
+from backsight.data.features import FeatureStore, _identity
+from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.inverses.layouts import PIXELS, Form, Pair, area, form_of, plan_layout
-from backsight.inverses.linear import LinearInverse, Request, fit_linear_requests, recorded_batches
-from backsight.inverses.module import Chain, Inverse, Moments, header_for
-from backsight.inverses.networks import LAYERS, design_for
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, recorded_batches
+from backsight.inverses.module import Chain, Inverse, Inverses, Moments, header_for
+from backsight.inverses.networks import design_for
 from backsight.representation import Queries, Representation, Tokens, concatenate
-from backsight.targets.base import Target
-from backsight.training.loop import Precision, seeded, train, training_device
+from backsight.targets.base import Target, seeded
+from backsight.training.loop import gpu_autocast, train
 
+Sample = FeatureStore | Tensor
+Images = ImageSource | FeatureStore | Tensor
+Starts = Mapping[Pair, LinearInverse | None]
+
+STEPS, POLISHING_STEPS = 400, 100
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
+RIDGE_IMAGES = 1024  # for closed-form starts
+VALIDATION_IMAGES = 128
 RECORDING_BATCH = 64
 KEPT_BYTES = 2**30  # of representations of validation images; what is beyond is computed anew at each validation
 START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
@@ -42,131 +49,92 @@ START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 
 
-@dataclass(frozen=True)
-class Training:
-    """How a fit trains; every fit takes these as keyword arguments.
+class Batch(NamedTuple):
+    """Images (B, 3, H, W) in [0, 1] and their representations, plain float32, on the target's device."""
 
-    batch_size: images of a step, of all processes together; patience: the training ends early after this many tenths
-    of its steps without a better validation loss; checkpoint: a file to resume from, written every `checkpoint_every`
-    steps, see `training.train`; workers: processes that read images ahead, "auto" by the machine; parts: equal parts of
-    a batch that go through the modules one after the other; recompute: the activations of layers are computed again on
-    the way back instead of kept (one more forward pass, less memory); precision: "auto" is bfloat16 where the
-    machine is faster with it; progress: whether to show a bar.
-    """
-
-    steps: int = 400
-    batch_size: int = 16
-    learning_rate: float = 4e-3
-    seed: int = 0
-    patience: int | None = None
-    checkpoint: Path | str | None = None
-    checkpoint_every: int = 200
-    workers: int | Literal["auto"] = "auto"
-    parts: int = 1
-    recompute: bool = False
-    precision: Precision = "auto"
-    progress: bool = True
+    images: Tensor
+    recorded: Mapping[str, Representation]
 
 
-class TrainingOptions(TypedDict, total=False):
-    """The fields of `Training`, as keyword arguments."""
+class Settings(NamedTuple):
+    """What the fits hand on; taps: recorded for every batch; identity: what a checkpoint must agree in besides."""
 
+    family: str
+    taps: Sequence[str]
     steps: int
     batch_size: int
     learning_rate: float
     seed: int
-    patience: int | None
     checkpoint: Path | str | None
-    checkpoint_every: int
-    workers: int | Literal["auto"]
-    parts: int
-    recompute: bool
-    precision: Precision
+    workers: int | None
     progress: bool
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images (B, 3, H, W) and, where a store holds them or they were kept, their representations."""
-
-    images: Tensor
-    recorded: Mapping[str, Representation] | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def parts(self, number: int) -> list[Batch]:
-        """Equal parts, as many as `number` where the images can be divided so."""
-        pieces = torch.arange(len(self)).chunk(number)
-        return [
-            Batch(self.images[piece], self.recorded and {tap: each.index(piece) for tap, each in self.recorded.items()})
-            for piece in pieces
-        ]
+    identity: Mapping[str, Any]
 
 
 def fit_direct(
     target: Target,
-    images: Any,
-    taps: str | Sequence[str] | None = None,
+    images: Images,
+    validation: Images | None = None,
     *,
-    validation: Any = None,
-    linear: Mapping[Pair, LinearInverse | None] | None = None,
-    width: int | None = None,
-    ridge_images: int = 1024,
-    validation_images: int = 128,
-    **training: Unpack[TrainingOptions],
-) -> dict[str, Inverse]:
-    """One decoder from every tap straight to pixels, all trained from the same frozen passes.
+    taps: str | Sequence[str] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    starts: Starts | None = None,
+    ridge_images: int = RIDGE_IMAGES,
+    checkpoint: Path | str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Inverses:
+    """One decoder from every tap straight to pixels, all trained from the same frozen passes, where the target is.
 
-    images, validation: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1], without padding. taps: as
-    `load_target` takes them, default the target's own. linear: closed-form starts {(tap, "pixels"): LinearInverse}
-    that are there already, None for a start at the mean with random weights; the others are fitted on
-    `ridge_images` of the images. width: channels of the convolutions on the grid. validation: `validation_images` of
-    it choose the best weights. training: steps = 400, batch_size = 16, learning_rate = 4e-3, seed = 0, patience,
-    checkpoint, checkpoint_every, workers, progress; see `Training`.
-    Returns {tap: inverse}, in forward order; `inverse.history` is its training.
+    images, validation: without padding; VALIDATION_IMAGES of `validation` choose the weights of each decoder. taps: as
+    `load_target` takes them, default the target's own. steps: 400 by default, or epochs: passes over the images.
+    batch_size: images of a step, of all processes together. starts: closed-form maps {(tap, "pixels"): LinearInverse}
+    that are there already, None for a start at the mean with random weights; the others are fitted on `ridge_images`
+    of the images. checkpoint: a file to resume from, see `training.loop.train`. workers: processes that read images
+    ahead, by default by the machine.
+    Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
-    settings = Training(**training)
-    pairs = [(tap, PIXELS) for tap in _chosen(target, taps)]
-    prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
-    inverses, _ = prepared.inverses(pairs, "direct", linear, width, settings.progress)
+    taps, steps = _chosen(target, taps), _steps(STEPS, steps, epochs, images, batch_size)
+    settings = Settings("direct", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
+    samples = _samples(images, validation, ridge_images, seed)
+    inverses, _, _ = untrained(target, samples, [(tap, PIXELS) for tap in taps], settings, starts or {})
 
-    def losses(shown: Batch, _step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, shown, list(inverses))
-        return {
-            tap: F.mse_loss(inverse.raw(recorded[tap]), batch) / inverse.variance for tap, inverse in inverses.items()
-        }
+    def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
+        for tap, inverse in inverses.items():
+            yield tap, F.mse_loss(inverse.raw(batch.recorded[tap]), batch.images) / inverse.variance
 
-    return _trained(
-        prepared,
-        inverses,
-        losses,
-        settings,
-        title=f"direct inverses of {target.name}",
-        identity={"width": width},
-    )
+    return _trained(target, images, samples[1], inverses, losses, settings)
 
 
 def fit_modular(
     target: Target,
-    images: Any,
-    taps: str | Sequence[str] | None = None,
+    images: Images,
+    validation: Images | None = None,
     *,
-    validation: Any = None,
-    linear: Mapping[Pair, LinearInverse | None] | None = None,
+    taps: str | Sequence[str] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
     chain_fraction: float = 0.25,
     image_share: float = 0.9,
-    width: int | None = None,
-    depth: int | None = None,
-    ridge_images: int = 1024,
-    validation_images: int = 128,
-    **training: Unpack[TrainingOptions],
-) -> dict[str, Inverse]:
+    starts: Starts | None = None,
+    ridge_images: int = RIDGE_IMAGES,
+    checkpoint: Path | str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Inverses:
     """One module for every stage: from each tap to the tap before it, from the first to pixels.
 
     All modules are trained side by side from one frozen pass a batch, each on its own loss in the space of its
-    destination; no gradient runs from one to the next. `Chain(inverses, tap)` puts them together.
+    destination; no gradient runs from one to the next. What is validated is the chain: all modules come from the one
+    step at which the pictures that their chains make from all taps were best.
     chain_fraction: in a chain a module is fed what the modules above have made, not what the target held. For
     this share of the images a tap is drawn where a chain starts, and every module below it learns from the
     chain's output (without gradient) instead of the true representation, towards the same true destination. It
@@ -174,276 +142,345 @@ def fit_modular(
     map from its destination to pixels makes of it; the rest is the error in the destination's own space. Where few
     directions hold most of the variance, as after a LayerNorm, the latter hardly sees what pictures are made of, and
     training would lose it again. chain_fraction=0 with image_share=0 is the plain modular training of the paper.
-    depth: at most so many layers in a module (default: as many as its stage has).
-    Other arguments: see `fit_direct`; `linear` may hold {(tap, previous tap): LinearInverse}.
-    Returns {tap: inverse}, in forward order.
+    Other arguments: see `fit_direct`; `starts` may hold {(tap, previous tap): LinearInverse}.
+    Returns the inverses, in forward order: `inverses[tap]` is the chain, `inverses.module(tap)` the stage alone.
     Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
     """
-    if not 0 <= chain_fraction <= 1:
-        raise BacksightError(f"chain_fraction is a share of the images from 0 to 1, not {chain_fraction}.")
-    if not 0 <= image_share <= 1:
-        raise BacksightError(f"image_share is a share of the loss from 0 to 1, not {image_share}.")
-    chosen = _chosen(target, taps)
-    settings = Training(**training)
-    prepared = _Preparation(target, images, validation, ridge_images, validation_images, settings.seed)
-    pairs = list(stage_pairs(target, chosen, prepared.forms(chosen)))
-    ends = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
-    inverses, views = prepared.inverses(pairs, "modular", linear, width, settings.progress, ends, depth, stages=True)
-    pixel_variance = inverses[chosen[0]].variance
+    for name, value in {"chain_fraction": chain_fraction, "image_share": image_share}.items():
+        if not 0 <= value <= 1:
+            raise BacksightError(f"{name} is a share from 0 to 1, not {value}.")
+    taps, steps = _chosen(target, taps), _steps(STEPS, steps, epochs, images, batch_size)
+    identity = {"chain_fraction": chain_fraction, "image_share": image_share}
+    settings = Settings(
+        "modular", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, identity
+    )
+    samples = _samples(images, validation, ridge_images, seed)
+    first = next(_recorded(target, samples[0], taps, 1)).recorded
+    pairs = list(stage_pairs(target, taps, {tap: form_of(held) for tap, held in first.items()}))
+    viewed = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
+    inverses, views, pixel_variance = untrained(target, samples, pairs, settings, starts or {}, viewed)
 
-    def losses(shown: Batch, step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, shown, chosen)
-        starts = _chain_starts(len(batch), len(chosen), chain_fraction, settings.seed, step).to(batch.device)
-        found: dict[str, Tensor] = {}
+    def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+        entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
         made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
-        for place, tap in reversed(list(enumerate(chosen))):
-            given, inverse = recorded[tap], inverses[tap]
+        for place, tap in reversed(list(enumerate(taps))):
+            given, inverse = batch.recorded[tap], inverses[tap]
             if tap in made and chain_fraction > 0:
-                chained = (starts > place)[:, None, None]
-                given = given.replace(torch.where(chained, made[tap], given.values))
-            wanted = recorded.get(inverse.destination)
+                given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
+            wanted = batch.recorded.get(inverse.destination)
             layout = wanted if isinstance(wanted, Tokens) else None
             values = inverse.raw(given, layout)
             made[inverse.destination] = values.detach()
-            loss = _error(values, batch if wanted is None else wanted) / inverse.variance
+            loss = _error(values, batch.images if wanted is None else wanted) / inverse.variance
             if (view := views.get(inverse.destination)) is not None and wanted is not None:
                 reconstructed: Any = inverse.wrap(values, given, layout)
                 seen = F.mse_loss(view.raw(reconstructed), view.raw(wanted)) / pixel_variance
                 loss = image_share * seen + (1 - image_share) * loss
-            found[tap] = loss
-        return found
+            yield tap, loss
 
-    return _trained(
-        prepared,
-        inverses,
-        losses,
-        settings,
-        title=f"modular inverses of {target.name}",
-        identity={"width": width, "depth": depth, "chain_fraction": chain_fraction, "image_share": image_share},
-    )
+    return _trained(target, images, samples[1], inverses, losses, settings)
 
 
 def fit_polish(
     target: Target,
-    images: Any,
-    modules: Mapping[str, Inverse],
+    images: Images,
+    validation: Images | None = None,
     *,
-    validation: Any = None,
-    validation_images: int = 128,
-    **training: Unpack[TrainingOptions],
-) -> dict[str, Inverse]:
+    modules: Inverses,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 16,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    checkpoint: Path | str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Inverses:
     """Train all modules of a chain together on the pixels it ends in: a family of its own, "modular_polished".
 
     modules: what `fit_modular` gave; they are copied, not changed. The images of a batch start their chains at
     different taps, equally many at each, and join on the way down. What the modules make between is no longer
     tied to what the target holds: look at intermediate representations of the modular family instead.
-    Other arguments: see `fit_direct`; here steps = 100 and learning_rate = 3e-4. Returns {tap: inverse}.
+    Other arguments: see `fit_direct`; here 100 steps.
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
-    settings = Training(**(TrainingOptions(steps=100, learning_rate=3e-4) | training))
-    polished = {tap: copy.deepcopy(module) for tap, module in modules.items()}
-    order = _chain_order(target, polished)
-    prepared = _Preparation(target, images, validation, 0, validation_images, settings.seed)
-    for tap, inverse in polished.items():  # those that no chain runs through are only renamed
-        header = header_for(target, "modular_polished", tap, inverse.destination, images, settings.seed)
-        inverse.header = replace(header, steps=inverse.header.steps)
+    steps = _steps(POLISHING_STEPS, steps, epochs, images, batch_size)
+    family, taps, stages = "modular_polished", list(modules), modules.modules
+    settings = Settings(family, taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
+    held_out = _samples(images, validation, 0, seed)[1]
+    order = _chain_order(target, stages)
+    polished = {tap: copy.deepcopy(module).to(target.device) for tap, module in stages.items()}
+    for inverse in polished.values():  # those that no chain runs through are only renamed
+        inverse.header = replace(inverse.header, family=family)
         inverse.residual.requires_grad_(True)
-        inverse.to(prepared.device)
 
-    def losses(shown: Batch, step: int) -> dict[str, Tensor]:
-        batch, recorded = _record(target, shown, order)
-        generator = torch.Generator().manual_seed(_mixed(settings.seed, step))
-        starts = (torch.randperm(len(batch), generator=generator) + step) % len(order)
-        rows = torch.empty(0, dtype=torch.long)
-        flowing: Any = None
+    def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(_mixed(seed, step))
+        entries = (torch.randperm(len(batch.images), generator=generator) + step) % len(order)
+        rows, flowing = torch.empty(0, dtype=torch.long), None
         for place, tap in reversed(list(enumerate(order))):
-            entering = (starts == place).nonzero().flatten()
-            if len(entering):
-                given = recorded[tap].index(entering.to(batch.device))
+            if len(entering := (entries == place).nonzero().flatten()):
+                given = batch.recorded[tap].index(entering.to(target.device))
                 flowing = given if flowing is None else concatenate([flowing, given])
                 rows = torch.cat([rows, entering])
             if flowing is None:
                 continue
-            inverse = polished[tap]
-            wanted = recorded.get(inverse.destination)
-            layout = wanted.index(rows.to(batch.device)) if isinstance(wanted, Tokens) else None
+            inverse, wanted = polished[tap], batch.recorded.get(polished[tap].destination)
+            layout = wanted.index(rows.to(target.device)) if isinstance(wanted, Tokens) else None
             values = inverse.raw(flowing, layout)
             flowing = values if wanted is None else inverse.wrap(values, flowing, layout)
-        return {PIXELS: F.mse_loss(flowing, batch[rows.to(batch.device)]) / polished[order[0]].variance}
+        yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
-    return _trained(
-        prepared,
-        polished,
-        losses,
-        settings,
-        title=f"polishing the chain of {target.name}",
-        identity={},
-    )
+    return _trained(target, images, held_out, polished, losses, settings)
 
 
-def _floor(destination: str) -> float:
-    """The least ridge strength of a stage that ends there."""
-    return PIXEL_FLOOR if destination == PIXELS else STAGE_FLOOR
+# ------------------------------------------------------------------------------------------------ before the training
 
 
-class _Preparation:
-    """What every fit measures before it trains: a sample of the images, forms, moments, closed-form starts."""
+def untrained(
+    target: Target,
+    samples: tuple[Any, Sample | None],
+    pairs: Sequence[Pair],
+    settings: Settings,
+    starts: Starts,
+    viewed: Sequence[str] = (),
+) -> tuple[dict[str, Inverse], dict[str, LinearInverse], float]:
+    """An inverse for every pair, exactly the closed-form map; the maps from `viewed` taps to pixels; pixels' variance.
 
-    def __init__(
-        self,
-        target: Target,
-        images: Any,
-        validation: Any,
-        ridge_images: int,
-        validation_images: int,
-        seed: int,
-    ) -> None:
-        for each in (images, validation):
-            if getattr(each, "fit", None) == "pad":
-                raise BacksightError(
-                    f"The images {each.name!r} are padded, and inverses are trained on whole images: open them "
-                    "with fit='crop' or fit='stretch'."
-                )
-        self.device = training_device()
-        self.target, self.images, self.seed = target.to(self.device), images, seed
-        self.sample = _sample(images, max(ridge_images, MOMENT_IMAGES), seed)
-        self.validation = None if validation is None else _sample(validation, validation_images, seed)
+    The views tell how much of a picture an error at the tap is. All maps come from one pass over the samples, of the
+    training and of the validation images.
+    """
+    sample, held_out = samples
+    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
+    first, moments = _measured(target, sample, taps)
+    forms = {tap: form_of(held) for tap, held in first.items()}
+    family, stages, seed = settings.family, settings.family == "modular", settings.seed
+    views = {tap: Request(tap, PIXELS) for tap in viewed}
+    missing = {
+        pair: Request(*pair, START_CONTEXT, (PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR) if stages else 0.0)
+        for pair in pairs
+        if pair not in starts and _has_linear(target, pair, forms)
+    }
+    fitted = {}
+    if requests := [*missing.values(), *views.values()]:
+        fitted = fit_linear_pairs(
+            target, sample, requests, validation=held_out, seed=seed, progress=settings.progress
+        )
+    known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
+    inverses = {}
+    for source, destination in pairs:
+        end = first[destination]
+        position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
+        design = design_for(
+            forms[source],
+            forms[destination],
+            target.stage(source, destination) if stages else None,
+            positioned=position is not None,
+            reduction=target.reduction,
+        )
+        header = header_for(target, family, source, destination, seed=seed)
+        # Each module is drawn anew from the seed, so that it does not depend on which others there are.
+        with seeded(seed):
+            start = copy.deepcopy(known.get((source, destination)))
+            inverse = Inverse(header, design, start, moments[source], moments[destination], position)
+        inverses[source] = inverse.to(target.device)
+    return inverses, {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}, moments[PIXELS].variance
 
-    def forms(self, taps: Sequence[str]) -> dict[str, Form]:
-        """The forms of the taps, of one image."""
-        _, recorded = next(recorded_batches(self.target, self.sample, taps, 1))
-        return {tap: form_of(each) for tap, each in recorded.items()}
 
-    def inverses(
-        self,
-        pairs: Sequence[Pair],
-        family: str,
-        linear: Mapping[Pair, LinearInverse | None] | None,
-        width: int | None,
-        progress: bool,
-        viewed: Sequence[str] = (),
-        depth: int | None = None,
-        stages: bool = False,
-    ) -> tuple[dict[str, Inverse], dict[str, LinearInverse]]:
-        """An untrained inverse for every pair, exactly the closed-form map, and the maps from `viewed` taps to pixels.
+def _has_linear(target: Target, pair: Pair, forms: Mapping[str, Form]) -> bool:
+    try:
+        plan_layout(pair, forms[pair[0]], forms[pair[1]], target.reduction, context=START_CONTEXT)
+    except BacksightError:
+        return False
+    return True
 
-        The latter tell how much of a picture an error at the tap is. All maps come from one pass over the sample.
-        """
-        taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
-        first, moments = self._measure(taps)
-        forms = {tap: form_of(each) for tap, each in first.items()}
-        starts = dict(linear or {})
-        views = {tap: Request(tap, PIXELS) for tap in viewed}
-        missing = {
-            (source, end): Request(source, end, START_CONTEXT, _floor(end) if stages else 0.0)
-            for source, end in pairs
-            if (source, end) not in starts and self._linear_is_defined((source, end), forms)
-        }
-        if requests := [*missing.values(), *views.values()]:
-            fitted = fit_linear_requests(
-                self.target, self.sample, requests, validation=self.validation, seed=self.seed, progress=progress
-            )
-            starts |= {pair: fitted[request] for pair, request in missing.items()}
-        made = {}
-        for source, destination in pairs:
-            end = first[destination]
-            position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
-            design = design_for(
-                forms[source],
-                forms[destination],
-                self.target.stage(source, destination) if stages else None,
-                positioned=position is not None,
-                reduction=self.target.reduction,
-                width=width,
-                depth=depth,
-            )
-            start = copy.deepcopy(starts.get((source, destination)))
-            header = header_for(self.target, family, source, destination, self.images, self.seed)
-            # Each module is drawn anew from the seed, so that it does not depend on which others there are.
-            with seeded(self.seed):
-                inverse = Inverse(header, design, start, moments[source], moments[destination], position)
-            made[source] = inverse.to(self.device)
-        return made, {tap: fitted[request].requires_grad_(False) for tap, request in views.items()}
 
-    def _measure(self, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
-        """One batch of every tap and of the pixels, and the moments of all."""
-        first: dict[str, Any] = {}
-        values: dict[str, list[Tensor]] = {tap: [] for tap in (PIXELS, *taps)}
-        hidden: dict[str, list[Tensor]] = {}
-        for batch, recorded in recorded_batches(self.target, self.sample, taps, RECORDING_BATCH, limit=MOMENT_IMAGES):
-            first = first or {PIXELS: batch, **recorded}
-            values[PIXELS].append(batch.flatten(2).transpose(1, 2))
-            for tap in taps:
-                values[tap].append(recorded[tap].values)
-                if (padding := getattr(recorded[tap], "padding", None)) is not None:
-                    hidden.setdefault(tap, []).append(padding)
-        moments = {}
-        for tap, each in values.items():
-            padding = torch.cat(hidden[tap]) if tap in hidden else None
-            moments[tap] = Moments.of(torch.cat(each), getattr(first[tap], "prefix", 0), padding)
-        return first, moments
+class RunningMoments:
+    """Means and spreads of a representation in a stream, about the first batch's means, in float64 where there is."""
 
-    def _linear_is_defined(self, pair: Pair, forms: Mapping[str, Any]) -> bool:
-        try:
-            plan_layout(pair, forms[pair[0]], forms[pair[1]], self.target.reduction, context=START_CONTEXT)
-        except BacksightError:
-            return False
-        return True
+    def __init__(self, prefix: int) -> None:
+        self.prefix, self.tokens = prefix, 0
+        self.groups: list[tuple[Tensor, Tensor, Tensor, int]] = []  # shift, sum, sum of squares, count
+
+    def add(self, values: Tensor, padding: Tensor | None = None) -> None:
+        """values: (B, P + N, C); padding: (B, N) bool, True = left out. Each prefix token is a group, then the grid."""
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        grid = values[:, self.prefix :].flatten(0, 1) if padding is None else values[:, self.prefix :][~padding]
+        self.tokens = values.shape[1] - self.prefix
+        rows = [values[:, number] for number in range(self.prefix)] + [grid]
+        known = self.groups or [(row.mean(0), torch.zeros_like(row[0]), torch.zeros_like(row[0]), 0) for row in rows]
+        self.groups = [
+            (shift, total + (row - shift).sum(0), squares + (row - shift).square().sum(0), count + len(row))
+            for row, (shift, total, squares, count) in zip(rows, known, strict=True)
+        ]
+
+    def moments(self) -> Moments:
+        mean = torch.stack([shift + total / count for shift, total, _, count in self.groups])
+        spread = torch.stack([squares / count - (total / count).square() for _, total, squares, count in self.groups])
+        share = spread.new_tensor([1.0] * self.prefix + [self.tokens])
+        deviation = spread.clamp(min=0).sqrt()
+        # A channel that hardly moves is not blown up to the size of the others.
+        deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
+        variance = float((spread.mean(dim=1) * share).sum() / share.sum())
+        return Moments(mean.float(), deviation.float(), max(variance, 1e-12))
+
+
+def _measured(target: Target, sample: Sample, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """One batch of every tap and of the pixels, and the moments of all."""
+    first: dict[str, Any] = {}
+    running: dict[str, RunningMoments] = {}
+    for images, recorded in _recorded(target, sample, taps, RECORDING_BATCH, MOMENT_IMAGES):
+        if not first:
+            first = {PIXELS: images, **recorded}
+            running = {tap: RunningMoments(getattr(held, "prefix", 0)) for tap, held in first.items()}
+        running[PIXELS].add(images.flatten(2).transpose(1, 2))
+        for tap, held in recorded.items():
+            running[tap].add(held.values, getattr(held, "padding", None))
+    return first, {tap: moments.moments() for tap, moments in running.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the training
 
 
 def _trained(
-    prepared: _Preparation,
+    target: Target,
+    images: Images,
+    held_out: Sample | None,
     inverses: dict[str, Inverse],
-    losses: Callable[[Batch, int], dict[str, Tensor]],
-    settings: Training,
-    *,
-    title: str,
-    identity: Mapping[str, Any],
-) -> dict[str, Inverse]:
-    stream = _Stream(prepared.images, settings)
-    held_out = None if prepared.validation is None else _HeldOut(prepared.target, prepared.validation, list(inverses))
-
-    def validate() -> dict[str, float]:
-        assert held_out is not None
-        totals: dict[str, float] = {}
-        for batch in held_out:
-            for name, loss in losses(batch, -1).items():
-                totals[name] = totals.get(name, 0.0) + float(loss) * len(batch) / len(held_out)
-        return totals
-
-    header = next(iter(inverses.values())).header
+    losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]],
+    settings: Settings,
+) -> Inverses:
+    """Train, and tell in the headers what was seen and how good the pictures were."""
+    together = settings.family != "direct"
+    times = settings.steps * settings.batch_size / len(images)
+    seen = f"each seen {times:.3g} times" if times >= 1 else f"{times:.1%} of them seen"
+    kept: dict[int, Batch | None] = {}
     history = train(
         inverses,
         losses,
-        stream,
+        _stream(target, images, settings),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         seed=settings.seed,
-        patience=settings.patience,
         checkpoint=settings.checkpoint,
-        checkpoint_every=settings.checkpoint_every,
-        progress=settings.progress,
-        validate=None if held_out is None else validate,
+        validate=None if held_out is None else lambda: _validated(target, inverses, share(held_out), kept),
+        together=together,
         identity={
-            "target": prepared.target.weights_hash,
-            "family": header.family,
-            "data": header.data,
+            "target": target.weights_hash,
+            "family": settings.family,
+            "data": _identity_of(images),
             "batch_size": settings.batch_size,
-            "parts": settings.parts,
-            "precision": settings.precision,
-            **identity,
+            **settings.identity,
         },
-        parts=lambda batch: batch.parts(settings.parts),
-        precision=settings.precision,
-        recompute=(lambda module: isinstance(module, LAYERS)) if settings.recompute else None,
-        plain=lambda name: "head" in name,
-        describe_batch=lambda batch: f"of {len(batch)} images (order of seed {settings.seed})",
-        title=title,
+        title=f"{settings.family.replace('_', ' ')} inverses of {target.name} ({len(images)} images, {seen})",
+        progress=settings.progress,
     )
+    judged = history[history["split"] == "validation"].pivot(index="step", columns="module", values="loss")
+    if together and len(judged):
+        judged = judged.loc[[judged.mean(axis=1).idxmin()]]
     for tap, inverse in inverses.items():
         inverse.requires_grad_(False)
-        _note_training(inverse, history[history["module"].isin([tap, PIXELS])].reset_index(drop=True))
-    return inverses
+        inverse.history = history[history["module"].isin([tap, PIXELS])].reset_index(drop=True)
+        header = header_for(target, settings.family, tap, inverse.destination, images, settings.seed)
+        steps = inverse.header.steps + (settings.steps if len(history) else 0)
+        loss = float(judged[tap].min()) if len(judged) else None
+        inverse.header = replace(header, data=f"{header.data}, {seen}", steps=steps, validation_loss=loss)
+    return Inverses(inverses)
+
+
+@torch.no_grad()
+def _validated(
+    target: Target, inverses: Mapping[str, Inverse], images: Sample, kept: dict[int, Batch | None]
+) -> dict[str, float]:
+    """{tap: squared error of the pictures from it / their variance}, over the images of all processes.
+
+    images: this process's; kept: of its batches, what the target makes of them, up to KEPT_BYTES.
+    """
+    whole = Inverses(inverses)
+    unit = next(inverse.variance for inverse in inverses.values() if inverse.destination == PIXELS)
+    totals = torch.zeros(len(inverses) + 1, dtype=torch.float64)
+    for start in range(0, len(images), RECORDING_BATCH):
+        which = slice(start, start + RECORDING_BATCH)
+        if start in kept:
+            batch = kept[start]
+        else:
+            part = images[which] if isinstance(images, Tensor) else images.subset(which)
+            batch = next(_recorded(target, part, list(inverses), RECORDING_BATCH), None)
+            if sum(map(_bytes, [*kept.values(), batch])) <= KEPT_BYTES:
+                kept[start] = batch
+        if batch is None:  # none of these can be read
+            continue
+        errors = [F.mse_loss(whole[tap](batch.recorded[tap]), batch.images) / unit for tap in whole]
+        totals += torch.tensor([*torch.stack(errors).tolist(), 1.0], dtype=torch.float64) * len(batch.images)
+    average([totals])
+    return dict(zip(inverses, (totals[:-1] / totals[-1]).tolist(), strict=True))
+
+
+def _stream(target: Target, images: Images, settings: Settings) -> Callable[[int], Batch]:
+    """Batch k of this process's shuffled images, a pure function of k; in order they are read as a stream.
+
+    A store of features gives the representations with the images.
+    """
+    _, taps, steps, batch_size, _, seed, _, workers, _, _ = settings
+    if batch_size % (number := processes().num_processes):
+        raise BacksightError(f"{number} processes cannot share a batch of {batch_size} images: choose a multiple.")
+    own, size = share(images), batch_size // number
+
+    def read(start: int) -> Iterator[Any]:
+        if isinstance(own, FeatureStore):
+            return own.passes(size, seed, steps, start=start, taps=taps)
+        return batches(own, size, seed, "auto" if workers is None else workers, steps, start=start)
+
+    following, stream = -1, read(0)
+
+    def batch_at(step: int) -> Batch:
+        nonlocal following, stream
+        if step != following:
+            stream = read(step)
+        following, drawn = step + 1, next(stream)
+        shown, recorded = drawn if isinstance(drawn, tuple) else (drawn, None)
+        return _on_device(target, shown, recorded, taps)
+
+    return batch_at
+
+
+def _on_device(
+    target: Target, images: Tensor, recorded: Mapping[str, Representation] | None, taps: Sequence[str]
+) -> Batch:
+    """The frozen pass, unless a store gave what it makes; queries and tokens without what only `from_tap` may read."""
+    device = target.device
+    if device.type == "cuda":
+        images = images.pin_memory()
+    images = images.to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        images = images.float().div_(255)
+    if recorded is None:
+        with torch.no_grad(), gpu_autocast(device):
+            recorded = target.record(images, taps)
+    return Batch(images, {tap: _plain(recorded[tap].to(device)) for tap in taps})
+
+
+def _recorded(
+    target: Target, images: Images, taps: Sequence[str], batch_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    for shown, recorded in recorded_batches(target, images, taps, batch_size, limit=limit):
+        yield Batch(shown, {tap: _plain(held) for tap, held in recorded.items()})
+
+
+def _plain(representation: Representation) -> Representation:
+    """float32, and without what an inverse must not see."""
+    if isinstance(representation, Queries):
+        return Queries(representation.values.float())
+    representation = representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    return replace(representation, context={}) if isinstance(representation, Tokens) else representation
+
+
+def _bytes(batch: Batch | None) -> int:
+    """Of all tensors."""
+    if batch is None:
+        return 0
+    held = [tensor for representation in batch.recorded.values() for tensor in vars(representation).values()]
+    return sum(tensor.nbytes for tensor in (batch.images, *held) if isinstance(tensor, Tensor))
 
 
 def _error(values: Tensor, wanted: Tensor | Representation) -> Tensor:
@@ -456,71 +493,43 @@ def _error(values: Tensor, wanted: Tensor | Representation) -> Tensor:
     return F.mse_loss(values[counted], wanted.values[counted])
 
 
-def _note_training(inverse: Inverse, history: pd.DataFrame) -> None:
-    """Steps and best validation loss into the header, the curve beside it."""
-    inverse.history = history
-    measured = history.loc[history["split"] == "validation", "loss"]
-    steps = 0 if history.empty else int(history["step"].max())
-    loss = None if measured.empty else float(measured.min())
-    inverse.header = replace(inverse.header, steps=inverse.header.steps + steps, validation_loss=loss)
+def _steps(default: int, steps: int | None, epochs: float | None, images: Images, batch_size: int) -> int:
+    if epochs is None:
+        return default if steps is None else steps
+    if steps is not None or epochs <= 0:
+        raise BacksightError(f"steps = {steps} and epochs = {epochs}: give one of them, above 0.")
+    return math.ceil(epochs * len(images) / batch_size)
 
 
-class _Stream:
-    """Batch k of this process's shuffled images, a pure function of k; in order it is read as a stream.
-
-    A store of features gives the representations with the images.
-    """
-
-    def __init__(self, images: Any, settings: Training) -> None:
-        self.images, self.settings = share(images), settings
-        self.size = max(1, settings.batch_size // processes().num_processes)
-        self.next: int | None = None
-        self.iterator: Iterator[Batch] = iter(())
-
-    def __call__(self, step: int) -> Batch:
-        if step != self.next:
-            self.iterator = self._from(step)
-        self.next = step + 1
-        return next(self.iterator)
-
-    def _from(self, step: int) -> Iterator[Batch]:
-        how = self.settings
-        if isinstance(self.images, FeatureStore):
-            for images, recorded in self.images.passes(self.size, how.seed, how.steps, start=step):
-                yield Batch(images, recorded)
-        else:
-            for images in batches(self.images, self.size, how.seed, how.workers, how.steps, start=step):
-                yield Batch(images)
+def _identity_of(images: Images) -> str:
+    if isinstance(images, FeatureStore):
+        return f"{images.folder.name} {hashlib.sha256(images._own.tobytes()).hexdigest()[:16]}"
+    return _identity(images)
 
 
-class _HeldOut:
-    """This process's validation images, in batches; what the target makes of them is kept, up to KEPT_BYTES."""
-
-    def __init__(self, target: Target, images: Tensor | FeatureStore, taps: Sequence[str]) -> None:
-        self.target, self.images, self.taps = target, share(images), taps
-        self.kept: list[Batch] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from self.kept
-        done = sum(map(len, self.kept))
-        room = KEPT_BYTES - sum(_bytes(batch) for batch in self.kept)
-        if done == len(self):
-            return
-        rest = self.images[done:] if isinstance(self.images, Tensor) else self.images.subset(slice(done, None))
-        for images, recorded in recorded_batches(self.target, rest, self.taps, RECORDING_BATCH):
-            batch = Batch(images, recorded)
-            room -= _bytes(batch)
-            if room >= 0:
-                self.kept.append(batch)
-            yield batch
+def _samples(images: Images, validation: Images | None, ridge_images: int, seed: int) -> tuple[Any, Sample | None]:
+    """Those of the images that starts and moments are measured on (none for 0), and those that choose the weights."""
+    for source in (images, validation):
+        if getattr(source, "fit", None) == "pad":
+            raise BacksightError(
+                f"The images {source.name!r} are padded, and inverses are trained on whole images: open them with "
+                "fit='crop' or fit='stretch'."
+            )
+    held_out = None if validation is None else _sample(validation, VALIDATION_IMAGES, seed)
+    return _sample(images, max(ridge_images, MOMENT_IMAGES), seed) if ridge_images else None, held_out
 
 
-def _bytes(batch: Batch) -> int:
-    tensors = [batch.images, *(each.values for each in (batch.recorded or {}).values())]
-    return sum(tensor.nbytes for tensor in tensors)
+def _sample(images: Images, count: int, seed: int) -> Sample:
+    """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W), or of a store."""
+    count = min(count, len(images))
+    if isinstance(images, FeatureStore):
+        return images.drawn(count, seed)
+    size = max(1, min(count, RECORDING_BATCH))
+    drawn = batches(images, size, seed, steps=math.ceil(count / size))
+    return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
+
+
+# ------------------------------------------------------------------------------------------------------------- chains
 
 
 def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
@@ -534,7 +543,7 @@ def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] |
     """
     ends: dict[str, str] = {}
     for place, tap in enumerate(taps):
-        earlier = [each for each in taps[:place] if forms is None or _holds(forms[each], forms[tap])]
+        earlier = [other for other in taps[:place] if forms is None or _holds(forms[other], forms[tap])]
         previous = earlier[-1] if earlier else PIXELS
         projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
         ends[tap] = ends[previous] if projected else previous
@@ -552,26 +561,6 @@ def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]
     return target.taps if taps is None else target.resolve_taps(taps)
 
 
-def _sample(images: Any, count: int, seed: int) -> Tensor | FeatureStore:
-    """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W), or of a store."""
-    count = min(count, len(images))
-    size = min(count, RECORDING_BATCH)
-    if isinstance(images, FeatureStore):
-        return images.drawn(count, seed)
-    drawn = batches(images, max(1, size), seed, steps=math.ceil(count / max(1, size)))
-    return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
-
-
-def _record(target: Target, batch: Batch, taps: Sequence[str]) -> tuple[Tensor, Mapping[str, Representation]]:
-    """Images on the target's device and the representations, in float32; queries without the encoder's output."""
-    images = batch.images.to(target.device)
-    if batch.recorded is not None:
-        return images, {tap: batch.recorded[tap].to(target.device) for tap in taps}
-    with torch.autocast(images.device.type, enabled=False):
-        recorded = target.record(images, taps)
-    return images, {tap: Queries(each.values) if isinstance(each, Queries) else each for tap, each in recorded.items()}
-
-
 def _chain_starts(images: int, taps: int, fraction: float, seed: int, step: int) -> Tensor:
     """(images,) place of the tap at which each image's chain starts; 0 for an image that is in no chain."""
     if taps < 2:
@@ -587,23 +576,15 @@ def _mixed(seed: int, step: int) -> int:
 
 def _chain_order(target: Target, modules: Mapping[str, Inverse]) -> list[str]:
     """The taps of a chain that runs through all modules, the one that ends in pixels first."""
-    if not modules:
-        raise BacksightError("There are no modules to polish: give what fit_modular() returned.")
     for tap, module in modules.items():
         if module.header.weights_hash != target.weights_hash:
             raise BacksightError(
                 f"The module of {tap!r} inverts {module.header.target} with the weights "
                 f"{module.header.weights_hash}, not {target.name} with {target.weights_hash}: fit it for this one."
             )
-    ends = {module.destination for module in modules.values()}
-    longest = max(
-        (Chain(modules, tap).modules_in_order for tap in modules if tap not in ends),
-        key=len,
-        default=Chain(modules, next(iter(modules))).modules_in_order,
-    )
-    if longest[-1].destination != PIXELS:
+    longest = max((Chain(modules, tap).modules_in_order for tap in modules), key=len, default=())
+    if not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
             f"The modules of {', '.join(modules)} are no chain down to pixels: give all of one fit_modular()."
         )
-
     return [module.source for module in reversed(longest)]

@@ -4,126 +4,112 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; singular values end in [0.7, 1.2]
 ADAMW_STEP = 0.2  # root mean square of an entry of AdamW's steps, about, to which Muon's are scaled
 STACKED_VALUES = 2**24  # of matrices that are made orthogonal together
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised (Nesterov) momentum of each matrix, scaled to the size of AdamW's steps.
+class Group(NamedTuple):
+    """How a parameter is stepped: by Muon or by AdamW, at which share of the learning rate and of the decay."""
 
-    The same steps as torch.optim.Muon(…, adjust_lr_fn="match_rms_adamw"), which always works in bfloat16, one matrix
-    at a time: on a CPU without bfloat16 in hardware that takes some hundred times as long as float32, and longer than
-    the rest of the training. Here matrices of one shape go together, in float32 on a CPU and bfloat16 on a GPU.
-    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024; Liu et al., arXiv 2502.16982.
-    """
-
-    def __init__(self, matrices: Iterable[Tensor], learning_rate: float, weight_decay: float) -> None:
-        super().__init__(list(matrices), {"lr": learning_rate, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of all matrices that have a gradient."""
-        for group in self.param_groups:
-            shaped: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    shaped[min(matrix.shape), max(matrix.shape)].append(matrix)
-            for (rows, columns), matrices in shaped.items():
-                together = max(1, STACKED_VALUES // (rows * columns))
-                for first in range(0, len(matrices), together):
-                    self._step(matrices[first : first + together], group["lr"], group["weight_decay"])
-
-    def _step(self, matrices: list[Tensor], learning_rate: float, weight_decay: float) -> None:
-        directions = torch.stack([_wide(self._direction(matrix)) for matrix in matrices])
-        for matrix, direction in zip(matrices, orthogonalised(directions), strict=True):
-            matrix.mul_(1 - learning_rate * weight_decay)
-            scale = ADAMW_STEP * math.sqrt(max(matrix.shape))
-            matrix.add_(direction if matrix.shape == direction.shape else direction.T, alpha=-learning_rate * scale)
-
-    def _direction(self, matrix: Tensor) -> Tensor:
-        state, gradient = self.state[matrix], matrix.grad
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(state["momentum_buffer"], MOMENTUM)
+    muon: bool
+    rate: float = 1.0
+    decay: float = 1.0
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """(M, R, C), R <= C: each with its singular values brought near one by Newton and Schulz's iteration."""
-    found = matrices.bfloat16() if matrices.is_cuda else matrices
-    found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=1e-7)
-    first, third, fifth = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), found, beta=first)
-    return found.to(matrices.dtype)
+def default_group(name: str, parameter: Tensor) -> Group:
+    """Muon for matrices and kernels, in which a short training learns about three times as much; not for heads."""
+    return Group(parameter.ndim in (2, 4) and "head" not in name)
 
 
 class Optimizers:
-    """Muon for matrices and kernels, AdamW for everything else, as one.
+    """Muon and AdamW as one, each parameter stepped as `group` says.
 
-    Muon takes matrices only: a kernel (outputs, inputs, h, w) is stepped through a matrix that shares its
-    memory.
+    Muon steps along the orthogonalised (Nesterov) momentum of a matrix; a kernel (outputs, inputs, h, w) is one of
+    (outputs, everything else). The same steps as torch.optim.Muon(…, adjust_lr_fn="match_rms_adamw"), which always
+    works in bfloat16, one matrix at a time: a hundred times as long as float32 on a CPU without it.
+    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024; Liu et al., arXiv 2502.16982.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        plain: Callable[[str], bool],
         learning_rate: float,
         weight_decay: float,
+        group: Callable[[str, Tensor], Group] = default_group,
+        betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
-        kernels = [p for n, p in named if p.ndim in (2, 4) and not plain(n)]
-        others = [p for n, p in named if not (p.ndim in (2, 4) and not plain(n))]
-        self.matrices = [(nn.Parameter(_as_matrix(kernel.detach(), kernel)), kernel) for kernel in kernels]
-        self.parts: list[torch.optim.Optimizer] = []
-        if kernels:
-            matrices = [matrix for matrix, _ in self.matrices]
-            self.parts.append(Muon(matrices, learning_rate, weight_decay))
-        if others:
-            self.parts.append(
-                torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
-            )
+        grouped: dict[Group, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in (pair for module in modules.values() for pair in module.named_parameters()):
+            if parameter.requires_grad:
+                grouped[group(name, parameter)].append(parameter)
+        self.weight_decay = weight_decay
+        self.matrices = {key: parameters for key, parameters in grouped.items() if key.muon}
+        self.momenta: dict[Tensor, dict[str, Tensor]] = {p: {} for listed in self.matrices.values() for p in listed}
+        others = [
+            {"params": parameters, "share": key.rate, "weight_decay": weight_decay * key.decay}
+            for key, parameters in grouped.items()
+            if not key.muon
+        ]
+        self.adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, fused=True) if others else None
 
     def step(self, learning_rate: float) -> None:
-        for matrix, kernel in self.matrices:
-            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, kernel)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = learning_rate
-            part.step()
+        """Of all parameters that have a gradient."""
+        for key, parameters in self.matrices.items():
+            self._muon(parameters, learning_rate * key.rate, self.weight_decay * key.decay)
+        if self.adamw is not None:
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate * group["share"]
+            self.adamw.step()
+
+    @torch.no_grad()
+    def _muon(self, parameters: Sequence[Tensor], learning_rate: float, weight_decay: float) -> None:
+        shaped: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                if not (state := self.momenta[parameter]):
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+                direction = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
+                shaped[tuple(sorted(direction.shape))].append((parameter, direction))
+        for (rows, columns), pairs in shaped.items():
+            count, scale = max(1, STACKED_VALUES // (rows * columns)), ADAMW_STEP * math.sqrt(columns)
+            for part in (pairs[first : first + count] for first in range(0, len(pairs), count)):
+                wide = torch.stack([d if len(d) == rows else d.T for _, d in part])
+                for (parameter, direction), step in zip(part, orthogonalised(wide), strict=True):
+                    step = step if len(direction) == rows else step.T
+                    parameter.mul_(1 - learning_rate * weight_decay)
+                    parameter.add_(step.reshape(parameter.shape), alpha=-learning_rate * scale)
 
     def moments(self) -> list[dict[str, Tensor]]:
-        """What the optimizers remember of each parameter, in a fixed order."""
-        return [part.state[parameter] for part, parameter in self._parameters()]
+        """What is remembered of each parameter, in a fixed order."""
+        return list(self._states().values())
 
-    def set_moment(self, number: int, key: str, tensor: Tensor) -> None:
+    def set_moments(self, number: int, moments: Mapping[str, Tensor]) -> None:
         """Put back what `moments` gave, in the memory layout in which the optimizer would have made it."""
-        part, parameter = self._parameters()[number]
-        like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
-        part.state[parameter][key] = torch.empty_like(like).copy_(tensor)
+        parameter, state = list(self._states().items())[number]
+        for key, tensor in moments.items():
+            like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
+            state[key] = torch.empty_like(like).copy_(tensor)
 
-    def _parameters(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
-        return [(part, p) for part in self.parts for group in part.param_groups for p in group["params"]]
+    def _states(self) -> dict[Tensor, dict[str, Tensor]]:
+        groups = [] if self.adamw is None else self.adamw.param_groups
+        return self.momenta | {p: self.adamw.state[p] for group in groups for p in group["params"]}  # type: ignore[union-attr]
 
 
-def _as_matrix(kernel: Tensor, like: Tensor) -> Tensor:
-    """(outputs, everything else), columns in the memory order of `like`, of which this is a view."""
-    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        kernel = kernel.permute(0, 2, 3, 1)
-    return kernel.reshape(len(kernel), -1)
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """(M, R, C), R <= C: each with its singular values brought near one by Newton and Schulz's iteration."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+    return x.to(matrices.dtype)
