@@ -26,7 +26,7 @@ from backsight.inverses.linear import PIXELS, fit_linear
 from backsight.studies.efficiency import count_flops
 from backsight.targets import module_target
 from backsight.targets.base import Target
-from backsight.training.fit import _Preparation
+from backsight.training.fit import fit_direct, fit_modular
 
 DEPTHS = (2, 4, 8, 12, 24)
 FULL = os.environ.get("SIZE") == "full"
@@ -49,11 +49,9 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
     images = torch.rand(BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     recorded = target.record(images)
     taps = target.taps
-    prepared = _Preparation(target, images, None, BATCH, BATCH, seed=0)
     none: dict[Any, None] = {(source, end): None for source in taps for end in (PIXELS, *taps)}
-    direct, _ = prepared.inverses([(tap, PIXELS) for tap in taps], "direct", none, None, False)  # type: ignore[arg-type]
-    pairs = list(zip(taps, (PIXELS, *taps[:-1]), strict=True))
-    modular, _ = prepared.inverses(pairs, "modular", none, None, False, stages=True)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"starts": none, "steps": 0, "ridge_images": BATCH, "progress": False}
+    direct, modular = (fit(target, images, **settings).modules for fit in (fit_direct, fit_modular))
     chains = {
         tap: nn.ModuleList([*(Block(WIDTH, 4, 2.0, qkv_bias=True) for _ in range(place)), direct[taps[0]].residual])
         for place, tap in enumerate(taps)

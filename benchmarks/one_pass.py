@@ -30,7 +30,6 @@ from backsight.inverses.linear import (
 from backsight.studies.efficiency import count_flops
 from backsight.targets import load_target
 from backsight.targets.base import Target
-from backsight.training.loop import faster_in_bfloat16
 
 FULL = os.environ.get("SIZE") == "full"
 IMAGES = 64 if FULL else 8
@@ -81,7 +80,7 @@ def stream() -> list[Row]:
         "float32": lambda: moments(target, images, "float32", "float32"),
         "float64": lambda: moments(target, images, "float64", "float32"),
     }
-    if faster_in_bfloat16([target.model]):
+    if torch.cuda.is_available():
         cases["bfloat16"] = lambda: moments(target, images, "float32", "bfloat16")
     seconds = interleaved(cases, REPEATS)
     forward = count_flops(lambda: target(images[:1].to(device)))

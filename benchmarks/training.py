@@ -36,7 +36,6 @@ from backsight.targets.base import Target
 from backsight.training.loop import train
 
 FULL = os.environ.get("SIZE") == "full"
-SHALLOW = 2  # layers of the modules of the shallow case
 
 
 # ------------------------------------------------------------------------------------------- the reference recipe
@@ -195,24 +194,24 @@ def reference_detr(target: Target, size: tuple[int, int]) -> Reference:
 # --------------------------------------------------------------------------------------------- images a second
 
 
-def our_step(target: Target, images: Tensor, batch: int, depth: int | None = None) -> tuple[Callable[[], object], int]:
+def our_step(target: Target, images: Tensor, batch: int) -> tuple[Callable[[], object], int]:
     """One step of `fit_modular` from recorded features, through the real loop, and the FLOPs of its modules."""
     kept: dict[str, Any] = {}
 
     def keep(modules: Any, losses: Any, batch_at: Any, **settings: Any) -> pd.DataFrame:
-        kept.update(modules=modules, losses=losses, batch=batch_at(0), settings=settings)
+        kept.update(modules=modules, losses=losses, batch=batch_at(0))
         return pd.DataFrame(columns=["module", "split", "loss", "step"])
 
     store = record_features(target, images, target.taps, progress=False)
     with patch("backsight.training.fit.train", keep):
-        fit_modular(target, store, batch_size=batch, steps=1, depth=depth, progress=False, linear=_no_starts(target))
-    settings = {key: kept["settings"][key] for key in ("plain", "precision", "parts")}
+        fit_modular(target, store, batch_size=batch, steps=1, progress=False, starts=_no_starts(target))
 
     def step() -> None:
-        train(kept["modules"], kept["losses"], lambda _: kept["batch"], steps=1, progress=False, **settings)
+        train(kept["modules"], kept["losses"], lambda _: kept["batch"], steps=1, progress=False)
 
     def backward() -> None:
-        sum(kept["losses"](kept["batch"], 0).values()).backward()  # type: ignore[union-attr]
+        for _, loss in kept["losses"](kept["batch"], 0):
+            loss.backward()
 
     for module in kept["modules"].values():
         module.residual.requires_grad_(True)
@@ -241,15 +240,13 @@ def _rate(target: Target, reference: Reference, size: tuple[int, int], batch: in
     images = torch.rand(max(8, 2 * batch), 3, *size, generator=torch.Generator().manual_seed(0))
     steps: dict[str, Callable[[], object]] = {"reference": lambda: reference.step(images[:batch])}
     flops = {"reference": count_flops(steps["reference"])}
-    for label, depth in (("as many layers", None), (f"at most {SHALLOW} layers", SHALLOW)):
-        steps[label], flops[label] = our_step(target, images, batch, depth)
+    steps["ours"], flops["ours"] = our_step(target, images, batch)
     seconds = interleaved(steps)
-    for label in list(steps)[1:]:
-        ours, theirs = batch / seconds[label], batch / seconds["reference"]
-        yield compare("training", case, f"images/s, {label}, from features", ours, "1/s", theirs, ">= 4 on a CPU")
-        counted = flops["reference"] / flops[label]
-        measure = f"counted: FLOPs of the reference step / of this one ({label})"
-        yield Row("training", case, measure, counted, "1", 1.0, counted, "what one precision allows")
+    ours, theirs = batch / seconds["ours"], batch / seconds["reference"]
+    yield compare("training", case, "images/s, from features", ours, "1/s", theirs, ">= 4 on a CPU")
+    counted = flops["reference"] / flops["ours"]
+    measure = "counted: FLOPs of the reference step / of this one"
+    yield Row("training", case, measure, counted, "1", 1.0, counted, "what one precision allows")
     rate = flops["reference"] / seconds["reference"]
     yield Row("training", case, "FLOP/s of the reference step", rate, "1/s", rate, 1.0, "for orientation")
 
@@ -307,20 +304,16 @@ def time_to_error() -> Iterator[Row]:
     )
     steps = 200 if FULL else 40
     recorded = target.record(held_out)
-    for label, depth in (("as many layers", None), (f"at most {SHALLOW} layers", SHALLOW)):
-        start = time.perf_counter()
-        modules = fit_modular(
-            target, train_images, validation=held_out, steps=steps, depth=depth, ridge_images=512, progress=False
-        )
-        ours = time.perf_counter() - start
-        with torch.no_grad():
-            chained = float(F.mse_loss(Chain(modules, last)(recorded[last]), held_out))
-            found = float(F.mse_loss(modules[target.taps[0]](recorded[target.taps[0]]), held_out))
-        case = f"scenes-vit, modular from closed-form starts ({label}), {steps} steps in all"
-        yield compare("training", case, "seconds, reference / ours", spent, "s", ours, "beside the errors below")
-        measure = "held-out squared error, {}, ours / reference"
-        yield compare("training", case, measure.format("last block"), chained, "1", theirs, "<= 1")
-        yield compare("training", case, measure.format("patch embedding"), found, "1", theirs_first, "<= 1")
+    start = time.perf_counter()
+    modules = fit_modular(target, train_images, held_out, steps=steps, ridge_images=512, progress=False)
+    ours = time.perf_counter() - start
+    with torch.no_grad():
+        chained, first = (float(F.mse_loss(modules[tap](recorded[tap]), held_out)) for tap in (last, target.taps[0]))
+    case = f"scenes-vit, modular from closed-form starts, {steps} steps in all"
+    yield compare("training", case, "seconds, reference / ours", spent, "s", ours, "beside the errors below")
+    measure = "held-out squared error, {}, ours / reference"
+    yield compare("training", case, measure.format("last block"), chained, "1", theirs, "<= 1")
+    yield compare("training", case, measure.format("patch embedding"), first, "1", theirs_first, "<= 1")
 
 
 if __name__ == "__main__":

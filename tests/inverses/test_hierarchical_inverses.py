@@ -17,11 +17,11 @@ from backsight.inverses import networks as residuals
 from backsight.inverses.files import read, write
 from backsight.inverses.layouts import Form, cut, form_of, join, plan_layout
 from backsight.inverses.linear import LinearInverse, fit_linear, fit_linear_pairs
-from backsight.inverses.module import Chain, Inverse, InverseHeader, Moments
+from backsight.inverses.module import Chain, Inverse, InverseHeader, Inverses, Moments
 from backsight.inverses.networks import design_for
 from backsight.representation import Queries, Representation, Tokens
 from backsight.targets.base import Preprocessing, Stage, Target, seeded
-from backsight.training.fit import _Preparation, fit_direct, fit_modular, fit_polish, stage_pairs
+from backsight.training.fit import fit_direct, fit_modular, fit_polish, stage_pairs
 
 QUICK = {"steps": 1, "batch_size": 4, "ridge_images": 12, "progress": False}
 
@@ -372,7 +372,7 @@ def test_windows_see_their_own_tokens_and_a_summary(monkeypatch, shifted: bool, 
 def fitted(request) -> tuple[str, Hierarchy, Tensor, dict[str, Inverse]]:
     target = TARGETS[request.param]()
     images = images_of(12, *target.image_size)
-    return request.param, target, images, fit_modular(target, images, **QUICK)
+    return request.param, target, images, fit_modular(target, images, **QUICK).modules
 
 
 def test_chains_meet_down_to_the_image(fitted, tmp_path) -> None:
@@ -406,21 +406,6 @@ def test_several_levels_end_at_a_tap_that_is_as_fine() -> None:
     assert dict(stage_pairs(target, target.taps, forms))["encoder.0"] == "pixels"
 
 
-def test_untrained_chains_are_the_closed_forms(fitted) -> None:
-    _, target, images, _ = fitted
-    prepared = _Preparation(target, images, None, 12, 4, seed=0)
-    pairs = list(stage_pairs(target, target.taps, prepared.forms(target.taps)))
-    linear = fit_linear_pairs(target, prepared.sample, pairs, progress=False)
-    inverses, _ = prepared.inverses(pairs, "modular", linear, None, False, stages=True)
-    recorded = target.record(images[:2])
-    plain = {source: linear[source, end] for source, end in pairs}
-    for tap in target.taps:
-        found, wanted = (Chain(each, tap).intermediate(recorded[tap]) for each in (inverses, plain))
-        for end, made in found.items():
-            values = [each if isinstance(each, Tensor) else each.values for each in (made, wanted[end])]
-            torch.testing.assert_close(*values)
-
-
 def test_direct_decoders_and_polish(fitted, tmp_path) -> None:
     _, target, images, modules = fitted
     direct = fit_direct(target, images, **QUICK)
@@ -430,11 +415,6 @@ def test_direct_decoders_and_polish(fitted, tmp_path) -> None:
         assert made.shape == (1, 3, *target.image_size)
         loaded = read(write(inverse, tmp_path / f"{tap}.safetensors"), target)
         assert torch.equal(loaded(recorded[tap]), made)
-    polished = fit_polish(target, images, modules, steps=1, batch_size=6, progress=False)
-    assert {module.header.family for module in polished.values()} == {"modular_polished"}
-    assert polished[target.taps[-1]].header.steps == 2
-
-
-def test_a_setting_that_no_fit_has_is_refused() -> None:
-    with pytest.raises(TypeError, match="leaning_rate"):
-        fit_direct(swin(), images_of(12, 32, 64), leaning_rate=1.0)
+    polished = fit_polish(target, images, modules=Inverses(modules), steps=1, batch_size=6, progress=False)
+    assert {module.header.family for module in polished.modules.values()} == {"modular_polished"}
+    assert polished.module(target.taps[-1]).header.steps == 2

@@ -9,25 +9,22 @@ from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from backsight.errors import BacksightError
-from backsight.inverses.files import read, read_header, write
+from backsight.inverses.files import read, read_header, read_tensors, write, write_tensors
 from backsight.inverses.linear import Form, fit_linear_pairs
 from backsight.inverses.module import (
     RESIDUALS,
     Chain,
     Inverse,
-    Moments,
     Upsampling,
     design_for,
     header_for,
 )
 from backsight.representation import Queries, Tokens
 from backsight.targets import module_target
-from backsight.targets.base import Preprocessing, Stage, Target, seeded
+from backsight.targets.base import Preprocessing, Stage, seeded
 from backsight.targets.detr import Detr
 from backsight.targets.vit import TimmTransformer
-from backsight.training import fit as fitting
-from backsight.training.fit import fit_direct, fit_modular, fit_polish
-from backsight.training.loop import read_tensors, write_tensors
+from backsight.training.fit import fit_direct, fit_modular
 
 QUICK = {"steps": 2, "batch_size": 4, "ridge_images": 48, "progress": False}
 
@@ -80,32 +77,12 @@ def detr() -> Detr:
 
 @pytest.fixture(scope="module")
 def vit_modules(vit) -> dict[str, Inverse]:
-    return fit_modular(vit, _images(), **QUICK)
+    return fit_modular(vit, _images(), **QUICK).modules
 
 
 @pytest.fixture(scope="module")
 def detr_modules(detr) -> dict[str, Inverse]:
-    return fit_modular(detr, _images(), validation=_images(8, seed=1), **QUICK)
-
-
-def _untouched(target: Target, pairs: list, family: str, stages: bool, images: torch.Tensor) -> dict:
-    prepared = fitting._Preparation(target, images, None, 48, 8, seed=0)
-    linear = fit_linear_pairs(target, prepared.sample, pairs, progress=False)
-    return linear, prepared.inverses(pairs, family, linear, None, False, stages=stages)[0]
-
-
-@pytest.mark.parametrize("stages", [False, True], ids=["direct", "modular"])
-@pytest.mark.parametrize("kind", ["vit", "detr"])
-def test_before_training_every_inverse_is_the_ridge_map(kind: str, stages: bool, request) -> None:
-    target = request.getfixturevalue(kind)
-    before = ("pixels", *target.taps[:-1]) if stages else ("pixels",) * len(target.taps)
-    pairs = list(zip(target.taps, before, strict=True))
-    images = _images()
-    linear, inverses = _untouched(target, pairs, "direct", stages, images)
-    recorded = target.record(images[:3])
-    for pair in pairs:
-        made, wanted = inverses[pair[0]].raw(recorded[pair[0]]), linear[pair].raw(recorded[pair[0]])
-        assert torch.equal(made, wanted if pair[1] == "pixels" else wanted.values), pair
+    return fit_modular(detr, _images(), _images(8, seed=1), **QUICK).modules
 
 
 VITS = {
@@ -122,8 +99,8 @@ def test_shapes_follow_the_representation(changes: dict) -> None:
     target = _vit(**changes)
     height, width = target.image_size
     images = _images(8, height, width)
-    direct = fit_direct(target, images, ["blocks.1"], **{**QUICK, "steps": 1})
-    modules = fit_modular(target, images, **{**QUICK, "steps": 1})
+    direct = fit_direct(target, images, taps=["blocks.1"], **{**QUICK, "steps": 1})
+    modules = fit_modular(target, images, **{**QUICK, "steps": 1}).modules
     recorded = target.record(images[:1])
     for inverse in (direct["blocks.1"], Chain(modules, "blocks.1")):
         made = inverse(recorded["blocks.1"])
@@ -178,7 +155,7 @@ def test_detr_has_a_module_of_the_right_kind_for_every_stage(detr, detr_modules)
 
 def test_components_and_fine_steps_work_as_taps(vit, detr) -> None:
     for target, taps in ((detr, "components"), (vit, "fine")):
-        modules = fit_modular(target, _images(8), taps, **{**QUICK, "steps": 1})
+        modules = fit_modular(target, _images(8), taps=taps, **{**QUICK, "steps": 1}).modules
         last = target.resolve_taps(taps)[-1]
         assert Chain(modules, last)(target.record(_images(2), [last])[last]).shape == (2, 3, 32, 32)
 
@@ -187,7 +164,7 @@ def test_a_cnn_is_inverted_across_its_grids() -> None:
     with seeded(0):
         network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
     target = module_target(network, ["1", "3"], image_size=(16, 24))
-    modules = fit_modular(target, _images(8, 16, 24), **QUICK)
+    modules = fit_modular(target, _images(8, 16, 24), **QUICK).modules
     assert [module.design.kind for module in modules.values()] == ["upsampling", "convolution"]
     assert modules["3"].linear is not None
     assert modules["3"].linear.layout.patch_of("patches") == (2, 2)
@@ -214,59 +191,6 @@ def test_padding_is_not_looked_at(detr, detr_modules) -> None:
     other = Tokens(torch.zeros(2, 4, 16), ((2, 2),))
     with pytest.raises(BacksightError, match="layout"):
         detr_modules["decoder.layers.0"](queries, layout=other)
-
-
-def test_training_lowers_the_loss_below_the_ridge_map(vit) -> None:
-    images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(2))  # more than a token can hold
-    pairs = [("blocks.1", "pixels"), *fitting.stage_pairs(vit, vit.taps)]
-    linear = fit_linear_pairs(vit, images, pairs, progress=False)
-    for fit, taps in ((fit_direct, ["blocks.1"]), (fit_modular, None)):
-        inverses = fit(
-            vit,
-            images,
-            taps,
-            validation=images,
-            linear=linear,
-            **{**QUICK, "steps": 30, "learning_rate": 3e-3, "batch_size": 16},
-        )
-        start = fit(vit, images, taps, validation=images, linear=linear, **{**QUICK, "steps": 1, "learning_rate": 1e-9})
-        for tap, inverse in inverses.items():
-            assert inverse.header.validation_loss < start[tap].header.validation_loss, tap
-            assert inverse.header.steps == 30
-            assert set(inverse.history["module"]) == {tap}
-
-
-def test_the_same_seed_gives_the_same_inverse(vit) -> None:
-    runs = [fit_modular(vit, _images(), chain_fraction=0.5, seed=4, **QUICK) for _ in range(2)]
-    for first, second in zip(runs[0].values(), runs[1].values(), strict=True):
-        for key, tensor in first.state_dict().items():
-            assert torch.equal(tensor, second.state_dict()[key])
-
-
-def test_chain_fraction_changes_what_lower_modules_learn_from(vit) -> None:
-    plain, chained = (fit_modular(vit, _images(), chain_fraction=share, **QUICK) for share in (0.0, 1.0))
-    top, low = vit.taps[-1], vit.taps[0]
-    assert _same(plain[top], chained[top])
-    assert not _same(plain[low], chained[low])
-    with pytest.raises(BacksightError, match="from 0 to 1"):
-        fit_modular(vit, _images(), chain_fraction=1.5, **QUICK)
-
-
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def test_polish_is_a_family_of_its_own_and_leaves_the_modules(detr, detr_modules) -> None:
-    before = {tap: [p.clone() for p in module.parameters()] for tap, module in detr_modules.items()}
-    settings = {"steps": 3, "batch_size": 12, "progress": False}
-    polished = fit_polish(detr, _images(), detr_modules, validation=_images(8, seed=1), **settings)
-    for tap, module in polished.items():
-        assert module.header.family == "modular_polished"
-        assert module.header.steps == 5
-        assert _same(module.residual, detr_modules[tap].residual) == (tap == "backbone")  # not part of the chain
-        assert all(torch.equal(p, q) for p, q in zip(before[tap], detr_modules[tap].parameters(), strict=True))
-    with pytest.raises(BacksightError, match="no chain"):
-        fit_polish(detr, _images(), {k: v for k, v in detr_modules.items() if k != "projection"}, **settings)
 
 
 def test_a_queries_inverse_never_reads_the_context(detr, detr_modules) -> None:
@@ -346,11 +270,11 @@ def test_other_targets_and_broken_files_are_refused(vit, vit_modules, tmp_path) 
 def test_chain_ends_must_meet(vit, vit_modules) -> None:
     with pytest.raises(BacksightError, match=r"no module for its start 'blocks\.7'; nearest: blocks"):
         Chain(vit_modules, "blocks.7")
-    other = fit_modular(_vit(seed=1), _images(8), **{**QUICK, "steps": 0})
+    other = fit_modular(_vit(seed=1), _images(8), **{**QUICK, "steps": 0}).modules
     with pytest.raises(BacksightError, match="different weights"):
         Chain({**vit_modules, "patch_embed": other["patch_embed"]}, "norm")
     larger = _vit(img_size=40)
-    wider = fit_modular(larger, _images(8, 40, 40), **{**QUICK, "steps": 0})
+    wider = fit_modular(larger, _images(8, 40, 40), **{**QUICK, "steps": 0}).modules
     with pytest.raises(BacksightError, match="breaks at 'patch_embed'"):
         Chain({**vit_modules, "patch_embed": wider["patch_embed"]}, "norm")
     part = Chain({tap: vit_modules[tap] for tap in ("norm", "blocks.1")}, "norm")
@@ -369,44 +293,3 @@ def test_no_module_from_tokens_to_queries() -> None:
     with pytest.raises(BacksightError, match="no inverse module from 0 prefix"):
         design_for(tokens, queries, Stage("blocks", 1, 2, 16))
     assert {design_for(queries, tokens).kind, design_for(tokens, tokens).kind} <= set(RESIDUALS)
-
-
-def test_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> None:
-    values = torch.randn(50, 5, 3)
-    values[:, 0] += 10
-    padding = torch.zeros(50, 4, dtype=torch.bool)
-    padding[:, 3] = True
-    values[:, 4] = 100
-    moments = Moments.of(values, prefix=1, padding=padding)
-    torch.testing.assert_close(moments.mean[0], torch.full((3,), 10.0), atol=0.6, rtol=0)
-    torch.testing.assert_close(moments.mean[1], torch.zeros(3), atol=0.3, rtol=0)
-    assert 0.8 < moments.variance < 1.2
-
-
-def test_padded_images_are_refused_for_training(vit) -> None:
-    class Padded:
-        name, fit = "holiday", "pad"
-
-    with pytest.raises(BacksightError, match="'holiday' are padded"):
-        fit_direct(vit, Padded())
-
-
-def test_fits_resume_from_their_checkpoint(vit, tmp_path) -> None:
-    settings = {**QUICK, "steps": 6, "checkpoint": tmp_path / "fit.safetensors", "checkpoint_every": 2}
-    whole = fit_direct(vit, _images(), ["blocks.0"], **{**settings, "checkpoint": None})
-    calls = []
-
-    class Stopping(type(vit)):
-        def record(self, *arguments, **options):
-            calls.append(1)
-            if len(calls) == 6:
-                raise KeyboardInterrupt
-            return super().record(*arguments, **options)
-
-    stopping = Stopping(vit.model, vit.name, vit.weights)
-    linear = {("blocks.0", "pixels"): whole["blocks.0"].linear}
-    with pytest.raises(KeyboardInterrupt):
-        fit_direct(stopping, _images(), ["blocks.0"], linear=linear, **settings)
-    assert settings["checkpoint"].exists()
-    resumed = fit_direct(vit, _images(), ["blocks.0"], linear=linear, **settings)
-    assert _same(whole["blocks.0"], resumed["blocks.0"])

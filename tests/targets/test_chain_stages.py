@@ -38,7 +38,7 @@ def test_a_floor_keeps_a_map_from_amplifying(detr):
 
 
 def test_every_tap_of_the_detr_has_a_chain_to_pixels(detr):
-    modules = fit_modular(detr, IMAGES, steps=1, batch_size=4, ridge_images=60, progress=False)
+    modules = fit_modular(detr, IMAGES, steps=1, batch_size=4, ridge_images=60, progress=False).modules
     recorded = detr.record(IMAGES[:2])
     for tap in detr.taps:
         assert Chain(modules, tap)(recorded[tap]).shape == (2, 3, 64, 64)

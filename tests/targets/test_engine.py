@@ -1,8 +1,7 @@
-"""The engine's shortcuts change the cost and nothing else: features from a store, batches in parts, layers redone."""
+"""The engine's shortcuts change the cost and nothing else: features from a store, one pass."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,11 @@ from backsight.errors import BacksightError
 from backsight.inverses.families import fit
 from backsight.inverses.files import load
 from backsight.inverses.linear import Request, fit_linear_pairs
-from backsight.inverses.networks import LAYERS
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.targets.base import Target
-from backsight.training.fit import Batch, fit_direct, fit_modular
-from backsight.training.loop import _add_gradients, faster_in_bfloat16, recomputing
+from backsight.training.fit import fit_direct, fit_modular
 
-QUICK = {"steps": 3, "batch_size": 4, "ridge_images": 16, "validation_images": 8, "progress": False}
+QUICK = {"steps": 3, "batch_size": 4, "ridge_images": 16, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def store(vit: Target, images: Tensor, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _weights(inverses: dict) -> dict[str, Tensor]:
-    return {f"{tap}/{key}": t for tap, each in inverses.items() for key, t in each.state_dict().items()}
+    return {f"{tap}/{key}": t for tap, each in inverses.modules.items() for key, t in each.state_dict().items()}
 
 
 def _close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
@@ -97,77 +94,6 @@ def test_features_are_recorded_where_every_image_is_shown_twice(
     assert not (tmp_path / "features").exists()
     fit("direct", vit, images, images[:8], **{**once, "steps": 12})
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 1
-
-
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(vit: Target, images: Tensor) -> None:
-    recorded = vit.record(images[:6].float() / 255)
-    whole = Batch(images[:6], recorded)
-    weight = torch.ones(recorded[vit.taps[0]].channels, requires_grad=True)
-
-    def losses(batch: Batch, step: int) -> dict[str, Tensor]:
-        assert len(batch.images) == len(batch)
-        return {tap: (batch.recorded[tap].values * weight).square().mean() for tap in vit.taps}
-
-    found = []
-    for number in (1, 2, 3):
-        weight.grad = None
-        values = _add_gradients(losses, whole.parts(number), 0, nullcontext)
-        found.append((values, weight.grad))
-    for values, gradient in found[1:]:
-        assert values == pytest.approx(found[0][0], rel=1e-5)
-        assert torch.allclose(gradient, found[0][1], rtol=1e-4)
-    moved = _weights(fit_modular(vit, images, parts=2, **QUICK))
-    assert all((moved[key] != 0).any() for key in moved if key.endswith("head.weight"))
-
-
-def test_layers_computed_again_give_the_same_inverses(vit: Target, images: Tensor) -> None:
-    kept, again = (fit_modular(vit, images, recompute=how, **QUICK) for how in (False, True))
-    _close(_weights(kept), _weights(again), 1e-5)
-
-
-def test_layers_computed_again_keep_fewer_activations(vit: Target, images: Tensor) -> None:
-    module = fit_modular(vit, images, **QUICK)[vit.taps[-1]].residual.requires_grad_(True)
-    recorded = vit.record(images[:2].float() / 255)[vit.taps[-1]].values
-    kept = {}
-    for name, layer in (("all", None), ("again", lambda each: isinstance(each, LAYERS))):
-        seen: list[int] = []
-
-        def pack(tensor: Tensor, seen: list[int] = seen) -> Tensor:
-            seen.append(tensor.numel())
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with recomputing({"module": module}, layer), hooks:
-            module.blocks(recorded)
-        kept[name] = sum(seen)
-    assert kept["again"] < 0.5 * kept["all"]
-    assert "forward" not in vars(module.blocks[0])  # nothing is left behind
-
-
-def test_bfloat16_learns_too(vit: Target, images: Tensor) -> None:
-    exact, rounded = (fit_modular(vit, images[:8], precision=each, **QUICK) for each in ("float32", "bfloat16"))
-    for tap in vit.taps:
-        assert all(parameter.dtype == torch.float32 for parameter in rounded[tap].parameters())
-        assert torch.allclose(
-            torch.tensor(exact[tap].history.loss.to_numpy()),
-            torch.tensor(rounded[tap].history.loss.to_numpy()),
-            rtol=0.1,
-        )
-
-
-def test_bfloat16_is_chosen_for_wide_modules_of_a_machine_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    wide, narrow = torch.nn.Linear(512, 512), torch.nn.Linear(512, 128)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for has in (True, False):
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert faster_in_bfloat16([narrow, wide]) is has
-        assert not faster_in_bfloat16([narrow])
-
-
-def test_a_module_has_at_most_so_many_layers(vit: Target, images: Tensor) -> None:
-    last = vit.taps[-1]
-    assert fit_modular(vit, images, depth=2, **QUICK)[last].design.depth == 2
-    assert fit_modular(vit, images, depth=99, **QUICK)[last].design.depth == 6
 
 
 def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
-from backsight.inverses.module import Chain
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.targets import PIXELS
 from backsight.targets.base import Target, seeded
@@ -177,7 +176,7 @@ def test_inverts_end_to_end(name: str) -> None:
     recorded = target.record(images[:1])
     for tap, representation in recorded.items():
         assert direct[tap](representation).shape == images[:1].shape, tap  # type: ignore[union-attr]
-        chain: Callable[..., Tensor] = Chain(modules, tap)
+        chain: Callable[..., Tensor] = modules[tap]
         made = chain(representation)
         assert made.shape == images[:1].shape, tap
         assert torch.isfinite(made).all(), tap

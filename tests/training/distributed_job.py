@@ -1,6 +1,7 @@
 """What test_processes.py launches, alone and as two processes: the same job, with its results in a folder."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,14 +41,20 @@ def training(found: dict[str, torch.Tensor], folder: Path) -> None:
     """Each process takes its share of every batch: the mean of the gradients is the whole batch's."""
     torch.manual_seed(0)
     inputs, module = torch.randn(64, INPUTS), nn.Linear(INPUTS, OUTPUTS)
+    module.seldom = nn.Linear(1, 1)  # only the first process ever reaches it, as after an unreadable image
+    module.never = nn.Linear(1, 1)
     truth = torch.randn(INPUTS, OUTPUTS)
 
     def batch_at(step: int) -> torch.Tensor:
         return share(inputs.roll(step * GLOBAL_BATCH, 0)[:GLOBAL_BATCH])
 
+    def losses(batch: torch.Tensor, step: int) -> Iterator[tuple[str, torch.Tensor]]:
+        loss = F.mse_loss(module(batch), batch @ truth)
+        yield "module", loss + 0.0 * module.seldom.weight.sum() if processes().is_main_process else loss
+
     history = train(
         {"module": module},
-        lambda batch, step: {"module": F.mse_loss(module(batch), batch @ truth)},
+        losses,
         batch_at,
         steps=30,
         learning_rate=0.05,
@@ -56,7 +63,7 @@ def training(found: dict[str, torch.Tensor], folder: Path) -> None:
         checkpoint_every=7,
         progress=False,
     )
-    found["training/weight"] = module.weight.detach()
+    found["training/weight"], found["training/never"] = module.weight.detach(), module.never.weight.detach()
     found["training/losses"] = torch.tensor(history["loss"].to_numpy())
 
 
@@ -71,7 +78,7 @@ def target(found: dict[str, torch.Tensor]) -> None:
             score = inverse.score
             found[f"{name}/{tap}/score"] = torch.tensor([score.r2, score.r2_low, score.psnr, score.images])
     modules = fit_modular(frozen, images, steps=3, batch_size=4, progress=False)
-    for tap, module in modules.items():
+    for tap, module in modules.modules.items():
         for key, tensor in module.residual.state_dict().items():
             found[f"modular/{tap}/{key}"] = tensor
 

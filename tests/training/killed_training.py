@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backsight.training.loop import train, write_tensors
+from backsight.inverses.files import write_tensors
+from backsight.training.loop import train
 
 STEPS, EVERY = 60, 5
 PAUSE = 0.01  # seconds of a step, so that a kill can meet any of them
@@ -26,7 +27,7 @@ def run(folder: Path) -> None:
 
     history = train(
         {"module": module},
-        lambda batch, step: {"module": F.mse_loss(module(batch), batch @ truth)},
+        lambda batch, step: [("module", F.mse_loss(module(batch), batch @ truth))],
         batch_at,
         steps=STEPS,
         validate=lambda: {"module": float(F.mse_loss(module(inputs), inputs @ truth))},

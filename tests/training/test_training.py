@@ -1,14 +1,17 @@
 """The one loop: it learns, resumes to the last digit, keeps the best weights and stops where numbers end."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.training.loop import HISTORY_COLUMNS, learning_rate_at, read_tensors, seeded, train, write_tensors
+from backsight.targets.base import seeded
+from backsight.training.loop import HISTORY_COLUMNS, learning_rate_at, train
 
 INPUTS = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
 TRUTH = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, 1.0, -1.0]])
@@ -22,30 +25,26 @@ def _modules() -> dict[str, nn.Module]:
         }
 
 
-def _batch_at(step: int) -> torch.Tensor:
+def _batch_at(step: int) -> Tensor:
     return INPUTS[torch.randperm(64, generator=torch.Generator().manual_seed(step))[:16]]
 
 
 def _losses_of(modules: dict[str, nn.Module]):
-    return lambda batch, step: {name: F.mse_loss(module(batch), batch @ TRUTH.T) for name, module in modules.items()}
+    return lambda batch, step: ((name, F.mse_loss(m(batch), batch @ TRUTH.T)) for name, m in modules.items())
 
 
 def _validation_of(modules: dict[str, nn.Module]):
     return lambda: {name: F.mse_loss(m(INPUTS), INPUTS @ TRUTH.T).item() for name, m in modules.items()}
 
 
+def _trained(modules: dict[str, nn.Module], losses=None, **settings):
+    return train(modules, losses or _losses_of(modules), _batch_at, progress=False, **settings)
+
+
 def test_all_modules_learn_and_the_history_says_so() -> None:
     modules = _modules()
     before = _validation_of(modules)()
-    history = train(
-        modules,
-        _losses_of(modules),
-        _batch_at,
-        steps=150,
-        learning_rate=0.2,
-        validate=_validation_of(modules),
-        progress=False,
-    )
+    history = _trained(modules, steps=150, learning_rate=0.2, validate=_validation_of(modules))
     after = _validation_of(modules)()
     assert all(after[name] < 0.3 * before[name] for name in modules)
     assert tuple(history.columns) == HISTORY_COLUMNS
@@ -55,130 +54,113 @@ def test_all_modules_learn_and_the_history_says_so() -> None:
     assert not any(module.training for module in modules.values())
 
 
+def test_one_graph_is_held_at_a_time() -> None:
+    """Each loss has gone backward before the next is computed."""
+    modules = _modules()
+    waiting: list[bool] = []
+
+    def losses(batch: Tensor, step: int):
+        for name, module in modules.items():
+            waiting.append(all(p.grad is None for p in module.parameters()))
+            yield name, module(batch).square().mean()
+            waiting.append(all(p.grad is not None for p in module.parameters()))
+
+    _trained(modules, losses, steps=1)
+    assert waiting == [True] * 4
+
+
 @pytest.mark.parametrize("broken_at", [7, 11])
 def test_interrupted_and_resumed_is_uninterrupted_to_the_last_digit(tmp_path, broken_at: int) -> None:
-    def run(stop: int | None) -> tuple[dict[str, nn.Module], list]:
-        modules = _modules()
-        losses = _losses_of(modules)
+    path = tmp_path / "training.safetensors"
+    settings = {"steps": 20, "seed": 3, "validate_every": 4, "checkpoint_every": 5}
+    whole, resumed = _modules(), _modules()
+    history = _trained(whole, validate=_validation_of(whole), **settings)
 
-        def stopping(batch, step):
-            if step == stop:
-                raise KeyboardInterrupt
-            return losses(batch, step)
+    def stopping(batch: Tensor, step: int):
+        if step == broken_at:
+            raise KeyboardInterrupt
+        yield from _losses_of(resumed)(batch, step)
 
-        checkpoint = None if stop is None else tmp_path / "training.safetensors"
-        settings = {
-            "steps": 20,
-            "seed": 3,
-            "validate": _validation_of(modules),
-            "validate_every": 4,
-            "patience": 5,
-            "checkpoint_every": 5,
-            "progress": False,
-            "checkpoint": checkpoint,
-        }
-        if checkpoint is not None:
-            with pytest.raises(KeyboardInterrupt):
-                train(modules, stopping, _batch_at, **settings)
-            assert checkpoint.exists()
-            modules = _modules()
-            for module in modules.values():
-                nn.init.constant_(next(module.parameters()), 9.0)  # what was in memory is lost
-            settings["validate"] = _validation_of(modules)
-        history = train(modules, _losses_of(modules), _batch_at, **settings)
-        assert checkpoint is None or not checkpoint.exists()
-        return modules, history.drop(columns="seconds").values.tolist()
-
-    whole, history = run(None)
-    resumed, resumed_history = run(broken_at)
-    assert history == resumed_history
+    foreign = tmp_path / ".tmpabc123"
+    foreign.write_text("what another process is writing")
+    with pytest.raises(KeyboardInterrupt):
+        _trained(resumed, stopping, validate=_validation_of(resumed), checkpoint=path, **settings)
+    assert path.exists()
+    for module in resumed.values():
+        nn.init.constant_(next(module.parameters()), 9.0)  # what was in memory is lost
+    found = _trained(resumed, validate=_validation_of(resumed), checkpoint=path, **settings)
+    assert [file.name for file in tmp_path.iterdir()] == [foreign.name]
+    assert history.drop(columns="seconds").equals(found.drop(columns="seconds"))
     for name, module in whole.items():
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, resumed[name].state_dict()[key]), (name, key)
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path) -> None:
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch) -> None:
     path = tmp_path / "training.safetensors"
     modules = _modules()
 
-    def broken(batch, step):
+    def broken(batch: Tensor, step: int):
         if step == 3:
             raise KeyboardInterrupt
-        return _losses_of(modules)(batch, step)
+        yield from _losses_of(modules)(batch, step)
 
-    settings = {"steps": 6, "checkpoint": path, "checkpoint_every": 2, "progress": False}
+    settings = {"steps": 6, "checkpoint": path, "checkpoint_every": 2}
     with pytest.raises(KeyboardInterrupt):
-        train(modules, broken, _batch_at, **settings)
-    with pytest.raises(BacksightError, match="seed is 0 there and 1 here"):
-        train(modules, _losses_of(modules), _batch_at, seed=1, **settings)
+        _trained(modules, broken, identity={"data": "cats"}, **settings)
+    with pytest.raises(BacksightError, match="seed"):
+        _trained(modules, seed=1, identity={"data": "cats"}, **settings)
+    with pytest.raises(BacksightError, match="dogs"):
+        _trained(modules, identity={"data": "dogs"}, **settings)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BacksightError, match="damaged"):
-        train(modules, _losses_of(modules), _batch_at, **settings)
+        _trained(modules, **settings)
 
 
-def test_nan_stops_with_step_batch_and_module() -> None:
+def test_nan_stops_with_step_and_module_before_a_weight_has_changed() -> None:
     modules = _modules()
+    before: dict[str, Tensor] = {}
 
-    def losses(batch, step):
-        found = dict(_losses_of(modules)(batch, step))
+    def losses(batch: Tensor, step: int):
         if step == 4:
-            found["blocks.1"] = found["blocks.1"] * math.nan
-        return found
+            before.update({name: next(m.parameters()).detach().clone() for name, m in modules.items()})
+        for name, loss in _losses_of(modules)(batch, step):
+            yield name, loss * math.nan if step == 4 and name == "blocks.1" else loss
 
-    with pytest.raises(BacksightError, match=r"'blocks\.1' became nan at step 4 on the batch of cats"):
-        train(modules, losses, _batch_at, steps=9, describe_batch=lambda batch: "of cats", progress=False)
+    with pytest.raises(BacksightError, match=r"'blocks\.1' became nan at step 4"):
+        _trained(modules, losses, steps=9)
+    assert all(torch.equal(before[name], next(m.parameters())) for name, m in modules.items())
 
 
 def test_an_infinite_gradient_stops_too() -> None:
     modules = {"root": nn.Linear(4, 2)}
     nn.init.zeros_(modules["root"].weight)
     nn.init.zeros_(modules["root"].bias)
-    with pytest.raises(BacksightError, match="gradient of 'root'"):
-        train(
-            modules, lambda b, s: {"root": modules["root"](b).pow(2).sum().sqrt()}, _batch_at, steps=2, progress=False
-        )
+    with pytest.raises(BacksightError, match="'root'"):
+        _trained(modules, lambda b, s: [("root", modules["root"](b).pow(2).sum().sqrt())], steps=2)
 
 
-def test_best_weights_are_kept_for_each_module_and_patience_ends_the_training() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_best_weights_are_kept_for_each_module_or_for_all_of_one_step(together: bool) -> None:
     modules = _modules()
-    curves = {
-        "blocks.0": iter([4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0]),
-        "blocks.1": iter([5.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0]),
-    }
-    seen: list[dict[str, torch.Tensor]] = []
+    curves = {"blocks.0": iter([4.0, 3.0, 1.0, 2.0, 2.0]), "blocks.1": iter([5.0, 1.0, 2.5, 2.0, 4.0])}
+    seen: list[dict[str, Tensor]] = []
 
-    def validate():
+    def validate() -> dict[str, float]:
         seen.append({name: next(m.parameters()).detach().clone() for name, m in modules.items()})
         return {name: next(curve) for name, curve in curves.items()}
 
-    history = train(
-        modules,
-        _losses_of(modules),
-        _batch_at,
-        steps=60,
-        validate=validate,
-        validate_every=10,
-        patience=2,
-        progress=False,
-    )
-    assert history["step"].max() == 40  # 20 was the last better one, of blocks.0
-    assert torch.equal(next(modules["blocks.0"].parameters()), seen[2]["blocks.0"])
-    assert torch.equal(next(modules["blocks.1"].parameters()), seen[1]["blocks.1"])
+    _trained(modules, steps=4, validate=validate, validate_every=1, together=together)
+    best = {"blocks.0": 2, "blocks.1": 2 if together else 1}
+    for name, step in best.items():
+        assert torch.equal(next(modules[name].parameters()), seen[step][name])
 
 
 def test_a_training_that_makes_things_worse_keeps_what_it_came_with() -> None:
     modules = _modules()
     before = {name: next(module.parameters()).detach().clone() for name, module in modules.items()}
     calls = iter(range(100))
-    worse = train(
-        modules,
-        _losses_of(modules),
-        _batch_at,
-        steps=4,
-        validate=lambda: dict.fromkeys(modules, float(next(calls))),
-        progress=False,
-    )
-    assert worse.loc[worse["split"] == "validation", "step"].min() == 0
+    _trained(modules, steps=4, validate=lambda: dict.fromkeys(modules, float(next(calls))))
     assert all(torch.equal(before[name], next(module.parameters())) for name, module in modules.items())
 
 
@@ -186,36 +168,26 @@ def test_a_joint_loss_trains_all_modules() -> None:
     modules = {"first": nn.Linear(4, 4), "second": nn.Linear(4, 2)}
     before = {name: module.weight.detach().clone() for name, module in modules.items()}
 
-    def losses(batch, step):
-        return {"pixels": F.mse_loss(modules["second"](modules["first"](batch)), batch @ TRUTH.T)}
+    def losses(batch: Tensor, step: int):
+        yield "pixels", F.mse_loss(modules["second"](modules["first"](batch)), batch @ TRUTH.T)
 
-    train(
-        modules,
-        losses,
-        _batch_at,
-        steps=5,
-        validate=lambda: {"pixels": losses(INPUTS, 0)["pixels"].item()},
-        progress=False,
-    )
+    _trained(modules, losses, steps=5)
     assert all(not torch.equal(module.weight, before[name]) for name, module in modules.items())
 
 
 def test_the_global_random_state_is_left_alone() -> None:
-    modules = _modules()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    train(modules, _losses_of(modules), _batch_at, steps=2, progress=False)
+    _trained(_modules(), steps=2)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_frozen_modules_and_no_steps_are_nothing_to_train() -> None:
     modules = _modules()
-    assert train(modules, _losses_of(modules), _batch_at, steps=0).empty
+    assert _trained(modules, steps=0).empty
     modules["blocks.0"].requires_grad_(False)
     before = next(modules["blocks.0"].parameters()).clone()
-    train(
-        modules, lambda b, s: {"blocks.1": modules["blocks.1"](b).square().mean()}, _batch_at, steps=2, progress=False
-    )
+    _trained(modules, lambda b, s: [("blocks.1", modules["blocks.1"](b).square().mean())], steps=2)
     assert torch.equal(before, next(modules["blocks.0"].parameters()))
 
 
@@ -225,16 +197,3 @@ def test_learning_rate_rises_and_falls() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] == pytest.approx(0.01, abs=0.01)
-
-
-def test_files_are_whole_or_absent(tmp_path) -> None:
-    path = write_tensors(tmp_path / "deep" / "x.safetensors", {"a": torch.arange(3)}, {"note": "yes"})
-    tensors, metadata = read_tensors(path, "inverse")
-    assert tensors["a"].tolist() == [0, 1, 2]
-    assert metadata == {"note": "yes"}
-    assert [each.name for each in path.parent.iterdir()] == ["x.safetensors"]
-    with pytest.raises(BacksightError, match="no inverse at"):
-        read_tensors(tmp_path / "none", "inverse")
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(BacksightError, match="cannot be written"):
-        write_tensors(tmp_path / "file" / "x.safetensors", {"a": torch.zeros(1)}, {})

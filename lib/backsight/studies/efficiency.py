@@ -251,10 +251,12 @@ def _fit(
     learning_rate: float,
     seed: int,
     validation: Any = None,
-    modules: Mapping[str, Inverse] | None = None,
-) -> dict[str, Inverse]:
+    modules: Inverses | None = None,
+) -> Inverses:
     common: dict[str, Any] = {
-        "validation": None if validation is None else next(batches(validation, setting.validation_images, seed, steps=1)),
+        "validation": None
+        if validation is None
+        else next(batches(validation, setting.validation_images, seed, steps=1)),
         "steps": steps,
         "learning_rate": learning_rate,
         "batch_size": setting.batch_size,
@@ -288,8 +290,8 @@ def train_once(
     start: Start = "closed_form",
     part: str = "curve",
     images: Any = None,
-    before: tuple[Trial, Mapping[str, Inverse]] | None = None,
-) -> tuple[Trial, dict[str, Inverse]]:
+    before: tuple[Trial, Inverses] | None = None,
+) -> tuple[Trial, Inverses]:
     """Train a method and score it on the test images (or on `images`).
 
     start: "closed_form", or "random": modules begin at the mean with random weights, and the modular losses are the
@@ -316,8 +318,8 @@ def train_once(
         flops, seconds, steps = flops + before[0].flops, seconds + before[0].seconds, steps + before[0].steps
     elif start == "closed_form":
         flops, seconds = cost.total(steps, starts.images), seconds + starts.seconds
-    values = tap_psnr(setting.target, Inverses(inverses), setting.test if images is None else images)
-    held = sum(map(numbers_held, inverses.values()))
+    values = tap_psnr(setting.target, inverses, setting.test if images is None else images)
+    held = sum(map(numbers_held, inverses.modules.values()))
     trial = Trial(part, method, start, steps, learning_rate, starts.images, starts.seed, values, flops, seconds, held)
     return trial, inverses
 
@@ -377,13 +379,13 @@ def search_learning_rate(
     rates: Sequence[float],
     steps: int,
     start: Start = "closed_form",
-    before: tuple[Trial, Mapping[str, Inverse]] | None = None,
-) -> tuple[float, list[Trial], tuple[Trial, dict[str, Inverse]]]:
+    before: tuple[Trial, Inverses] | None = None,
+) -> tuple[float, list[Trial], tuple[Trial, Inverses]]:
     """(the best rate, its trials, the best training) by the mean PSNR over judged taps on the validation images.
 
     A training that diverges counts as minus infinity: it has no values, and no trial.
     """
-    results: list[tuple[Trial, dict[str, Inverse]]] = []
+    results: list[tuple[Trial, Inverses]] = []
     for rate in rates:
         try:
             result = train_once(
@@ -460,7 +462,7 @@ def match(
 
 def learning_curves(
     setting: Setting, starts: Starts, matched: Matched, steps: Sequence[int], polish_steps: int
-) -> tuple[list[Trial], dict[str, dict[str, Inverse]]]:
+) -> tuple[list[Trial], dict[str, Inverses]]:
     """Every method trained anew for each number of steps; a polish follows each modular training.
 
     Returns the trials and, of the longest training, {method: its inverses}.
@@ -469,7 +471,7 @@ def learning_curves(
         closed_form_trial(setting, method, starts, matched.costs[method, "closed_form"])
         for method in ("linear", *METHODS[:-1])
     ]
-    longest: dict[str, dict[str, Inverse]] = {}
+    longest: dict[str, Inverses] = {}
     for length in sorted(steps):
         for method in METHODS[:-1]:
             key: tuple[str, Start] = (method, "closed_form")
@@ -809,7 +811,7 @@ def rebuild_few(
     setting: Setting,
     tap: str,
     images: Tensor,
-    inverses: Mapping[str, Mapping[str, Inverse]],
+    inverses: Mapping[str, Inverses],
     trials: Sequence[Trial],
     seed: int,
 ) -> tuple[dict[str, Tensor], list[Trial]]:
@@ -821,7 +823,7 @@ def rebuild_few(
     pictures: dict[str, Tensor] = {}
     made = []
     for method, modules in inverses.items():
-        reconstruct = Inverses(modules)[tap]
+        reconstruct = modules[tap]
         began = time.perf_counter()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             pictures[method] = reconstruct(representation).clamp(0, 1).cpu()

@@ -263,9 +263,7 @@ def untrained(
     }
     fitted = {}
     if requests := [*missing.values(), *views.values()]:
-        fitted = fit_linear_pairs(
-            target, sample, requests, validation=held_out, seed=seed, progress=settings.progress
-        )
+        fitted = fit_linear_pairs(target, sample, requests, validation=held_out, seed=seed, progress=settings.progress)
     known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
     inverses = {}
     for source, destination in pairs:

@@ -1,0 +1,256 @@
+"""What the fits promise: they start at the closed form, give what was validated, and leave everything as it was."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+from backsight import load_target
+from backsight.data import distributed
+from backsight.data.images import batches, open_images
+from backsight.errors import BacksightError
+from backsight.inverses.linear import fit_linear_pairs
+from backsight.inverses.module import Inverses
+from backsight.representation import Tokens
+from backsight.targets.base import Preprocessing, Target, seeded
+from backsight.targets.detr import Detr
+from backsight.targets.vit import TimmTransformer
+from backsight.training import fit as fitting
+from backsight.training.fit import RunningMoments, fit_direct, fit_modular, fit_polish, stage_pairs
+from backsight.training.loop import train
+
+QUICK = {"steps": 2, "batch_size": 4, "ridge_images": 24, "progress": False}
+
+
+def _images(count: int = 24, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    """Smooth colour fields: what a token holds says something of its pixels."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+    return (smooth * 255).round() / 255
+
+
+@pytest.fixture(scope="module")
+def vit() -> TimmTransformer:
+    with seeded(0):
+        model = VisionTransformer(img_size=(16, 40), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    return TimmTransformer(model, "tiny-vit", "random")
+
+
+@pytest.fixture(scope="module")
+def detr() -> Detr:
+    small = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = DetrConfig(
+        backbone_config=backbone, d_model=16, encoder_layers=2, decoder_layers=2, num_queries=5, num_labels=2, **small
+    )
+    with seeded(0):
+        model = DetrForObjectDetection(config)
+    return Detr(model, "tiny-detr", Preprocessing((0.5,) * 3, (0.5,) * 3, (32, 32)), "random", ("disc", "ring"))
+
+
+def _shown(target: Target, count: int = 24, seed: int = 0) -> Tensor:
+    return _images(count, *target.image_size, seed=seed)
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fit", [fit_direct, fit_modular])
+@pytest.mark.parametrize("kind", ["vit", "detr"])
+def test_before_training_every_inverse_is_the_closed_form(kind: str, fit, request) -> None:
+    target: Target = request.getfixturevalue(kind)
+    images = _shown(target)
+    recorded = target.record(images[:3])
+    pairs = [(tap, "pixels") for tap in target.taps] if fit is fit_direct else list(stage_pairs(target, target.taps))
+    maps = fit_linear_pairs(target, images, pairs, progress=False)
+    inverses = fit(target, images, starts=maps, **{**QUICK, "steps": 0})
+    for source, end in pairs:
+        made, wanted = inverses.module(source).raw(recorded[source]), maps[source, end].raw(recorded[source])
+        assert torch.equal(made, wanted if end == "pixels" else wanted.values), source
+
+
+def test_training_gains_over_the_closed_form_on_images_that_nothing_has_seen() -> None:
+    """A shipped target: after 12 steps pictures from every tap are nearer than those of the closed-form start."""
+    target = load_target("scenes-vit", taps=["blocks.0", "blocks.1"])
+    train, validation, test = (open_images("scenes", s, target.image_size, 64) for s in ("train", "validation", "test"))
+    shown = next(batches(test, 64))
+    recorded = target.record(shown)
+    settings = {"ridge_images": 64, "progress": False}
+    for fit in (fit_direct, fit_modular):
+        start = fit(target, train, steps=0, **settings)
+        starts = {(tap, stage.destination): stage.linear for tap, stage in start.modules.items()}
+        trained = fit(target, train, validation, starts=starts, steps=12, **settings)
+        for tap in target.taps:
+            before, after = (F.mse_loss(family[tap](recorded[tap]), shown) for family in (start, trained))
+            assert after < before, (fit.__name__, tap)
+
+
+def test_the_chain_that_is_returned_is_the_one_that_was_validated(vit) -> None:
+    images, held_out = _shown(vit), _shown(vit, 12, seed=1)
+    modules = fit_modular(vit, images, held_out, **{**QUICK, "steps": 10, "learning_rate": 0.05})
+    history = {tap: stage.history for tap, stage in modules.modules.items()}
+    validated = {tap: rows[rows.split == "validation"].set_index("step").loss for tap, rows in history.items()}
+    means = sum(validated.values()) / len(validated)
+    unit = modules.module(vit.taps[0]).variance
+    recorded = vit.record(held_out)
+    for tap in vit.taps:
+        error = float(F.mse_loss(modules[tap](recorded[tap]), held_out)) / unit
+        assert error == pytest.approx(validated[tap][means.idxmin()], rel=1e-5), tap
+        assert modules.module(tap).header.validation_loss == pytest.approx(error, rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_inverse_and_neither_target_nor_random_state_moves(vit) -> None:
+    before, state, device = vit.weights_hash, torch.get_rng_state(), vit.device
+    runs = [fit_modular(vit, _shown(vit), _shown(vit, 5, 1), chain_fraction=0.5, seed=4, **QUICK) for _ in range(2)]
+    for tap in vit.taps:
+        assert _same(runs[0].module(tap), runs[1].module(tap))
+    vit.__dict__.pop("weights_hash")
+    assert (vit.weights_hash, vit.device) == (before, device)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_chain_fraction_changes_what_lower_modules_learn_from(vit) -> None:
+    plain, chained = (fit_modular(vit, _shown(vit), chain_fraction=share, **QUICK) for share in (0.0, 1.0))
+    top, low = vit.taps[-1], vit.taps[0]
+    assert _same(plain.module(top), chained.module(top))
+    assert not _same(plain.module(low), chained.module(low))
+    with pytest.raises(BacksightError, match="chain_fraction"):
+        fit_modular(vit, _shown(vit), chain_fraction=1.5, **QUICK)
+
+
+def test_polish_is_a_family_of_its_own_leaves_the_modules_and_reads_what_it_uses(detr, monkeypatch) -> None:
+    images = _shown(detr)
+    modules = fit_modular(detr, images, **QUICK)
+    before = {tap: [p.clone() for p in stage.parameters()] for tap, stage in modules.modules.items()}
+    read: list[int] = []
+    monkeypatch.setattr(fitting, "_sample", lambda images, count, seed: read.append(count) or images)
+    settings = {"steps": 3, "batch_size": 12, "progress": False}
+    polished = fit_polish(detr, images, _shown(detr, 8, seed=1), modules=modules, **settings)
+    assert read == [fitting.VALIDATION_IMAGES]
+    assert polished.family == "modular_polished"
+    for tap, stage in polished.modules.items():
+        assert stage.header.steps == 5
+        assert _same(stage.residual, modules.module(tap).residual) == (tap == "backbone")  # not part of the chain
+        assert all(torch.equal(p, q) for p, q in zip(before[tap], modules.module(tap).parameters(), strict=True))
+    broken = Inverses({tap: stage for tap, stage in modules.modules.items() if tap != "projection"})
+    with pytest.raises(BacksightError, match="no chain"):
+        fit_polish(detr, images, modules=broken, **settings)
+
+
+def test_epochs_and_the_share_that_is_seen(vit) -> None:
+    images = _shown(vit, 23)
+    settings = {key: value for key, value in QUICK.items() if key != "steps"}
+    inverse = fit_direct(vit, images, taps="blocks.0", epochs=2, **settings).module("blocks.0")
+    assert inverse.header.steps == 12
+    assert "seen 2.09 times" in inverse.header.data
+    inverse = fit_direct(vit, images, taps="blocks.0", steps=1, **settings).module("blocks.0")
+    assert "17.4% of them seen" in inverse.header.data
+    with pytest.raises(BacksightError, match="epochs"):
+        fit_direct(vit, images, epochs=1, **QUICK)
+
+
+def test_padded_images_are_refused(vit) -> None:
+    class Padded:
+        name, fit = "holiday", "pad"
+
+    with pytest.raises(BacksightError, match="'holiday'"):
+        fit_direct(vit, Padded())
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(vit, monkeypatch) -> None:
+    monkeypatch.setattr(fitting, "processes", lambda: type("Three", (), {"num_processes": 3}))
+    with pytest.raises(BacksightError, match="3 processes cannot share a batch of 4"):
+        fit_direct(vit, _shown(vit), **QUICK)
+
+
+def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fitting, "train", partial(train, checkpoint_every=2))
+    settings = {**QUICK, "taps": ["blocks.0"], "steps": 6}
+    whole = fit_direct(vit, _shown(vit), **settings)
+
+    class Stopping(TimmTransformer):
+        calls = 0
+
+        def record(self, *arguments, **options):
+            Stopping.calls += 1
+            if Stopping.calls == 6:
+                raise KeyboardInterrupt
+            return super().record(*arguments, **options)
+
+    settings |= {
+        "checkpoint": tmp_path / "fit.safetensors",
+        "starts": {("blocks.0", "pixels"): whole["blocks.0"].linear},
+    }
+    with pytest.raises(KeyboardInterrupt):
+        fit_direct(Stopping(vit.model, vit.name, vit.weights), _shown(vit), **settings)
+    assert settings["checkpoint"].exists()
+    with pytest.raises(BacksightError, match="data"):
+        fit_direct(vit, _shown(vit, seed=9), **settings)
+    resumed = fit_direct(vit, _shown(vit), **settings)
+    assert _same(whole["blocks.0"], resumed["blocks.0"])
+
+
+def test_validation_images_are_counted_once_and_passed_once(vit, monkeypatch) -> None:
+    """Where batches are kept and where they are not; one batch whose images cannot be read is left out."""
+    images = _shown(vit, 10)
+    inverses = fit_direct(vit, images, **{**QUICK, "steps": 0}).modules
+    monkeypatch.setattr(fitting, "RECORDING_BATCH", 4)
+    passes: list[int] = []
+    recorded = fitting._recorded
+
+    def counted(target, part, *arguments):
+        passes.append(len(part))
+        return iter(()) if torch.equal(part, images[4:8]) else recorded(target, part, *arguments)
+
+    monkeypatch.setattr(fitting, "_recorded", counted)
+    kept: dict = {}
+    found = [fitting._validated(vit, inverses, images, kept) for _ in range(2)]
+    assert passes == [4, 4, 2]
+    assert found[0] == found[1]
+    monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
+    assert fitting._validated(vit, inverses, images, {}) == found[0]
+    readable = torch.cat([images[:4], images[8:]])
+    held = vit.record(readable)
+    for tap, inverse in inverses.items():
+        assert found[0][tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), readable)) / inverse.variance)
+
+
+def test_what_an_inverse_must_not_see_is_left_out_and_all_else_is_counted() -> None:
+    tokens = Tokens(torch.ones(2, 4, 3), ((2, 2),), 0, torch.zeros(2, 4, dtype=torch.bool), torch.ones(1, 4, 3))
+    seen = Tokens(tokens.values, tokens.grids, 0, tokens.padding, tokens.position, {"pyramid": torch.ones(2, 999)})
+    plain = fitting._plain(seen)
+    assert not plain.context
+    assert fitting._bytes(fitting.Batch(torch.ones(2), {"tap": plain})) == 4 * (2 + 24 + 12) + 8
+
+
+def test_running_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> None:
+    values = torch.randn(50, 5, 3, generator=torch.Generator().manual_seed(0))
+    values[:, 0] += 10
+    padding = torch.zeros(50, 4, dtype=torch.bool)
+    padding[::2, 3] = True
+    values[::2, 4] = 100
+    running = RunningMoments(prefix=1)
+    for part in (slice(0, 7), slice(7, 50)):
+        running.add(values[part], padding[part])
+    moments = running.moments()
+    grid = values[:, 1:][~padding]
+    torch.testing.assert_close(moments.mean, torch.stack([values[:, 0].mean(0), grid.mean(0)]))
+    deviation = torch.stack([values[:, 0].std(0, unbiased=False), grid.std(0, unbiased=False)])
+    torch.testing.assert_close(moments.deviation, deviation)
+    assert moments.variance == pytest.approx(float((deviation[0].square() + 4 * deviation[1].square()).mean()) / 5)
+
+
+def test_alone_average_changes_nothing() -> None:
+    numbers = torch.rand(3)
+    kept = numbers.clone()
+    distributed.average([numbers])
+    assert torch.equal(numbers, kept)
