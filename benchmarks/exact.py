@@ -33,7 +33,6 @@ from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
 from backsight.studies.exact import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
 from backsight.targets import Target, load_target
-from backsight.targets.timm_models import random_target
 
 FULL = os.environ.get("SIZE") == "full"
 SINGLE = Settings(alternatives=0, restarts=0, newton=20)  # the plain solver
@@ -160,11 +159,11 @@ def cost(case: str, target: Target, tap: str, images: int, settings: Settings, t
 
 def costs(words: str) -> Iterator[Row]:
     for side, depth in SIZES:
-        target = random_target("vit_tiny_patch16_224", side, depth=depth, **PATCHES_ALONE)
+        target = load_target("vit_tiny_patch16_224", pretrained=False, image_size=side, depth=depth, **PATCHES_ALONE)
         for method, settings in METHODS.items():
             case = f"vit_tiny (192 wide), {side} px, {depth} blocks, random weights, {method}, {words}"
             yield from cost(case, target, f"blocks.{depth - 1}", 1, settings)
-    target = random_target(*BASE, **PATCHES_ALONE)
+    target = load_target(BASE[0], pretrained=False, image_size=BASE[1], **PATCHES_ALONE)
     for first, last in ((0, 11), (1, 11)):
         for method, settings in (PRECISIONS if FULL or first else {"Newton": SINGLE}).items():
             case = f"ViT-B/16, 224 px, blocks {first} to {last}, one image, random weights, {method}, {words}"

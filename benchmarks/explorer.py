@@ -17,7 +17,7 @@ from table import Row, compare, write
 
 from backsight.app.explorer import View, Workbench
 from backsight.app.explorer.page import Page
-from backsight.targets.shipped import SHIPPED
+from backsight.targets import SHIPPED
 
 GOAL_SECONDS = 0.2
 REPEATS = 9

@@ -23,7 +23,6 @@ from backsight.data.images import batches, index_batches
 from backsight.inverses.module import Inverse
 from backsight.representation import Representation
 from backsight.targets import PIXELS, Target, load_target
-from backsight.targets.timm_models import random_target
 from backsight.training.fit import fit_modular
 
 FULL = os.environ.get("SIZE") == "full"
@@ -157,6 +156,6 @@ if __name__ == "__main__":
     small = load_target("scenes-vit", pretrained=False)
     rows = [*training(small, 512, 16), *recording(small, 256), *memory()]
     if FULL:
-        large = random_target("vit_base_patch16_224")
+        large = load_target("vit_base_patch16_224", pretrained=False)
         rows += [*training(large, 64, 8), *recording(large, 64)]
     write("store", rows)

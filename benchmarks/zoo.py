@@ -32,8 +32,8 @@ from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
 from backsight.project import project_root
+from backsight.targets import load_target
 from backsight.targets.base import Target
-from backsight.targets.timm_models import random_target
 
 IMAGES = 64
 AGREEMENT = 1e-4  # of the output's own scale
@@ -85,7 +85,7 @@ def made(name: str) -> Target:
     refusal: BacksightError | None = None
     for size in (*SIZES, None):
         try:
-            target = random_target(name, size)
+            target = load_target(name, pretrained=False, image_size=size)
             scatter(target.model)
             return target
         except BacksightError as error:

@@ -21,7 +21,6 @@ from backsight.app.runner import NotebookError, _tidy, check_inverses, check_wei
 from backsight.app.runs import complete_run, open_run, start_run
 from backsight.errors import BacksightError
 from backsight.project import project_root, read_json, write_atomically
-from backsight.targets.shipped import SHIPPED, refuse_unknown_name, refuse_unknown_taps, weights_folder
 
 DECLARATIONS = """\
 steps = 10  # optimiser steps
@@ -207,10 +206,11 @@ def test_unknown_targets_and_taps_are_refused(
 
 
 def test_inverses_of_another_target_are_refused(tmp_path: Path) -> None:
+    from backsight.inverses.files import FORMAT
     from backsight.inverses.module import InverseHeader
 
     header = InverseHeader("linear", "scenes-vit", "shipped", "0123", "norm", "pixels")
-    metadata = {"backsight": json.dumps({"header": asdict(header)})}
+    metadata = {"backsight": json.dumps({"format": FORMAT, "kind": "linear", "header": asdict(header)})}
     save_file({"weight": np.zeros(1)}, tmp_path / "linear--norm.safetensors", metadata)
     check_inverses(str(tmp_path), "scenes-vit")
     with pytest.raises(BacksightError, match=r"are of scenes-vit, not of scenes-detr\."):
@@ -221,6 +221,7 @@ def test_inverses_of_another_target_are_refused(tmp_path: Path) -> None:
 
 
 def _write_inverse(folder: Path, weights_hash: str, seed: int = 0) -> Path:
+    from backsight.inverses.files import FORMAT
     from backsight.inverses.module import InverseHeader
 
     header = InverseHeader("linear", "scenes-vit", "shipped", weights_hash, "norm", "pixels", seed=seed)
@@ -228,7 +229,7 @@ def _write_inverse(folder: Path, weights_hash: str, seed: int = 0) -> Path:
     save_file(
         {"weight": np.zeros(1)},
         folder / "linear--norm.safetensors",
-        {"backsight": json.dumps({"header": asdict(header)})},
+        {"backsight": json.dumps({"format": FORMAT, "kind": "linear", "header": asdict(header)})},
     )
     return folder
 
@@ -295,28 +296,10 @@ def test_targets_taps_and_inverses_are_refused_before_the_kernel(
         (["taps=blocks.99"], "no tap 'blocks.99'; nearest: blocks."),
         (["taps=[norm, block.1]"], "no tap 'block.1'"),
         ([f"inverses={foreign}", "target=scenes-detr"], "are of scenes-vit, not of scenes-detr"),
-        ([f"inverses={cut}"], "cut short"),
+        ([f"inverses={cut}"], "damaged"),
     ):
         with pytest.raises(BacksightError, match=words):
             plan_run(notebook, assignments=assignments)
-
-
-def test_quick_refusals_pass_what_the_target_libraries_know() -> None:
-    for name in ("scenes-vit", "vit_base_patch16_224.augreg_in21k", "owner/name", "hf_hub:owner/name", "./a/folder"):
-        refuse_unknown_name(name)
-    for name in SHIPPED:
-        refuse_unknown_taps(name, "fine")
-    refuse_unknown_taps("vit_base_patch16_224", ["whatever"])
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_model_cards_list_the_taps(name: str) -> None:
-    from backsight.targets import load_target
-
-    card = read_json(weights_folder() / name / "card.json")
-    if card is None:
-        pytest.skip(f"data/weights/{name} is not made yet")
-    assert card["taps"] == list(load_target(name).available_taps)
 
 
 def test_paths_of_the_command_line_are_the_callers(

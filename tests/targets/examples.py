@@ -18,12 +18,11 @@ from backsight.targets import (
     detr,
     mask2former,
     rt_detr,
-    timm_models,
     yolos,
 )
 from backsight.targets.base import Preprocessing, Target, seeded
-from backsight.targets.hugging_face import IMAGENET_MEAN, IMAGENET_STD
-from backsight.targets.sources import Source
+from backsight.targets.load import _timm
+from backsight.targets.names import Source
 
 CLASSES = ("disc", "ring", "star")
 
@@ -79,7 +78,10 @@ def small_timm(name: str = "ViT", **changes: Any) -> Target:
         "std": (0.2, 0.3, 0.4),
         "input_size": (3, side, side),
     }
-    return timm_models._load(Source(f"small {name}", "random", config=config), pretrained=False, seed=0)
+    source = Source(f"small {name}", "random", config=config)
+    target = _timm(source, pretrained=False, seed=0, size=None, arguments={}, fill=True)
+    assert target is not None
+    return target
 
 
 # transformers
@@ -183,7 +185,9 @@ def small_detector(model_type: str = "detr", size: tuple[int, int] = (64, 64), *
     with seeded(0):
         config = getattr(transformers, f"{name}Config")(**{"id2label": dict(enumerate(CLASSES)), **settings})
         model = getattr(transformers, f"{name}For{task}")(config)
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, size, "bilinear", square=size[0] == size[1])
+    preprocessing = Preprocessing(
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size, "bilinear", square=size[0] == size[1]
+    )
     return adapter(scattered(model), f"small {model_type}", preprocessing, "random", CLASSES)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
-from backsight.targets import check_image_size, check_taps, check_target, load_target, sources
+from backsight.targets import check_target, load_target
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.timm_intermediates import Layout, TimmIntermediates, _guess, _match
-from backsight.targets.timm_models import random_target
 from backsight.targets.vit import TimmTransformer
 
 SHALLOW = {"depth": 3}
@@ -58,15 +57,10 @@ FAMILIES: dict[str, tuple[str, int, dict[str, object], list[str], tuple[int, int
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "answers", lambda _: False)
-
-
 @cache
 def target_of(family: str) -> Target:
     name, side, arguments, _, _ = FAMILIES[family]
-    target = random_target(name, side, **arguments)
+    target = load_target(name, pretrained=False, image_size=side, **arguments)
     scatter(target.model)
     return target
 
@@ -151,7 +145,7 @@ def test_other_sizes() -> None:
     for tap, representation in recorded.items():
         assert (target.from_tap(tap, representation) - target(images)).abs().max() <= 1e-5, tap
     # A target that has not seen the size finds it again from the grid.
-    other = random_target("test_convnext", 64)
+    other = load_target("test_convnext", pretrained=False, image_size=64)
     other.model.load_state_dict(target.model.state_dict())
     assert (other.from_tap("stages.2", recorded["stages.2"]) - target(images)).abs().max() <= 1e-5
     with pytest.raises(BacksightError, match=r"tnt_s_patch16_224 does not take images of \(48, 32\).*\(32, 32\)"):
@@ -234,10 +228,9 @@ def test_models_without_intermediates_are_refused() -> None:
 
 
 def test_names_are_checked_without_weights() -> None:
-    check_taps("test_convnext", ["stem", "stages.3"])
+    check_target("test_convnext", ["stem", "stages.3"], 96, pretrained=False)
     with pytest.raises(BacksightError, match=r"no tap 'stages\.4'; nearest: stages"):
-        check_taps("test_convnext", ["stages.4"])
-    check_image_size("test_convnext", 96)
+        check_target("test_convnext", ["stages.4"], pretrained=False)
     for use in (check_target, load_target):
         with pytest.raises(BacksightError, match="hf download"):
             use("test_convnext.r160_in1k")
@@ -293,5 +286,5 @@ def test_descriptions_of_classes(tmp_path: Path) -> None:
     assert torch.equal(target(images), made(images))
     (folder / "config.json").write_text(json.dumps({**config, "architecture": "SwinTransformr"}))
     for use in (check_target, load_target):
-        with pytest.raises(BacksightError, match=r"names the class SwinTransformr, .*nearest: SwinTransformer"):
+        with pytest.raises(BacksightError, match="SwinTransformr"):
             use(str(folder))

@@ -12,8 +12,7 @@ from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from backsight.errors import BacksightError
-from backsight.project import available_cores, project_root, results_root, shown
-from backsight.targets.shipped import SHIPPED
+from backsight.project import available_cores, project_root, read_json, results_root, shown
 
 Verdict = Literal["OK", "NOTE", "FAIL"]
 FREE_DISK_GIB = 2
@@ -108,12 +107,16 @@ def _kernel(root: Path) -> Iterator[Finding]:
 
 def _data(root: Path) -> Iterator[Finding]:
     from backsight.scenes.photographs import PHOTOGRAPHS, photograph_path
+    from backsight.targets import SHIPPED, check_target
 
     for name in SHIPPED:
-        if (root / "data" / "weights" / name / "model.safetensors").is_file():
+        try:
+            check_target(name)
+            if (read_json(root / "data" / "weights" / name / "card.json") or {}).get("target") != name:
+                raise BacksightError(f"The card.json of {name} is not its own.")
             yield Finding("OK", name, f"shipped in data/weights/{name}")
-        else:
-            yield Finding("FAIL", name, f"data/weights/{name}/model.safetensors is missing; restore it from git.")
+        except BacksightError as error:
+            yield Finding("FAIL", name, f"{error} Or restore data/weights/{name} from git.")
     try:
         for photograph in PHOTOGRAPHS:
             photograph_path(photograph)

@@ -165,13 +165,6 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
         from_query(query)
     targets = _named_targets(values)
     inverses = values.get("inverses")
-    # First what is seen at once, then what needs the target libraries, which take seconds.
-    if targets:
-        from backsight.targets.shipped import refuse_unknown_name, refuse_unknown_taps
-
-    for target in targets:
-        refuse_unknown_name(target)
-        refuse_unknown_taps(target, _taps(values))
     if isinstance(inverses, str) and inverses:
         check_inverses(inverses, values.get("target"), values.get("seeds", ()))
     _check_targets(targets, values)
@@ -250,14 +243,10 @@ def _check_targets(targets: Sequence[str], values: Mapping[str, Any]) -> None:
     """Refuse targets, taps and sizes that cannot work, with the target libraries."""
     if not targets:
         return
-    from backsight.targets import check_image_size, check_taps, check_target
+    from backsight.targets import check_target
 
     for target in targets:
-        if values.get("pretrained", True):
-            check_target(target)
-        check_taps(target, _taps(values))
-        if (size := values.get("image_size")) is not None:
-            check_image_size(target, size)
+        check_target(target, _taps(values), values.get("image_size"), bool(values.get("pretrained", True)))
 
 
 def check_seeds(seeds: Any) -> None:
@@ -275,12 +264,12 @@ def check_inverses(source: str, target: Any, seeds: Sequence[int] = ()) -> None:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise BacksightError(f"inverses: no folder {source!r}; give the folder of a finished training run.")
-    from backsight.targets.shipped import inverse_files, made_for
+    from backsight.inverses.files import inverse_files, read_header
 
-    files = inverse_files(folder)
+    files = list(inverse_files(folder))
     if not files:
         raise BacksightError(f"inverses: the folder {source} holds no inverses (<family>--<tap>.safetensors).")
-    made = [made_for(path) for path in files]
+    made = [read_header(path) for path in files]
     names = sorted({each.target for each in made})
     if isinstance(target, str) and not Path(target).exists() and target not in names:
         raise BacksightError(f"inverses: those in {source} are of {', '.join(names)}, not of {target}.")
@@ -299,16 +288,17 @@ def check_weights(source: str, target: Any, seed: Any = None) -> None:
     """
     if not isinstance(target, str):
         return
-    from backsight.targets.shipped import inverse_files, made_for
+    from backsight.inverses.files import inverse_files, read_header
 
-    files = {path: made_for(path) for path in inverse_files(Path(source).expanduser())}
+    files = {path: read_header(path) for path in inverse_files(Path(source).expanduser())}
     # Inverses of an untrained target may lie beside those of the trained one: they are null models.
     files = {path: each for path, each in files.items() if each.target == target and each.weights != "random"}
     if len({each.seed for each in files.values()}) > 1:  # the notebook takes those of its own seed
         files = {path: each for path, each in files.items() if each.seed == seed}
-    from backsight.targets import load_target, sources
+    from backsight.targets.load import load_target
+    from backsight.targets.names import resolve
 
-    if not files or sources.resolve(target).checkpoint is None:
+    if not files or resolve(target).checkpoint is None:
         return
     weights_hash = load_target(target).weights_hash
     for path, each in files.items():

@@ -1,6 +1,6 @@
 """The target protocol: a frozen model, its own preprocessing, and the taps where its forward pass is recorded.
 
-A family of models is one file that implements the abstract methods of `Target` and offers one `Family`.
+A family of models is one file that implements the abstract methods of `Target`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from backsight.targets.hooks import Place, recording
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from backsight.targets.sources import Source
 
 PIXELS = "pixels"
 TAP_SETS = ("blocks", "components", "fine")
@@ -71,26 +69,6 @@ class Preprocessing:
         mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
         std = images.new_tensor(self.std).view(1, -1, 1, 1)
         return (images - mean) / std
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of models, as the registry sees it.
-
-    kind: what its targets are; claims: does this source belong here; skeleton: the target on the meta device, at
-    once and without weights; load: the target itself (source, pretrained, seed); check: refuse a source that cannot
-    be loaded here; listed: names for `backsight targets`, each with its hub repository; names: all it knows, for
-    "nearest names".
-    """
-
-    name: str
-    kind: Kind
-    claims: Callable[[Source], bool]
-    skeleton: Callable[[Source], Target]
-    load: Callable[[Source, bool, int], Target]
-    check: Callable[[Source], None]
-    listed: Callable[[], dict[str, str]]
-    names: Callable[[], list[str]]
 
 
 class Target(ABC):

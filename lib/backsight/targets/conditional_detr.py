@@ -13,7 +13,6 @@ from typing import Literal
 
 from backsight.targets.detection import DetectionTarget
 from backsight.targets.detr import Detr
-from backsight.targets.hugging_face import Architecture, family
 
 
 class ConditionalDetr(Detr):
@@ -24,16 +23,3 @@ class ConditionalDetr(Detr):
     @property
     def _activation(self) -> Literal["softmax", "sigmoid"]:
         return "sigmoid"
-
-
-ARCHITECTURE = Architecture(
-    "conditional_detr",
-    "ConditionalDetrConfig",
-    "ConditionalDetrForObjectDetection",
-    ConditionalDetr,
-    heads=("class_labels_classifier.weight",),
-    out_indices=lambda _: [1, 2, 3, 4],
-)
-
-
-FAMILY = family("transformers Conditional DETR", [ARCHITECTURE])

@@ -17,7 +17,6 @@ from dataclasses import replace
 
 from backsight.targets.detection import DetectionTarget, Spot
 from backsight.targets.hooks import Element, Place
-from backsight.targets.hugging_face import Architecture, family
 
 STEPS = {"attn": "self_attn", "cross_attn": "cross_attn"}
 
@@ -44,16 +43,3 @@ class DabDetr(DetectionTarget):
     def _decoder_spots(self) -> dict[str, Spot]:
         feeding = Place("model.decoder.layernorm", call=self.model.config.decoder_layers - 1)
         return {**super()._decoder_spots(), "decoder.layernorm": Spot("queries", "norm", (feeding,))}
-
-
-ARCHITECTURE = Architecture(
-    "dab-detr",
-    "DabDetrConfig",
-    "DabDetrForObjectDetection",
-    DabDetr,
-    heads=("class_embed.weight",),
-    out_indices=lambda _: [1, 2, 3, 4],
-)
-
-
-FAMILY = family("transformers DAB-DETR", [ARCHITECTURE])

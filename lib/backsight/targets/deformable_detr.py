@@ -16,7 +16,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from backsight.targets.detection import DetectionTarget, flat
-from backsight.targets.hugging_face import Architecture, family
 
 
 class DeformableDetr(DetectionTarget):
@@ -29,16 +28,3 @@ class DeformableDetr(DetectionTarget):
     def _least_tokens(self) -> int:
         config = self.model.config
         return int(config.two_stage_num_proposals) if config.two_stage else 0
-
-
-ARCHITECTURE = Architecture(
-    "deformable_detr",
-    "DeformableDetrConfig",
-    "DeformableDetrForObjectDetection",
-    DeformableDetr,
-    heads=("class_embed.0.weight", "model.decoder.class_embed.0.weight"),
-    out_indices=lambda values: [2, 3, 4] if values.get("num_feature_levels", 4) > 1 else [4],
-)
-
-
-FAMILY = family("transformers Deformable DETR", [ARCHITECTURE])

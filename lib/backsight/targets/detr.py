@@ -18,7 +18,6 @@ from typing import Literal
 
 from backsight.targets.detection import DetectionTarget, Spot
 from backsight.targets.hooks import Place
-from backsight.targets.hugging_face import Architecture, family
 
 
 class Detr(DetectionTarget):
@@ -38,18 +37,3 @@ class Detr(DetectionTarget):
         config = self.model.config
         final = Place("model.decoder.layernorm", call=config.decoder_layers if config.auxiliary_loss else 0)
         return {**super()._decoder_spots(), "decoder.layernorm": Spot("queries", "norm", (final,), alone=True)}
-
-
-ARCHITECTURE = Architecture(
-    "detr",
-    "DetrConfig",
-    "DetrForObjectDetection",
-    Detr,
-    heads=("class_labels_classifier.weight",),
-    spare=1,
-    out_indices=lambda _: [1, 2, 3, 4],
-)
-
-
-# It also claims the model types that no family takes, to refuse them in a sentence.
-FAMILY = family("transformers DETR", [ARCHITECTURE], refuses=True)

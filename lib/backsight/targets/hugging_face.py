@@ -1,19 +1,21 @@
-"""Models of transformers: which family a name belongs to, and loading without network, warnings or surprises.
+"""Models of transformers by folder, checkpoint or hub id: detectors, encoders and classifiers of images.
 
-A family is a file that describes its models by `Architecture` and offers `family(...)`:
-
-    FAMILY = family("transformers Conditional DETR", [Architecture("conditional_detr", …)])
-
-What transformers only warns about is refused here: weights that are missing, left over or of another shape. A backbone
-is always described in full, because transformers would otherwise ask the network for it.
+What transformers only warns about is refused here: weights that are missing, left over or of another shape.
+A new detector is a file with its class, and one line in DETECTORS.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,337 +23,247 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.targets import sources
-from backsight.targets.base import Family, Preprocessing, Size, Target, seeded
-from backsight.targets.sources import Source
+from backsight.targets.base import TAP_SETS, Preprocessing, Size, Target, seeded
+from backsight.targets.checkpoints import (
+    Choice,
+    choose,
+    misfit,
+    read_object,
+    read_tensors,
+    unfit,
+    unique,
+    warn_of_unused,
+)
+from backsight.targets.module import RECOMMENDED, ModuleTarget
+from backsight.targets.names import Source, checked_preprocessing, explained, reason
 
-# Published models whose family is known without asking the hub, and so all the model types that are taken.
-PUBLISHED = {
-    "facebook/detr-resnet-50": "detr",
-    "facebook/detr-resnet-101": "detr",
-    "facebook/detr-resnet-50-dc5": "detr",
-    "facebook/detr-resnet-101-dc5": "detr",
-    "microsoft/conditional-detr-resnet-50": "conditional_detr",
-    "IDEA-Research/dab-detr-resnet-50": "dab-detr",
-    "IDEA-Research/dab-detr-resnet-50-dc5": "dab-detr",
-    "SenseTime/deformable-detr": "deformable_detr",
-    "SenseTime/deformable-detr-single-scale": "deformable_detr",
-    "SenseTime/deformable-detr-single-scale-dc5": "deformable_detr",
-    "SenseTime/deformable-detr-with-box-refine": "deformable_detr",
-    "SenseTime/deformable-detr-with-box-refine-two-stage": "deformable_detr",
-    "PekingU/rtdetr_r18vd": "rt_detr",
-    "PekingU/rtdetr_r50vd": "rt_detr",
-    "PekingU/rtdetr_r101vd": "rt_detr",
-    "PekingU/rtdetr_v2_r18vd": "rt_detr_v2",
-    "PekingU/rtdetr_v2_r50vd": "rt_detr_v2",
-    "hustvl/yolos-tiny": "yolos",
-    "hustvl/yolos-small": "yolos",
-    "facebook/mask2former-swin-tiny-coco-instance": "mask2former",
+# A detector's `model_type` in config.json: the file beside this one, and the class in it.
+DETECTORS = {
+    "detr": "detr:Detr",
+    "conditional_detr": "conditional_detr:ConditionalDetr",
+    "dab-detr": "dab_detr:DabDetr",
+    "deformable_detr": "deformable_detr:DeformableDetr",
+    "rt_detr": "rt_detr:RtDetr",
+    "rt_detr_v2": "rt_detr:RtDetr",
+    "yolos": "yolos:Yolos",
+    "mask2former": "mask2former:Mask2Former",
 }
-MODEL_TYPES = tuple(dict.fromkeys(PUBLISHED.values()))
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PROCESSOR: Mapping[str, Any] = {"size": {"shortest_edge": 800, "longest_edge": 1333}}  # of DETR and its kin
-LARGEST_HEIGHT = 480  # of a batch of images where the processor keeps the aspect ratio
-LEGACY_KEYS = ("backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone")
+# Image processors of types of which transformers itself does not know one.
+PROCESSORS = {
+    "rt_detr_v2": "RTDetrImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+}
+LARGEST_HEIGHT = 480  # of a batch of images where a detector's processor keeps the aspect ratio
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One model class of transformers, as its family describes it.
+class Encoder(ModuleTarget):
+    """An encoder or classifier of transformers, which can be built again from its config."""
 
-    model_type: in config.json; config, model: names of its classes in transformers; target: the adapter, called with
-    (model, name, preprocessing, weights, classes); heads: names that the weight of the class head may have in a
-    checkpoint; spare: its rows that are no class of the data ("no object"); out_indices: maps that the default timm
-    backbone gives, from the config's values, or None where the config class makes its own default without network;
-    processor: what the model's image processor does by default (keys of preprocessor_config.json).
-    """
+    def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
+        return super().resolve_taps(RECOMMENDED if isinstance(taps, str) and taps in TAP_SETS else taps)
 
-    model_type: str
-    config: str
-    model: str
-    target: Callable[[Any, str, Preprocessing, str, Sequence[str]], Any]
-    heads: tuple[str, ...] = ()
-    spare: int = 0
-    out_indices: Callable[[Mapping[str, Any]], list[int]] | None = None
-    processor: Mapping[str, Any] = field(default_factory=lambda: PROCESSOR)
+    def _randomised(self) -> nn.Module:
+        return _of_any_size(type(self.model)(self.model.config))
 
 
-def family(
-    name: str,
-    architectures: Sequence[Architecture],
-    kind: Any = "detector",
-    refuses: bool = False,
-) -> Family:
-    """The registry's view of these architectures. refuses: claim model types that no family takes, to refuse them."""
-    by_type = {each.model_type: each for each in architectures}
-
-    def claims(source: Source) -> bool:
-        model_type = model_type_of(source)
-        return model_type in by_type or (refuses and model_type is not None and model_type not in MODEL_TYPES)
-
-    def found(source: Source) -> Architecture:
-        model_type = str(model_type_of(source))
-        if model_type not in by_type:
-            raise BacksightError(
-                f"{source.name} is a transformers model of the type {model_type!r}, and only {', '.join(MODEL_TYPES)} "
-                "are taken: use a timm name for a ViT, or module_target() for other models."
-            )
-        return by_type[model_type]
-
-    names = [each for each, model_type in PUBLISHED.items() if model_type in by_type]
-    return Family(
-        name,
-        kind,
-        claims,
-        skeleton=lambda source: _skeleton(source, found(source)),
-        load=lambda source, pretrained, seed: _load(source, found(source), pretrained, seed),
-        check=lambda source: _check(source, found(source)),
-        listed=lambda: {each: each for each in names},
-        names=lambda: list(names),
-    )
+def _of_any_size(model: nn.Module) -> nn.Module:
+    """Models that resample their position embedding do so only when they are told to."""
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        model.forward = functools.partial(model.forward, interpolate_pos_encoding=True)
+    return model.eval().requires_grad_(False)
 
 
-# What a name stands for
-
-
-def model_type_of(source: Source) -> str | None:
-    """`model_type` of the folder's config.json, or of a hub id "owner/name"; None where it is no transformers model.
-
-    Published names are known; for other hub ids config.json is read from the cache or fetched.
-    Raises BacksightError where it cannot be fetched.
-    """
-    if source.config:
-        found = source.config.get("model_type")
-        return None if found is None else str(found)
-    name = source.architecture or ""
-    if name in PUBLISHED:
-        return PUBLISHED[name]
-    if name.count("/") != 1 or ":" in name:
-        return None
-    found = sources.read_json(sources.hub_file(name, name, ["config.json"])).get("model_type")
-    return None if found is None else str(found)
-
-
-def _config(source: Source, architecture: Architecture, checkpoint: Path | None) -> Any:
-    """The configuration of a source, with an explicit backbone that asks no network."""
+def configuration(source: Source, arguments: Mapping[str, Any]) -> Any:
+    """transformers' own, of a folder or from the hub; arguments: over what it says."""
     import transformers
 
-    if source.config:
-        values = dict(source.config)
+    where, revision = _place(source)
+    with explained(source, "model of transformers"):
+        return transformers.AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **arguments)
+
+
+def _place(source: Source) -> tuple[str, str | None]:
+    """(folder or hub id, revision); a file that is named with a hub's id has that id's configuration."""
+    repository, _, revision = str(source.architecture).partition("@")
+    return (str(source.folder), None) if source.config else (repository, revision or None)
+
+
+def transformers_target(
+    source: Source, config: Any, pretrained: bool, seed: int, size: Size | None, fill: bool
+) -> Target | None:
+    """fill=False: on the meta device and without weights, None where its taps are found by a pass."""
+    with explained(source, "model of transformers"):
+        kind, config = _model_class(source, config)
+        with torch.device("meta"):
+            own = unique(kind(config).to("meta"))  # some make a tensor where no context reaches
+    label, choice = source.label if pretrained else "random", None
+    if pretrained and source.checkpoint is not None:
+        choice = _transformers_choice(source, source.checkpoint, kind, config, own)
+        label = choice.label(label)
+    if pretrained and fill:
+        model = _loaded(source, kind, config, choice)
     else:
-        values = sources.read_json(sources.hub_file(source.name, source.name, ["config.json"]))
-    values["backbone_config"] = _explicit_backbone(values, architecture)
-    for key in LEGACY_KEYS:
-        values.pop(key, None)
-    if values["backbone_config"] is None:
-        del values["backbone_config"]
-    if not values.keys() & {"id2label", "num_labels"} and checkpoint is not None:
-        shapes = sources.read_shapes(checkpoint)
-        if head := next((name for name in architecture.heads if name in shapes), None):
-            values["num_labels"] = shapes[head][0] - architecture.spare
-    with _describing(source, architecture):
-        return getattr(transformers, architecture.config).from_dict(values)
-
-
-def _explicit_backbone(values: Mapping[str, Any], architecture: Architecture) -> Any:
-    backbone = values.get("backbone_config")
-    if backbone is None and architecture.out_indices is not None:
-        arguments = values.get("backbone_kwargs") or {}
-        return {
-            "model_type": "timm_backbone",
-            "backbone": values.get("backbone") or "resnet50",
-            "num_channels": values.get("num_channels", 3),
-            "features_only": True,
-            "use_pretrained_backbone": False,
-            "out_indices": arguments.get("out_indices") or architecture.out_indices(values),
-            **({"output_stride": 16} if values.get("dilation") else {}),
-        }
-    if isinstance(backbone, Mapping) and backbone.get("model_type") == "timm_backbone":
-        return {**backbone, "use_pretrained_backbone": False}
-    return backbone
-
-
-def _constructed(source: Source, architecture: Architecture, config: Any) -> Any:
-    import transformers
-
-    with _describing(source, architecture):
-        return getattr(transformers, architecture.model)(config)
-
-
-@contextmanager
-def _describing(source: Source, architecture: Architecture) -> Iterator[None]:
-    """transformers raises many types on a config.json that somebody edited; say in one sentence what is wrong."""
-    try:
-        yield
-    except Exception as error:
-        raise BacksightError(
-            f"The config.json of {source.name} describes no {architecture.model} ({_reason(error)}): correct it."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-# Building: a save_pretrained folder, a checkpoint beside its config.json, or a hub id
-
-
-def _skeleton(source: Source, architecture: Architecture) -> Target:
-    config = _config(source, architecture, source.checkpoint)
-    with torch.device("meta"):
-        model = _constructed(source, architecture, config).to("meta")  # some make a tensor where no context reaches
-        return _target(source, architecture, model, source.folder, "none")
-
-
-def _load(source: Source, architecture: Architecture, pretrained: bool, seed: int) -> Target:
-    if not pretrained:
-        config = _config(source, architecture, source.checkpoint)
-        with seeded(seed):
-            model = _constructed(source, architecture, config)
-        return _target(source, architecture, model, source.folder, "random")
-    checkpoint, folder = _files(source)
-    config = _config(source, architecture, checkpoint)
-    return _target(source, architecture, _loaded(source, architecture, config, checkpoint), folder, source.label)
-
-
-def _target(source: Source, architecture: Architecture, model: Any, folder: Path | None, weights: str) -> Target:
-    classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    processor = _processor(source, architecture, folder)
-    # The model itself says its stride, which the image size is rounded to.
-    provisional = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, (1, 1))
-    target = architecture.target(model, source.name, provisional, weights, classes)
-    target.preprocessing = _preprocessing(processor, target.size_step)
+        with seeded(seed), torch.device("cpu" if fill else "meta"), explained(source, kind.__name__):
+            model = kind(config).to("cpu" if fill else "meta")
+    named = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if config.model_type in DETECTORS:
+        module, _, adapter = DETECTORS[config.model_type].partition(":")
+        provisional = Preprocessing((0.0,) * 3, (1.0,) * 3, (1, 1))  # the model itself says its stride
+        detector = getattr(import_module(f"backsight.targets.{module}"), adapter)
+        target = detector(model, source.name, provisional, label, named)
+        target.preprocessing = _processing(source, config, target.size_step)
+        return target
+    if not fill:
+        return None
+    preprocessing = _processing(source, config, None)
+    preprocessing = dataclasses.replace(preprocessing, size=size or preprocessing.size)
+    target = Encoder(_of_any_size(model), RECOMMENDED, preprocessing, name=source.name)
+    target.weights, target.classes = label, tuple(named) if "Classification" in kind.__name__ else None
     return target
 
 
-def _files(source: Source) -> tuple[Path, Path | None]:
-    """(checkpoint, folder of preprocessor_config.json), local, cached or fetched."""
-    if source.folder is not None:
-        if source.checkpoint is None:
-            raise BacksightError(
-                f"The folder of {source.name} has no {sources.CHECKPOINT_NAMES[0]}: put the weights there."
-            )
-        return source.checkpoint, source.folder
-    checkpoint = sources.hub_file(source.name, source.name, sources.CHECKPOINT_NAMES[:2])
-    sources.hub_file(source.name, source.name, ["preprocessor_config.json"])
-    return checkpoint, checkpoint.parent
-
-
-def _loaded(source: Source, architecture: Architecture, config: Any, checkpoint: Path) -> Any:
-    """The model with the checkpoint's weights, in float32; transformers only warns where they do not fit."""
+def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
+    """(model class, its config): a detector, the class that config.json names, or the part that sees images."""
     import transformers
 
-    state = sources.read_checkpoint(checkpoint)
-    try:
-        with seeded(0), _quietly():
-            # Half-precision files are read as float32, or the processor would run in the file's type.
-            loaded: Any = getattr(transformers, architecture.model).from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-            )
-            model, report = loaded
-    except Exception as error:  # transformers raises many types on files that do not fit
+    if config.model_type in DETECTORS:
+        names = ("MODEL_FOR_OBJECT_DETECTION_MAPPING", "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING")
+        mappings = [getattr(transformers, name) for name in names]
+        return next(mapping[type(config)] for mapping in mappings if type(config) in mapping), config
+    named = (config.architectures or [""])[0]
+    if hasattr(config, "vision_config") and "ImageClassification" not in named:
+        named, config = "", config.vision_config
+    kind = getattr(transformers, named or " ", None)
+    if kind is None or not isinstance(config, kind.config_class):
+        kind = transformers.MODEL_MAPPING.get(type(config), None)
+    if kind is None or kind.main_input_name != "pixel_values":
         raise BacksightError(
-            f"{checkpoint.name} does not fit {source.name} ({_reason(error)}): it belongs to another architecture."
-        ) from error
-    if words := sources.misfit(_found_shapes(model, report), sources.shapes_of(model.state_dict())):
-        raise BacksightError(sources.does_not_fit(source.name, checkpoint, words))
+            f"{source.name} is a model of the type {config.model_type!r}, which takes no images alone: name an "
+            "encoder, a classifier or a detector of images, or give the model to module_target()."
+        )
+    return kind, config
+
+
+def _transformers_choice(source: Source, path: Path, kind: Any, config: Any, own: Mapping[str, Tensor]) -> Choice:
+    """The weights of a file, compared with the architecture; names that differ may mean the same tensor."""
+    tensors = read_tensors(path)
+    choice = choose(tensors, own)
+    common = [name for name in own if name in choice.state and own[name].ndim == choice.state[name].ndim > 0]
+    if not source.config.keys() & {"id2label", "num_labels"}:  # then only the weights say the number of classes
+        further = {choice.state[name].shape[0] - own[name].shape[0] for name in common} - {0}
+        if len(further) == 1:
+            config.num_labels = config.num_labels + further.pop()
+            with torch.device("meta"):
+                own = unique(kind(config).to("meta"))
+    # transformers renames some names as it loads, and a weight that is shared has two: their shapes have to pair.
+    state = choice.state
+    missing = Counter(tensor.shape for name, tensor in own.items() if name not in state)
+    spare = Counter(tensor.shape for name, tensor in state.items() if name not in own)
+    known = {
+        name: own[name] for name in own.keys() - state.keys() if missing[own[name].shape] <= spare[own[name].shape]
+    }
+    known |= {name: value for name, value in state.items() if name in own or spare[value.shape] > missing[value.shape]}
+    if words := misfit(known, own):
+        raise unfit(source.name, path, words, choice)
+    return choice
+
+
+def _loaded(source: Source, kind: Any, config: Any, choice: Choice | None) -> nn.Module:
+    """The model with its weights (choice, or the hub's) in float32; transformers only warns where they do not fit."""
+    where, revision = _place(source)
+    # Half-precision files are read as float32, or the processor would run in the file's type.
+    settings = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    with seeded(0), _quietly(), explained(source, kind.__name__):
+        if choice is None:
+            model, report = kind.from_pretrained(where, revision=revision, **settings)
+        else:
+            model, report = kind.from_pretrained(None, state_dict=choice.state, **settings)
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in own.items() if name not in report["missing_keys"]}
+    state |= {str(name): torch.empty(0) for name in report["unexpected_keys"]}
+    state |= {str(name): torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
+    path = source.checkpoint or Path(where)
+    if words := misfit(state, own):
+        raise unfit(source.name, path, words, choice)
+    if choice and "vision_config" not in source.config:  # else the other half is left out on purpose
+        warn_of_unused(path, [*choice.unused, *sorted(state.keys() - own.keys())])
     return model
 
 
-def _found_shapes(model: nn.Module, report: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What the checkpoint held, under the names that transformers has given it."""
-    shapes = sources.shapes_of(model.state_dict())
-    found = {name: shape for name, shape in shapes.items() if name not in report["missing_keys"]}
-    found |= {str(name): () for name in report["unexpected_keys"]}
-    return found | {str(name): tuple(there) for name, there, _ in report["mismatched_keys"]}
-
-
-@contextmanager
+@contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """No bar for a load of a fraction of a second, which a saved notebook would keep, and no table of misfits."""
-    from transformers.utils import logging
+    from transformers.utils import logging as reports
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    shown, level = reports.is_progress_bar_enabled(), reports.get_verbosity()
+    reports.disable_progress_bar()
+    reports.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        reports.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            reports.enable_progress_bar()
 
 
-def _check(source: Source, architecture: Architecture) -> None:
-    if source.checkpoint is not None:
-        model = _skeleton(source, architecture).model
-        sources.compare_shapes(source, _unique(model), renamed=True)
-        return
-    if source.folder is not None:
-        _files(source)
-    for filename in ("config.json", *sources.CHECKPOINT_NAMES[:1]):
-        if sources.cached_file(source.name, [filename]) is None:
-            sources.refuse_unreachable(source.name, source.name, filename)
+def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing:
+    """What the model's own image processor does. step: of a detector, whose images may have any aspect ratio."""
+    try:
+        processor = _processor(source, config)
+        size, crop = _processed_size(processor, config, step)
+        factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        rows = ([row] * 3 if isinstance(row, (int, float)) else row for row in (mean, std))
+        mean, std = ([value / factor for value in row] for row in rows)
+        if getattr(processor, "do_flip_channel_order", False):
+            raise ValueError("it takes the channels as blue, green, red")
+        interpolation = INTERPOLATIONS.get(int(getattr(processor, "resample", None) or 2), "bilinear")
+        return checked_preprocessing(source, mean, std, 3, size, interpolation, crop)
+    except BacksightError:
+        raise
+    except Exception as error:  # transformers raises many types on a file that somebody edited
+        raise BacksightError(
+            f"preprocessor_config.json of {source.name} describes no preprocessing ({reason(error)}): correct it."
+        ) from error
 
 
-def _unique(model: nn.Module) -> dict[str, Tensor]:
-    """The state without its second names: a weight that two modules share lies once in a checkpoint."""
-    seen: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        seen.setdefault(id(tensor), name)
-    return {name: state[name] for name in seen.values()}
+def _processor(source: Source, config: Any) -> Any:
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    known = IMAGE_PROCESSOR_MAPPING.get(type(config), {})
+    usual = known.get("torchvision") or getattr(transformers, PROCESSORS.get(config.model_type, "ViTImageProcessor"))
+    where, revision = _place(source)
+    files = [Path(where, f"{name}_config.json") for name in ("preprocessor", "processor")]
+    if source.config and not any(file.exists() for file in files):
+        warnings.warn(f"{source.name} has no preprocessor_config.json: images are prepared as usual.", stacklevel=2)
+        return usual()
+    named = read_object(files[0]).keys() & {"image_processor_type", "feature_extractor_type"}
+    if source.config and files[0].exists() and not named:
+        return usual.from_pretrained(where)
+    return transformers.AutoImageProcessor.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
-# Preprocessing
+def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Size, float]:
+    """(H, W) for one batch of images, and what part of the shorter side a centre crop keeps.
 
-
-def _processor(source: Source, architecture: Architecture, folder: Path | None) -> dict[str, Any]:
-    """preprocessor_config.json, over what the image processor does by default."""
-    values: Mapping[str, Any] = {}
-    if folder is None:
-        found = sources.cached_file(source.name, ["preprocessor_config.json"])
-        folder = found.parent if found else None
-    if folder is not None:
-        values = sources.read_json(folder / "preprocessor_config.json")
-        values = values or sources.read_json(folder / "processor_config.json").get("image_processor", {})
-    return {**architecture.processor, **values}
-
-
-def _preprocessing(values: Mapping[str, Any], step: Size) -> Preprocessing:
-    height, width = _image_size(values["size"], step)
-    mean, std = values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
-    if not values.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    return Preprocessing(
-        mean=tuple(mean),
-        std=tuple(std),
-        size=(height, width),
-        interpolation=INTERPOLATIONS.get(values.get("resample", 2), "bilinear"),
-        square=height == width,
-    )
-
-
-def _image_size(size: Any, step: Size) -> Size:
-    """(H, W) for one batch of images: the configured size, or a 4:3 picture of at most 480 pixels in height.
-
-    DETR keeps the aspect ratio (shortest and longest edge); 480 x 640 is the size at which it was inverted in the
-    paper, and costs a third of 800 x 1066.
+    Where a detector's processor keeps the aspect ratio (shortest and longest edge), it is a 4:3 picture of at most 480
+    pixels in height: the size at which DETR was inverted in the paper, and a third of the cost of 800 x 1066.
     """
-    if isinstance(size, Mapping) and "height" in size:
-        return int(size["height"]), int(size["width"])
-    short = size.get("shortest_edge", 800) if isinstance(size, Mapping) else size
-    long = size.get("longest_edge") if isinstance(size, Mapping) else None
-    height = min(int(short), LARGEST_HEIGHT)
+    rule, crop, own = processor.size, getattr(processor, "crop_size", None), getattr(config, "image_size", None) or 224
+    if not getattr(processor, "do_resize", True) or not rule:
+        return ((own, own) if isinstance(own, int) else tuple(own)), 1.0
+    short, long = rule.get("shortest_edge"), rule.get("longest_edge")
+    if getattr(processor, "do_center_crop", None) and crop:
+        return (crop["height"], crop["width"]), crop["height"] / (short or rule.get("height") or crop["height"])
+    for kind in ("", "max_"):
+        if rule.get(f"{kind}height") and rule.get(f"{kind}width"):
+            return (rule[f"{kind}height"], rule[f"{kind}width"]), 1.0
+    if step is None or short is None:
+        kept = getattr(processor, "crop_pct", None)
+        return (short or long, short or long), kept if kept and (short or long) < 384 else 1.0
+    height = min(short, LARGEST_HEIGHT)
     width = height if long is not None and long <= short else height * 4 // 3
-    return _round_up(height, step[0]), _round_up(width, step[1])
-
-
-def _round_up(length: int, step: int) -> int:
-    return math.ceil(length / step) * step
+    return (math.ceil(height / step[0]) * step[0], math.ceil(width / step[1]) * step[1]), 1.0

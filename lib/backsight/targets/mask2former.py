@@ -27,7 +27,6 @@ from torch import Tensor
 from backsight.representation import Predictions
 from backsight.targets.detection import ATTENTION, DetectionTarget, Level, Spot, flat, layer_spots
 from backsight.targets.hooks import Element, Place
-from backsight.targets.hugging_face import Architecture, family
 
 PIXEL_DECODER = "pixel_level_module.decoder"
 DECODER = "transformer_module.decoder"
@@ -131,16 +130,3 @@ def soft_boxes(masks: Tensor) -> Tensor:
         centres.append(centre)
         sides.append((12 * variance).sqrt().clamp(max=1))
     return torch.stack([*centres, *sides], dim=-1)
-
-
-ARCHITECTURE = Architecture(
-    "mask2former",
-    "Mask2FormerConfig",
-    "Mask2FormerForUniversalSegmentation",
-    Mask2Former,
-    heads=("class_predictor.weight",),
-    spare=1,
-)
-
-
-FAMILY = family("transformers Mask2Former", [ARCHITECTURE])

@@ -23,7 +23,6 @@ from backsight.representation import Grid
 from backsight.targets.base import Size
 from backsight.targets.detection import ATTENTION, DetectionTarget, Spot, halved, layer_spots
 from backsight.targets.hooks import Place
-from backsight.targets.hugging_face import Architecture, family
 
 
 class RtDetr(DetectionTarget):
@@ -78,25 +77,3 @@ class RtDetr(DetectionTarget):
         config = self.model.config
         attended = enumerate(config.encode_proj_layers if config.eval_size is None else ())
         return {level: Place(f"model.encoder.aifi.{number}.position_embedding") for number, level in attended}
-
-
-PROCESSOR = {"size": {"height": 640, "width": 640}, "do_normalize": False}
-FIRST = Architecture(
-    "rt_detr",
-    "RTDetrConfig",
-    "RTDetrForObjectDetection",
-    RtDetr,
-    heads=("model.enc_score_head.weight",),
-    processor=PROCESSOR,
-)
-SECOND = Architecture(
-    "rt_detr_v2",
-    "RTDetrV2Config",
-    "RTDetrV2ForObjectDetection",
-    RtDetr,
-    heads=("model.enc_score_head.weight",),
-    processor=PROCESSOR,
-)
-
-
-FAMILY = family("transformers RT-DETR", [FIRST, SECOND])

@@ -23,7 +23,6 @@ from backsight.representation import Predictions, Representation, Tokens
 from backsight.targets.base import PIXELS, Size, Stage
 from backsight.targets.detection import PREDICTIONS, TransformersTarget
 from backsight.targets.hooks import Place, playing
-from backsight.targets.hugging_face import Architecture, family
 
 EMBEDDINGS, NORM = "embeddings", "layernorm"
 
@@ -112,16 +111,3 @@ class Yolos(TransformersTarget):
         blank = values.new_zeros(tokens.batch, len(self.preprocessing.mean), height, width)
         with playing(self.model, {self._places([tap])[tap]: values}):
             return self._forward(blank, None)
-
-
-ARCHITECTURE = Architecture(
-    "yolos",
-    "YolosConfig",
-    "YolosForObjectDetection",
-    Yolos,
-    heads=("class_labels_classifier.layers.2.weight",),
-    spare=1,
-)
-
-
-FAMILY = family("transformers YOLOS", [ARCHITECTURE])

@@ -35,7 +35,7 @@ from backsight.app.explorer.view import View, from_query
 from backsight.errors import BacksightError
 from backsight.plots.style import INVERSE_NAMES
 from backsight.project import available_cores, results_root, shown, write_atomically
-from backsight.targets.shipped import SHIPPED
+from backsight.targets import SHIPPED
 
 ENLARGED = 256  # pixels a side of the pictures that are sent: enough that a picture saved from the page is of use
 SMALL_MODEL = 20e6  # parameters up to which one thread is as fast as two, and leaves a core to the browser
