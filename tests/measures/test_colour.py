@@ -20,7 +20,8 @@ from backsight.measures.hue import (
     reversion,
     shares,
 )
-from backsight.plots.colour import hue_shift_grid, outcome_bars, response_curves, reversion_by_depth
+from backsight.plots.colour import outcome_bars, response_curves, reversion_by_depth
+from backsight.plots.grids import hue_shift_grid
 from backsight.representation import Predictions, Tokens
 from backsight.studies.colour import colour_rows, index_rows, null_places, record_colours, shifted_pictures
 from backsight.studies.colour_accuracy import accuracy_rows, answer_refusal, average_precisions

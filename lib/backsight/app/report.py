@@ -27,11 +27,11 @@ from backsight.app.frames import FRAME_TABLE
 from backsight.app.report_frames import read_play
 from backsight.app.report_sources import LINE, CitedFile, Ledger, Source, Traced, read_lines, sources_of, with_lines
 from backsight.errors import BacksightError
+from backsight.plots.cards import card_scores
 from backsight.plots.style import (
     INVERSE_NAMES,
     MEASURE_NAMES,
     PICTURES,
-    card_scores,
     depth_curves,
     family_colour,
     inverse_order,

@@ -11,13 +11,25 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from backsight.errors import BacksightError
-from backsight.plots.style import COLUMN_WIDTH, INVERSE_NAMES, NORMAL, SMALL, ShownFigure, _psnr, styled_figure
+from backsight.plots.grids import decibels, picture_table, scored_table
+from backsight.plots.style import (
+    COLUMN_WIDTH,
+    INVERSE_NAMES,
+    NORMAL,
+    NULL_COLOUR,
+    ShownFigure,
+    depth_colours,
+    legend_above,
+    legend_line,
+    name_taps,
+    reach,
+    rows_of,
+    styled_figure,
+)
 from backsight.tables.names import (
     ALL_TOKENS,
     ANOTHER_ROOT,
@@ -72,14 +84,9 @@ DASHES = (0, (3, 1.5))
 
 def _rows(metrics: pd.DataFrame, study: str, *measures: str) -> pd.DataFrame:
     """The rows of a study's measures; raises BacksightError where there are none."""
-    for column in ("measure", "weights", "step", "value", "low", "high"):
-        if column not in metrics.columns:
-            raise BacksightError(f"the table lacks the column {column}: give the metrics of 11_exact.")
-    rows = metrics[metrics["study"] == study] if "study" in metrics.columns else metrics
-    rows = rows[rows["measure"].isin(measures)]
-    if rows.empty:
-        raise BacksightError(f"the table has no {' or '.join(measures)} of the study {study!r}: it was not measured.")
-    return rows
+    if missing := [name for name in ("weights", "step") if name not in metrics]:
+        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give the metrics of 11_exact.")
+    return rows_of(metrics, measures, **({"study": study} if "study" in metrics else {}))
 
 
 def _weights(rows: pd.DataFrame) -> list[str]:
@@ -106,39 +113,39 @@ def _order(rows: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(rows.sort_values("depth", kind="stable")["step"]))
 
 
-def _spread(rows: pd.DataFrame) -> np.ndarray:
-    """(2, n) lengths of error bars."""
-    value = rows["value"].to_numpy(float)
-    return np.abs(np.stack([value - rows["low"].to_numpy(float), rows["high"].to_numpy(float) - value]))
+def _draw_stack(
+    axes: Axes, rows: pd.DataFrame, fates: Mapping[str, str], index: str | list[str], places: Sequence[Any]
+) -> None:
+    """Stacked shares of fates, {fate: colour}, with the interval of "back"; places: values of the index, in order."""
+    bottom = np.zeros(len(places))
+    for fate, colour in fates.items():
+        at = rows[rows["measure"] == fate].set_index(index).reindex(places)
+        axes.bar(range(len(places)), at["value"], 0.72, bottom, color=colour, linewidth=0)
+        if fate == BACK:
+            axes.errorbar(range(len(places)), at["value"], reach(at), fmt="none", ecolor="black", capsize=2)
+        bottom += at["value"].fillna(0).to_numpy(float)
+    axes.set(ylim=(0, 1.02), ylabel="share of images")
 
 
-def _tilted(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+def _steps_below(axes: Axes, names: Sequence[str]) -> None:
+    name_taps(axes, names)
     axes.grid(False, axis="x")
 
 
-def half_step_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_height: float = 1.9) -> ShownFigure:
+def half_step_figure(metrics: pd.DataFrame) -> ShownFigure:
     """What becomes of images at every half-step alone, from the true stream: stacked shares, a panel for each weights.
 
     The line on top of "back" is its interval.
     """
     rows = _rows(metrics, "half_step", *FATES)
     weights, steps = _weights(rows), _order(rows)[::-1]
-    with styled_figure(width, panel_height * len(weights) + 0.9) as figure:
+    with styled_figure(COLUMN_WIDTH, 1.9 * len(weights) + 0.9) as figure:
         grid = figure.subplots(len(weights), 1, squeeze=False, sharex=True)[:, 0]
         for axes, name in zip(grid, weights, strict=True):
             part = rows[rows["weights"] == name]
-            bottom = np.zeros(len(steps))
-            for fate in FATES:
-                at = part[part["measure"] == fate].set_index("step").reindex(steps)
-                axes.bar(range(len(steps)), at["value"], 0.72, bottom, color=FATE_COLOURS[fate], linewidth=0)
-                if fate == BACK:
-                    axes.errorbar(range(len(steps)), at["value"], _spread(at), fmt="none", ecolor="black", capsize=2)
-                bottom += at["value"].fillna(0).to_numpy(float)
-            axes.set_ylim(0, 1.02)
-            axes.set_ylabel("share of images")
+            _draw_stack(axes, part, FATE_COLOURS, "step", steps)
             axes.set_title(f"{_words(name)} weights, n = {int(part['n'].max())}", loc="left")
-            _tilted(axes, steps)
+            _steps_below(axes, steps)
         _fate_legend(figure, rows)
         grid[-1].set_xlabel("stream behind the half-step that is inverted, deep → shallow")
         figure.caption = f"Every half-step alone, from its true output. {_counted(rows)} (on “back”)."
@@ -148,8 +155,7 @@ def half_step_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_h
 
 def _fate_legend(figure: ShownFigure, rows: pd.DataFrame) -> None:
     met = [fate for fate in FATES if (rows.loc[rows["measure"].isin([fate, f"lost_{fate}"]), "value"] > 0).any()]
-    handles = [Patch(color=FATE_COLOURS[fate], label=FATE_NAMES[fate]) for fate in met]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    legend_above(figure, [Patch(color=FATE_COLOURS[fate], label=FATE_NAMES[fate]) for fate in met], 4, ncols=4)
 
 
 def _told(rows: pd.DataFrame, what: str) -> str:
@@ -160,7 +166,7 @@ def _told(rows: pd.DataFrame, what: str) -> str:
     return "; ".join(told) + "."
 
 
-def roots_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: float = 2.9) -> ShownFigure:
+def roots_figure(metrics: pd.DataFrame) -> ShownFigure:
     """Where half-steps on tokens fold, and how many roots a token has, by half-step; trained full, untrained open."""
     shares = {
         "negative_determinant": ("det < 0 at the truth: it folds", "#de8f05", "s"),
@@ -170,14 +176,14 @@ def roots_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: flo
     }
     rows = _rows(metrics, "roots", *shares, "roots")
     steps = _order(rows)[::-1]
-    with styled_figure(width, height) as figure:
+    with styled_figure(COLUMN_WIDTH, 2.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
         for number, name in enumerate(_weights(rows)):
             trained = name != UNTRAINED
             for place, (measure, (_, colour, marker)) in enumerate(shares.items()):
                 shift = 0.13 * (place - (len(shares) - 1) / 2) + 0.05 * number
-                _points(left, rows[(rows["measure"] == measure) & (rows["weights"] == name)], steps, shift, trained,
-                        colour, marker)  # fmt: skip
+                part = rows[(rows["measure"] == measure) & (rows["weights"] == name)]
+                _points(left, part, steps, shift, trained, colour, marker)
             part = rows[(rows["measure"] == "roots") & (rows["weights"] == name)]
             _points(right, part, steps, 0.12 * (number - 0.5), trained, "#000000", "o")
         left.set_ylim(-0.03, 1.03)
@@ -185,14 +191,13 @@ def roots_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: flo
         right.set_ylabel("roots found of a token, mean")
         right.set_ylim(bottom=0.9)
         for axes in (left, right):
-            _tilted(axes, steps)
+            _steps_below(axes, steps)
             axes.set_xlim(-0.5, len(steps) - 0.5)
-        handles = [Line2D([], [], color=c, marker=m, linestyle="none", label=label) for label, c, m in shares.values()]
-        handles.append(Line2D([], [], color="#000000", marker="o", label="trained"))
+        handles = [legend_line(label, color=c, marker=m, linestyle="none") for label, c, m in shares.values()]
+        handles.append(legend_line("trained", color="#000000", marker="o"))
         if UNTRAINED in _weights(rows):
-            style: dict[str, Any] = {"linestyle": DASHES, "markerfacecolor": "white"}
-            handles.append(Line2D([], [], color="#000000", marker="o", label="untrained", **style))
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+            handles.append(legend_line("untrained", color="#000000", marker="o", linestyle=DASHES, mfc="white"))
+        legend_above(figure, handles, 3)
         figure.supxlabel("MLP half-step (stream behind it), deep → shallow", fontsize=NORMAL)
         figure.caption = (
             "The roots of half-steps that act on every token alone. A negative determinant means at least two further "
@@ -211,10 +216,10 @@ def _points(
     at = rows.set_index("step").reindex(list(steps))
     style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 2, "elinewidth": 0.8, "markersize": 4}
     style |= {"linewidth": 0.9} if trained else {"linewidth": 0.9, "linestyle": DASHES, "markerfacecolor": "white"}
-    axes.errorbar(np.arange(len(steps)) + shift, at["value"], _spread(at), **style)
+    axes.errorbar(np.arange(len(steps)) + shift, at["value"], reach(at), **style)
 
 
-def distances_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height: float = 2.7) -> ShownFigure:
+def distances_figure(metrics: pd.DataFrame) -> ShownFigure:
     """How far other roots lie from the truth: share of roots up to a distance, in deviations of the stream.
 
     Left the nearest other root of a token, right all of them; one line a half-step, with its band. Dashed at √2: two
@@ -228,25 +233,24 @@ def distances_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height:
     rows = rows[rows["value"].notna() & rows["quantile"].notna() & (rows["weights"] != UNTRAINED)]
     if rows.empty:
         raise BacksightError("No token has a second root in this table: there is no distance to draw.")
-    steps = _order(rows)
-    with styled_figure(width, height) as figure:
+    colours = depth_colours(_order(rows), end=0.9)
+    unrelated = {"color": NULL_COLOUR, "linestyle": (0, (5, 3)), "linewidth": 0.9}
+    with styled_figure(COLUMN_WIDTH, 2.7) as figure:
         grid = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, (measure, title) in zip(grid, panels.items(), strict=True):
-            for number, step in enumerate(steps):
+            for step, colour in colours.items():
                 line = rows[(rows["measure"] == measure) & (rows["step"] == step)].sort_values("quantile")
-                axes.plot(line["value"], line["quantile"], color=_step_colour(number, len(steps)), label=step)
-                axes.fill_betweenx(line["quantile"].astype(float), line["low"].astype(float),
-                                   line["high"].astype(float), color=_step_colour(number, len(steps)), alpha=0.15,
-                                   linewidth=0)  # fmt: skip
-            axes.axvline(2**0.5, color="#5f5f5f", linestyle=(0, (5, 3)), linewidth=0.9)
+                axes.plot(line["value"], line["quantile"], color=colour, label=step)
+                band = line[["quantile", "low", "high"]].to_numpy(float).T
+                axes.fill_betweenx(*band, color=colour, alpha=0.15, linewidth=0)
+            axes.axvline(2**0.5, **unrelated)
             axes.set_xscale("log")
             axes.set_title(title, loc="left")
             axes.set_xlabel("distance from the truth (deviations of the stream)")
         grid[0].set_ylabel("share of roots")
         grid[0].set_ylim(0, 1)
-        handles = [Line2D([], [], color=_step_colour(i, len(steps)), label=step) for i, step in enumerate(steps)]
-        handles.append(Line2D([], [], color="#5f5f5f", linestyle=(0, (5, 3)), label="two unrelated tokens"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)))
+        handles = [legend_line(step, color=colour) for step, colour in colours.items()]
+        legend_above(figure, [*handles, legend_line("two unrelated tokens", **unrelated)], 7)
         figure.caption = (
             "How far other exact roots lie from the true token, trained weights. A deviation is the root mean square "
             f"distance of the stream's tokens from their mean. {_counted(rows)}, bands."
@@ -256,53 +260,45 @@ def distances_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, height:
     return figure
 
 
-def _step_colour(number: int, count: int) -> Any:
-    return colormaps["viridis"](0.05 + 0.85 * number / max(1, count - 1))
-
-
-def rules_figure(
-    metrics: pd.DataFrame, measure: str = "tokens_right_several", width: float = COLUMN_WIDTH, height: float = 2.9
-) -> ShownFigure:
+def rules_figure(metrics: pd.DataFrame) -> ShownFigure:
     """How often each rule picks the truth among the roots of a token; trained weights, a colour a half-step.
 
-    measure: tokens_right_several (of tokens with several roots), tokens_right or images_right. Half-steps of which
-    fewer than one token in fifty has several roots are left out: nothing has to be chosen there.
+    Counted are tokens with several roots. Half-steps of which fewer than one token in fifty has several roots are left
+    out: nothing has to be chosen there.
     """
-    rows = _rows(metrics, "roots", measure)
+    rows = _rows(metrics, "roots", "tokens_right_several")
     rows = rows[(rows["weights"] != UNTRAINED) & rows["rule"].notna() & rows["value"].notna()]
     often = _rows(metrics, "roots", "several_roots")
     often = often[(often["weights"] != UNTRAINED) & (often["value"] > 0.02)]
     rows = rows[rows["step"].isin(often["step"])]
     if rows.empty:
         raise BacksightError("No half-step of this table has tokens with several roots: there is nothing to choose.")
-    steps = _order(rows)
+    colours = depth_colours(_order(rows), end=0.9)
     rules = list(rows.groupby("rule", sort=False)["value"].mean().sort_values().index)
-    with styled_figure(width, height) as figure:
+    with styled_figure(COLUMN_WIDTH, 2.9) as figure:
         axes = figure.subplots()
-        for number, step in enumerate(steps):
-            at = rows[rows["step"] == step].set_index("rule").reindex(rules)
-            y = np.arange(len(rules)) + 0.18 * (number - (len(steps) - 1) / 2)
-            style = {"color": _step_colour(number, len(steps)), "marker": "osD^vP"[number % 6], "linestyle": "none"}
-            axes.errorbar(at["value"], y, xerr=_spread(at), label=step, capsize=2, elinewidth=0.8, **style)
-        names = [f"Newton from the {rule}" if rule.endswith("start") and "nearest" not in rule else rule
-                 for rule in rules]  # fmt: skip
+        told = []
+        for number, (step, colour) in enumerate(colours.items()):
+            at = rows[rows["step"] == step]
+            told.append(f"{step}: {', '.join(f'{r.rule} {r.value:.3g}' for r in at.itertuples())}.")
+            at = at.set_index("rule").reindex(rules)
+            y = np.arange(len(rules)) + 0.18 * (number - (len(colours) - 1) / 2)
+            style = {"color": colour, "marker": "osD^vP"[number % 6], "linestyle": "none", "elinewidth": 0.8}
+            axes.errorbar(at["value"], y, xerr=reach(at), label=step, capsize=2, **style)
+        starts = [rule.endswith("start") and "nearest" not in rule for rule in rules]
+        names = [f"Newton from the {rule}" if start else rule for rule, start in zip(rules, starts, strict=True)]
         axes.set_yticks(range(len(rules)), names)
-        axes.set_xlim(-0.02, 1.02)
-        what = {"tokens_right_several": "tokens with several roots", "tokens_right": "tokens", "images_right": "images"}
-        axes.set_xlabel(f"share of {what.get(measure, measure)} where the rule picks the truth")
-        figure.legend(loc="outside upper center", ncols=min(6, len(steps)))
+        axes.set(xlim=(-0.02, 1.02), xlabel="share of tokens with several roots where the rule picks the truth")
+        figure.legend(loc="outside upper center", ncols=min(6, len(colours)))
         figure.caption = (
             "Which rule picks the true token without knowing it. Starts: where Newton's method ends; the others choose "
             f"among all roots that were found. {_counted(rows)}."
         )
-        figure.description = "Share right by rule. " + " ".join(
-            f"{step}: " + ", ".join(f"{r.rule} {r.value:.3g}" for r in rows[rows["step"] == step].itertuples()) + "."
-            for step in steps
-        )
+        figure.description = "Share right by rule. " + " ".join(told)
     return figure
 
 
-def chain_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_height: float = 2.0) -> ShownFigure:
+def chain_figure(metrics: pd.DataFrame) -> ShownFigure:
     """The fate of images on the way back: which share is still right behind each half-step, and where it was lost why.
 
     Above: the shares that survive, one line for each weights and rule, with bands. Below: for trained weights, a panel
@@ -313,10 +309,8 @@ def chain_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_heigh
     steps = list(dict.fromkeys(rows["step"]))
     kinds = list(dict.fromkeys(zip(rows["weights"], rows["rule"], strict=True)))
     trained = [kind for kind in kinds if kind[0] != UNTRAINED]
-    colours = {kind: "#000000" if kind[0] == UNTRAINED else c for kind, c in zip(
-        [*trained, *(k for k in kinds if k not in trained)], ["#0173b2", "#029e73", "#882255", "#56b4e9"] * 3,
-        strict=False)}  # fmt: skip
-    with styled_figure(width, panel_height * (1 + 0.8 * len(trained)) + 1.0) as figure:
+    colours = dict(zip(trained, ["#0173b2", "#029e73", "#882255", "#56b4e9"] * 3, strict=False))
+    with styled_figure(COLUMN_WIDTH, 2.0 * (1 + 0.8 * len(trained)) + 1.0) as figure:
         ratios = [1.0, *[0.75] * len(trained)]
         grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         handles = []
@@ -325,12 +319,13 @@ def chain_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_heigh
             kind = (weights, rule)
             part = rows[(rows["weights"] == weights) & (rows["rule"] == rule) & (rows["measure"] == "survived")]
             at = part.set_index("step").reindex(steps)
-            style: dict[str, Any] = {"color": colours[kind], "linestyle": DASHES if weights == UNTRAINED else "-"}
+            style: dict[str, Any] = {"color": colours.get(kind, "#000000")}
+            style["linestyle"] = DASHES if weights == UNTRAINED else "-"
             # Before the first half-step every image is right.
             value, low, high = (np.concatenate([[1.0], at[name].to_numpy(float)]) for name in ("value", "low", "high"))
             grid[0].plot(x, value, marker="o", markersize=3, **style)
-            grid[0].fill_between(x, low, high, color=colours[kind], alpha=0.12, linewidth=0)
-            handles.append(Line2D([], [], label=f"{_words(weights)}, {rule}", **style))
+            grid[0].fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            handles.append(legend_line(f"{_words(weights)}, {rule}", **style))
         grid[0].set_ylim(-0.03, 1.03)
         grid[0].set_ylabel("share still right")
         grid[0].legend(handles=handles, loc="best")
@@ -345,7 +340,7 @@ def chain_figure(metrics: pd.DataFrame, width: float = COLUMN_WIDTH, panel_heigh
             axes.set_ylim(0, min(1.02, 1.15 * top))
             axes.set_ylabel("share lost here")
             axes.set_title(f"{_words(weights)}, {rule}", loc="left")
-        _tilted(grid[-1], steps)
+        _steps_below(grid[-1], steps)
         for axes in grid:
             axes.grid(False, axis="x")
         _fate_legend(figure, rows)
@@ -379,9 +374,7 @@ WHOLE_NAMES: Mapping[str, str] = {
 }
 
 
-def whole_chain_figure(
-    metrics: pd.DataFrame, outcomes: pd.DataFrame, width: float = COLUMN_WIDTH, height: float = 2.8
-) -> ShownFigure:
+def whole_chain_figure(metrics: pd.DataFrame, outcomes: pd.DataFrame) -> ShownFigure:
     """All half-steps solved together. Left: the fate of images by tap, and of starts from another image's picture.
     Right: each image's error at the start (open) and at the end (full), one column a tap; the line: what counts as
     back."""
@@ -389,23 +382,12 @@ def whole_chain_figure(
     taps = list(dict.fromkeys(rows.sort_values("depth", kind="stable")["tap"]))
     bars = [(tap, inverse) for tap in taps for inverse in ("exact", "null_shuffled")]
     bars = [(t, i) for t, i in bars if ((rows["tap"] == t) & (rows["inverse"] == i)).any()]
-    with styled_figure(width, height) as figure:
+    with styled_figure(COLUMN_WIDTH, 2.8) as figure:
         left, right = figure.subplots(1, 2)
-        names, bottom = [], np.zeros(len(bars))
-        for fate in CHAIN_FATES:
-            part = rows[rows["measure"] == fate].set_index(["tap", "inverse"]).reindex(bars)
-            left.bar(range(len(bars)), part["value"], 0.72, bottom, color=WHOLE_COLOURS[fate], linewidth=0)
-            if fate == BACK:
-                left.errorbar(range(len(bars)), part["value"], _spread(part), fmt="none", ecolor="black", capsize=2)
-            bottom += part["value"].to_numpy(float)
-            counts = part["n"].tolist()
-            names = [
-                f"{tap}{'' if name == 'exact' else ', null'}, n = {count:.0f}"
-                for (tap, name), count in zip(bars, counts, strict=True)
-            ]
-        left.set_ylim(0, 1.02)
-        left.set_ylabel("share of images")
-        _tilted(left, names)
+        _draw_stack(left, rows, WHOLE_COLOURS, ["tap", "inverse"], bars)
+        counts = rows[rows["measure"] == CHAIN_FATES[-1]].set_index(["tap", "inverse"]).reindex(bars)["n"]
+        names = [f"{t}{'' if i == 'exact' else ', null'}, n = {n:.0f}" for (t, i), n in zip(bars, counts, strict=True)]
+        _steps_below(left, names)
         told = outcomes[outcomes["start"] == MAP]
         for place, tap in enumerate(taps):
             own = told[told["tap"] == tap].sort_values("error")
@@ -418,12 +400,10 @@ def whole_chain_figure(
         right.axhline(RIGHT, color="#999999", linewidth=0.8, linestyle=DASHES)
         right.set_yscale("log")
         right.set_ylabel("relative error of the first stream")
-        _tilted(right, taps)
-        handles: list[Patch | Line2D] = [
-            Patch(color=WHOLE_COLOURS[fate], label=WHOLE_NAMES[fate]) for fate in CHAIN_FATES
-        ]
-        handles.append(Line2D([], [], marker="o", mfc="none", mec="#555555", linestyle="none", label="its start (MAP)"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        _steps_below(right, taps)
+        handles: list[Any] = [Patch(color=WHOLE_COLOURS[fate], label=WHOLE_NAMES[fate]) for fate in CHAIN_FATES]
+        handles.append(legend_line("its start (MAP)", marker="o", mfc="none", mec="#555555", linestyle="none"))
+        legend_above(figure, handles, 3)
         figure.caption = (
             "All half-steps from a tap back to the embedding, solved together. Left: the fate of images, 95 % Wilson "
             "interval of “back”; null: the search begins at another image's picture. Right: every image's error at the "
@@ -436,88 +416,48 @@ def whole_chain_figure(
     return figure
 
 
-def whole_chain_pictures(
-    images: torch.Tensor, pictures: Mapping[str, torch.Tensor], tap: str, width: float = COLUMN_WIDTH
-) -> ShownFigure:
-    """Images as rows: the input, what decoders and MAP make of a tap, the exact solution, the true embedding decoded.
-
-    Under the pictures: PSNR to the input (dB)."""
-    shown, count = pictures, 4
-    inputs = images.numpy()[:count]
-    names = {"embedding": "true embedding"}
-    with styled_figure(width, (width / (1 + len(shown)) + 0.16) * len(inputs) + 0.4) as figure:
-        grid = figure.subplots(len(inputs), 1 + len(shown), squeeze=False)
-        for line, picture in enumerate(inputs):
-            _picture(grid[line, 0], picture)
-        grid[0, 0].set_title("input", fontsize=SMALL)
-        told = []
-        for place, (family, made) in enumerate(shown.items(), start=1):
-            drawn = made.numpy()[:count]
-            scores = _psnr(inputs, drawn)
-            for line, picture in enumerate(drawn):
-                _picture(grid[line, place], picture)
-                grid[line, place].set_xlabel(f"{scores[line]:.1f} dB", fontsize=SMALL, labelpad=1)
-            grid[0, place].set_title(names.get(family, INVERSE_NAMES.get(family, family)), fontsize=SMALL)
-            told.append(f"{family} {float(np.mean(scores)):.1f} dB")
-        figure.caption = (
-            f"What comes back from {tap}. Exact: all half-steps solved together, then the patch embedding, with a "
-            "linear inverse for what it drops; true embedding: the same of the true one, so what there is to get back."
-        )
-        figure.description = f"Pictures from {tap}, mean PSNR: {', '.join(told)}."
-        figure.shows_images = True
+def whole_chain_pictures(images: torch.Tensor, pictures: Mapping[str, torch.Tensor], tap: str) -> ShownFigure:
+    """Four images as rows; the input, what decoders and MAP make of a tap, the exact solution, the true embedding
+    decoded, with the PSNR to the input (dB). images: (k, 3, H, W); pictures: {inverse: (k, 3, H, W)} of `WholeChains`.
+    """
+    made = {family: picture.numpy()[:4] for family, picture in pictures.items()}
+    figure = scored_table(images.numpy()[:4], made, {**INVERSE_NAMES, "embedding": "true embedding"})
+    figure.caption = (
+        f"What comes back from {tap}. Exact: all half-steps solved together, then the patch embedding, with a "
+        "linear inverse for what it drops; true embedding: the same of the true one, so what there is to get back."
+    )
     return figure
 
 
-def second_root_figure(shown: SecondRoots, rows: int = 4, width: float = COLUMN_WIDTH) -> ShownFigure:
-    """Images as rows: the input, and for each family the true stream decoded beside streams with other roots.
+def second_root_figure(shown: SecondRoots) -> ShownFigure:
+    """Four images as rows: the input, and for each family the true stream decoded beside streams with other roots.
 
     Under the pictures: PSNR to the picture of the true stream (dB).
     """
     names = {TRUE_STREAM: "true stream", ONE_TOKEN: "1 token", ALL_TOKENS: "all tokens", RANDOM_MOVE: "null: random"}
-    families = list(shown.pictures[TRUE_STREAM])
     # Images of which there is something to see come first.
     seen = sum(shown.reached[name].int() for name in (ONE_TOKEN, ALL_TOKENS))
-    lines = torch.argsort(-torch.as_tensor(seen), stable=True)[:rows]
-    inputs = shown.images[lines].numpy()
-    columns: list[tuple[str, str]] = [(family, name) for family in families for name in names]
-    with styled_figure(width, (width / (1 + len(columns)) + 0.14) * len(inputs) + 0.5) as figure:
-        grid = figure.subplots(len(inputs), 1 + len(columns), squeeze=False)
-        for line, picture in enumerate(inputs):
-            _picture(grid[line, 0], picture)
-        grid[0, 0].set_title("input", fontsize=SMALL)
-        for place, (family, name) in enumerate(columns, start=1):
-            made = shown.pictures[name][family][lines].numpy()
-            beside = _psnr(shown.pictures[TRUE_STREAM][family][lines].numpy(), made)
-            for line, picture in enumerate(made):
-                if not shown.reached[name][lines[line]]:
-                    _picture(grid[line, place], np.ones_like(picture))
-                    grid[line, place].text(
-                        0.5, 0.5, "–", transform=grid[line, place].transAxes, ha="center", va="center"
-                    )
-                    continue
-                _picture(grid[line, place], picture)
-                if name != TRUE_STREAM:
-                    grid[line, place].set_xlabel(f"{beside[line]:.1f} dB", fontsize=SMALL, labelpad=1)
-            first = name == TRUE_STREAM
-            grid[0, place].set_title(
-                f"{INVERSE_NAMES.get(family, family)}:\n{names[name]}" if first else f"\n{names[name]}", fontsize=SMALL
-            )
-        figure.caption = (
-            f"Streams that lead to the very same {shown.destination}, decoded at {shown.tap}: the true one, one with "
-            "the farthest second root of one token, one with second roots of all tokens that have one; null: the same "
-            "tokens moved as far in a random direction. In dB: PSNR to the picture of the true stream. –: no token has "
-            f"another root, or no stream at {shown.tap} was found that leads there (such images come last)."
-        )
-        between = shown.metrics[shown.metrics["measure"] == "psnr_between"]
-        figure.description = f"Pictures of second roots of {shown.destination}. PSNR to the true stream's picture: " + (
-            ", ".join(f"{r.inverse}, {r.picture} {r.value:.1f} dB" for r in between.itertuples()) + "."
-        )
-        figure.shows_images = True
+    lines = torch.argsort(-torch.as_tensor(seen), stable=True)[:4]
+    columns, captions = {"input": shown.images[lines].numpy()}, {}
+    for family, true in shown.pictures[TRUE_STREAM].items():
+        for name, label in names.items():
+            above = INVERSE_NAMES.get(family, family) + ":" if name == TRUE_STREAM else " " * len(columns)
+            made = shown.pictures[name][family][lines].numpy().copy()
+            scores = decibels(true[lines].numpy(), made)
+            reached = shown.reached[name][lines].tolist()
+            made[~np.array(reached)] = 1.0
+            title = f"{above}\n{label}"
+            columns[title] = made
+            told = [f"{score:.1f} dB" if there else "–" for score, there in zip(scores, reached, strict=True)]
+            captions[title] = [""] * len(told) if name == TRUE_STREAM else told
+    figure = picture_table(columns, captions)
+    figure.caption = (
+        f"Streams that lead to the very same {shown.destination}, decoded at {shown.tap}: the true one, one with "
+        "the farthest second root of one token, one with second roots of all tokens that have one; null: the same "
+        "tokens moved as far in a random direction. In dB: PSNR to the picture of the true stream. –: no token has "
+        f"another root, or no stream at {shown.tap} was found that leads there (such images come last)."
+    )
+    between = shown.metrics[shown.metrics["measure"] == "psnr_between"]
+    told = ", ".join(f"{r.inverse}, {r.picture} {r.value:.1f} dB" for r in between.itertuples())
+    figure.description = f"Pictures of second roots of {shown.destination}. PSNR to the true stream's picture: {told}."
     return figure
-
-
-def _picture(axes: Axes, picture: Any) -> None:
-    axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
