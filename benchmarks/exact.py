@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,23 +26,17 @@ from table import Row, compare, write
 from torch import Tensor
 
 from backsight.data.images import batches, open_images
-from backsight.exact.inverse import ExactInverse, ExactModel, Search, Settings, fit_exact
-from backsight.exact.steps import in_precision, walk
+from backsight.exact.inverse import ExactInverse, ExactModel, exact_inverses
+from backsight.exact.solver import Settings
 from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
 from backsight.studies.exact import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
+from backsight.studies.roots import RootChoosing, Search
 from backsight.targets import Target, load_target
 
 FULL = os.environ.get("SIZE") == "full"
-SINGLE = Settings(alternatives=0, restarts=0, newton=20)  # the plain solver
-PRECISIONS = {
-    "float64, differences": SINGLE,
-    "float64, derivative": replace(SINGLE, products="derivative"),
-    "float32 steps, float64 residuals": replace(SINGLE, products="derivative", precision=torch.float32),
-}
-METHODS = {"Newton": SINGLE, "Anderson first": replace(SINGLE, anderson=40)}
-ORACLE = Settings(restarts=0, newton=20, alternatives=16, curves=2)
-CHOOSING = Settings(restarts=0, newton=20, alternatives=4)
+SINGLE = Settings(choose=False, restarts=0, newton=20)  # the plain solver
+CHOOSING = Settings(restarts=0, newton=20)
 NONE = (float("nan"), float("nan"), "")
 IN_SECONDS = ("seconds",)
 COUNTS = ("residual", "error", "error_back", "iterations", "passes", "roots", "prefix_error_lost")
@@ -59,11 +52,12 @@ def test_images(target: Target, count: int) -> Tensor:
     return next(batches(open_images("scenes", "test", target.image_size, count), count))
 
 
-def fitted(name: str, count: int) -> dict[str, ExactInverse]:
+def fitted(name: str, count: int, tap: str) -> RootChoosing:
     target = load_target(name)
     folder = shipped_inverses(target)
     completion = load(folder, target)["linear"] if folder is not None else {}
-    return fit_exact(target, open_images("scenes", "train", target.image_size, count), "fine", completion, count)
+    images = open_images("scenes", "train", target.image_size, count)
+    return RootChoosing.of(exact_inverses(target, images, [tap], completion, count)[tap])
 
 
 def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
@@ -124,15 +118,12 @@ def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: 
 # What it costs by size
 
 
-def unfitted(target: Target, tap: str, settings: Settings) -> ExactInverse:
-    """With no closed-form starts: the search begins at y, which random weights do not move far."""
-    double = in_precision(target, torch.float64)
-    return ExactInverse(ExactModel(double, walk(double), walk(target), {}, {}, {}, None), tap, settings)
+def cost(case: str, target: Target, tap: str, images: int, to: str | None = None) -> Iterator[Row]:
+    """Seconds and passes an image from a tap to `to` (default: the embedding); baseline: these blocks' forward pass.
 
-
-def cost(case: str, target: Target, tap: str, images: int, settings: Settings, to: str | None = None) -> Iterator[Row]:
-    """Seconds and passes an image from a tap to `to` (default: the embedding); baseline: these blocks' forward pass."""
-    inverse = unfitted(target, tap, settings)
+    No closed-form starts: the search begins at y, which random weights do not move far.
+    """
+    inverse = ExactInverse(ExactModel.of(target), tap, settings=SINGLE)
     to = to or inverse.reached
     shape = (images, 3, *target.image_size)
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -148,9 +139,9 @@ def cost(case: str, target: Target, tap: str, images: int, settings: Settings, t
                 made = step(made)
             forward.append((time.perf_counter() - began) / images)
     baseline = sorted(forward)[len(forward) // 2]
-    trace = inverse.trace(truth[tap], to=to)
+    trace = inverse.trace(truth[tap], to)
     error = (trace.values - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
-    passes = trace.table().groupby("sample")["passes"].sum() / len(steps)
+    passes = torch.stack([solution.passes.double() for solution in trace.solutions]).mean(0)
     yield compare("exact", case, "seconds an image", trace.seconds / images, "s", baseline, "")
     yield Row("exact", case, "passes of a half-step, mean", float(passes.mean()), "1", *NONE)
     yield Row("exact", case, "solved", float(trace.solved.double().mean()), "share", *NONE)
@@ -160,49 +151,41 @@ def cost(case: str, target: Target, tap: str, images: int, settings: Settings, t
 def costs(words: str) -> Iterator[Row]:
     for side, depth in SIZES:
         target = load_target("vit_tiny_patch16_224", pretrained=False, image_size=side, depth=depth, **PATCHES_ALONE)
-        for method, settings in METHODS.items():
-            case = f"vit_tiny (192 wide), {side} px, {depth} blocks, random weights, {method}, {words}"
-            yield from cost(case, target, f"blocks.{depth - 1}", 1, settings)
+        case = f"vit_tiny (192 wide), {side} px, {depth} blocks, random weights, Newton, {words}"
+        yield from cost(case, target, f"blocks.{depth - 1}", 1)
     target = load_target(BASE[0], pretrained=False, image_size=BASE[1], **PATCHES_ALONE)
     for first, last in ((0, 11), (1, 11)):
-        for method, settings in (PRECISIONS if FULL or first else {"Newton": SINGLE}).items():
-            case = f"ViT-B/16, 224 px, blocks {first} to {last}, one image, random weights, {method}, {words}"
-            yield from cost(case, target, f"blocks.{last}", 1, settings, f"blocks.{first - 1}" if first else None)
+        case = f"ViT-B/16, 224 px, blocks {first} to {last}, one image, random weights, Newton, {words}"
+        yield from cost(case, target, f"blocks.{last}", 1, f"blocks.{first - 1}" if first else None)
 
 
 def main() -> Iterator[Row]:
     threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     fit, alone, many, few = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
     yield from costs(threads)
-    inverses = fitted("scenes-vit", fit)
-    last = inverses["blocks.5"]
+    last = fitted("scenes-vit", fit, "blocks.5")
     truth = recorded_truth(last, test_images(last.model.target, max(alone, many, few)))
 
     def some(number: int) -> Truth:
         return {tap: each.index(torch.arange(number)) for tap, each in truth.items()}
 
     for tap in ("blocks.4", "blocks.3"):
-        yield from chain("scenes-vit", inverses[tap], some(few), CHOOSING, threads)
+        yield from chain("scenes-vit", last.at(tap), some(few), CHOOSING, threads)
     for tap in ("blocks.5", "blocks.4"):
         words = f"the root nearest to the truth, {threads}"
-        yield from chain("scenes-vit", inverses[tap], some(few), ORACLE, words, oracle=True)
+        yield from chain("scenes-vit", last.at(tap), some(few), CHOOSING, words, oracle=True)
     for tap in ("blocks.5", "blocks.0"):
         yield from folded("scenes-vit", last, tap, some(max(1, few // 2)), 8 if FULL else 2, 1)
     yield from chain("scenes-vit", last, some(many), CHOOSING, threads)
     yield from half_steps("scenes-vit", last, some(alone), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
     images = open_images("scenes", "train", untrained.image_size, 40)
-    random = fit_exact(untrained, images, ["blocks.5"], {}, 40, stages=2)["blocks.5"]
+    random = exact_inverses(untrained, images, ["blocks.5"], count=40, stages=2)["blocks.5"]
     recorded = recorded_truth(random, test_images(untrained, 2 * few))
     yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)
-    for words, settings in PRECISIONS.items():
-        part = ExactInverse(last.model, "blocks.4", settings)
-        table = measure_half_steps(part, some(8 if FULL else 1), settings, steps=["blocks.4", "blocks.4.attn"], **QUIET)
-        for step, rows in table.groupby("step", sort=False):
-            yield from rows_of(f"scenes-vit, {step} alone, {words}", rows)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):
         if FULL:
-            inverse = fitted(name, 128)[tap]
+            inverse = fitted(name, 128, tap)
             recorded = recorded_truth(inverse, test_images(inverse.model.target, 16))
             yield from chain(name, inverse, recorded, CHOOSING, threads)
 

@@ -14,13 +14,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import RIGHT
 from backsight.plots import style as figures
 from backsight.plots.cards import class_scores, training_curves
 from backsight.plots.grids import _broken, family_grid, merged_order, reconstruction_grid
 from backsight.plots.style import depth_curves, family_colour, inverse_order, png_bytes, target_colour
 from backsight.scenes.render import CLASSES, UNOWNED_HUES
 from backsight.tables import names
+from backsight.tables.names import RIGHT
 
 TAPS = ("backbone", "encoder.layers.0", "decoder.layernorm", "predictions")
 FAMILIES = ("linear", "direct", "modular", "modular_polished")

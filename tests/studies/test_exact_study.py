@@ -12,7 +12,9 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import RIGHT, ExactInverse, Examples, Settings, StagedStart, Trace, fit_exact, fit_prior
+from backsight.exact.inverse import ExactInverse, exact_inverses
+from backsight.exact.solver import Settings
+from backsight.exact.starts import StagedStart, fit_prior
 from backsight.inverses.linear import fit_linear
 from backsight.plots.exact import (
     chain_figure,
@@ -23,6 +25,7 @@ from backsight.plots.exact import (
     second_root_figure,
 )
 from backsight.representation import Tokens
+from backsight.studies import exact as study
 from backsight.studies.exact import (
     ALL_TOKENS,
     FATES,
@@ -40,8 +43,8 @@ from backsight.studies.exact import (
     recorded_truth,
     second_root_pictures,
     where_exactness_ends,
-    wilson_interval,
 )
+from backsight.studies.roots import RootChoosing, StepReport, wilson_interval
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
@@ -60,7 +63,7 @@ def usual() -> ExactInverse:
     target = small_timm("ViT")
     size = target.image_size
     shown = torch.nn.functional.interpolate(pictures(24), size=size)
-    return fit_exact(target, shown, [LAST], count=24, stages=1)[LAST]
+    return RootChoosing.of(exact_inverses(target, shown, [LAST], count=24, stages=1)[LAST])
 
 
 def images_of(inverse: ExactInverse, count: int) -> Tensor:
@@ -85,28 +88,24 @@ def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, T
         slope[:, 0] = 1 - 2 / x[:, 0].cosh().square()
         return torch.diag_embed(slope)
 
-    walked, single = (
-        replace(each, steps={**each.steps, number: replace(each.steps[number], forward=forward, jacobian=jacobian)})
-        for each in (model.walk, model.single)
-    )
+    step = replace(model.walk.steps[number], forward=forward, jacobian=jacobian)
+    model = replace(model, walk=replace(model.walk, steps={**model.walk.steps, number: step}))
+    model.__dict__["single"] = model.walk
     truth = recorded_truth(usual, images_of(usual, 2))
     there = truth[HALF].values.clone()
     there[..., 0] = -SECOND / 2
     width = there.shape[-1]
-    one_channel = torch.zeros(width, dtype=torch.float64)
-    one_channel[0] = 1.0
-    keep = (torch.eye(width, dtype=torch.float64) - torch.diag(one_channel), start * one_channel)
-    changed = replace(
-        model,
-        walk=walked,
-        single=single,
-        starts={**model.starts, LAST: StagedStart(((keep, keep),))},
-        examples={LAST: Examples(torch.zeros(1, width, dtype=torch.float64), -2 * start * one_channel[None])},
-        priors={**model.priors, HALF: fit_prior(there + 0.1 * truth[HALF].values, 1)},
-        folding={LAST: 0.5},
-    )
+    begin = StagedStart(1, 1, width, torch.zeros(0))
+    begin.first.copy_(torch.eye(width).expand(2, -1, -1))
+    begin.first[:, 0, 0], begin.biases[..., 0] = 0.0, start
+    prior = fit_prior(step, there + 0.1 * truth[HALF].values, forward(there), begin, 1)
+    prior.folding.fill_(0.5)
+    starts = {step.destination: usual.fitted("starts", step) for step in usual.steps}
+    priors = {step.destination: usual.fitted("priors", step) for step in usual.steps if step.tokenwise}
+    fitted = {"starts": {**starts, LAST: begin}, "priors": {**priors, LAST: prior}}
+    changed = RootChoosing(model, LAST, fitted, settings=Settings(choose=False))
     streams = {**truth, HALF: truth[HALF].replace(there), LAST: truth[LAST].replace(forward(there))}
-    return ExactInverse(changed, LAST, Settings(alternatives=0)), streams
+    return changed, streams
 
 
 def value(table, measure: str, **where: object) -> float:  # type: ignore[no-untyped-def]
@@ -115,14 +114,6 @@ def value(table, measure: str, **where: object) -> float:  # type: ignore[no-unt
         rows = rows[rows[column].isna() if wanted is None else rows[column] == wanted]
     assert len(rows) == 1, f"{len(rows)} rows of {measure} {where}"
     return float(rows["value"].iloc[0])
-
-
-def test_wilsons_interval_is_the_known_one_and_never_without_length() -> None:
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    low, high = wilson_interval(0, 20)
-    assert low == pytest.approx(0, abs=1e-12)
-    assert high == pytest.approx(1.959964**2 / (20 + 1.959964**2))
-    assert all(math.isnan(each) for each in wilson_interval(0, 0))
 
 
 def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None:
@@ -147,7 +138,8 @@ def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None
 
 
 def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> None:
-    other = fit_exact(small_timm("ViT").untrained(3), images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
+    untrained = small_timm("ViT").untrained(3)
+    other = exact_inverses(untrained, images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
     one = images_of(usual, 1)
     truths = [recorded_truth(each, one) for each in (usual, other)]
     table = measure_half_steps([usual, other], truths, steps=["blocks.0"], **QUIET)
@@ -178,50 +170,31 @@ def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None
     assert value(table, "back") == 1
 
 
-def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse) -> None:
-    """A solver that reports what it is told: the accounting reads the report alone."""
+def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports that say what they are told: the accounting reads them alone."""
     truth = recorded_truth(usual, images_of(usual, 5))
 
-    def solver(representation: Tokens, there: object) -> Trace:
-        trace = usual.trace(representation, truth)
-        reports = list(trace.reports)
-        second = reports[1]
-        error = torch.tensor([1e-9, 0.3, 0.3, 0.3, float("nan")], dtype=torch.float64)
-        another = torch.tensor([False, True, False, False, False])
-        solved = torch.tensor([True, True, False, True, False])
-        reports[1] = replace(
-            second, error=error, another_root=another, solution=replace(second.solution, solved=solved)
-        )
-        wrong = torch.tensor([1e-9, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-        reports[2:] = [replace(each, error=wrong) for each in reports[2:]]
-        return replace(trace, reports=tuple(reports))
+    def told(inverse: ExactInverse, trace: object, *others: object) -> list[StepReport]:
+        reports, count = judged(inverse, trace, *others), len(trace.values)
+        if trace.destination != HALF and count == 5:
+            error = torch.tensor([1e-9, 0.3, 0.3, 0.3, float("nan")], dtype=torch.float64)
+            another = torch.tensor([False, True, False, False, False])
+            solved = torch.tensor([True, True, False, True, False])
+            solution = replace(reports[0].solution, solved=solved)
+            return [replace(reports[0], error=error, another_root=another, solution=solution)]
+        return reports
 
-    record = follow_chain(usual, truth, solver=solver, **QUIET)
+    judged = study.judged
+    monkeypatch.setattr(study, "judged", told)
+    record = follow_chain(usual, truth, **QUIET)
     assert record.outcomes["fate"].tolist() == ["back", "another_root", "unsolved", "error_grown", "unsolved"]
-    assert (
-        record.outcomes["lost_at"].tolist() == [None, *["blocks.1.attn"] * 4]
-        or record.outcomes["lost_at"].tolist()[1:] == ["blocks.1.attn"] * 4
-    )
-    chain = measure_chain(usual, truth, solver=solver, rule="told", **QUIET)
+    assert record.outcomes["lost_at"].tolist()[1:] == [HALF] * 4
+    chain = measure_chain(usual, truth, **QUIET)
     assert [value(chain, fate) for fate in FATES] == pytest.approx([0.2, 0.2, 0.4, 0.2])
     assert value(chain, "survived", step="blocks.1") == 1
     assert value(chain, "survived", step="blocks.1.attn") == pytest.approx(0.2)
     lost = [value(chain, f"lost_{fate}", step="blocks.1.attn") for fate in FATES[1:]]
     assert lost == pytest.approx([0.2, 0.4, 0.2])
-    assert set(chain["rule"]) == {"told"}
-    with pytest.raises(BacksightError, match="lacks the step"):
-        follow_chain(usual, truth, solver=lambda r, t: replace(usual.trace(r, truth), reports=()), **QUIET)
-
-
-def test_pictures_of_a_chain_are_judged_also_where_it_is_lost(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
-    images = images_of(usual, 2)
-    chain = measure_chain(inverse, truth, images=images, **QUIET)
-    assert value(chain, "psnr", inverse="exact") == value(chain, "psnr_lost", inverse="exact")
-    assert math.isnan(value(chain, "psnr_back", inverse="exact"))
-    assert value(chain, "tokens_right_lost") < 0.5
-    with pytest.raises(BacksightError, match="1 images"):
-        measure_chain(inverse, truth, images=images[:1], **QUIET)
 
 
 def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: ExactInverse) -> None:
@@ -398,4 +371,3 @@ def test_figures_of_distances_and_rules_draw_the_constructed_answer(usual: Exact
     rules = rules_figure(table)
     names = [label.get_text() for label in rules.axes[0].get_yticklabels()]
     assert names[-1] == "most usual"
-    assert RIGHT == 1e-5  # which the captions say

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
-from backsight.exact.inverse import fit_exact
-from backsight.exact.map import MapSettings, Noise, fit_map
+from backsight.exact.inverse import exact_inverses
+from backsight.exact.map import MapSettings, Noise, fit_map_tap
 from backsight.inverses.linear import fit_linear
 from backsight.measures.hue import object_chroma
 from backsight.plots.restated import cross_figure, detail_by_depth, hue_kept_by_depth, restated_pictures
@@ -260,7 +260,7 @@ def pictures() -> Tensor:
 def study(target: Target, pictures: Tensor) -> Restated:
     linear = dict(fit_linear(target, open_images("scenes", "train", SIZE, 40), taps=TAPS, progress=False))
     del linear["patch_embed"]
-    exact = fit_exact(target, pictures, ["blocks.0", "blocks.1"], count=40, stages=1)
+    exact = exact_inverses(target, pictures, ["blocks.0", "blocks.1"], count=40, stages=1)
     return measure_restated(
         target,
         {0: {"linear": linear}},
@@ -393,7 +393,7 @@ def test_a_refused_map_says_why(
     def refuse(*_given: Any) -> None:
         raise error
 
-    monkeypatch.setattr("backsight.studies.restated.fit_map", refuse)
+    monkeypatch.setattr("backsight.studies.restated.fit_map_tap", refuse)
     families = {0: {"linear": {"blocks.0": lambda representation: representation.values}}}
     with pytest.raises(BacksightError, match=r"No tap of blocks\.0 has a MAP inverse.*it reads predictions"):
         measure_restated(target, families, ["blocks.0"], "scenes", calibration=pictures, progress=False)
@@ -407,10 +407,10 @@ def test_maps_that_are_there_are_not_fitted_again(
     asked = {"calibration": held_out, "n": 2, "hue_images": 0, "cross_images": 0, "stage_images": 0}
     asked |= {"map_settings": QUICK, "fitted": 10, "checked": 0, "texture_images": 0, "progress": False}
     fitted = measure_restated(target, families, ["blocks.0"], "scenes", **asked)
-    one = fit_map(
+    one = fit_map_tap(
         target, "blocks.0", families[0]["linear"]["blocks.0"], held_out, Noise("float32"), QUICK, 10, checked=0
     )
-    monkeypatch.setattr("backsight.studies.restated.fit_map", None)
+    monkeypatch.setattr("backsight.studies.restated.fit_map_tap", None)
     given = measure_restated(target, families, ["blocks.0"], "scenes", maps={"blocks.0": [one]}, **asked)
     pd.testing.assert_frame_equal(given.metrics, fitted.metrics)
 

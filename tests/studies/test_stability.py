@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import Linearised
+from backsight.exact.solver import Linearised
 from backsight.studies.lanczos import (
     Noise,
     crossing,

@@ -14,7 +14,7 @@ from targets.examples import small_timm
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, fit_exact
+from backsight.exact.inverse import ExactInverse, exact_inverses
 from backsight.exact.map import MapInverse, MapSettings, Noise
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.patches import patchify
@@ -310,7 +310,7 @@ def pictures() -> Tensor:
 
 @pytest.fixture(scope="module")
 def exact(vit: Target, pictures: Tensor) -> dict[str, ExactInverse]:
-    return fit_exact(vit, pictures[:32], ["blocks.0"], stages=1)
+    return exact_inverses(vit, pictures[:32], ["blocks.0"], stages=1)
 
 
 @pytest.fixture(scope="module")

@@ -6,68 +6,52 @@
 T is the target itself up to the tap, exact to round-off; the prior is the Gaussian of the start's own error, measured
 on held-out images at that tap and noise. The unknown is whitened, z = m + w Lᵀ, and so is the residual: first with the
 covariance that it has at the start (so that every direction of y is of size one, and few products go far), then, stage
-by stage, with the noise alone. A step is taken only where the objective of its stage falls.
+by stage, with the noise alone. A step is taken only where the objective of its stage falls. Covariances are of each
+prefix token and of all grid tokens together, (P + 1, c, c).
 
 The start has read y as well as the likelihood does, so the two are not independent. A gain for each direction of the
 prior, measured on the same held-out images, says how much of the way from m to the solution is worth going.
 
-Sources: Tarantola, Inverse Problem Theory (2005), ch. 3 (Gaussian priors, least squares, posterior covariance);
-Nocedal & Wright, Numerical Optimization (2006), ch. 7.1, 10.3 (truncated Newton, Levenberg–Marquardt).
+Sources: Tarantola, Inverse Problem Theory (2005), ch. 3 (Gaussian priors, least squares); Nocedal & Wright, Numerical
+Optimization (2006), ch. 7.1, 10.3 (truncated Newton, Levenberg–Marquardt).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
 
 import torch
-from scipy.optimize import nnls
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
 
-from backsight.data.images import batches
+from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.batched_systems import factored
+from backsight.exact.inverse import tell_left_out
+from backsight.exact.solver import Linearised, conjugate_gradients, dot, factored, line_search
+from backsight.exact.starts import HELD_OUT, by_group, covariance, groups, of_tokens, ridge
+from backsight.inverses.linear import fit_linear
+from backsight.inverses.module import Inverses, described, header_for, rebuilt
 from backsight.inverses.patches import patchify, unpatchify
-from backsight.inverses.ridge import RidgeAccumulator
 from backsight.representation import Queries, Representation, Tokens, concatenate
 from backsight.targets.base import PIXELS, Target
 
-__all__ = [
-    "KINDS",
-    "Gaussian",
-    "Likelihood",
-    "Linearised",
-    "MapInverse",
-    "MapSettings",
-    "MapSolution",
-    "Noise",
-    "conjugate_gradients",
-    "fit_map",
-    "map_solve",
-    "noisy",
-    "pixel_forward",
-    "posterior_samples",
-]
-
 Forward = Callable[[Tensor], Tensor]
+Base = Callable[[Representation], Tensor]
+Watch = Callable[[Representation, "Gaussian", "MapSolution", Tensor], None]
 FLOOR = 1e-6  # of a covariance's mean variance: directions that never move get this, not an infinite weight
 LEAST_DAMPING, MOST_DAMPING = 1e-4, 1e4
 GOOD, POOR = 0.7, 0.25  # gain ratios above which the damping falls, below which it rises (Nocedal & Wright, 4.1)
-SHRINK = 0.3  # of a step that did not lower the objective
-TRIALS = 4  # lengths of one step
 LEAST_STAGE = 1e-6  # share of the start's residual covariance at which the search ends
 SIDE = 8  # of the pixel patches of the prior, where the target's tokens cover larger ones
-AROUND = 5  # pixels, side of the window that clues of an error are taken over
-HELD_OUT = 5  # every fifth calibration image chooses the ridge strength
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 3))
 ROUND_OFF = 4.0  # times the machine's ε of the values' deviation: the noise that no representation is without
-
-
-# The noise
+SHORTEST = 0.06  # length of a step below which a search gives up
+GAINS = 16  # groups of neighbouring directions that share a gain
 
 Kind = Literal["float32", "float16", "bfloat16", "int8", "gaussian"]
 KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16", "int8", "gaussian")
@@ -88,11 +72,11 @@ class Noise:
         return f"gaussian {self.sigma:g}" if self.kind == "gaussian" else self.kind
 
 
-def noisy(values: Tensor, noise: Noise, generator: torch.Generator | None = None, scale: float | None = None) -> Tensor:
-    """values (B, n, c) as they come back from the store; of the type they had.
+def noisy(values: Tensor, noise: Noise, generator: torch.Generator | None = None) -> Tensor:
+    """values (B, n, c) as they come back from the store; of the type they had. generator: of the CPU.
 
     int8: rounded to 127 steps of the largest absolute value of each sample. gaussian: white, of the deviation
-    noise.sigma · scale (default scale: the values' own deviation).
+    noise.sigma times the values' own.
     """
     if noise.kind in STORED:
         return values.to(STORED[noise.kind]).to(values.dtype)
@@ -100,13 +84,9 @@ def noisy(values: Tensor, noise: Noise, generator: torch.Generator | None = None
         step = values.flatten(1).abs().amax(1).clamp(min=1e-30)[:, None, None] / LEVELS
         return (values / step).round() * step
     if noise.kind != "gaussian" or noise.sigma < 0:
-        raise BacksightError(f"Noise is one of {', '.join(KINDS)} with a sigma from 0, not {noise}.")
-    size = noise.sigma * (float(values.std()) if scale is None else scale)
-    drawn = torch.randn(values.shape, generator=generator, dtype=values.dtype, device=values.device)
-    return values + size * drawn
-
-
-# The problem
+        raise ValueError(f"noise is one of {', '.join(KINDS)} with a sigma from 0, not {noise}")
+    drawn = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
+    return values + noise.sigma * float(values.std()) * drawn
 
 
 @dataclass(frozen=True)
@@ -116,32 +96,32 @@ class Gaussian:
     mean: Tensor
     factor: Tensor
 
-    def at(self, w: Tensor) -> Tensor:
+    def at(self, w: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
         """(B, n, c) of whitened (B, n, c)."""
-        return self.mean + w @ self.factor.T
+        return self.mean[which] + w @ self.factor.T
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How far y may lie from T(z): noise, and how far it does lie at the start.
-
-    noise, spread: covariances (c, c) or one a token (n, c, c); spread None: the noise's shape does for the start.
-    """
+    """How far y may lie from T(z): noise, and how far it does lie at the start: covariances (P + 1, c, c)."""
 
     noise: Tensor
-    spread: Tensor | None = None
+    spread: Tensor
 
     def whitener(self, stage: float) -> Tensor:
-        """(n | 1, c, c), V with V Vᵀ = (noise + stage · spread)⁻¹; residuals are whitened as r @ V."""
-        noise = self.noise if self.noise.ndim == 3 else self.noise[None]
-        covariance = noise
-        if self.spread is not None and stage > 0:
-            covariance = noise + stage * (self.spread if self.spread.ndim == 3 else self.spread[None])
-        # All grid tokens share one: it is decomposed once.
-        different, which = torch.unique_consecutive(covariance.double(), return_inverse=True, dim=0)
-        values, vectors = torch.linalg.eigh(different)
+        """(P + 1, c, c), V with V Vᵀ = (noise + stage · spread)⁻¹; residuals are whitened as `by_group(r, V)`."""
+        values, vectors = torch.linalg.eigh((self.noise + stage * self.spread).double())
         least = values.amax(-1, keepdim=True) * torch.finfo(torch.float64).eps
-        return (vectors * torch.maximum(values, least).rsqrt()[..., None, :])[which].to(self.noise)
+        return (vectors * torch.maximum(values, least).rsqrt()[..., None, :]).to(self.noise)
+
+    def stages(self) -> tuple[float, ...]:
+        """Decades of the spread from 1 to the noise, then 0; where the noise is below LEAST_STAGE of it, that is the
+        end: with less, the objective is so ill conditioned that the products go nowhere, and nothing is gained."""
+        noise, spread = (float(part.diagonal(dim1=-2, dim2=-1).mean()) for part in (self.noise, self.spread))
+        ratio = noise / max(spread, 1e-300)
+        decades = [10.0**-power for power in range(1 - round(math.log10(LEAST_STAGE)))]
+        above = tuple(stage for stage in decades if stage > ratio)
+        return above if ratio < LEAST_STAGE else (*above, 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,13 +129,13 @@ class MapSettings:
     """How long the search goes on.
 
     stages: shares of the start's residual covariance that are added to the noise's, in order (the last is the objective
-    that counts; 0: the noise alone), None: decades down to the noise (`stages_down_to`); steps: Gauss–Newton steps of a
-    stage; products: pairs of products (J, Jᵀ) of one step; tolerance: relative residual at which its linear solve ends;
-    damping: first λ; enough: relative fall of the objective below which a stage ends; least: noise that `fit_map` takes
+    that counts; 0: the noise alone), None: decades down to the noise (`Likelihood.stages`); steps: Gauss–Newton steps
+    of a stage; products: pairs of products (J, Jᵀ) of one step; tolerance: relative residual at which its linear solve
+    ends; damping: first λ; enough: relative fall of the objective below which a stage ends; least: noise that is taken
     at least, relative to the values' deviation: with less, the products go where hardly anything is to be gained.
     """
 
-    stages: tuple[float, ...] | None = None
+    stages: Sequence[float] | None = None
     steps: int = 2
     products: int = 25
     tolerance: float = 1e-3
@@ -164,28 +144,13 @@ class MapSettings:
     least: float = 1e-3
 
 
-def stages_down_to(likelihood: Likelihood) -> tuple[float, ...]:
-    """Decades of the spread from 1 to the noise, then 0; where the noise is below LEAST_STAGE of it, that is the end.
-
-    With still less noise the objective is so ill conditioned that the products go nowhere, and nothing is gained.
-    """
-    if likelihood.spread is None:
-        return (0.0,)
-    noise, spread = (each.diagonal(dim1=-2, dim2=-1).mean().item() for each in (likelihood.noise, likelihood.spread))
-    ratio = noise / max(spread, 1e-300)
-    decades = [10.0**-power for power in range(1 - round(math.log10(LEAST_STAGE)))]
-    above = tuple(stage for stage in decades if stage > ratio)
-    return above if ratio < LEAST_STAGE else (*above, 0.0)
-
-
 @dataclass(frozen=True)
 class MapSolution:
     """What a search found, a sample each.
 
     w, z: (B, n, c), whitened and not; objective, at_start: (B,) ½|r̃|² + ½|w|² of the last stage, at the end and at
-    w = 0; misfit: (B,) mean square of the whitened residual (1: as the noise says); history: (steps, B) objective
-    behind every step, of its own stage; stage_of: (steps,) number of that stage; products: pairs of (J, Jᵀ); seconds of
-    the batch.
+    w = 0; misfit: (B,) mean square of the whitened residual (1: as the noise says); history: a (B,) objective behind
+    every step, and the stage it is of; seconds of the batch.
     """
 
     w: Tensor
@@ -193,76 +158,8 @@ class MapSolution:
     objective: Tensor
     at_start: Tensor
     misfit: Tensor
-    history: Tensor
-    stage_of: Tensor
-    products: int
+    history: list[tuple[float, Tensor]]
     seconds: float = field(default=0.0, compare=False)
-
-
-class Linearised:
-    """A function of (B, n, c) and the products with its derivative at one point, from one retained graph.
-
-    Products Jᵀv are backward passes; Ju is the derivative of Jᵀv by v, which is a backward pass as well: ten times
-    faster on CPU than forward-mode differentiation, and no fused kernel stands in the way.
-    """
-
-    def __init__(self, function: Forward, at: Tensor) -> None:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            self.at = at.detach().requires_grad_(True)
-            self.out = function(self.at)
-            self.weights = torch.zeros_like(self.out, requires_grad=True)
-            (self.pulled,) = torch.autograd.grad(self.out, self.at, self.weights, create_graph=True)
-
-    @property
-    def value(self) -> Tensor:
-        return self.out.detach()
-
-    def product(self, direction: Tensor) -> Tensor:
-        """J u, shaped as the function's value; u: (B, n, c)."""
-        if not self.pulled.requires_grad:
-            return torch.zeros_like(self.out)
-        return torch.autograd.grad(self.pulled, self.weights, direction, retain_graph=True)[0]
-
-    def transposed(self, direction: Tensor) -> Tensor:
-        """Jᵀ v, (B, n, c)."""
-        return torch.autograd.grad(self.out, self.at, direction, retain_graph=True)[0]
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """(B,) summed in float64."""
-    return (a * b).flatten(1).sum(1, dtype=torch.float64)
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like)[(...,) + (None,) * (like.ndim - 1)]
-
-
-def conjugate_gradients(
-    operator: Forward, right: Tensor, products: int, tolerance: float = 1e-3, start: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """x with operator(x) = right for a symmetric positive operator that acts on each sample alone, and the products.
-
-    right: (B, …); every sample has step lengths of its own, and what has converged stands still.
-    Source: Nocedal & Wright, algorithm 5.2.
-    """
-    x = torch.zeros_like(right) if start is None else start.clone()
-    rest = right.clone() if start is None else right - operator(x)
-    direction, square = rest.clone(), dot(rest, rest)
-    goal, used = tolerance**2 * dot(right, right), int(start is not None)
-    while used < products:
-        live = square > goal
-        if not bool(live.any()):
-            break
-        pushed = operator(direction)
-        used += 1
-        curvature = dot(direction, pushed)
-        live &= curvature > 0
-        length = _wide(torch.where(live, square / curvature.clamp(min=1e-300), 0.0), x)
-        x, rest = x + length * direction, rest - length * pushed
-        after = dot(rest, rest)
-        direction = rest + _wide(torch.where(live, after / square.clamp(min=1e-300), 0.0), x) * direction
-        square = torch.where(live, after, torch.zeros_like(after))
-    return x, used
 
 
 def map_solve(
@@ -271,130 +168,65 @@ def map_solve(
     """The z of least ½|(T(z) − y) V|² + ½|w|², z = prior.at(w), found from w = 0.
 
     forward: T, (B, n, c) -> (B, m, d), acting on each sample alone; y: (B, m, d). A step is taken only where it lowers
-    the objective, sample by sample. Raises BacksightError where y or T's value is not finite or of another shape.
+    the objective, sample by sample. Raises BacksightError where the pass of the start is not finite.
     """
-    settings = settings or MapSettings()
-    stages = settings.stages or stages_down_to(likelihood)
-    began = time.perf_counter()
-    w = torch.zeros_like(prior.mean)
+    settings, began = settings or MapSettings(), time.perf_counter()
+    stages = settings.stages or likelihood.stages()
+    w, history = torch.zeros_like(prior.mean), []
     damping = torch.full((len(y),), settings.damping, dtype=torch.float64, device=y.device)
-    history, stage_of, used = [], [], 0
-    for number, stage in enumerate(stages):
-        whitened = _whitened(forward, y, prior, likelihood, stage)
+    every = torch.arange(len(y), device=y.device)
+    for stage in stages:
+        residual = whitened(forward, y, prior, likelihood, stage)
+
+        def objective(w: Tensor, which: Tensor, residual: Any = residual) -> Tensor:
+            with torch.no_grad():
+                away = residual(w, which)
+                return 0.5 * dot(away, away) + 0.5 * dot(w, w)
+
         for _ in range(settings.steps):
-            before, w, damping, after, products = _step(whitened, w, damping, settings)
-            used += products
-            history.append(after)
-            stage_of.append(number)
+            move, before, promised = _step(residual, w, damping, settings)
+            w, after, _ = line_search(objective, w, move, before, shortest=SHORTEST, armijo=0.0)
+            ratio = (before - after) / promised.clamp(min=1e-300)
+            damping = torch.where(ratio > GOOD, damping / 4, torch.where(ratio < POOR, damping * 4, damping))
+            damping = damping.clamp(LEAST_DAMPING, MOST_DAMPING)
+            history.append((stage, after))
             if bool((before - after <= settings.enough * before).all()):
                 break
-    with torch.no_grad():
-        last = _whitened(forward, y, prior, likelihood, stages[-1])
-        residual, first = last(w), last(torch.zeros_like(w))
-        start = 0.5 * dot(first, first)
-        objective = 0.5 * dot(residual, residual) + 0.5 * dot(w, w)
-        # Earlier stages lower another objective: where they raised this one, there is nothing to be gained from them.
-        worse = objective > start
-        w = torch.where(_wide(worse, w).bool(), torch.zeros_like(w), w)
-        square = torch.where(worse, 2 * start, dot(residual, residual))
-        objective = torch.where(worse, start, objective)
-    misfit = square / y[0].numel()
-    seconds = time.perf_counter() - began
-    record = torch.stack(history) if history else y.new_zeros(0, len(y), dtype=torch.float64)
-    return MapSolution(
-        w, prior.at(w), objective, start, misfit, record, torch.tensor(stage_of, dtype=torch.long), used, seconds
-    )
+    # Earlier stages lower another objective: where they raised this one, there is nothing to be gained from them.
+    start, end = objective(torch.zeros_like(w), every), objective(w, every)
+    w = torch.where((end > start)[:, None, None], torch.zeros_like(w), w)
+    end = torch.minimum(start, end)
+    misfit = (2 * end - dot(w, w)) / y[0].numel()
+    return MapSolution(w, prior.at(w), end, start, misfit, history, time.perf_counter() - began)
 
 
-def _whitened(forward: Forward, y: Tensor, prior: Gaussian, likelihood: Likelihood, stage: float) -> Forward:
+def whitened(
+    forward: Forward, y: Tensor, prior: Gaussian, likelihood: Likelihood, stage: float
+) -> Callable[..., Tensor]:
+    """w (K, n, c), and which samples -> (K, m, d) the whitened residual."""
     whitener = likelihood.whitener(stage)
 
-    def function(w: Tensor) -> Tensor:
-        made = forward(prior.at(w))
-        if made.shape != y.shape:
-            raise BacksightError(
-                f"The pass makes values {tuple(made.shape)}, but y has {tuple(y.shape)}: give its own."
-            )
-        return torch.einsum("bnc,ncd->bnd", made - y, whitener.expand(y.shape[1], -1, -1))
+    def residual(w: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+        return by_group(forward(prior.at(w, which)) - y[which], whitener)
 
-    return function
+    return residual
 
 
-def _step(
-    function: Forward, w: Tensor, damping: Tensor, settings: MapSettings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """(objective before, w, damping, objective behind, products) of one Levenberg–Marquardt step of every sample."""
-    here = Linearised(function, w)
-    residual = here.value
-    before = 0.5 * dot(residual, residual) + 0.5 * dot(w, w)
+def _step(residual: Forward, w: Tensor, damping: Tensor, settings: MapSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """(move, objective before, promised fall) of one Levenberg–Marquardt step of every sample."""
+    here = Linearised(residual, w)
+    before = 0.5 * dot(here.value, here.value) + 0.5 * dot(w, w)
     if not bool(torch.isfinite(before).all()):
         raise BacksightError("The pass of the start is not finite: look at the representation and at the prior.")
-    slope = here.transposed(residual) + w
-
-    def damped(direction: Tensor) -> Tensor:
-        return here.transposed(here.product(direction)) + _wide(1 + damping, direction) * direction
-
-    move, used = conjugate_gradients(damped, -slope, settings.products, settings.tolerance)
+    slope, weight = here.transposed(here.value) + w, (1 + damping).to(w)[:, None, None]
+    move, _ = conjugate_gradients(
+        lambda direction: here.transposed(here.product(direction)) + weight * direction,
+        -slope,
+        settings.products,
+        settings.tolerance,
+    )
     pushed = here.product(move)
-    promised = -(dot(slope, move) + 0.5 * dot(pushed, pushed) + 0.5 * dot(move, move))
-    best, after = w.clone(), before.clone()
-    pending = torch.ones_like(before, dtype=torch.bool)
-    length, ratio = torch.ones_like(before), torch.zeros_like(before)
-    with torch.no_grad():
-        for trial in range(TRIALS):
-            candidate = w + _wide(length, w) * move
-            made = function(candidate)
-            there = 0.5 * dot(made, made) + 0.5 * dot(candidate, candidate)
-            if trial == 0:
-                ratio = (before - there) / promised.clamp(min=1e-300)
-            taken = pending & (there < before)
-            best = torch.where(_wide(taken, w).bool(), candidate, best)
-            after = torch.where(taken, there, after)
-            pending &= ~taken
-            if not bool(pending.any()):
-                break
-            length = torch.where(pending, length * SHRINK, length)
-    damping = torch.where(ratio > GOOD, damping / 4, torch.where(ratio < POOR, damping * 4, damping))
-    return before, best, damping.clamp(LEAST_DAMPING, MOST_DAMPING), after, used
-
-
-def posterior_samples(
-    forward: Forward,
-    y: Tensor,
-    prior: Gaussian,
-    likelihood: Likelihood,
-    solution: MapSolution,
-    count: int = 8,
-    products: int = 25,
-    stage: float | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """(count, B, n, c) draws of z − z_MAP from the Gaussian about the solution, covariance L (1 + J̃ᵀJ̃)⁻¹ Lᵀ.
-
-    A draw solves (1 + J̃ᵀJ̃) d = w₀ + J̃ᵀe with white w₀, e (perturb and optimise). Its solve starts from w₀, so that what
-    the products have not reached keeps the prior's own width. The whitened residual has to be about 1; where it is
-    larger (the search did not end, or the model is not linear between) the noise is taken larger by that factor.
-    Source: Tarantola, 3.2.3 (posterior covariance); Papandreou & Yuille, NIPS 2010 (perturb and optimise).
-    """
-    stage = stages_down_to(likelihood)[-1] if stage is None else stage
-    function = _whitened(forward, y, prior, likelihood, stage)
-    here = Linearised(function, solution.w)
-    excess = (dot(here.value, here.value) / y[0].numel()).clamp(min=1.0)
-    generator = torch.Generator(device=y.device).manual_seed(seed)
-
-    def operator(direction: Tensor) -> Tensor:
-        return here.transposed(here.product(direction)) / _wide(excess, direction) + direction
-
-    drawn = []
-    for _ in range(count):
-        white = torch.randn(solution.w.shape, generator=generator, dtype=y.dtype, device=y.device)
-        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-        right = here.transposed(noise) / _wide(excess.sqrt(), white) + white
-        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white)[0] @ prior.factor.T)
-    return torch.stack(drawn)
-
-
-# Of a target
+    return move, before, -(dot(slope, move) + 0.5 * dot(pushed, pushed) + 0.5 * dot(move, move))
 
 
 def pixel_forward(target: Target, tap: str, patch: tuple[int, int], grid: tuple[int, int]) -> Forward:
@@ -408,292 +240,281 @@ def pixel_forward(target: Target, tap: str, patch: tuple[int, int], grid: tuple[
         images = unpatchify(patches, grid, patch)
         with sdpa_kernel(SDPBackend.MATH):
             normalised = target.preprocessing.normalise(images)
-            found = target._recorded(images, normalised, (tap,), None, torch.is_grad_enabled())[tap]
-        return found.values
+            return target._recorded(images, normalised, (tap,), None, torch.is_grad_enabled())[tap].values
 
     return forward
 
 
-@dataclass(frozen=True)
-class Steadied:
+class Steadied(nn.Module):
     """A trained inverse for one noise level: a Wiener filter in front of it, a ridge map of its patches behind it.
 
-    mean: (n | 1, c), wiener: (n | 1, c, c) of the representation; weight: (d, 3 p q), bias: (3 p q,) read its patches
+    mean: (P + 1, c), wiener: (P + 1, c, c) of the representation; weight: (d, 3 p q), bias: (3 p q,) read its patches
     and, where the tokens lie on the patches' grid, the token as well.
     """
 
-    base: Callable[[Representation], Tensor]
-    patch: tuple[int, int]
     mean: Tensor
     wiener: Tensor
     weight: Tensor
     bias: Tensor
 
-    def patches(self, representation: Representation) -> Tensor:
+    def __init__(self, base: Base, patch: tuple[int, int], mean: Tensor, wiener: Tensor, features: int) -> None:
+        super().__init__()
+        self.base, self.patch = base, patch
+        values = 3 * patch[0] * patch[1]
+        self.register_buffer("mean", mean)
+        self.register_buffer("wiener", wiener)
+        self.register_buffer("weight", mean.new_zeros(features, values))
+        self.register_buffer("bias", mean.new_zeros(values))
+
+    def forward(self, representation: Representation) -> Tensor:
         """(B, N, 3 p q)."""
         return self.features(representation) @ self.weight + self.bias
 
     def features(self, representation: Representation) -> Tensor:
         """(B, N, d)."""
         values = representation.values
-        size = values.shape[1]
-        filtered = torch.einsum("bnc,ncd->bnd", values - self.mean, self.wiener.expand(size, -1, -1)) + self.mean
-        images = self.base(representation.replace(filtered))
-        patches = patchify(images, self.patch)
-        if isinstance(representation, Tokens) and size - representation.prefix == patches.shape[1]:
+        mean = of_tokens(self.mean, values.shape[1])
+        filtered = by_group(values - mean, self.wiener) + mean
+        patches = patchify(self.base(representation.replace(filtered)), self.patch)
+        if isinstance(representation, Tokens) and values.shape[1] - representation.prefix == patches.shape[1]:
             return torch.cat([patches, filtered[:, representation.prefix :]], dim=2)
         return patches
 
 
-@dataclass(frozen=True)
-class MapInverse:
+class MapInverse(nn.Module):
     """inverse(representation) -> images (B, 3, H, W) in [0, 1], for one tap and one noise; `fit_map` makes it.
 
-    factor: (3 p q, 3 p q) of the start's error; gain: (3 p q,) share of the way from the start to the solution that is
-    worth going, for each direction (`basis`, columns) of that error; shares: (4,) of each clue in the error's variance.
+    noise_covariance, spread: (P + 1, c, c) of the representation; factor: (3 p q, 3 p q) of the start's error; gain:
+    (3 p q,) share of the way from the start to the solution that is worth going, for each direction (`basis`, columns)
+    of that error.
     """
 
-    target: Target
-    source: str
-    noise: Noise
-    start: Steadied
+    kind = family = "map"
+    destination = PIXELS
+    precise = ("noise_covariance", "spread", "factor", "basis", "gain", "start.mean", "start.wiener")
+    noise_covariance: Tensor
+    spread: Tensor
     factor: Tensor
     basis: Tensor
     gain: Tensor
-    likelihood: Likelihood
-    settings: MapSettings
-    shares: Tensor = field(default_factory=lambda: torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    batch_size: int = 8
-    family = "map"
-    destination = PIXELS
+
+    def __init__(
+        self, target: Target, tap: str, noise: Noise, start: Steadied, settings: MapSettings, batch_size: int = 8
+    ) -> None:
+        super().__init__()
+        self.target, self.source, self.noise, self.start = target, tap, noise, start
+        self.settings, self.batch_size, self.header = settings, batch_size, None
+        values, like = len(start.bias), start.mean
+        self.register_buffer("noise_covariance", torch.zeros_like(start.wiener))
+        self.register_buffer("spread", torch.zeros_like(start.wiener))
+        self.register_buffer("factor", like.new_zeros(values, values))
+        self.register_buffer("basis", like.new_zeros(values, values))
+        self.register_buffer("gain", like.new_ones(values))
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return Likelihood(self.noise_covariance, self.spread)
+
+    @property
+    def last_stage(self) -> float:
+        return (self.settings.stages or self.likelihood.stages())[-1]
 
     @property
     def grid(self) -> tuple[int, int]:
         height, width = self.target.image_size
         return height // self.start.patch[0], width // self.start.patch[1]
 
+    @property
+    def pass_to_tap(self) -> Forward:
+        return pixel_forward(self.target, self.source, self.start.patch, self.grid)
+
+    def pictures(self, patches: Tensor) -> Tensor:
+        """(B, 3, H, W) of (B, N, 3 p q), not clamped."""
+        return unpatchify(patches, self.grid, self.start.patch)
+
     def solve(self, representation: Representation) -> tuple[Gaussian, MapSolution, Tensor]:
         """(prior, solution, patches (B, N, 3 p q) behind the gain) of a batch."""
-        prior = Gaussian(self.start.patches(representation), self.factor)
-        forward = pixel_forward(self.target, self.source, self.start.patch, self.grid)
-        found = map_solve(forward, representation.values, prior, self.likelihood, self.settings)
-        return prior, found, self.gained(prior.mean, found.z)
+        prior = Gaussian(self.start(representation), self.factor)
+        solution = map_solve(self.pass_to_tap, representation.values, prior, self.likelihood, self.settings)
+        return prior, solution, self.gained(prior.mean, solution.z)
 
-    def gained(self, start: Tensor, found: Tensor) -> Tensor:
-        return start + ((found - start) @ self.basis * self.gain) @ self.basis.T
+    def gained(self, start: Tensor, solution: Tensor) -> Tensor:
+        return start + ((solution - start) @ self.basis * self.gain) @ self.basis.T
 
-    def __call__(self, representation: Representation) -> Tensor:
-        parts = [self.solve(part)[2] for part in _parts(representation, self.batch_size)]
-        return unpatchify(torch.cat(parts), self.grid, self.start.patch).clamp(0, 1)
+    def forward(self, representation: Representation) -> Tensor:
+        patches = torch.cat([self.solve(part)[2] for part in parts_of(representation, self.batch_size)])
+        return self.pictures(patches).clamp(0, 1)
 
-    def with_deviation(self, representation: Representation, samples: int = 2) -> tuple[Tensor, Tensor]:
-        """(images (B, 3, H, W) in [0, 1], deviation (B, H, W): root mean square error expected of a pixel's channels).
+    def configuration(self) -> dict[str, Any]:
+        """All but the numbers, for a file. Raises TypeError where the base is no module that a file can hold."""
+        return {
+            "source": self.source,
+            "image_size": list(self.target.image_size),
+            "patch": list(self.start.patch),
+            "noise": asdict(self.noise),
+            "settings": asdict(self.settings),
+            "batch_size": self.batch_size,
+            "sizes": [*self.start.mean.shape, len(self.start.weight)],
+            "base": described(self.start.base),
+        }
 
-        The draws about the solution are one of its clues; which of them count, and how much, was measured on held-out
-        images (`clues`), so that what the linearisation does not see is in it as well.
-        """
-        images, maps = [], []
-        for part in _parts(representation, self.batch_size):
-            prior, found, patches = self.solve(part)
-            images.append(unpatchify(patches, self.grid, self.start.patch).clamp(0, 1))
-            maps.append(self.deviation(self.clues(part, prior, found, samples)))
-        return torch.cat(images), torch.cat(maps)
-
-    def deviation(self, clues: Tensor) -> Tensor:
-        """(B, H, W) of clues (B, 4, H, W)."""
-        return torch.einsum("bkhw,k->bhw", clues, self.shares.to(clues)).clamp(min=1e-12).sqrt()
-
-    def clues(self, part: Representation, prior: Gaussian, found: MapSolution, samples: int = 2) -> Tensor:
-        """(B, 4, H, W), each a variance: one; of draws about the solution; the way from the start, squared; the
-        detail of the solution, squared. All but the first are means over the channels and the pixels around: a few
-        draws are a rough measure of one pixel alone.
-        """
-        forward = pixel_forward(self.target, self.source, self.start.patch, self.grid)
-        last = (self.settings.stages or stages_down_to(self.likelihood))[-1]
-        drawn = posterior_samples(
-            forward, part.values, prior, self.likelihood, found, samples, self.settings.products, last
-        )
-        way, solved, spread = (
-            unpatchify(each, self.grid, self.start.patch)
-            for each in (found.z - prior.mean, found.z, drawn.square().mean(0))
-        )
-        detail = solved - _around(solved, AROUND)
-        squares = [_around(each.mean(1, keepdim=True), AROUND) for each in (spread, way.square(), detail.square())]
-        return torch.cat([torch.ones_like(squares[0]), *squares], dim=1)
+    @classmethod
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> Self:
+        """An inverse with empty buffers. Raises BacksightError where the target takes other images."""
+        size = tuple(configuration["image_size"])
+        if size != tuple(target.image_size):
+            raise BacksightError(f"The inverse was fitted on images of {size}, but {target.name} takes another size.")
+        rows, channels, features = configuration["sizes"]
+        like = torch.zeros(rows, channels, device=target.device)
+        base, wiener = rebuilt(configuration["base"], target), like.new_zeros(rows, channels, channels)
+        start = Steadied(base, tuple(configuration["patch"]), like, wiener, features)
+        noise, settings = Noise(**configuration["noise"]), MapSettings(**configuration["settings"])
+        (tap,) = target.resolve_taps([configuration["source"]])
+        return cls(target, tap, noise, start, settings, configuration["batch_size"])
 
 
-def _around(images: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.avg_pool2d(images, size, 1, size // 2, count_include_pad=False)
-
-
-def _parts(representation: Representation, size: int) -> list[Representation]:
-    count = representation.batch
-    return [
-        representation.index(torch.arange(start, min(start + size, count), device=representation.values.device))
-        for start in range(0, count, size)
-    ]
+def parts_of(representation: Representation, size: int) -> list[Representation]:
+    every = torch.arange(representation.batch, device=representation.values.device)
+    return [representation.index(part) for part in every.split(size)]
 
 
 def fit_map(
     target: Target,
+    images: ImageSource | Tensor,
+    validation: ImageSource | Tensor | None = None,
+    *,
+    taps: Sequence[str] | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    modules: Inverses | None = None,
+    linear: Inverses | None = None,
+) -> Inverses:
+    """The MAP inverse of every tap, for what float32 keeps; taps that cannot be read are left out with a warning.
+
+    validation: held-out images, which nothing was fitted on; modules: trained inverses to start from, else linear ones,
+    of which those that are missing are fitted on `images`. Raises BacksightError without held-out
+    images, and where no tap can be read.
+    """
+    if validation is None:
+        raise BacksightError(
+            "A MAP inverse is measured on held-out images: give `validation`, images that nothing was fitted on."
+        )
+    names = target.taps if taps is None else target.resolve_taps(taps)
+    recorded = target.record(next(batches(validation, 1)), names)
+    refused = {tap: reason for tap in names if (reason := _refusal(tap, recorded[tap]))}
+    tell_left_out("map", target, refused, len(refused) < len(names))
+    kept = [tap for tap in names if tap not in refused]
+    ready = {**(linear or {}), **(modules or {})}
+    bases = {tap: ready[tap] for tap in kept if tap in ready}
+    missing = [tap for tap in kept if tap not in bases]
+    if missing:
+        bases |= fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)
+    inverses = {}
+    for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
+        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation, Noise("float32"), seed=seed)
+        inverses[tap].header = header_for(target, "map", tap, PIXELS, images, seed)
+    return Inverses(inverses)
+
+
+def _refusal(tap: str, representation: Representation) -> str:
+    """Why a MAP inverse cannot read this; "" where it can."""
+    if not isinstance(representation, Tokens | Queries):
+        return f"A MAP inverse reads tokens or queries, and {tap} holds {type(representation).__name__.lower()}."
+    if isinstance(representation, Tokens) and representation.padding is not None:
+        return f"A MAP inverse reads unpadded tokens, and those of {tap} are padded: crop or stretch images instead."
+    return ""
+
+
+def fit_map_tap(
+    target: Target,
     tap: str,
-    base: Callable[[Representation], Tensor],
-    images: Any,
+    base: Base,
+    images: ImageSource | Tensor,
     noise: Noise,
     settings: MapSettings | None = None,
     count: int = 128,
     checked: int = 8,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> MapInverse:
     """The maximum-a-posteriori inverse of one tap at one noise level, started from a trained inverse.
 
-    base: representation at `tap` -> images in [0, 1] (modular, direct or linear); images: held-out ones (ImageSource or
-    (N, 3, H, W)), which neither the base nor the model was trained on: the first `count` measure the start's error and
-    its covariance, the last `checked` of them, solved in full, the gain and what the uncertainty is made of (0: a gain
-    of 1, and the variance of the draws alone).
+    base: representation at `tap` -> images in [0, 1]; images: held-out ones, which neither the base nor the model was
+    trained on: the first `count` measure the start's error and its covariance, the last `checked` of them, solved in
+    full, the gain (0: a gain of 1); watch: called with the representation, prior, solution and true patches of these.
     """
-    settings = settings or MapSettings()
-    chosen = _first(images, count)
-    if len(chosen) < HELD_OUT:
-        raise BacksightError(f"A MAP inverse needs at least {HELD_OUT} held-out images, not {len(chosen)}.")
-    recorded: list[Any] = [target.record(part, [tap])[tap] for part in chosen.split(64)]
-    first = recorded[0]
-    if not isinstance(first, Tokens | Queries) or getattr(first, "padding", None) is not None:
-        raise BacksightError(f"A MAP inverse of {tap} reads unpadded tokens or queries, not {type(first).__name__}.")
-    clean: Tokens | Queries = first if len(recorded) == 1 else concatenate(recorded)
+    settings, device = settings or MapSettings(), target.device
+    pictures, recorded = [], []
+    for part in batches(images, 64):
+        part = part[: count - sum(map(len, pictures))].to(device)
+        pictures.append(part)
+        recorded.append(target.record(part, [tap])[tap])
+        if reason := _refusal(tap, recorded[-1]):
+            raise BacksightError(reason)
+        if sum(map(len, pictures)) >= count:
+            break
+    if sum(map(len, pictures)) < HELD_OUT:
+        raise BacksightError(f"A MAP inverse needs at least {HELD_OUT} held-out images, not {sum(map(len, pictures))}.")
+    chosen, clean = torch.cat(pictures), recorded[0] if len(recorded) == 1 else concatenate(recorded)
     disturbed = clean.replace(noisy(clean.values, noise, torch.Generator().manual_seed(seed)))
     prefix = clean.prefix if isinstance(clean, Tokens) else 0
+    patch = _patch(target)
     # A pass in another order of operations is off by round-off: no noise is smaller.
     least = (max(settings.least, ROUND_OFF * torch.finfo(torch.float32).eps) * float(clean.values.std())) ** 2
-    difference = disturbed.values - clean.values
-    variance = _by_group(difference, prefix, _variances) + least * torch.eye(clean.values.shape[2])
-    down, across = target.reduction
-    height, width = target.image_size
-    patch = (_divisor(height, down), _divisor(width, across))
-    start = _fit_start(base, clean, disturbed, variance, chosen, prefix, patch)
-    wanted = patchify(chosen, patch)
-    made = torch.cat([start.patches(part) for part in _parts(disturbed, 32)])
-    covariance = _covariance((wanted - made).flatten(0, 1))
-    eigenvalues, basis = torch.linalg.eigh(covariance)
-    factor = (basis * eigenvalues.clamp(min=float(eigenvalues.mean()) * FLOOR).sqrt()).to(wanted)
-    forward = pixel_forward(target, tap, patch, (height // patch[0], width // patch[1]))
-    with torch.no_grad():
-        passed = torch.cat([forward(part) for part in made.split(32)])
-    spread = _by_group(passed - clean.values, prefix, _covariance)
-    likelihood = Likelihood(variance.to(wanted), spread.to(wanted))
-    gain = torch.ones(len(basis), dtype=wanted.dtype)
-    inverse = MapInverse(target, tap, noise, start, factor, basis.to(wanted), gain, likelihood, settings)
-    return _checked(inverse, wanted, disturbed, checked) if checked else inverse
-
-
-def _first(images: Any, count: int) -> Tensor:
-    parts: list[Tensor] = []
-    for part in batches(images, 64):
-        parts.append(part)
-        if sum(map(len, parts)) >= count:
-            break
-    return torch.cat(parts)[:count] if parts else torch.zeros(0)
-
-
-def _divisor(side: int, covered: int) -> int:
-    """Patch side of the prior: what a token covers, or SIDE where that is large."""
-    return covered if covered <= SIDE and side % covered == 0 else SIDE if side % SIDE == 0 else covered
-
-
-def _fit_start(
-    base: Callable[[Representation], Tensor],
-    clean: Any,
-    disturbed: Any,
-    variance: Tensor,
-    images: Tensor,
-    prefix: int,
-    patch: tuple[int, int],
-) -> Steadied:
-    means = _by_group(clean.values, prefix, lambda values: values.mean(0))
-    signal = _by_group(clean.values, prefix, _covariance)
+    variances = [rows.double().square().mean(0) for rows in groups(disturbed.values - clean.values, prefix)]
+    variance = torch.stack(variances).add(least).diag_embed()
+    signal = covariances(clean.values, prefix)
     wiener = torch.linalg.lu_solve(*factored(signal + variance), signal).to(clean.values)
-    channels = 3 * patch[0] * patch[1]
-    begun = Steadied(base, patch, means.to(clean.values), wiener, torch.eye(channels), torch.zeros(channels))
-    features = torch.cat([begun.features(part) for part in _parts(disturbed, 32)])
-    weight, bias = _ridge(features, patchify(images, patch))
-    return replace(begun, weight=weight, bias=bias)
+    means = torch.stack([rows.mean(0) for rows in groups(clean.values, prefix)])
+    begun = Steadied(base, patch, means, wiener, 0)
+    truth = patchify(chosen, patch)
+    features = torch.cat([begun.features(part) for part in parts_of(disturbed, 32)])
+    start = Steadied(base, patch, means, wiener, features.shape[2])
+    fit = zip(features.split(32), truth.split(32), strict=True)
+    (weight,), (bias,) = ridge(fit, 0, STRENGTHS, all_rows=True)
+    start.weight.copy_(weight)
+    start.bias.copy_(bias)
+    inverse = MapInverse(target, tap, noise, start, settings)
+    begin = features @ start.weight + start.bias
+    eigenvalues, basis = torch.linalg.eigh(covariance((truth - begin).flatten(0, 1), FLOOR))
+    inverse.basis.copy_(basis)
+    inverse.factor.copy_(basis * eigenvalues.clamp(min=float(eigenvalues.mean()) * FLOOR).sqrt())
+    with torch.no_grad():
+        passed = torch.cat([inverse.pass_to_tap(part) for part in begin.split(32)])
+    inverse.spread.copy_(covariances(passed - clean.values, prefix))
+    inverse.noise_covariance.copy_(variance)
+    last = torch.arange(len(truth) - min(checked, len(truth)), len(truth), device=device)
+    way, there = [], []
+    for which in last.split(inverse.batch_size) if checked else ():
+        prior, solution, _ = inverse.solve(disturbed.index(which))
+        way.append((solution.z - prior.mean) @ inverse.basis)
+        there.append((truth[which] - prior.mean) @ inverse.basis)
+        if watch is not None:
+            watch(disturbed.index(which), prior, solution, truth[which])
+    if way:
+        inverse.gain.copy_(_gains(torch.cat(way).flatten(0, 1), torch.cat(there).flatten(0, 1)))
+    return inverse
 
 
-def _ridge(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    held_out = torch.arange(len(features)) % HELD_OUT == 0
-    training, validation, every = RidgeAccumulator(), RidgeAccumulator(), RidgeAccumulator()
-    training.update(features[~held_out].flatten(0, 1), wanted[~held_out].flatten(0, 1))
-    validation.update(features[held_out].flatten(0, 1), wanted[held_out].flatten(0, 1))
-    every.update(features.flatten(0, 1), wanted.flatten(0, 1))
-    errors = training.path().errors(validation, STRENGTHS)
-    weight, bias = every.solve(min(zip(errors, STRENGTHS, strict=True))[1])
-    return weight.to(features), bias.to(features)
+def covariances(values: Tensor, prefix: int) -> Tensor:
+    """(P + 1, c, c) about zero of (B, n, c), in float64."""
+    return torch.stack([covariance(rows, FLOOR) for rows in groups(values, prefix)])
 
 
-def _covariance(rows: Tensor) -> Tensor:
-    """(c, c) about zero, in float64, with a floor on directions that never move."""
-    rows = rows.double()
-    found = rows.T @ rows / max(1, len(rows))
-    return found + FLOOR * found.diagonal().mean() * torch.eye(len(found), dtype=found.dtype)
+def _patch(target: Target) -> tuple[int, int]:
+    """Patch of the prior: what a token covers, or SIDE where that is large."""
+    sides = []
+    for side, covered in zip(target.image_size, target.reduction, strict=True):
+        small = covered <= SIDE and side % covered == 0
+        sides.append(covered if small or side % SIDE else SIDE)
+    return sides[0], sides[1]
 
 
-def _variances(rows: Tensor) -> Tensor:
-    return rows.double().square().mean(0).diag()
-
-
-def _by_group(values: Tensor, prefix: int, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """(n, …): each prefix token measured apart, all others together."""
-    if not prefix:
-        return measure(values.flatten(0, 1))[None]
-    heads = [measure(values[:, number]) for number in range(prefix)]
-    rest = measure(values[:, prefix:].flatten(0, 1))
-    return torch.stack(heads + [rest] * (values.shape[1] - prefix))
-
-
-def _checked(inverse: MapInverse, wanted: Tensor, disturbed: Any, count: int) -> MapInverse:
-    """The inverse with its gain and the shares of its clues, measured on the last `count` images."""
-    which = torch.arange(len(wanted) - min(count, len(wanted)), len(wanted))
-    starts, found, clues = [], [], []
-    for each in _parts(disturbed.index(which), inverse.batch_size):
-        prior, solution, _ = inverse.solve(each)
-        starts.append(prior.mean)
-        found.append(solution.z)
-        clues.append(inverse.clues(each, prior, solution))
-    start, solved, truth = torch.cat(starts), torch.cat(found), wanted[which]
-    way, there = ((each - start) @ inverse.basis for each in (solved, truth))
-    inverse = replace(inverse, gain=_gains(way.flatten(0, 1), there.flatten(0, 1)).to(wanted))
-    made = unpatchify(inverse.gained(start, solved), inverse.grid, inverse.start.patch).clamp(0, 1)
-    error = (made - unpatchify(truth, inverse.grid, inverse.start.patch)).square().mean(1)
-    return replace(inverse, shares=variance_shares(torch.cat(clues), error))
-
-
-def variance_shares(clues: Tensor, square: Tensor, rounds: int = 8) -> Tensor:
-    """(k,) shares, none below 0, with Σ shares · clues (B, k, H, W) the variance of errors whose squares are (B, H, W).
-
-    Every pixel counts in proportion to its own variance, as in a gamma regression with an identity link, fitted by
-    reweighted non-negative least squares. Source: McCullagh & Nelder, Generalized Linear Models (1989), ch. 8.
-    """
-    rows, goal = clues.movedim(1, -1).flatten(0, -2).double(), square.flatten().double()
-    size = rows.mean(0).clamp(min=1e-300)
-    rows = rows / size
-    variance = goal.mean().expand_as(goal)
-    found = rows.new_zeros(rows.shape[1])
-    for _ in range(rounds):
-        weighted = rows / variance[:, None]
-        # The small triangle has the same minimum as the tall matrix.
-        q, triangle = torch.linalg.qr(weighted)
-        solved, _misfit = nnls(triangle.numpy(), (q.T @ (goal / variance)).numpy())
-        found = torch.from_numpy(solved)
-        variance = (rows @ found).clamp(min=1e-3 * float(goal.mean()))
-    return found / size
-
-
-def _gains(way: Tensor, there: Tensor, groups: int = 16) -> Tensor:
+def _gains(way: Tensor, there: Tensor) -> Tensor:
     """(c,) least-squares shares of `way` (rows, c) towards `there`, in [0, 1], shared by neighbouring directions."""
-    together = (way.double() * there.double()).sum(0)
-    square = way.double().square().sum(0)
+    together, square = (way.double() * there.double()).sum(0), way.double().square().sum(0)
     parts = [
         (top.sum() / bottom.sum().clamp(min=1e-300)).clamp(0, 1).expand(len(top))
-        for top, bottom in zip(together.chunk(groups), square.chunk(groups), strict=True)
+        for top, bottom in zip(together.chunk(GAINS), square.chunk(GAINS), strict=True)
     ]
     return torch.cat(parts)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
@@ -28,7 +29,6 @@ from backsight.targets.hooks import watching
 AGREEMENT = 1e-4  # relative, between a half-step in float32 and the model's own pass
 SAME = 1e-6  # relative, between two records of one stream
 
-Kind = Literal["residual", "post_norm", "norm"]
 Map = Callable[[Tensor], Tensor]
 
 
@@ -41,9 +41,8 @@ class Norm:
     epsilon: float
 
     @classmethod
-    def of(cls, module: nn.LayerNorm) -> Norm:
+    def of(cls, module: nn.LayerNorm, like: Tensor) -> Norm:
         size = module.normalized_shape[0]
-        like = next(module.parameters(), torch.ones(()))
         weight = like.new_ones(size) if module.weight is None else module.weight.detach()
         bias = like.new_zeros(size) if module.bias is None else module.bias.detach()
         return cls(weight, bias, module.eps)
@@ -67,9 +66,8 @@ class Norm:
         last digits. They are there in float64 (relative error about 1e-16 · variance / ε), not in float32.
         """
         short = 1 - stripped.square().mean(-1, keepdim=True)
-        found = (self.epsilon / short.clamp(min=torch.finfo(short.dtype).tiny)).sqrt()
-        resolved = short > 1e3 * torch.finfo(short.dtype).eps
-        return torch.where(resolved, found, torch.nan)
+        deviation = (self.epsilon / short.clamp(min=torch.finfo(short.dtype).tiny)).sqrt()
+        return torch.where(short > 1e3 * torch.finfo(short.dtype).eps, deviation, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Step:
     where that is known. A "norm" step has no f.
     """
 
-    kind: Kind
+    kind: Literal["residual", "post_norm", "norm"]
     source: str
     destination: str
     forward: Map
@@ -91,9 +89,16 @@ class Step:
     jacobian: Map | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the model makes of x."""
-        made = self.forward(x)
-        return made if self.norm is None else self.norm(made)
+        """The stream behind x."""
+        return self.forward(x) if self.norm is None else self.norm(self.forward(x))
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """(T, c, c) derivatives of `forward` of a tokenwise step at tokens (T, c)."""
+        if self.jacobian is not None:
+            return self.jacobian(x)
+        slope = torch.func.jacfwd(lambda token: self.forward(token[None, None])[0, 0])
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.vmap(slope, chunk_size=32)(x)
 
 
 @dataclass(frozen=True)
@@ -116,58 +121,54 @@ class Lost:
         )
 
 
-@dataclass(frozen=True)
-class Walk:
-    """Every stream of one pass of a target, in forward order, and the steps between those that are joined.
-
-    streams: names; taps: {tap: number of its stream}; steps: {number of the later stream: step}; image size.
-    """
-
-    streams: tuple[str, ...]
-    taps: dict[str, int]
-    steps: dict[int, Step]
-    sizes: dict[str, int]
-    channels: dict[str, int]
-
-    def between(self, tap: str, previous: str) -> tuple[Step, ...]:
-        """The steps from the tap `previous` to the later `tap`, in forward order. Raises `NotInvertibleError`."""
-        for each in (tap, previous):
-            if each not in self.taps:
-                raise NotInvertibleError(self._lost(tap, previous, f"no known residual block begins or ends at {each}"))
-        found = []
-        for number in range(self.taps[tap], self.taps[previous], -1):
-            if number not in self.steps:
-                before, after = self.streams[number - 1], self.streams[number]
-                raise NotInvertibleError(
-                    self._lost(tap, previous, f"what lies between {before} and {after} is no residual block")
-                )
-            found.append(self.steps[number])
-        if not found:
-            raise NotInvertibleError(self._lost(tap, previous, "no residual block lies between them"))
-        return tuple(reversed(found))
-
-    def _lost(self, tap: str, previous: str, reason: str) -> Lost:
-        return Lost(tap, previous, self.sizes[previous], self.sizes[tap], reason)
-
-    def exact_from(self, tap: str) -> tuple[str, ...]:
-        """The taps from which or to which exactness reaches back from `tap`, the latest first, `tap` left out."""
-        reached = []
-        order = sorted(self.taps, key=self.taps.__getitem__)
-        for previous in reversed(order[: order.index(tap)] if tap in order else []):
-            try:
-                self.between(tap, previous)
-            except NotInvertibleError:
-                break
-            reached.append(previous)
-        return tuple(reached)
-
-
 class NotInvertibleError(BacksightError):
     """A stage that has no exact inverse; `lost` says where and how much."""
 
     def __init__(self, lost: Lost) -> None:
         super().__init__(str(lost))
         self.lost = lost
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Every stream of one pass of a target, in forward order, and the steps between those that are joined.
+
+    streams: names; taps: {tap: number of its stream}; steps: {number of the later stream: step}; sizes: {tap or
+    "pixels": values an image}; channels: of each stream.
+    """
+
+    streams: tuple[str, ...]
+    taps: dict[str, int]
+    steps: dict[int, Step]
+    sizes: dict[str, int]
+    channels: tuple[int, ...]
+
+    def between(self, tap: str, previous: str) -> tuple[Step, ...]:
+        """The steps from the tap `previous` to the later `tap`, in forward order. Raises `NotInvertibleError`."""
+        for name in (tap, previous):
+            if name not in self.taps:
+                raise self._refusal(tap, previous, f"no known residual block begins or ends at {name}")
+        numbers = range(self.taps[previous] + 1, self.taps[tap] + 1)
+        for number in reversed(numbers):
+            if number not in self.steps:
+                around = f"what lies between {self.streams[number - 1]} and {self.streams[number]} is no residual block"
+                raise self._refusal(tap, previous, around)
+        if not numbers:
+            raise self._refusal(tap, previous, "no residual block lies between them")
+        return tuple(self.steps[number] for number in numbers)
+
+    def _refusal(self, tap: str, previous: str, reason: str) -> NotInvertibleError:
+        return NotInvertibleError(Lost(tap, previous, self.sizes[previous], self.sizes[tap], reason))
+
+    def exact_from(self, tap: str) -> tuple[str, ...]:
+        """The taps to which exactness reaches back from `tap`, the latest first, `tap` left out."""
+        number, reached = self.taps.get(tap, -1), []
+        earlier = {place: name for name, place in self.taps.items()}
+        while number in self.steps:
+            number -= 1
+            if number in earlier:
+                reached.append(earlier[number])
+        return tuple(reached)
 
 
 def in_precision(target: Target, precision: torch.dtype) -> Target:
@@ -178,99 +179,85 @@ def in_precision(target: Target, precision: torch.dtype) -> Target:
     return other
 
 
-def residual_steps(target: Target, tap: str, previous: str) -> tuple[Step, ...]:
-    """The half-steps from the tap `previous` to `tap`, in forward order, each a function of (B, n, c) tokens.
-
-    Raises `NotInvertibleError`, with what is lost, where something else lies between them.
-    """
-    return walk(target).between(tap, previous)
-
-
 @dataclass
-class _Seen:
-    """A call of a known block: its halves, and the streams around it."""
+class _Call:
+    """A call of a known block or of a LayerNorm outside of them, its streams flattened to (1, n, c)."""
 
     path: str
-    halves: list[tuple[str, Step]]
+    module: nn.Module
+    grid: tuple[int, ...]
     entering: Tensor
     leaving: Tensor
+    arguments: Sequence[Any]
+    named: dict[str, Any]
 
 
 def walk(target: Target) -> Walk:
     """One pass of a random image, and the half-steps that it went through.
 
-    Raises BacksightError where a half-step does not agree with the model's own pass.
+    Raises BacksightError where a half-step does not agree with the model's own pass, and on padded images.
     """
-    weights = next(target.model.parameters())
     shape = (1, len(target.preprocessing.mean), *target.image_size)
-    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weights)
-    seen: list[_Seen] = []
-    norms: list[tuple[str, nn.LayerNorm, Tensor, Tensor]] = []
-
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(target.model.parameters()))
+    calls: list[_Call] = []
     # Norms inside known blocks belong to their half-steps.
-    known = tuple(f"{path}." for path, module in target.model.named_modules() if _is_known(module))
+    inside = tuple(f"{path}." for path, module in target.model.named_modules() if class_of(module) in BLOCKS)
 
-    def look(path: str, module: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> None:
-        if _is_known(module):
-            stream, *others = given if given else (named["hidden_states"],)
-            named = {key: value for key, value in named.items() if value is not stream}
-            halves = _halves(module, path, stream, others, named)
+    def seen(path: str, module: nn.Module, arguments: Sequence[Any], named: dict[str, Any], output: Any) -> None:
+        known = class_of(module) in BLOCKS
+        if not known and (not isinstance(module, nn.LayerNorm) or path.startswith(inside)):
+            return
+        stream, *others = arguments or (named["hidden_states"],)
+        if stream.ndim in (3, 4):
+            named = {name: value for name, value in named.items() if value is not stream}
             leaving = output[0] if isinstance(output, tuple) else output
-            seen.append(_Seen(path, halves, _flat(stream).clone(), _flat(leaving).clone()))
-        elif isinstance(module, nn.LayerNorm) and not path.startswith(known) and given[0].ndim in (3, 4):
-            norms.append((path, module, _flat(given[0]).clone(), _flat(output).clone()))
+            entering, leaving = stream.flatten(1, -2).clone(), leaving.flatten(1, -2).clone()
+            calls.append(_Call(path, module, tuple(stream.shape[1:-1]), entering, leaving, others, named))
 
-    with watching(target.model, look), torch.no_grad():
+    with watching(target.model, seen):
         recorded = target.record(image, target.available_taps)
-    streams, values, steps = _joined(seen, norms)
-    sizes, channels = {PIXELS: image[0].numel()}, {PIXELS: image.shape[1]}
-    taps: dict[str, int] = {}
+    with torch.no_grad():
+        streams, values, steps = _joined(calls)
+    sizes, taps = {PIXELS: image[0].numel()}, {}
     for tap, representation in recorded.items():
-        sizes[tap], channels[tap] = representation.values[0].numel(), representation.channels
+        sizes[tap] = representation.values[0].numel()
         number = _placed(representation.values, values, after=max(taps.values(), default=-1))
         if number is not None and isinstance(representation, Tokens):
             taps[tap] = number
-    names = {number: tap for tap, number in taps.items()}
-    named = tuple(names.get(number, name) for number, name in enumerate(streams))
-    renamed = {
-        number: replace(step, source=named[number - 1], destination=named[number]) for number, step in steps.items()
-    }
-    return Walk(named, taps, renamed, sizes, channels)
+            streams[number] = tap
+    named = {n: replace(step, source=streams[n - 1], destination=streams[n]) for n, step in steps.items()}
+    return Walk(tuple(streams), taps, named, sizes, tuple(value.shape[-1] for value in values))
 
 
-def _joined(
-    seen: Sequence[_Seen], norms: Sequence[tuple[str, nn.LayerNorm, Tensor, Tensor]]
-) -> tuple[list[str], list[Tensor], dict[int, Step]]:
+def _joined(calls: Sequence[_Call]) -> tuple[list[str], list[Tensor], dict[int, Step]]:
     """Streams by name and value, and the steps that lead to them."""
     streams: list[str] = []
     values: list[Tensor] = []
     steps: dict[int, Step] = {}
-    for block in seen:
-        if not values or not _same(block.entering, values[-1], 0.0):
-            streams.append(f"the input of {block.path}")
-            values.append(block.entering)
+    for call in (call for call in calls if class_of(call.module) in BLOCKS):
+        if not values or not _same(call.entering, values[-1], 0.0):
+            streams.append(f"the input of {call.path}")
+            values.append(call.entering)
         # The stream between two blocks is one; a post-norm block knows the norm that it comes from.
         before = steps[len(values) - 1].norm if len(values) - 1 in steps else None
-        x = block.entering
-        for name, half in block.halves:
+        x = call.entering
+        for suffix, half in _halves(call):
             step = replace(half, before=before)
-            with torch.no_grad():
-                x = step(x)
-            streams.append(name)
+            x, before = step(x), step.norm
+            streams.append(call.path + suffix)
             values.append(x)
             steps[len(values) - 1] = step
-            before = step.norm
-        if not _same(block.leaving, x, AGREEMENT):
+        if not _same(call.leaving, x, AGREEMENT):
             raise BacksightError(
-                f"The half-steps of {block.path} do not make what the model makes: this version of its library "
+                f"The half-steps of {call.path} do not give what the model gives: this version of its library "
                 "computes the block in another way; use the other inverse families for it."
             )
-        values[-1] = block.leaving
-    for path, module, entering, leaving in norms:
-        if values and _same(entering, values[-1], 0.0):
-            norm = Norm.of(module)
-            streams.append(path)
-            values.append(leaving)
+        values[-1] = call.leaving
+    for call in (call for call in calls if isinstance(call.module, nn.LayerNorm)):
+        if values and _same(call.entering, values[-1], 0.0):
+            streams.append(call.path)
+            values.append(call.leaving)
+            norm = Norm.of(call.module, call.entering)
             steps[len(values) - 1] = Step("norm", "", "", lambda x: x, norm, tokenwise=True)
     return streams, values, steps
 
@@ -281,16 +268,11 @@ def _placed(tap: Tensor, streams: Sequence[Tensor], after: int) -> int | None:
     Branches that are still zero leave several streams alike; taps come in forward order, so the first is right.
     """
     rest = range(after + 1, len(streams))
-    exact = next((number for number in rest if _same(tap, streams[number], 0.0)), None)
     near = [number for number in rest if _same(tap, streams[number], SAME)]
+    exact = next((number for number in near if _same(tap, streams[number], 0.0)), None)
     if exact is not None or not near:
         return exact
     return min(near, key=lambda number: float((tap - streams[number]).norm()))
-
-
-def _flat(stream: Tensor) -> Tensor:
-    """(1, n, c) of (1, n, c) or (1, h, w, c)."""
-    return stream.flatten(1, -2)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -299,166 +281,111 @@ def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm()) if tolerance else torch.equal(a, b)
 
 
-# The block classes
+def _halves(call: _Call) -> list[tuple[str, Step]]:
+    """(suffix of the stream's name, step) for each half of a block, as functions of flat tokens (B, n, c)."""
+    attention, mlp, *names = BLOCKS[class_of(call.module)]
+    block = call.module
+    norms = [Norm.of(getattr(block, name), call.entering) for name in names] or [None, None]
+    kind: Literal["residual", "post_norm"] = "post_norm" if names else "residual"
+
+    def attended(x: Tensor) -> Tensor:
+        on_grid = x if len(call.grid) == 1 else x.unflatten(1, call.grid)
+        return x + attention(block, on_grid, call.arguments, call.named).reshape(x.shape)
+
+    if mlp is None:
+        return [("", Step(kind, "", "", attended, norms[0]))]
+    # What acts on tokens alone takes them in any arrangement, and needs no grid.
+    second = Step(kind, "", "", lambda x: x + mlp(block, x), norms[1], tokenwise=True, jacobian=_mlp_jacobian(block))
+    return [(".attn", Step(kind, "", "", attended, norms[0])), ("", second)]
 
 
-def _known_classes() -> dict[type, Callable[..., list[Any]]]:
-    from timm.models import beit, cait, eva, swin_transformer, swin_transformer_v2
-    from timm.models import vision_transformer as vit
-    from transformers.models.detr.modeling_detr import DetrEncoderLayer
-
-    return {
-        vit.Block: _vit,
-        vit.ResPostBlock: _vit_normed_branch,
-        vit.ParallelScalingBlock: _whole,
-        vit.ParallelThingsBlock: _vit_things,
-        beit.Block: _beit,
-        eva.EvaBlock: _eva,
-        eva.EvaBlockPostNorm: _eva_normed_branch,
-        cait.LayerScaleBlock: _cait,
-        swin_transformer.SwinTransformerBlock: _swin,
-        swin_transformer_v2.SwinTransformerV2Block: _swin_normed_branch,
-        DetrEncoderLayer: _detr,
-    }
+# The block classes: (attention branch, MLP branch or None for both side by side, names of the norms behind them).
 
 
-def _is_known(module: nn.Module) -> bool:
-    return type(module) in _known_classes()
+def _times(block: Any, name: str) -> Any:
+    scale = getattr(block, name)
+    return 1.0 if scale is None else scale
 
 
-def _halves(
-    module: nn.Module, path: str, stream: Tensor, others: Sequence[Any], named: dict[str, Any]
-) -> list[tuple[str, Step]]:
-    """(name of the stream behind it, step) for each half of a block, as functions of flat tokens (B, n, c)."""
-    grid = tuple(stream.shape[1:-1])
-
-    def flatly(function: Map) -> Map:
-        if len(grid) == 1:
-            return function
-        return lambda x: function(x.unflatten(1, grid)).flatten(1, 2)
-
-    found = []
-    for suffix, function, tokenwise, norm, *slope in _known_classes()[type(module)](module, others, named):
-        kind: Kind = "residual" if norm is None else "post_norm"
-        # What acts on tokens alone takes them in any arrangement, and needs no grid.
-        forward = function if tokenwise else flatly(function)
-        step = Step(kind, "", "", forward, None if norm is None else Norm.of(norm), None, tokenwise, *slope)
-        found.append((path + suffix, step))
-    return found
+def _detr_attention(layer: Any, x: Tensor, arguments: Sequence[Any], named: dict[str, Any]) -> Tensor:
+    mask = arguments[0] if arguments else named.get("attention_mask")
+    code = named.get("spatial_position_embeddings", arguments[1] if len(arguments) > 1 else None)
+    if mask is not None:
+        raise BacksightError("Padded images have no exact inverse here: crop or stretch them instead of padding.")
+    return layer.self_attn(hidden_states=x, attention_mask=None, position_embeddings=code)[0]
 
 
-def _vit(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + block.ls1(block.attn(block.norm1(x), *others, **named)), False, None),
-        ("", lambda x: x + block.ls2(block.mlp(block.norm2(x))), True, None, _mlp_jacobian(block)),
-    ]
+VIT = (
+    lambda block, x, given, named: block.ls1(block.attn(block.norm1(x), *given, **named)),
+    lambda block, x: block.ls2(block.mlp(block.norm2(x))),
+)
+SCALED = (
+    lambda block, x, given, named: _times(block, "gamma_1") * block.attn(block.norm1(x), *given, **named),
+    lambda block, x: _times(block, "gamma_2") * block.mlp(block.norm2(x)),
+)
+NORMED_BRANCH = (
+    lambda block, x, given, named: block.norm1(block.attn(x, *given, **named)),
+    lambda block, x: block.norm2(block.mlp(x)),
+)
+BLOCKS: dict[str, tuple[Any, ...]] = {
+    "timm.models.vision_transformer.Block": VIT,
+    "timm.models.vision_transformer.ResPostBlock": NORMED_BRANCH,
+    "timm.models.vision_transformer.ParallelScalingBlock": (
+        lambda block, x, given, named: block(x, *given, **named) - x,
+        None,
+    ),
+    "timm.models.vision_transformer.ParallelThingsBlock": (
+        lambda block, x, given, named: sum(attention(x, *given, **named) for attention in block.attns),
+        lambda block, x: sum(mlp(x) for mlp in block.ffns),
+    ),
+    "timm.models.beit.Block": SCALED,
+    "timm.models.eva.EvaBlock": SCALED,
+    "timm.models.eva.EvaBlockPostNorm": NORMED_BRANCH,
+    "timm.models.cait.LayerScaleBlock": SCALED,
+    "timm.models.swin_transformer.SwinTransformerBlock": (
+        lambda block, x, given, named: block._attn(block.norm1(x)),
+        lambda block, x: block.mlp(block.norm2(x)),
+    ),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": (
+        lambda block, x, given, named: block.norm1(block._attn(x)),
+        lambda block, x: block.norm2(block.mlp(x)),
+    ),
+    "transformers.models.detr.modeling_detr.DetrEncoderLayer": (
+        _detr_attention,
+        lambda layer, x: layer.mlp(x),
+        "self_attn_layer_norm",
+        "final_layer_norm",
+    ),
+}
+
+
+def class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _mlp_jacobian(block: Any) -> Map | None:
-    """The derivative of x + mlp(norm2(x)) in closed form, where the MLP is the usual one (five times as fast)."""
-    from timm.layers import Mlp
-
-    mlp, norm = block.mlp, block.norm2
-    plain = type(mlp) is Mlp and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
-    plain = plain and isinstance(mlp.norm, nn.Identity) and isinstance(block.ls2, nn.Identity)
-    plain = (
-        plain and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.fc2, nn.Linear) and isinstance(norm, nn.LayerNorm)
-    )
-    if not plain:
+    """The derivative of x + mlp(norm2(x)) of a usual ViT block in closed form (five times as fast), or None."""
+    mlp, norm = block.mlp, getattr(block, "norm2", None)
+    usual = class_of(block) == "timm.models.vision_transformer.Block" and class_of(mlp) == "timm.layers.mlp.Mlp"
+    if not usual or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+        return None
+    plain = isinstance(mlp.norm, nn.Identity) and isinstance(block.ls2, nn.Identity)
+    if not plain or not isinstance(mlp.fc1, nn.Linear) or not isinstance(norm, nn.LayerNorm):
         return None
 
     def jacobian(x: Tensor) -> Tensor:
         first, second = mlp.fc1.weight.detach(), mlp.fc2.weight.detach()
-        if norm.weight is not None:
-            first = first * norm.weight.detach()
+        first = first if norm.weight is None else first * norm.weight.detach()
         centred = x - x.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
         hidden = mlp.fc1(norm(x))
-        slope = (
-            0.5 * (1 + torch.erf(hidden / 2**0.5)) + hidden * torch.exp(-hidden.square() / 2) / (2 * torch.pi) ** 0.5
-        )
+        density = torch.exp(-hidden.square() / 2) / (2 * torch.pi) ** 0.5
+        slope = 0.5 * (1 + torch.erf(hidden / 2**0.5)) + hidden * density
         # One product for all tokens; what the norm takes (its mean, its length) has rank 2 and is taken out behind it.
         inner = (second * slope[:, None]) @ (first - first.mean(1, keepdim=True))
         normed = centred / deviation
-        inner = inner - (inner @ normed[:, :, None]) * (normed / x.shape[-1])[:, None]
-        made = inner / deviation[:, :, None]
-        made.diagonal(dim1=1, dim2=2).add_(1)
-        return made
+        inner = (inner - (inner @ normed[:, :, None]) * (normed / x.shape[-1])[:, None]) / deviation[:, :, None]
+        inner.diagonal(dim1=1, dim2=2).add_(1)
+        return inner
 
     return jacobian
-
-
-def _vit_normed_branch(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + block.norm1(block.attn(x, *others, **named)), False, None),
-        ("", lambda x: x + block.norm2(block.mlp(x)), True, None),
-    ]
-
-
-def _vit_things(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + sum(each(x, *others, **named) for each in block.attns), False, None),
-        ("", lambda x: x + sum(each(x) for each in block.ffns), True, None),
-    ]
-
-
-def _whole(block: Any, others: Any, named: Any) -> list[Any]:
-    """Attention and MLP side by side: one step."""
-    return [("", lambda x: block(x, *others, **named), False, None)]
-
-
-def _beit(block: Any, others: Any, named: Any) -> list[Any]:
-    bias = named.get("shared_rel_pos_bias", others[0] if others else None)
-    first, second = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
-    return [
-        (".attn", lambda x: x + first * block.attn(block.norm1(x), shared_rel_pos_bias=bias), False, None),
-        ("", lambda x: x + second * block.mlp(block.norm2(x)), True, None),
-    ]
-
-
-def _eva(block: Any, others: Any, named: Any) -> list[Any]:
-    first, second = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
-    return [
-        (".attn", lambda x: x + first * block.attn(block.norm1(x), *others, **named), False, None),
-        ("", lambda x: x + second * block.mlp(block.norm2(x)), True, None),
-    ]
-
-
-def _eva_normed_branch(block: Any, others: Any, named: Any) -> list[Any]:
-    return _vit_normed_branch(block, others, named)
-
-
-def _cait(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + block.gamma_1 * block.attn(block.norm1(x)), False, None),
-        ("", lambda x: x + block.gamma_2 * block.mlp(block.norm2(x)), True, None),
-    ]
-
-
-def _swin(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + block._attn(block.norm1(x)), False, None),
-        ("", lambda x: x + block.mlp(block.norm2(x)), True, None),
-    ]
-
-
-def _swin_normed_branch(block: Any, others: Any, named: Any) -> list[Any]:
-    return [
-        (".attn", lambda x: x + block.norm1(block._attn(x)), False, None),
-        ("", lambda x: x + block.norm2(block.mlp(x)), True, None),
-    ]
-
-
-def _detr(layer: Any, others: Any, named: Any) -> list[Any]:
-    mask = others[0] if others else named.get("attention_mask")
-    code = named.get("spatial_position_embeddings", others[1] if len(others) > 1 else None)
-    if mask is not None:
-        raise BacksightError("Padded images have no exact inverse here: crop or stretch them instead of padding.")
-
-    def attended(x: Tensor) -> Tensor:
-        return x + layer.self_attn(hidden_states=x, attention_mask=None, position_embeddings=code)[0]
-
-    return [
-        (".attn", attended, False, layer.self_attn_layer_norm),
-        ("", lambda x: x + layer.mlp(x), True, layer.final_layer_norm),
-    ]

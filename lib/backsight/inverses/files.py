@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +40,6 @@ def save(inverses: Inverses, folder: Path | str, half: bool = False) -> list[Pat
 
 def write(module: nn.Module, path: Path | str, half: bool = False) -> Path:
     """Write one module of any kind, or a chain; see `save`."""
-    if not isinstance(module, nn.Module):  # until exact
-        from backsight.exact.files import packed
-
-        said, tensors = packed(module, half)
-        said = {"header": asdict(module.header), **said}
-        return write_tensors(path, tensors, {"backsight": json.dumps({"format": FORMAT, **said})})
     if module.header is None:
         raise BacksightError(f"The inverse of {module.source!r} does not know its target: set its header (header_for).")
     tensors = module.state_dict()
@@ -80,12 +73,6 @@ def read(path: Path | str, target: Target) -> nn.Module:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BacksightError(f"The inverse {path} holds NaN or infinite values in {key!r}: fit it again.")
-    if description["kind"] in ("exact", "map") and "configuration" not in description:  # until exact
-        from backsight.exact.files import Measured, unpacked
-
-        inverse = unpacked(path, header, description, tensors, Measured(target))
-        object.__setattr__(inverse, "header", header)
-        return inverse
     try:
         module = rebuilt(description, target)
         module.load_state_dict(tensors)

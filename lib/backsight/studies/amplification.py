@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.batched_systems import solved
-from backsight.exact.solver import Product, derivative_product, gmres
+from backsight.exact.inverse import DENSE
+from backsight.exact.solver import Linearised, Product, gmres, solved
 from backsight.exact.steps import Step
-from backsight.exact.tokens import DENSE
 
 UNREACHED = 1e-3  # relative residual of a linear solve that counts as none
 TIGHT = 1e-8  # relative residual that linear solves aim at
@@ -52,8 +51,8 @@ def amplification(
         # Tokens do not see one another: their singular values are those of small matrices.
         values = torch.linalg.svdvals(step.jacobian(x.flatten(0, 1))).view(len(x), -1)
         return Amplification((1 / values.square()).mean(1).sqrt(), 1 / values.amin(1))
-    forward = derivative_product(step.forward, x)
-    backward = _transposed_product(step, x)
+    here = Linearised(step.forward, x)
+    forward, backward = here.of_samples(here.product), here.of_samples(here.transposed)
     tolerance = torch.full((len(x),), TIGHT, dtype=x.dtype, device=x.device)
     generator = torch.Generator(device=x.device).manual_seed(seed)
     shape = (len(x), x[0].numel())
@@ -108,8 +107,8 @@ def _pulled_back(step: Step, x: Tensor, error: Tensor, krylov: int) -> Tensor:
     lost = ~error.flatten(1).isfinite().all(1)
     tolerance = torch.full((len(x),), TIGHT, dtype=x.dtype, device=x.device)
     known = error.flatten(1).masked_fill(lost[:, None], 0.0)
-    with torch.no_grad():
-        found = _solved_product(derivative_product(step.forward, x), known, tolerance, krylov)
+    here = Linearised(step.forward, x)
+    found = _solved_product(here.of_samples(here.product), known, tolerance, krylov)
     return found.masked_fill(lost[:, None], torch.inf).view_as(x)
 
 
@@ -130,15 +129,3 @@ def _solved_product(product: Product, right: Tensor, tolerance: Tensor, krylov: 
     found = gmres(product, right, tolerance, krylov)[0]
     missed = (product(found, torch.arange(len(found), device=found.device)) - right).norm(dim=1)
     return found.masked_fill((missed > UNREACHED * right.norm(dim=1))[:, None], torch.inf)
-
-
-def _transposed_product(step: Step, x: Tensor) -> Product:
-    """Products with the transposed derivative at x."""
-
-    def product(directions: Tensor, which: Tensor) -> Tensor:
-        with torch.enable_grad():
-            here = x[which].requires_grad_(True)
-            made = step.forward(here)
-            return torch.autograd.grad(made, here, directions.view_as(made))[0].flatten(1)
-
-    return product

@@ -33,27 +33,27 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.exact.inverse import (
-    RIGHT,
-    ExactInverse,
-    ExactModel,
-    Lost,
-    NotInvertibleError,
-    Search,
-    Settings,
-    Step,
-    TokenRoots,
-    Trace,
-    fit_exact,
-    measured_embedding,
-    step_roots,
-)
-from backsight.exact.steps import walk
-from backsight.exact.tokens import newton, token_map, token_signs
+from backsight.exact.inverse import ExactInverse, ExactModel, Trace, exact_inverses
+from backsight.exact.solver import Settings
+from backsight.exact.starts import measured_embedding
+from backsight.exact.steps import Lost, NotInvertibleError, Step, walk
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.module import Chain
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, Tokens
+from backsight.studies.roots import (
+    RootChoosing,
+    Search,
+    StepReport,
+    TokenRoots,
+    judged,
+    polished,
+    step_roots,
+    table_of,
+    token_map,
+    token_signs,
+    wilson_interval,
+)
 from backsight.tables.names import (
     ALL_TOKENS,
     ANOTHER_ROOT,
@@ -62,6 +62,7 @@ from backsight.tables.names import (
     FATES,
     ONE_TOKEN,
     RANDOM_MOVE,
+    RIGHT,
     TRUE_STREAM,
     UNSOLVED,
 )
@@ -89,31 +90,19 @@ __all__ = [
     "recorded_truth",
     "second_root_pictures",
     "where_exactness_ends",
-    "wilson_interval",
 ]
 
 QUANTILES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LARGEST = 1e9  # a relative error above this is no number that a median could use
 USUAL_ROOT, NEAREST_TO_TRUTH = "most usual root", "root nearest to the truth"
 EXTRA = ("step", "to", "rule", "quantile", "seeds")  # columns beside METRIC_COLUMNS
-ALONE = Settings(restarts=0, newton=20, alternatives=4)
+ALONE = Settings(restarts=0, newton=20)
 
 Truth = Mapping[str, Representation]
-Solver = Callable[[Tokens, Truth], Trace]
 Guess = Callable[[Tokens], Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------- intervals
-
-
-def wilson_interval(hits: float, count: int) -> tuple[float, float]:
-    """(low, high): Wilson's 95 % interval of a proportion; also of 0 and of all hits it has a length."""
-    if count < 1:
-        return math.nan, math.nan
-    z, share = 1.959964, hits / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _share(measure: str, flags: Any, seed: int, of: Any = None, **columns: Any) -> dict[str, Any]:
@@ -259,7 +248,7 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
     that take the mean of every token leave what lies behind exact up to that: norms, means_lost (values an image).
     """
     walked = walk(target)
-    model = ExactModel(target, walked, walked, {}, {}, {}, measured_embedding(target))
+    model = ExactModel(target, walked, measured_embedding(target))
     rows = []
     for tap in target.taps if taps is None else target.resolve_taps(taps):
         try:
@@ -343,7 +332,7 @@ def measure_half_steps(
                 continue
             found = []
             for case in cases:
-                one = _at(case.inverse, tap, settings or ALONE)
+                one = case.inverse.at(tap, settings or ALONE)
                 found.append(_outcomes(_solved(one, case.streams[tap], case.streams, before)))
                 bar.update()
             columns = {**_common(cases[0], tap, dataset, split), "step": tap, "to": before}
@@ -351,24 +340,28 @@ def measure_half_steps(
     return _tidy(rows)
 
 
-def _at(inverse: ExactInverse, tap: str, settings: Settings | None = None) -> ExactInverse:
-    return ExactInverse(inverse.model, tap, settings or inverse.settings, inverse.batch_size)
+def _traced(
+    one: ExactInverse, representation: Tokens, truth: Truth, to: str | None = None, oracle: bool = False
+) -> tuple[Trace, list[StepReport]]:
+    """The way back and what it met; oracle: with the roots nearest to the truth."""
+    if oracle:
+        streams = {name: each.values for name, each in truth.items()}
+        one = RootChoosing.of(one, truth=streams, curves=2)
+    trace = one.trace(representation, to)
+    return trace, judged(one, trace, representation, truth)
 
 
-def _solved(
-    one: ExactInverse, representation: Tokens, there: Mapping[str, Tokens], to: str, oracle: bool = False
-) -> pd.DataFrame:
-    """`Trace.table` of all images, in batches; image: its number."""
+def _solved(one: ExactInverse, representation: Tokens, there: Mapping[str, Tokens], to: str) -> pd.DataFrame:
+    """`table_of` all images, in batches; image: its number."""
     frames = []
     for part in torch.arange(representation.batch).split(one.batch_size):
         truth = {name: each.index(part) for name, each in there.items()}
-        trace = one.trace(representation.index(part), truth, to, oracle=oracle)
-        frames.append(_numbered(trace, part))
+        frames.append(_numbered(_traced(one, representation.index(part), truth, to)[1], part))
     return pd.concat(frames, ignore_index=True)
 
 
-def _numbered(trace: Trace, images: Tensor) -> pd.DataFrame:
-    table = trace.table()
+def _numbered(reports: Sequence[StepReport], images: Tensor) -> pd.DataFrame:
+    table = table_of(reports)
     return table.assign(image=images.numpy()[table["sample"].to_numpy()])
 
 
@@ -429,9 +422,8 @@ class ChainRecord:
     """What became of every image on the way from a tap to where exactness ends.
 
     steps: (step, to) in the order in which they are solved; outcomes: a row an image: image, fate, lost_at, lost_to,
-    error, right_tokens (share), residual, iterations, passes, seconds, and, where the images were given, psnr (of the
-    picture that is made, dB), psnr_linear (of the linear inverse of the tap) and prefix_error; table: a row an image
-    and step, of `Trace.table`.
+    error, right_tokens (share), residual, iterations, passes, seconds; table: a row an image and step (`table_of`). An
+    image is followed as long as it is right.
     """
 
     steps: tuple[tuple[str, str], ...]
@@ -444,66 +436,15 @@ def follow_chain(
     truth: Truth,
     settings: Settings | None = None,
     *,
-    solver: Solver | None = None,
     oracle: bool = False,
-    images: Tensor | None = None,
     progress: bool = True,
 ) -> ChainRecord:
     """The fate of every image, from the tap of the inverse to where exactness ends.
 
-    solver: (representation, {stream: truth}) -> Trace, another way back (default: `ExactInverse.trace`; with oracle,
-    the root nearest to the truth is kept where a step folds). images: (N, 3, H, W), of which every one then goes on to
-    the end, right or not, and its picture is judged; without them, and without a solver, an image is followed as long
-    as it is right, which costs less. Raises BacksightError where a solver leaves steps out.
+    oracle: the root nearest to the truth is kept where a step folds.
     """
-    case = _cases(inverse, truth)[0]
-    one = _at(inverse, inverse.source, settings)
-    steps = tuple((step.destination, step.source) for step in _backwards(inverse))
-    if images is not None and len(images) != case.count:
-        raise BacksightError(f"There are {len(images)} images, but the truth is of {case.count}.")
-    if solver is None and images is None:
-        table = _while_right(one, case, oracle, progress)
-        return ChainRecord(steps, _outcomes(table), table)
-
-    def default(representation: Tokens, there: Truth) -> Trace:
-        return one.trace(representation, there, oracle=oracle)
-
-    frames, judged = [], []
-    for part in tqdm(torch.arange(case.count).split(one.batch_size), desc="chain", leave=False, disable=not progress):
-        there = {name: each.index(part) for name, each in case.streams.items()}
-        representation = there[inverse.source]
-        trace = (solver or default)(representation, there)
-        made = {(report.step, report.source) for report in trace.reports}
-        if missing := [step for step in steps if step not in made]:
-            raise BacksightError(
-                f"The solver's report lacks the step from {missing[0][0]} to {missing[0][1]}: give a trace down to "
-                f"{inverse.reached}, with the truth."
-            )
-        frames.append(_numbered(trace, part))
-        if images is not None:
-            judged.append(_judged(one, trace, representation, images[part].float()))
-    table = pd.concat(frames, ignore_index=True)
-    outcomes = _outcomes(table)
-    if judged:
-        outcomes = pd.concat([outcomes, pd.concat(judged, ignore_index=True)], axis=1)
-    return ChainRecord(steps, outcomes, table)
-
-
-def _backwards(inverse: ExactInverse) -> list[Step]:
-    return list(inverse.model.walk.between(inverse.source, inverse.reached))[::-1]
-
-
-def _judged(one: ExactInverse, trace: Trace, representation: Tokens, images: Tensor) -> pd.DataFrame:
-    linear = one.model.completion.get(one.source)
-    nothing = torch.full((len(images),), torch.nan)
-    try:
-        made = psnr(images, one.images(trace, representation))
-    except BacksightError:  # exactness ends inside, and no linear inverse goes on from there
-        made = nothing
-    values = representation.replace(representation.values.float())
-    beside = nothing if linear is None else psnr(images, linear(values))
-    columns = {"psnr": made, "psnr_linear": beside, "prefix_error": trace.prefix_error}
-    return pd.DataFrame({name: each.double().numpy() for name, each in columns.items()})
+    table = _while_right(inverse.at(inverse.source, settings), _cases(inverse, truth)[0], oracle, progress)
+    return ChainRecord(tuple((step.destination, step.source) for step in inverse.steps[::-1]), _outcomes(table), table)
 
 
 def _while_right(one: ExactInverse, case: _Case, oracle: bool, progress: bool) -> pd.DataFrame:
@@ -515,12 +456,12 @@ def _while_right(one: ExactInverse, case: _Case, oracle: bool, progress: bool) -
         for tap, before in spans:
             if not len(alive):
                 break
-            here = _at(one, tap)
+            here = one.at(tap)
             rows, values = [], []
             for part in torch.arange(len(alive)).split(here.batch_size):
                 there = {name: each.index(alive[part]) for name, each in case.streams.items()}
-                trace = here.trace(streams.index(part), there, before, oracle=oracle)
-                rows.append(_numbered(trace, alive[part]))
+                trace, reports = _traced(here, streams.index(part), there, before, oracle)
+                rows.append(_numbered(reports, alive[part]))
                 values.append(trace.values)
                 bar.update(len(part))
             table = pd.concat(rows, ignore_index=True)
@@ -536,30 +477,22 @@ def measure_chain(
     truth: Truth | Sequence[Truth],
     settings: Settings | None = None,
     *,
-    solver: Solver | Sequence[Solver] | None = None,
     oracle: bool = False,
-    images: Tensor | None = None,
-    rule: str = "",
     dataset: str = "scenes",
     split: str = "test",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The chain in tidy rows; for the arguments see `follow_chain`, rule: what the column of that name says.
+    """The chain in tidy rows, the column `rule` says which roots are kept; see `follow_chain`.
 
     Without a step, of the whole way: back, another_root, unsolved, error_grown (of images, sum 1), the medians and
-    costs of `measure_half_steps`, tokens_right and tokens_right_lost (of the images that are not back); with images,
-    psnr, psnr_back, psnr_lost (inverse: exact, and linear beside it) and prefix_error_lost (median). With a step:
+    costs of `measure_half_steps`, tokens_right and tokens_right_lost (of the images that are not back). With a step:
     survived (share still right behind it), lost_another_root, lost_unsolved, lost_error_grown (share lost first here),
     error_back (median of those that survived it).
     """
     cases = _cases(inverse, truth)
-    solvers = [solver] * len(cases) if solver is None or callable(solver) else list(solver)
-    records = [
-        follow_chain(case.inverse, case.streams, settings, solver=way, oracle=oracle, images=images, progress=progress)
-        for case, way in zip(cases, solvers, strict=True)
-    ]
-    rule = rule or (NEAREST_TO_TRUTH if oracle else USUAL_ROOT if solver is None else "given solver")
+    records = [follow_chain(case.inverse, case.streams, settings, oracle=oracle, progress=progress) for case in cases]
+    rule = NEAREST_TO_TRUTH if oracle else USUAL_ROOT
     return chain_rows(records, {**_common(cases[0], cases[0].inverse.source, dataset, split), "rule": rule}, seed)
 
 
@@ -570,13 +503,6 @@ def chain_rows(records: Sequence[ChainRecord], columns: Mapping[str, Any], seed:
     rows = _outcome_rows(found, seed, columns)
     right = _column(found, "right_tokens")
     rows.append(_mean("tokens_right_lost", np.where(lost, right, np.nan), seed, **columns))
-    if "psnr" in found[0]:
-        for name, family in (("psnr", "exact"), ("psnr_linear", "linear")):
-            values, where = _column(found, name), {**columns, "inverse": family}
-            for measure, kept in (("psnr", ~np.isnan(values)), ("psnr_back", ~lost), ("psnr_lost", lost)):
-                rows.append(_mean(measure, np.where(kept, values, np.nan), seed, **where))
-        told = np.where(lost, _column(found, "prefix_error"), np.nan)
-        rows.append(_quantile("prefix_error_lost", told, seed, **columns))
     steps = records[0].steps
     order = {step: number for number, (step, _) in enumerate(steps)}
     places = [each["lost_at"].map(order).fillna(len(order)).to_numpy() for each in found]
@@ -723,7 +649,7 @@ def find_roots(
             )
         seconds = time.perf_counter() - began
         truths = x.values.flatten(0, 1)
-        signs = token_signs(token_map(step.forward, step.jacobian), truths)
+        signs = token_signs(token_map(step), truths)
     found = [part[0] for part in parts]
     offsets = [sum(each.tokens for each in found[:number]) for number in range(len(found))]
     roots = TokenRoots(
@@ -754,22 +680,21 @@ def _roots_of(
     search: Search,
 ) -> tuple[TokenRoots, dict[str, Tensor], dict[str, Tensor]]:
     """(roots, scores, which starts end at the truth) of a batch of images."""
-    model, y = inverse.model, behind.values
-    start = model.starts.get(step.destination)
+    y, start = behind.values, inverse.fitted("starts", step)
     if start is None:
         raise BacksightError(f"{step.destination} has no closed-form start: fit the exact inverse with images.")
     staged = start(step, y)
     informed = {"linear start": staged[-1], "staged start": staged[0]}
     informed |= {f"{name} start": guess(behind) for name, guess in guesses.items()}
     starts = [*informed.values(), y, 1.4 * staged[0]]
-    if examples and step.destination in model.examples:
-        drawn = model.examples[step.destination].starts(y.flatten(0, 1), staged[0].flatten(0, 1), examples)
-        starts += [each.view_as(y) for each in drawn]
+    prior = inverse.fitted("priors", step)
+    if examples and prior is not None:
+        starts += prior.further_starts(y, staged[0])[:examples]
     found = step_roots(step, y, starts, search, single)
-    tokens, flat, there = token_map(step.forward, step.jacobian), y.flatten(0, 1), x.flatten(0, 1)
+    tokens, flat, there = token_map(step), y.flatten(0, 1), x.flatten(0, 1)
     reached = {}
     for rule, values in informed.items():
-        ended, residual = newton(tokens, flat, values.flatten(0, 1), search)
+        ended, residual = polished(tokens, flat, values.flatten(0, 1), search)
         right = (ended - there).norm(dim=1) <= RIGHT * there.norm(dim=1)
         reached[rule] = right & (residual <= search.tolerance)
     scores = {
@@ -777,21 +702,9 @@ def _roots_of(
         for rule, values in informed.items()
     }
     scores["shortest"] = found.x.norm(dim=1)
-    if step.source in model.priors:
-        scores["most usual"] = _usual(model.priors[step.source].distance, x, found)
+    if prior is not None:
+        scores["most usual"] = prior.of_rows(found.x, found.token % y.shape[1])
     return found, scores, reached
-
-
-def _usual(distance: Callable[[Tensor], Tensor], x: Tensor, found: TokenRoots) -> Tensor:
-    """(K,) how unusual each root is; a score is one of whole streams, so one root of every token goes in at a time."""
-    rated = found.x.new_zeros(len(found.token))
-    number = torch.arange(len(found.token)) - torch.searchsorted(found.token, found.token)
-    for each in range(int(number.max()) + 1 if len(number) else 0):
-        chosen = number == each
-        stream = x.flatten(0, 1).clone()
-        stream[found.token[chosen]] = found.x[chosen]
-        rated[chosen] = distance(stream.view_as(x)).flatten()[found.token[chosen]]
-    return rated
 
 
 def measure_roots(
@@ -1061,12 +974,11 @@ def _back_to(
     """(x at the tap, solved) of a stream behind it."""
     if stream == tap:
         return values, torch.ones(len(values), dtype=torch.bool)
-    one = _at(inverse, stream, settings)
-    starts = {name: each.values for name, each in case.streams.items()}
     made, solved = [], []
-    for part in torch.arange(len(values)).split(one.batch_size):
+    for part in torch.arange(len(values)).split(inverse.batch_size):
         here = case.streams[stream].index(part).replace(values[part])
-        trace = one.trace(here, to=tap, extra_starts={name: each[part] for name, each in starts.items()})
+        near = {name: each.values[part] for name, each in case.streams.items()}
+        trace = RootChoosing.of(inverse, near=near).at(stream, settings).trace(here, tap)
         made.append(trace.values)
         solved.append(trace.solved)
     return torch.cat(made), torch.cat(solved)
@@ -1117,7 +1029,6 @@ def measure_exactness(
     seeds: Sequence[int] = (0, 1, 2),
     oracle: bool = True,
     settings: Settings | None = None,
-    solver: Callable[[ExactInverse], Solver] | None = None,
     inverse: ExactInverse | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -1131,7 +1042,7 @@ def measure_exactness(
     roots, and of second roots; fit_images, stages: of the
     closed-form starts; examples, curves: starts and rounds of curves of `find_roots`; seeds: of untrained weights,
     none: trained alone; oracle: whether the chain is also followed with the roots nearest to the truth, on n images;
-    solver: makes the way back of an inverse that is judged beside the default one; inverse: a fitted one of `tap`.
+    inverse: a fitted one of `tap`.
     """
     families = {name: taps for name, taps in (families or {}).items() if name in ("linear", "modular")}
     reach = where_exactness_ends(target)
@@ -1149,12 +1060,8 @@ def measure_exactness(
     settings = settings or ALONE
     tables = [("half_step", measure_half_steps(inverse, truth, settings, steps=steps, **about))]
     tables.append(("chain", measure_chain(inverse, chained, settings, **about)))
-    if solver is not None:
-        made = solver(inverse)
-        tables.append(("chain", measure_chain(inverse, chained, settings, solver=made, **about)))
     if oracle:
-        kept = replace(settings, alternatives=max(16, settings.alternatives), curves=max(2, settings.curves))
-        tables.append(("chain", measure_chain(inverse, truth, kept, oracle=True, **about)))
+        tables.append(("chain", measure_chain(inverse, truth, settings, oracle=True, **about)))
     wanted = _chosen(root_steps, foldable_steps(inverse), "half-step on tokens")
     few = {name: each.index(torch.arange(min(n, n_roots))) for name, each in truth.items()}
     search, second = Search(rounds=curves), {}
@@ -1214,14 +1121,12 @@ def _fitted_inverse(
     target: Target, tap: str, training: Any, completion: Mapping[str, Any], count: int, stages: int
 ) -> ExactInverse:
     """Of the tap; "": of the deepest whose way back loses nothing, else of the deepest."""
-    if tap:
-        inverses = fit_exact(target, training, [tap], completion, count, stages=stages)
-        if tap not in inverses:
-            raise BacksightError(f"Not one step back from {tap} of {target.name} is exact: choose an earlier tap.")
-        return inverses[tap]
-    inverses = fit_exact(target, training, target.taps, completion, count, stages=stages)
-    reaching = [each for each in inverses.values() if each.reached != each.source]
+    names = [tap] if tap else target.taps
+    inverses = exact_inverses(target, training, names, completion, count, stages=stages)
+    if tap and tap not in inverses:
+        raise BacksightError(f"Not one step back from {tap} of {target.name} is exact: choose an earlier tap.")
+    reaching = [inverse for inverse in inverses.values() if tap or inverse.reached != inverse.source]
     if not reaching:
         raise BacksightError(f"{target.name} has no exact half-step: where_exactness_ends() says why.")
     whole = [each for each in reaching if not any(_takes_means(each.model.walk, lost) for lost in each.lost)]
-    return (whole or reaching)[-1]
+    return RootChoosing.of((whole or reaching)[-1])

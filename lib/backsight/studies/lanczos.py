@@ -7,7 +7,7 @@
     crossing(sigmas, decoder, exact)        the noise from which on a trained decoder beats an exact solve
     reliability(predicted, actual)          whether a predicted uncertainty means what it says, and its number
 
-The derivative is asked for products alone (`backsight.exact.map.Linearised`), so that nothing grows with the square
+The derivative is asked for products alone (`backsight.exact.solver.Linearised`), so that nothing grows with the square
 of an image.
 
 Sources: Golub & Meurant, Matrices, Moments and Quadrature (2010), ch. 7, and Ubaru, Chen & Saad, SIAM J. Matrix Anal.
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import KINDS, Linearised, Noise, conjugate_gradients, dot, noisy
+from backsight.exact.map import KINDS, Noise, noisy
+from backsight.exact.solver import Linearised, conjugate_gradients, dot
 
 __all__ = [
     "KINDS",

@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, NotInvertibleError, Settings
-from backsight.exact.map import MapInverse, MapSettings, Noise, fit_map
+from backsight.exact.inverse import ExactInverse
+from backsight.exact.map import MapInverse, MapSettings, Noise, fit_map_tap
+from backsight.exact.solver import Settings
+from backsight.exact.steps import NotInvertibleError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import fit_linear_pairs
-from backsight.inverses.patches import unpatchify
 from backsight.measures.hue import MINIMUM_CHROMA, object_chroma
 from backsight.measures.pixels import score
 from backsight.measures.structure import (
@@ -46,7 +47,7 @@ from backsight.studies.cross_layer import Pair, Scores, _at, cross_application, 
 from backsight.studies.nulls import null_mean
 from backsight.studies.quality import _rows, _with_masks, quality_images
 from backsight.studies.recolour import Perturbation, open_objects, scene_objects
-from backsight.studies.stability import map_base
+from backsight.studies.roots import map_base
 from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import (
     EXACT,
@@ -78,7 +79,7 @@ __all__ = [
 SHOWN = 8  # images kept as pictures
 REACH = 2  # places apart that taps are crossed with one another
 TURNS = (30.0, 150.0)  # degrees: a smaller turn drowns, and a larger one could have gone either way round
-STEP_SETTINGS = Settings(restarts=0, newton=20, alternatives=4)  # as of a half-step alone in `exact_study`
+STEP_SETTINGS = Settings(restarts=0, newton=20)  # as of a half-step alone in `exact_study`
 SMALL_NOISES = ("int8", "gaussian 0.1")
 HALVED = 0.5
 COLUMNS = (
@@ -167,7 +168,7 @@ def _fitted_maps(
     known: Mapping[str, Sequence[MapInverse]],
     done: Callable[[], Any],
 ) -> tuple[dict[str, list[MapInverse]], dict[str, str]]:
-    """({tap: MAP inverses}, {tap: why there is none}): predictions and padded tokens are refused by `fit_map`."""
+    """({tap: MAP inverses}, {tap: why there is none}): predictions and padded tokens are refused by `fit_map_tap`."""
     found: dict[str, list[MapInverse]] = {}
     skipped = {}
     for tap in taps:
@@ -182,7 +183,7 @@ def _fitted_maps(
         try:
             bases = [map_base(each, tap) for each in list(families.values())[:map_seeds]]
             found[tap] = [
-                fit_map(target, tap, base, held_out, Noise("float32"), settings, len(held_out), checked, seed)
+                fit_map_tap(target, tap, base, held_out, Noise("float32"), settings, len(held_out), checked, seed)
                 for base in bases
             ]
         except BacksightError as error:
@@ -199,7 +200,7 @@ def _solved(inverse: Any, representation: Representation, batch_size: int) -> tu
     images, misfits = [], []
     for part in torch.arange(representation.batch).split(batch_size):
         _, found, patches = inverse.solve(representation.index(part))
-        images.append(unpatchify(patches, inverse.grid, inverse.start.patch).clamp(0, 1))
+        images.append(inverse.pictures(patches).clamp(0, 1))
         misfits.append(found.misfit)
     return torch.cat(images).detach(), torch.cat(misfits).detach()
 
@@ -500,7 +501,7 @@ def _measure_stages(
             walk.between(tap, before[tap])
         except NotInvertibleError:
             continue
-        owners[tap] = ExactInverse(exact[tap].model, tap, STEP_SETTINGS)
+        owners[tap] = exact[tap].at(tap, STEP_SETTINGS)
     if not owners:
         return
     recorded = _record(study.target, images, blocks)
@@ -563,7 +564,7 @@ def measure_restated(
 
     families: {training seed: {family: {tap: reconstruction}}} (`families_by_seed`); images: "scenes", a COCO root or a
     folder, as `quality_images` and `open_objects` take it; calibration: held-out images, of which the first `fitted`
-    fit the MAP inverses (`fit_map`, of the first `map_seeds` training seeds) and `checked` are solved for their gain;
+    fit the MAP inverses (`fit_map_tap`, of the first `map_seeds` training seeds), `checked` are solved for their gain;
     maps: {tap: such inverses, one a training seed} that are there already (`Stability.maps`) and are not fitted again;
     n: images of shape and detail; hue_images: scenes (0: none), each also under the hue shifts, in degrees;
     cross_images: of those n, of the cross-application (0: none); exact: {tap: exact inverse}, whose single blocks are

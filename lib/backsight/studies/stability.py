@@ -26,29 +26,31 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import Embedding, ExactInverse, ExactModel, NotInvertibleError, measured_embedding
+from backsight.exact.inverse import ExactInverse, ExactModel
 from backsight.exact.map import (
     KINDS,
     Gaussian,
-    Linearised,
     MapInverse,
     MapSettings,
     MapSolution,
     Noise,
-    fit_map,
     noisy,
     pixel_forward,
-    stages_down_to,
+    whitened,
 )
-from backsight.exact.steps import in_precision, walk
+from backsight.exact.solver import Linearised
+from backsight.exact.starts import Embedding, measured_embedding
+from backsight.exact.steps import NotInvertibleError, in_precision
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.patches import patchify, unpatchify
+from backsight.inverses.patches import patchify
 from backsight.measures.pixels import psnr, ssim
 from backsight.representation import Representation, concatenate
 from backsight.studies.amplification import amplification, chain_amplification
 from backsight.studies.lanczos import NORMAL_95, crossing, least_seen, recoverable, relative_size, reliability, spectrum
 from backsight.studies.nulls import null_mean
+from backsight.studies.roots import map_base
 from backsight.studies.tidy_rows import TidyRows
+from backsight.studies.uncertainty import Uncertainty
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
 
@@ -61,12 +63,10 @@ __all__ = [
     "detail_radius",
     "detail_share",
     "disturbed",
-    "map_base",
     "measure_stability",
     "parse_noises",
 ]
 
-BASES = ("modular", "direct", "linear")  # of the MAP inverse, the first that is there
 BEST = "best"  # of the trained decoders that are not linear, at that tap and noise
 MAP, STEADIED, EXACT = "map", "steadied", "exact"
 NULL_MEAN, NULL_SHUFFLED, NULL_CONSTANT, NULL_RANDOM = "null_mean", "null_shuffled", "null_constant", "null_random"
@@ -239,24 +239,16 @@ class Solved:
     kept: list[tuple[Representation, Gaussian, MapSolution]]
 
 
-def map_base(families: Mapping[str, Mapping[str, Reconstruct]], tap: str) -> Reconstruct:
-    """The inverse that a MAP inverse of this tap starts from: modular, direct or linear, the first that is there."""
-    order = [*BASES, *(name for name in families if name not in BASES)]
-    return next(families[name][tap] for name in order if tap in families.get(name, {}))
-
-
 def _parts(representation: Representation, size: int) -> Iterator[Representation]:
     for start in range(0, representation.batch, size):
         yield representation.index(torch.arange(start, min(start + size, representation.batch)))
 
 
-def _solved(inverse: MapInverse, y: Representation, batch_size: int, keep: int) -> Solved:
+def _solved(uncertainty: Uncertainty, y: Representation, batch_size: int, keep: int) -> Solved:
+    inverse = uncertainty.inverse
     made: dict[str, list[Tensor]] = {"images": [], "steadied": [], "deviation": [], "misfit": []}
     seconds = start_seconds = 0.0
     kept: list[tuple[Representation, Gaussian, MapSolution]] = []
-
-    def pictures(patches: Tensor) -> Tensor:
-        return unpatchify(patches, inverse.grid, inverse.start.patch).clamp(0, 1)
 
     for part in _parts(y, batch_size):
         began = time.perf_counter()
@@ -265,9 +257,9 @@ def _solved(inverse: MapInverse, y: Representation, batch_size: int, keep: int) 
         start_seconds += time.perf_counter() - began - found.seconds
         if sum(each.batch for each, _, _ in kept) < keep:
             kept.append((part, prior, found))
-        made["images"].append(pictures(patches))
-        made["steadied"].append(pictures(prior.mean))
-        made["deviation"].append(inverse.deviation(inverse.clues(part, prior, found)))
+        made["images"].append(inverse.pictures(patches).clamp(0, 1))
+        made["steadied"].append(inverse.pictures(prior.mean).clamp(0, 1))
+        made["deviation"].append(uncertainty.deviation(part, prior, found))
         made["misfit"].append(found.misfit)
     whole = {name: torch.cat(parts).detach() for name, parts in made.items()}
     return Solved(inverse, **whole, seconds=seconds / y.batch, seconds_steadied=start_seconds / y.batch, kept=kept)
@@ -280,16 +272,9 @@ def _directions(
 
     About the MAP solution, with the noise taken larger where the residual is larger than it says, as for its draws.
     """
-    stage = (inverse.settings.stages or stages_down_to(inverse.likelihood))[-1]
-    whitener = inverse.likelihood.whitener(stage)
-    forward = pixel_forward(inverse.target, inverse.source, inverse.start.patch, inverse.grid)
+    residual = whitened(inverse.pass_to_tap, part.values, prior, inverse.likelihood, inverse.last_stage)
     excess = found.misfit.clamp(min=1.0).sqrt().to(part.values)[:, None, None]
-
-    def function(w: Tensor) -> Tensor:
-        away = forward(prior.at(w)) - part.values
-        return torch.einsum("bnc,ncd->bnd", away, whitener.expand(away.shape[1], -1, -1)) / excess
-
-    here = Linearised(function, found.w)
+    here = Linearised(lambda w: residual(w) / excess, found.w)
     seen, left = least_seen(here, probes.directions, probes.iterations, probes.products, seed)
     generator = torch.Generator(device=seen.device).manual_seed(seed)
     random = torch.randn(seen.shape, generator=generator, dtype=seen.dtype, device=seen.device)
@@ -299,7 +284,7 @@ def _directions(
 
 
 def _pictured(directions: Tensor, prior: Gaussian, inverse: MapInverse) -> Tensor:
-    return torch.stack([unpatchify(each @ prior.factor.T, inverse.grid, inverse.start.patch) for each in directions])
+    return torch.stack([inverse.pictures(each @ prior.factor.T) for each in directions])
 
 
 # ------------------------------------------------------------------------------------- how strongly directions show
@@ -665,14 +650,14 @@ def _measure_noise(
     solved = []
     for by_family in list(study.families.values())[: study.map_seeds]:
         base = map_base(by_family, tap)
-        fitted = fit_map(
+        fitted = Uncertainty.fitted(
             study.target, tap, base, study.held_out, noise, study.settings, len(study.held_out), study.checked,
             study.seed,
         )  # fmt: skip
         found = _solved(fitted, y, study.batch_size, study.probes.images)
         solved.append(found)
         if noise.kind == "float32":
-            collected.maps.setdefault(tap, []).append(fitted)
+            collected.maps.setdefault(tap, []).append(fitted.inverse)
         score(STEADIED, found.steadied, found.seconds_steadied)
         score(MAP, found.images, found.seconds)
         if count > 1:  # samples do not know of one another: another image's solution is the one of its representation
@@ -802,7 +787,7 @@ def _measure_amplification(study: _Study, tap: str, collected: _Collected) -> No
     """Of every residual half-step down to where exactness ends, at the true stream; alone, and all down to there."""
     double, probes = study.double, study.probes
     try:
-        inverse = ExactInverse(ExactModel(double, walk(double), walk(study.target), {}, {}, {}, None), tap)
+        inverse = ExactInverse(ExactModel.of(study.target), tap)
     except NotInvertibleError:
         return
     if inverse.reached == tap:

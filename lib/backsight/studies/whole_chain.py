@@ -22,20 +22,19 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import RIGHT, ChainSettings, ExactInverse, ExactModel, measured_embedding
-from backsight.exact.map import MapSettings, Noise, fit_map
-from backsight.exact.steps import in_precision, walk
+from backsight.exact.inverse import ExactInverse, ExactModel
+from backsight.exact.joint import JointSettings, solve_joint
+from backsight.exact.map import MapSettings, Noise, fit_map_tap
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.patches import unpatchify
 from backsight.measures.pixels import psnr
-from backsight.studies.exact import wilson_interval
-from backsight.studies.stability import map_base
-from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED
+from backsight.representation import Representation
+from backsight.studies.roots import map_base, wilson_interval
+from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
 from backsight.tables.names import CHAIN_FATES as FATES
 from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_rows
 from backsight.targets.base import Target
 
-__all__ = ["FATES", "NEAR", "WholeChains", "chain_model", "measure_whole_chains"]
+__all__ = ["FATES", "NEAR", "WholeChains", "measure_whole_chains"]
 
 EMBEDDING = "embedding"  # the true first stream, decoded in the same way: what there is to get back
 SHOWN = 4
@@ -54,12 +53,6 @@ class WholeChains:
     histories: dict[str, Tensor]
 
 
-def chain_model(target: Target, completion: Mapping[str, Any] | None = None) -> ExactModel:
-    """What whole chains need of a target: its half-steps and its patch embedding; nothing is fitted."""
-    double = in_precision(target, torch.float64)
-    return ExactModel(double, walk(double), walk(target), {}, {}, {}, measured_embedding(double), completion or {})
-
-
 def measure_whole_chains(
     target: Target,
     families: Mapping[str, Mapping[str, Reconstruct]],
@@ -68,7 +61,7 @@ def measure_whole_chains(
     calibration: ImageSource | Tensor,
     *,
     map_settings: MapSettings | None = None,
-    settings: ChainSettings | None = None,
+    settings: JointSettings | None = None,
     fitted: int = 128,
     batch_size: int = 4,
     null_images: int = 2,
@@ -86,9 +79,10 @@ def measure_whole_chains(
     """
     pictures = torch.cat(list(batches(images, 64)))
     source = {} if isinstance(images, Tensor) else {"dataset": images.name, "split": images.split}
-    model = chain_model(target, families.get("linear"))
+    model = ExactModel.of(target)
     first = target.available_taps[0]
-    inverses = {tap: ExactInverse(model, tap) for tap in target.resolve_taps(taps)}
+    linear = families.get("linear", {}).get(first)
+    inverses = {tap: ExactInverse(model, tap, completion=linear) for tap in target.resolve_taps(taps)}
     for tap, inverse in inverses.items():
         bare = tap == first or inverse.reached != first or model.embedding is None
         if bare or any(step.norm is not None for step in model.walk.between(tap, first)):
@@ -103,7 +97,7 @@ def measure_whole_chains(
     with tqdm(total=total, desc=f"whole chains of {target.name}", leave=False, disable=not progress) as bar:
         for tap, inverse in inverses.items():
             effort = map_settings or MapSettings()
-            fit = fit_map(
+            fit = fit_map_tap(
                 target, tap, map_base(families, tap), held_out, Noise("float32"), effort, fitted, checked=0, seed=seed
             )
             parts = []
@@ -111,7 +105,7 @@ def measure_whole_chains(
                 part = pictures[at]
                 began = time.perf_counter()
                 _, solution, _ = fit.solve(target.record(part, [tap])[tap])
-                start = unpatchify(solution.z, fit.grid, fit.start.patch).detach()
+                start = fit.pictures(solution.z)
                 spent = (time.perf_counter() - began) / len(part)
                 parts.append(_followed(inverse, part, start, families, settings, spent))
                 bar.update(len(part))
@@ -159,28 +153,35 @@ def _followed(
     images: Tensor,
     start: Tensor,
     families: Mapping[str, Mapping[str, Reconstruct]],
-    settings: ChainSettings | None,
+    settings: JointSettings | None,
     spent: float,
 ) -> _Part:
-    target, first, tap = inverse.model.target, inverse.model.target.available_taps[0], inverse.source
-    truth = target.record(images.double(), [first, tap])
-    history = []
-    assert inverse.model.embedding is not None
-    begun = inverse.model.embedding.stream(start.double())
-    there = truth[first].values
-    trace = inverse.whole(truth[tap], start, truth, settings, lambda _, residual: history.append(residual.clone()))
-    report = trace.reports[0]
-    solved, error = report.solution.solved, report.error
+    model, tap = inverse.model, inverse.source
+    target, embedding, first = model.target, model.embedding, model.target.available_taps[0]
+    assert embedding is not None
+    truth, history = target.record(images.double(), [first, tap]), []
+    begun, there = embedding.stream(start.double()), truth[first].values
+    solution = solve_joint(
+        inverse.steps,
+        model.single.between(tap, first),
+        truth[tap].values,
+        begun,
+        len(embedding.prefix),
+        settings,
+        lambda _, residual: history.append(residual.clone()),
+    )
+    solved, error = solution.solved, (solution.x - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)
     fates = [
         BACK if off <= RIGHT else ANOTHER_ROOT if done else NEARBY if off <= NEAR else LOST
         for done, off in zip(solved.tolist(), error.tolist(), strict=True)
     ]
     single = truth[tap].replace(truth[tap].values.float())
+    end = truth[first]
     pictures = {
         **{name: made[tap](single) for name, made in families.items() if tap in made},
         MAP: start.clamp(0, 1).float(),
-        EXACT: inverse.images(trace, truth[tap]),
-        EMBEDDING: ExactInverse(inverse.model, first)(truth[first]),
+        EXACT: decoded(inverse, end.replace(solution.x)),
+        EMBEDDING: decoded(inverse, end),
     }
     table = pd.DataFrame(
         {
@@ -188,16 +189,22 @@ def _followed(
             "fate": fates,
             "error_start": ((begun - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)).tolist(),
             "error": error.tolist(),
-            "residual": report.solution.residual.tolist(),
-            "iterations": report.solution.iterations.tolist(),
-            "passes": report.solution.passes.tolist(),
+            "residual": solution.residual.tolist(),
+            "iterations": solution.iterations.tolist(),
+            "passes": solution.passes.tolist(),
             "seconds_map": spent,
-            "seconds": report.solution.seconds / len(images),
+            "seconds": solution.seconds / len(images),
             **{f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()},
         }
     )
-    last = report.solution.residual[None]
+    last = solution.residual[None]
     return _Part(table, pictures, torch.stack(history) if history else last, start)
+
+
+def decoded(inverse: ExactInverse, embedded: Representation) -> Tensor:
+    """(B, 3, H, W) in [0, 1] of the first stream."""
+    first = ExactInverse(inverse.model, inverse.reached, completion=inverse.completion)
+    return first(embedded)
 
 
 def _rows(tables: Mapping[str, pd.DataFrame], place: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""All the roots that can be found of a half-step that acts on every token alone: y = x + f(x), with dense derivatives.
+"""Which roots a half-step has, and which of them an exact inverse meets: the instruments of several studies.
 
     starts ──► Newton ──► no root? ──► the curve g(x) = y + t (g(start) − y) from t = 1 to t = 0, around its folds
                             root ───► the curve g(x) = y ± t u, u the direction in which g is nearly flat: behind
@@ -7,7 +7,7 @@
 A branch behind a LayerNorm is bounded, so that g covers the space once on balance: the signs of det g′ over all roots
 of a token sum to 1 (Brouwer). A token has an odd number of roots; where the truth has a negative sign, at least two
 others exist; and a sum other than 1 says that a root is missing. That is a check, and no proof: pairs of roots that
-cancel in the sum can hide.
+cancel in the sum can hide. `RootChoosing` is the exact inverse that looks for them; `judged` tells what a trace met.
 
 Sources: Allgower & Georg, Introduction to Numerical Continuation Methods (2003), 2, 6; Deimling, Nonlinear Functional
 Analysis (1985), 1.
@@ -15,30 +15,33 @@ Analysis (1985), 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backsight.errors import BacksightError
-from backsight.exact.batched_systems import factored, signs, solved
+from backsight.exact.inverse import ExactInverse, Trace, solve_step
+from backsight.exact.solver import CHUNK, Score, Settings, Solution, dense, factored, newton, solved
+from backsight.exact.steps import Step
+from backsight.representation import Representation
+from backsight.tables.names import RIGHT
 
-Value = Callable[[Tensor], Tensor]  # (T, c) -> (T, c)
-Jacobian = Callable[[Tensor], Tensor]  # (T, c) -> (T, c, c)
-
-DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
-CHUNK = 2**23  # entries of dense derivatives at once, 64 MB
-FEW = 32  # tokens that are differentiated at once
-ARMIJO = 1e-4
-SHORTEST = 2.0**-8
 STRAIGHT = 0.9  # least cosine between the tangents of two points that follow one another
 INSIDE = tuple(number / 8 for number in range(1, 9))  # places between two points of a curve where t is looked at
 COARSE = 1e-5  # relative residual that float32 reaches
 NEAR = 3e-3  # relative distance within which a root in float32 counts as a known one
-SLOW = 0.8  # five Newton iterations that keep more than this of the residual have failed
 CONTRACTION = 0.5  # of a corrector's error an iteration; above it a step is too long
+SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
+BASES = ("modular", "direct", "linear")  # of a MAP inverse, the first that is there
+
+Value = Callable[[Tensor], Tensor]  # (T, c) -> (T, c)
+Jacobian = Callable[[Tensor], Tensor]  # (T, c) -> (T, c, c)
 
 
 @dataclass(frozen=True)
@@ -105,64 +108,23 @@ class TokenRoots:
         return found
 
 
-def token_map(function: Callable[[Tensor], Tensor], jacobian: Jacobian | None = None) -> TokenMap:
-    """Of a step's function (B, n, c) -> (B, n, c), and its derivative (default: by forward-mode differentiation)."""
-
-    def value(x: Tensor) -> Tensor:
-        return function(x[:, None])[:, 0]
-
-    def differentiated(x: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            slope: Tensor = torch.func.vmap(torch.func.jacfwd(lambda one: value(one[None])[0]), chunk_size=FEW)(x)
-        return slope
-
-    return TokenMap(value, jacobian or differentiated)
+def token_map(step: Step) -> TokenMap:
+    return TokenMap(lambda x: step.forward(x[:, None])[:, 0], step.slopes)
 
 
-def newton(tokens: TokenMap, y: Tensor, x: Tensor, search: Search | None = None) -> tuple[Tensor, Tensor]:
-    """(x, relative residual) from a start for each token, by full derivatives and backtracking. y, x: (T, c)."""
+def polished(tokens: TokenMap, y: Tensor, x: Tensor, search: Search | None = None) -> tuple[Tensor, Tensor]:
+    """(x, relative residual) of Newton's method from a start for each token. y, x: (T, c)."""
     search = search or Search()
-    parts = [_newton(tokens, y[at], x[at], search) for at in torch.arange(len(y)).split(_chunk(y))]
-    if not parts:
+    if not len(y):
         return x, y.new_zeros(0)
-    return torch.cat([each[0] for each in parts]), torch.cat([each[1] for each in parts])
 
+    def function(x: Tensor) -> Tensor:
+        return tokens.value(x[:, 0])[:, None]
 
-def _newton(tokens: TokenMap, y: Tensor, start: Tensor, search: Search) -> tuple[Tensor, Tensor]:
-    size = _size(y)
-    x, made = start.clone(), tokens.value(start)
-    residual = _relative(y - made, size)
-    live = (residual > search.goal) & residual.isfinite()
-    history = [residual.clone()]
-    for _ in range(search.newton):
-        at = live.nonzero().flatten()
-        if not len(at):
-            break
-        step = solved(tokens.jacobian(x[at]), y[at] - made[at])
-        length = torch.ones_like(size[at])
-        before = residual[at]
-        open_ = torch.arange(len(at))
-        moved = torch.zeros(len(at), dtype=torch.bool)
-        while len(open_):
-            here = at[open_]
-            trial = x[here] + length[open_, None] * step[open_]
-            there = tokens.value(trial)
-            error = _relative(y[here] - there, size[here])
-            enough = error <= (1 - ARMIJO * length[open_]) * before[open_]
-            # Round-off: at the bottom any gain is taken.
-            enough |= (error < before[open_]) & (before[open_] <= search.tolerance)
-            took = here[enough]
-            x[took], made[took], residual[took] = trial[enough], there[enough], error[enough]
-            moved[open_[enough]] = True
-            length[open_] = torch.where(enough, length[open_], 0.4 * length[open_])
-            open_ = open_[~enough & (length[open_] >= SHORTEST)]
-        ended = ~moved | (residual[at] <= search.goal)
-        ended |= (residual[at] <= search.tolerance) & (residual[at] > 0.5 * before)
-        history.append(residual.clone())
-        if len(history) > 5:
-            ended |= (residual[at] > search.tolerance) & (residual[at] > SLOW * history[-6][at])
-        live[at[ended]] = False
-    return x, residual
+    y, x = y[:, None], x[:, None]
+    effort = Settings(search.tolerance, search.goal, search.newton)
+    x, residual, _, _ = newton(function, y, x, dense(function, y, tokens.jacobian), effort)
+    return x[:, 0], residual
 
 
 @dataclass(frozen=True)
@@ -377,13 +339,13 @@ def _added(
         return roots
     if single is not None:
         coarse = replace(search, tolerance=COARSE, goal=COARSE)
-        near, residual = newton(single, y[token].float(), start.float(), coarse)
+        near, residual = polished(single, y[token].float(), start.float(), coarse)
         # What float32 already shows to be a known root needs no polish; what it cannot solve is lost with this start.
         kept = (residual <= 10 * COARSE) & _fresh(roots, token, near.to(y), NEAR)
         token, start = token[kept], near[kept].to(y)
         if not len(token):
             return roots
-    x, residual = newton(tokens, y[token], start, search)
+    x, residual = polished(tokens, y[token], start, search)
     ended = residual <= search.tolerance
     token, x, residual = token[ended], x[ended], residual[ended]
     fresh = _fresh(roots, token, x, search.apart)
@@ -420,3 +382,188 @@ def _size(y: Tensor) -> Tensor:
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:
     return (error.norm(dim=1) / size).nan_to_num(torch.inf, torch.inf)
+
+
+def signs(matrices: Tensor) -> Tensor:
+    """(T,) signs of the determinants of (T, c, c)."""
+    factors, pivots = factored(matrices)
+    swaps = (pivots != torch.arange(1, pivots.shape[-1] + 1, device=pivots.device)).sum(-1)
+    diagonal = factors.diagonal(dim1=-2, dim2=-1)
+    odd = (swaps + (diagonal < 0).sum(-1)) % 2
+    return (1.0 - 2.0 * odd).to(matrices).masked_fill((diagonal == 0).any(-1), 0.0)
+
+
+def step_roots(
+    step: Step, y: Tensor, starts: Sequence[Tensor], search: Search | None = None, single: Step | None = None
+) -> TokenRoots:
+    """The roots of a step that acts on every token alone, of all tokens (B n) of streams y (B, n, c).
+
+    starts: each (B, n, c); single: the same step in float32. Raises BacksightError for other steps.
+    """
+    if not step.tokenwise or step.norm is not None:
+        raise BacksightError(f"{step.destination} mixes tokens or ends in a norm: its roots cannot be listed.")
+    coarse = None if single is None else token_map(single)
+    return token_roots(token_map(step), y.flatten(0, 1), [start.flatten(0, 1) for start in starts], search, coarse)
+
+
+# An exact inverse that looks for roots
+
+
+class RootChoosing(ExactInverse):
+    """An exact inverse that follows tokens along curves where no start solves them, or where a root is doubted.
+
+    curves: rounds of curves through known roots; truth: {stream: (B, n, c)}, an oracle: the root nearest to the truth
+    is kept, which no inverse can do; near: {stream: (B, n, c)} guesses that are tried first.
+    """
+
+    curves: int = 0
+    truth: Mapping[str, Tensor] | None = None
+    near: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, inverse: ExactInverse, settings: Settings | None = None, **how: Any) -> RootChoosing:
+        """The same inverse, looking for roots as the attributes `how` say."""
+        kept = {name: getattr(inverse, name) for name in HOW if isinstance(inverse, RootChoosing)}
+        made = cls(inverse.model, inverse.source, None, inverse.completion, settings or inverse.settings)
+        made.batch_size = inverse.batch_size
+        made.starts, made.degrees, made.priors = inverse.starts, inverse.degrees, inverse.priors
+        for name, value in {**kept, **how}.items():
+            setattr(made, name, value)
+        return made
+
+    def at(self, tap: str, settings: Settings | None = None) -> RootChoosing:
+        return RootChoosing.of(super().at(tap, settings), **{name: getattr(self, name) for name in HOW})
+
+    def starts_of(self, step: Step, y: Tensor, last: Tensor | None) -> list[Tensor]:
+        starts = super().starts_of(step, y, last)
+        return [self.near[step.source], *starts] if step.source in self.near else starts
+
+    def choice(self, step: Step, y: Tensor) -> tuple[Score | None, Tensor | None]:
+        score, usual = super().choice(step, y)
+        if score is None or self.truth is None or step.source not in self.truth:
+            return score, usual
+        truth = self.truth[step.source].flatten(0, 1)
+
+        def distance(x: Tensor, which: Tensor) -> Tensor:
+            return (x[:, 0] - truth[which]).norm(dim=1) / truth[which].norm(dim=1)
+
+        return distance, torch.full_like(truth[:, 0], RIGHT)
+
+    def solve(
+        self, step: Step, y: Tensor, square: Tensor | None = None, last: Tensor | None = None, stripped: bool = False
+    ) -> Solution:
+        solution = super().solve(step, y, square, last, stripped)
+        if not step.tokenwise or step.kind != "residual":
+            return solution
+        began, flat, x = time.perf_counter(), y.flatten(0, 1), solution.x.flatten(0, 1).clone()
+        tokens, (score, usual) = token_map(step), self.choice(step, y)
+        every = torch.arange(len(x), device=x.device)
+        size = flat.norm(dim=1)
+        residual = ((tokens.value(x) - flat).norm(dim=1) / size).nan_to_num(torch.inf, torch.inf)
+        solved_tokens = residual <= self.settings.tolerance
+        rated = torch.zeros_like(residual) if score is None else score(x[:, None], every)
+        doubted = ~solved_tokens if usual is None else ~solved_tokens | (rated > usual)
+        at = doubted.nonzero().flatten()
+        if not len(at):
+            return solution
+        starts = [start.flatten(0, 1)[at] for start in self.starts_of(step, y, last)]
+        rounds = 0 if score is None else self.curves
+        roots = token_roots(tokens, flat[at], starts, Search(tolerance=self.settings.tolerance, rounds=rounds))
+        scores = roots.residual if score is None else score(roots.x[:, None], at[roots.token])
+        best = roots.best(scores)
+        has = best >= 0
+        has[has.clone()] &= (scores[best[has]] < rated[at[has]]) | ~solved_tokens[at[has]]
+        x[at[has]], residual[at[has]] = roots.x[best[has]], roots.residual[best[has]]
+        residual = residual.view(len(y), -1).amax(1)
+        seconds = solution.seconds + time.perf_counter() - began
+        solved_images = residual <= self.settings.tolerance
+        return replace(solution, x=x.view_as(y), residual=residual, solved=solved_images, seconds=seconds)
+
+
+HOW = ("curves", "truth", "near")
+
+
+def wilson_interval(hits: float, count: int) -> tuple[float, float]:
+    """(low, high): Wilson's 95 % interval of a proportion; also of 0 and of all hits it has a length."""
+    if count < 1:
+        return math.nan, math.nan
+    z, share = 1.959964, hits / count  # hits may be a mean over seeds, which scipy does not take
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def map_base(families: Mapping[str, Mapping[str, Any]], tap: str) -> Any:
+    """The inverse that a MAP inverse of this tap starts from: modular, direct or linear, the first that is there."""
+    order = [*BASES, *(name for name in families if name not in BASES)]
+    return next(families[name][tap] for name in order if tap in families.get(name, {}))
+
+
+# What a trace met
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A half-step's solution (its x left out), against the truth where that is known.
+
+    error: (B,) relative error of x, NaN without truth; another_root: (B,) solved, from a right y, to another x;
+    right_tokens: (B,) share of the tokens whose own error is at most RIGHT.
+    """
+
+    step: str
+    source: str
+    solution: Solution
+    error: Tensor
+    another_root: Tensor
+    right_tokens: Tensor
+
+
+def judged(
+    inverse: ExactInverse, trace: Trace, representation: Representation, truth: Mapping[str, Representation]
+) -> list[StepReport]:
+    """A report for each step of a trace, from the last to the first; truth: by stream, in float64."""
+    reports, y = [], representation.values.double()
+    right = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    for step, solution in zip(trace.steps, trace.solutions, strict=True):
+        x = trace.streams[step.source]
+        error = share = torch.full_like(solution.residual, torch.nan)
+        another = torch.zeros_like(right)
+        if step.source in truth:
+            there = truth[step.source].values.double()
+            error = (x - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)
+            share = ((x - there).norm(dim=-1) <= RIGHT * there.norm(dim=-1)).double().mean(1)
+            # What a norm took is lost, and no root is another.
+            if step.norm is None or step.before is not None:
+                another = solution.solved & right & (error > RIGHT)
+                if bool(another.any()):
+                    another &= _elsewhere(inverse, step, y, there, x, trace.squares.get(step.source), another)
+            right = error <= RIGHT
+        reports.append(StepReport(step.destination, step.source, replace(solution, x=x[:, :0]), error, another, share))
+        y = x
+    return reports
+
+
+def _elsewhere(
+    inverse: ExactInverse, step: Step, y: Tensor, truth: Tensor, x: Tensor, square: Tensor | None, doubted: Tensor
+) -> Tensor:
+    """(B,) whether x is another root than the truth's own, and not this one with the error of y grown."""
+    which = doubted.nonzero().flatten()
+    settings = replace(inverse.settings, restarts=0, choose=False)
+    own = solve_step(step, y[which], [truth[which]], settings, None if square is None else square[which])
+    away = (x[which] - truth[which]).flatten(1).norm(dim=1)
+    same = own.solved & ((x[which] - own.x).flatten(1).norm(dim=1) <= SAME_ROOT * away)
+    elsewhere = doubted.clone()
+    elsewhere[which[same]] = False
+    return elsewhere
+
+
+def table_of(reports: Sequence[StepReport]) -> pd.DataFrame:
+    """A row for each sample and step."""
+    frames = []
+    for report in reports:
+        solution, count = report.solution, len(report.error)
+        columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes", "solved")}
+        columns |= {name: getattr(report, name).tolist() for name in ("error", "another_root", "right_tokens")}
+        place = {"sample": range(count), "step": report.step, "to": report.source}
+        frames.append(pd.DataFrame({**place, **columns, "seconds": solution.seconds / max(1, count)}))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

@@ -1,0 +1,56 @@
+"""Many half-steps solved at once: the start decides between roots, known tokens rule one out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from backsight.errors import BacksightError
+from backsight.exact.joint import JointSettings, solve_joint, through
+from backsight.exact.steps import Norm, Step
+
+DOUBLE = JointSettings(precision=torch.float64)
+SQUARE = [
+    Step("residual", "a", "b", Tensor.square, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x))
+]  # two roots to every value
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_through_gives_the_last_stream() -> None:
+    assert float(through([*SQUARE, *SQUARE], torch.full((1, 1, 1), 3.0))) == 81.0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_start_decides_between_roots_and_known_tokens_stay(sign: float) -> None:
+    truth = normal(2, 3, 4).abs() + 1
+    start = sign * truth * 1.05
+    solution = solve_joint(SQUARE, SQUARE, truth.square(), start, 0, DOUBLE)
+    assert bool(solution.solved.all())
+    assert torch.allclose(solution.x, sign * truth, atol=1e-8)
+    start[:, :1] = truth[:, :1]
+    held = solve_joint(SQUARE, SQUARE, truth.square(), start, 1, DOUBLE)
+    assert torch.equal(held.x[:, :1], truth[:, :1])
+
+
+def test_what_cannot_be_reached_is_not_called_solved() -> None:
+    y = -normal(2, 3, 4).abs()  # no square
+    history: list[Tensor] = []
+    settings = JointSettings(iterations=5)
+    solution = solve_joint(
+        SQUARE, SQUARE, y, torch.ones_like(y), 0, settings, lambda _, residual: history.append(residual.clone())
+    )
+    assert not bool(solution.solved.any())
+    assert bool((solution.residual > 0.1).all())
+    assert bool((torch.stack(history).diff(dim=0) <= 0).all())  # no step raises the residual
+
+
+def test_norms_are_refused() -> None:
+    norm = Norm(torch.ones(4), torch.zeros(4), 1e-5)
+    with pytest.raises(BacksightError, match="norms"):
+        solve_joint([replace(SQUARE[0], norm=norm)], SQUARE, torch.ones(1, 3, 4), torch.ones(1, 3, 4))
