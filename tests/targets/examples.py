@@ -206,21 +206,4 @@ def scattered(model: nn.Module, seed: int = 7) -> nn.Module:
 EXAMPLES: Mapping[str, Callable[[], Target]] = {
     **{name: partial(small_timm, name) for name in TIMM},
     **{name: partial(small_detector, name) for name in DETECTORS},
-    "detr, auxiliary losses": partial(small_detector, "detr", auxiliary_loss=True),
-    "conditional_detr, auxiliary losses": partial(small_detector, "conditional_detr", auxiliary_loss=True),
-    "dab-detr, patterns, norm behind the encoder": partial(
-        small_detector, "dab-detr", num_patterns=2, normalize_before=True, keep_query_pos=True
-    ),
-    "deformable_detr, box refinement": partial(small_detector, "deformable_detr", with_box_refine=True),
-    "deformable_detr, two stages": partial(small_detector, "deformable_detr", **TWO_STAGES),
-    "deformable_detr, learned positions": partial(small_detector, "deformable_detr", position_embedding_type="learned"),
-    "rt_detr, attention on two levels, one level more": partial(
-        small_detector, "rt_detr", encode_proj_layers=[1, 2], encoder_layers=2, num_feature_levels=4
-    ),
-    "yolos, another size, no positions between the layers": partial(
-        small_detector, "yolos", (48, 80), use_mid_position_embeddings=False
-    ),
-    "mask2former, ResNet, norms first": partial(
-        small_detector, "mask2former", backbone_config=FOUR_MAPS, pre_norm=True, decoder_layers=2
-    ),
 }

@@ -18,15 +18,12 @@ from dataclasses import replace
 from backsight.targets.detection import DetectionTarget, Spot
 from backsight.targets.hooks import Element, Place
 
-STEPS = {"attn": "self_attn", "cross_attn": "cross_attn"}
-
 
 class DabDetr(DetectionTarget):
     """A transformers DabDetrForObjectDetection."""
 
     one_level = True
     layers_return = (0,)
-    decoder_steps = STEPS
 
     def _map_at(self, number: int) -> Element:
         return 0, number, 0  # the backbone returns (maps with masks, positional codes)
@@ -40,6 +37,9 @@ class DabDetr(DetectionTarget):
             spots["encoder.norm"] = replace(self._encoded(Place("model.encoder.norm")), part="norm")
         return spots
 
-    def _decoder_spots(self) -> dict[str, Spot]:
-        feeding = Place("model.decoder.layernorm", call=self.model.config.decoder_layers - 1)
-        return {**super()._decoder_spots(), "decoder.layernorm": Spot("queries", "norm", (feeding,))}
+    @property
+    def _decoder_steps(self) -> dict[str, str]:
+        return {"attn": "self_attn", "cross_attn": "cross_attn"}
+
+    def _final_norm(self, layers: int) -> int:
+        return layers - 1

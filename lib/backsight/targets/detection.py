@@ -103,17 +103,14 @@ class DetectionTarget(TransformersTarget):
 
     kind = "detector"
 
-    # What a subclass may say of its model.
+    # What a subclass may say of its model: module paths first.
 
-    backbone = "model.backbone"
+    backbone, encoder, decoder = "model.backbone", "model.encoder", "model.decoder"
+    positions = "model.position_embedding"
     one_level = False  # the encoder reads the backbone's last map only
     sequence_first = False  # in the decoder
     layers_return: Element = ()  # where the stream lies in what a layer returns
-    decoder_steps: Mapping[str, str] = CROSS_ATTENTION
-
-    @property
-    def _activation(self) -> Literal["softmax", "sigmoid"]:
-        return "sigmoid"
+    heads_alone = False  # what follows decoder.layernorm reads nothing of the image beside it
 
     def _map_at(self, number: int) -> Element:
         """Where a map lies in what the backbone returns, by default a list of (map, mask)."""
@@ -130,52 +127,51 @@ class DetectionTarget(TransformersTarget):
     @property
     def _encoder_levels(self) -> tuple[int, ...]:
         """The grids of the encoder's tokens, in its order."""
-        levels = tuple(range(len(self._levels) + self._further_levels))
-        return levels[-1:] if self.one_level else levels
+        return tuple(range(len(self._levels) + self._further_levels))[-1 if self.one_level else 0 :]
 
     @property
     def _memory(self) -> Spot:
         """What the decoder reads of the image; it becomes `Queries.context`."""
-        return self._encoded(Place("model.encoder", element=("last_hidden_state",)))
+        return self._encoded(Place(self.encoder, element=("last_hidden_state",)))
 
     def _codes(self) -> dict[int, Place]:
         """Where the positional code of a level is made, as (1 or B, C, h, w) or (1 or B, N, C)."""
-        return {level: Place("model.position_embedding", call=n) for n, level in enumerate(self._encoder_levels)}
+        return {level: Place(self.positions, call=call) for call, level in enumerate(self._encoder_levels)}
 
     def _code(self, level: int, code: Tensor) -> Tensor:
         """The code (1 or B, N, C) that is added to the tokens of a level."""
         return flat(code) if code.ndim == 4 else code
 
     @property
+    def _decoder_steps(self) -> Mapping[str, str]:
+        return CROSS_ATTENTION
+
+    def _final_norm(self, layers: int) -> int | None:
+        """The call of decoder.layernorm that feeds the heads; None where there is no such norm."""
+        return None
+
+    @property
     def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(attention heads, MLP width) of the encoder and of the decoder."""
         config = self.model.config
-        return (
-            (config.encoder_attention_heads, config.encoder_ffn_dim),
-            (config.decoder_attention_heads, config.decoder_ffn_dim),
-        )
+        encoder = (config.encoder_attention_heads, config.encoder_ffn_dim)
+        return encoder, (config.decoder_attention_heads, config.decoder_ffn_dim)
+
+    @property
+    def _activation(self) -> Literal["softmax", "sigmoid"]:
+        return "sigmoid"
 
     @property
     def _least_tokens(self) -> int:
         """Tokens that an image has to give."""
         return 0
 
-    def _spots(self) -> dict[str, Spot]:
+    # Taps
+
+    @cached_property
+    def spots(self) -> dict[str, Spot]:
         """Every tap but "predictions", in forward order."""
         return {**self._backbone_spots(), **self._encoder_spots(), **self._decoder_spots()}
-
-    def _encoder_spots(self) -> dict[str, Spot]:
-        entering = self._encoded(Place("model.encoder", side="input"))
-        layers = layer_spots("encoder", self.model.config.encoder_layers, ATTENTION, entering, self.layers_return)
-        return {"projection": replace(entering, part="projection"), **layers}
-
-    def _decoder_spots(self) -> dict[str, Spot]:
-        queries = Spot("queries", "decoder")
-        count = self.model.config.decoder_layers
-        return layer_spots("decoder", count, self.decoder_steps, queries, self.layers_return)
-
-    def _encoded(self, place: Place) -> Spot:
-        return Spot("tokens", "encoder", (place,), self._encoder_levels, coded=True)
 
     def _backbone_spots(self) -> dict[str, Spot]:
         """backbone.0, backbone.1, …: a map each. What it says nothing of travels beside it."""
@@ -188,11 +184,37 @@ class DetectionTarget(TransformersTarget):
                 spots[f"backbone.{number}"] = Spot(level.kind, "backbone", (level.place,), (number,), beside=beside)
         return spots
 
-    # What the family has in common.
+    def _encoder_spots(self) -> dict[str, Spot]:
+        entering = self._encoded(Place(self.encoder, side="input"))
+        layers = self._layer_spots("encoder", self.encoder, ATTENTION, entering)
+        return {"projection": replace(entering, part="projection"), **layers}
 
-    @cached_property
-    def spots(self) -> dict[str, Spot]:
-        return self._spots()
+    def _decoder_spots(self) -> dict[str, Spot]:
+        spots = self._layer_spots("decoder", self.decoder, self._decoder_steps, Spot("queries", "decoder"))
+        call = self._final_norm(sum(not spot.fine for spot in spots.values()))
+        if call is not None:
+            final = Place(f"{self.decoder}.layernorm", call=call)
+            spots["decoder.layernorm"] = Spot("queries", "norm", (final,), alone=self.heads_alone)
+        return spots
+
+    def _encoded(self, place: Place) -> Spot:
+        return Spot("tokens", "encoder", (place,), self._encoder_levels, coded=True)
+
+    def _layer_spots(self, name: str, module: str, steps: Mapping[str, str], like: Spot) -> dict[str, Spot]:
+        """Taps of a stack's layers: "<name>.layers.i", after the half-steps inside it.
+
+        steps: {suffix of a tap: module inside the layer whose output is the stream there}; like: what else holds.
+        """
+        share = Fraction(1, len(steps) + 1)
+        spots = {}
+        for layer in (f"layers.{index}" for index in range(len(self.model.get_submodule(module).layers))):
+            for suffix, inner in steps.items():
+                # A norm returns the stream itself, an attention module that ends in one returns it first of a tuple.
+                place = Place(f"{module}.{layer}.{inner}", element=() if inner.endswith("norm") else (0,))
+                spots[f"{name}.{layer}.{suffix}"] = replace(like, places=(place,), share=share, fine=True)
+            place = Place(f"{module}.{layer}", element=self.layers_return)
+            spots[f"{name}.{layer}"] = replace(like, places=(place,), share=share)
+        return spots
 
     @cached_property
     def _levels(self) -> tuple[Level, ...]:
@@ -204,23 +226,23 @@ class DetectionTarget(TransformersTarget):
         A map whose module is a cut of the coarsest map is one of every map between, too: otherwise a way around it
         would lead over that map, which is a cut itself, to the coarsest.
         """
-        blank = torch.zeros(1, len(self.preprocessing.mean), PROBE, PROBE, device=self.device)
         backbone = self.model.get_submodule(self.backbone)
-        *calls, whole = observe(
-            backbone, lambda images: element_of(self._through_backbone(images), self._map_at(-1)), blank
-        ).calls
+        blank = torch.zeros(1, len(self.preprocessing.mean), PROBE, PROBE, device=self.device)
+
+        def coarsest(images: Tensor) -> Tensor:
+            return element_of(self._through_backbone(images), self._map_at(-1))
+
+        *calls, whole = observe(backbone, coarsest, blank).calls
         returned = {found.element: found for found in whole.found}
         maps = [returned[self._map_at(n)] for n in range(len(returned)) if self._map_at(n) in returned]
-        modules = {found.same: call.path for call in calls for found in call.found if found.cut and found.element == ()}
-        levels = []
-        for number, found in enumerate(maps):
-            stride = (PROBE // found.shape[2], PROBE // found.shape[3])
-            if all(each.same in modules for each in maps):
-                levels.append(Level(stride, Place(f"{self.backbone}.{modules[found.same]}"), True))
-            else:
-                place = Place(self.backbone, element=self._map_at(number))
-                levels.append(Level(stride, place, number == len(maps) - 1))
-        return tuple(levels)
+        cuts = {found.same: call.path for call in calls for found in call.found if found.cut and found.element == ()}
+        places = [Place(self.backbone, element=self._map_at(n)) for n in range(len(maps))]
+        if followed := all(found.same in cuts for found in maps):
+            places = [Place(f"{self.backbone}.{cuts[found.same]}") for found in maps]
+        return tuple(
+            Level((PROBE // found.shape[2], PROBE // found.shape[3]), place, followed or found is maps[-1])
+            for found, place in zip(maps, places, strict=True)
+        )
 
     @property
     def available_taps(self) -> tuple[str, ...]:
@@ -231,8 +253,7 @@ class DetectionTarget(TransformersTarget):
             memory = [tap for tap, spot in self.spots.items() if spot.kind != "queries"][-1]
             queries = [tap for tap, spot in self.spots.items() if spot.kind == "queries"][-1:]
             return tuple(dict.fromkeys(["projection", memory, *queries, PREDICTIONS]))
-        coarse = [tap for tap, spot in self.spots.items() if name == "fine" or not spot.fine]
-        return (*coarse, PREDICTIONS)
+        return (*(tap for tap, spot in self.spots.items() if name == "fine" or not spot.fine), PREDICTIONS)
 
     @property
     def reduction(self) -> Size:
@@ -306,37 +327,30 @@ class DetectionTarget(TransformersTarget):
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
     ) -> dict[str, Representation]:
-        size = (int(images.shape[2]), int(images.shape[3]))
+        return {
+            tap: output if tap == PREDICTIONS else self._read(self.spots[tap], seen, images, padding) for tap in taps
+        }
 
-        def canonical(tap: str) -> Representation:
-            if tap == PREDICTIONS:
-                return output
-            spot = self.spots[tap]
-            if spot.kind != "queries":
-                return self._tokens(spot, seen, size, padding)
-            values = seen[str(spot.places[0])]
-            return Queries(self._turned(values), self._tokens(self._memory, seen, size, padding))
-
-        return {tap: canonical(tap) for tap in taps}
-
-    def _turned(self, queries: Tensor) -> Tensor:
-        """(B, Q, C) to the decoder's order, and back."""
-        return queries.transpose(0, 1) if self.sequence_first else queries
-
-    def _tokens(self, spot: Spot, seen: Mapping[str, Any], size: Size, padding: Tensor | None) -> Tokens:
-        grids = tuple(self._grids(size)[level] for level in spot.levels)
+    def _read(self, spot: Spot, seen: Mapping[str, Any], images: Tensor, padding: Tensor | None) -> Any:
         values = [seen[str(place)] for place in spot.places]
+        if spot.kind == "queries":
+            return Queries(self._turned(values[0]), self._read(self._memory, seen, images, padding))
         tokens = torch.cat([flat(value) for value in values], dim=1) if spot.kind == "maps" else values[0]
+        grids = self._grids((images.shape[2], images.shape[3]))
         context = {name: seen[str(place)] for name, place in spot.beside.items()}
         masks = position = None
         if padding is not None:
-            masks = torch.cat([_shrunk(padding, grid).flatten(1) for grid in grids], dim=1)
+            masks = torch.cat([_shrunk(padding, grids[level]).flatten(1) for level in spot.levels], dim=1)
             context[PADDING] = padding
         codes = self._codes()
         if spot.coded and codes.keys() >= set(spot.levels):
             position = torch.cat([self._code(level, seen[str(codes[level])]) for level in spot.levels], dim=1)
             position = position if padding is not None else position[:1]
-        return Tokens(tokens, grids, 0, masks, position, context)
+        return Tokens(tokens, tuple(grids[level] for level in spot.levels), 0, masks, position, context)
+
+    def _turned(self, queries: Tensor) -> Tensor:
+        """(B, Q, C) to the decoder's order, and back."""
+        return queries.transpose(0, 1) if self.sequence_first else queries
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
         mask = None if padding is None else (~padding).long()
@@ -389,25 +403,6 @@ class DetectionTarget(TransformersTarget):
         # Exact but for further levels whose cells are cut by those of the first.
         first = tokens.padding[:, : math.prod(tokens.grids[0])].unflatten(1, tokens.grids[0])
         return size, F.interpolate(first[:, None].float(), size=size)[:, 0].bool()
-
-
-def layer_spots(
-    module: str, count: int, steps: Mapping[str, str], like: Spot, element: Element = ()
-) -> dict[str, Spot]:
-    """Taps of `count` layers: "<module>.layers.i", after the half-steps inside it.
-
-    steps: {suffix of a tap: module inside the layer whose output is the stream there}; like: what else is true of all
-    these spots; element: where the stream lies in what a layer returns.
-    """
-    share = Fraction(1, len(steps) + 1)
-    spots = {}
-    for layer in (f"{module}.layers.{index}" for index in range(count)):
-        for suffix, inner in steps.items():
-            # A norm returns the stream itself, an attention module that ends in one returns it first of a tuple.
-            place = Place(f"model.{layer}.{inner}", element=() if inner.endswith("norm") else (0,))
-            spots[f"{layer}.{suffix}"] = replace(like, places=(place,), share=share, fine=True)
-        spots[layer] = replace(like, places=(Place(f"model.{layer}", element=element),), share=share)
-    return spots
 
 
 def flat(feature_map: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from dataclasses import replace
 from typing import Literal
 
 from backsight.targets.detection import DetectionTarget, Spot
-from backsight.targets.hooks import Place
 
 
 class Detr(DetectionTarget):
     """A transformers DetrForObjectDetection."""
 
     one_level = True
+    heads_alone = True
 
     @property
     def _activation(self) -> Literal["softmax", "sigmoid"]:
@@ -33,7 +33,5 @@ class Detr(DetectionTarget):
         *finer, (_, last) = super()._backbone_spots().items()
         return {**{tap: replace(spot, fine=True) for tap, spot in finer}, "backbone": last}
 
-    def _decoder_spots(self) -> dict[str, Spot]:
-        config = self.model.config
-        final = Place("model.decoder.layernorm", call=config.decoder_layers if config.auxiliary_loss else 0)
-        return {**super()._decoder_spots(), "decoder.layernorm": Spot("queries", "norm", (final,), alone=True)}
+    def _final_norm(self, layers: int) -> int:
+        return layers if self.model.config.auxiliary_loss else 0

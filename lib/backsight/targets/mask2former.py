@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 
 from backsight.representation import Predictions
-from backsight.targets.detection import ATTENTION, DetectionTarget, Level, Spot, flat, layer_spots
+from backsight.targets.detection import DetectionTarget, Level, Spot, flat
 from backsight.targets.hooks import Element, Place
 
-PIXEL_DECODER = "pixel_level_module.decoder"
-DECODER = "transformer_module.decoder"
 ENCODER_LEVELS = 3  # maps that the pixel decoder's encoder reads, in every published model and in the code
 CROSS_FIRST = {"cross_attn": "cross_attn_layer_norm", "attn": "self_attn_layer_norm"}
 
@@ -37,8 +35,10 @@ CROSS_FIRST = {"cross_attn": "cross_attn_layer_norm", "attn": "self_attn_layer_n
 class Mask2Former(DetectionTarget):
     """A transformers Mask2FormerForUniversalSegmentation. Its output is Predictions with masks."""
 
-    backbone = "model.pixel_level_module.encoder"
+    backbone, encoder = "model.pixel_level_module.encoder", "model.pixel_level_module.decoder.encoder"
+    decoder, positions = "model.transformer_module.decoder", "model.pixel_level_module.decoder.position_embedding"
     sequence_first = True
+    layers_return = (0,)
 
     def _map_at(self, number: int) -> Element:
         return "feature_maps", number
@@ -67,28 +67,12 @@ class Mask2Former(DetectionTarget):
         around = range(int(self.model.model.pixel_level_module.decoder.num_fpn_levels))
         return replace(super()._encoded(place), beside={f"backbone.{n}": self._levels[n].place for n in around})
 
-    def _encoder_spots(self) -> dict[str, Spot]:
-        module = f"{PIXEL_DECODER}.encoder"
-        entering = self._encoded(Place(f"model.{module}", side="input"))
-        layers = layer_spots(module, self.model.config.encoder_layers, ATTENTION, entering, (0,))
-        named = {tap.removeprefix(f"{PIXEL_DECODER}."): spot for tap, spot in layers.items()}
-        return {"projection": replace(entering, part="projection"), **named}
-
-    def _decoder_spots(self) -> dict[str, Spot]:
-        count = len(self.model.get_submodule(f"model.{DECODER}").layers)
-        steps = {} if self.model.config.pre_norm else CROSS_FIRST
-        layers = layer_spots(DECODER, count, steps, Spot("queries", "decoder"), (0,))
-        last = Place(f"model.{DECODER}.layernorm", call=count)
-        named = {tap.removeprefix("transformer_module."): spot for tap, spot in layers.items()}
-        return {**named, "decoder.layernorm": Spot("queries", "norm", (last,))}
-
     @property
-    def _memory(self) -> Spot:
-        return self._encoded(Place(f"model.{PIXEL_DECODER}.encoder", element=("last_hidden_state",)))
+    def _decoder_steps(self) -> dict[str, str]:
+        return {} if self.model.config.pre_norm else CROSS_FIRST
 
-    def _codes(self) -> dict[int, Place]:
-        module = f"model.{PIXEL_DECODER}.position_embedding"
-        return {level: Place(module, call=call) for call, level in enumerate(self._encoder_levels)}
+    def _final_norm(self, layers: int) -> int:
+        return layers
 
     def _code(self, level: int, code: Tensor) -> Tensor:
         embedding = self.model.model.pixel_level_module.decoder.level_embed
@@ -96,11 +80,8 @@ class Mask2Former(DetectionTarget):
 
     @property
     def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        config = self.model.config
-        return (
-            (config.num_attention_heads, config.encoder_feedforward_dim),
-            (config.num_attention_heads, config.dim_feedforward),
-        )
+        config, heads = self.model.config, self.model.config.num_attention_heads
+        return (heads, config.encoder_feedforward_dim), (heads, config.dim_feedforward)
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
         self._refuse_padding(padding)

@@ -21,7 +21,7 @@ from typing import Literal
 from backsight.errors import BacksightError
 from backsight.representation import Grid
 from backsight.targets.base import Size
-from backsight.targets.detection import ATTENTION, DetectionTarget, Spot, halved, layer_spots
+from backsight.targets.detection import ATTENTION, DetectionTarget, Spot, halved
 from backsight.targets.hooks import Place
 
 
@@ -58,7 +58,8 @@ class RtDetr(DetectionTarget):
             beside = {name: place for name, place in streams.items() if name != f"projection.{level}"}
             attended = Spot("tokens", "encoder", levels=(level,), beside=beside, coded=True)
             steps = {} if config.normalize_before else ATTENTION
-            spots |= layer_spots(f"encoder.aifi.{number}", config.encoder_layers, steps, attended)
+            name = f"encoder.aifi.{number}"
+            spots |= self._layer_spots(name, f"model.{name}", steps, attended)
             streams[f"projection.{level}"] = Place(f"model.encoder.aifi.{number}")
         if top := levels[-1]:
             finest = Place(f"model.encoder.fpn_blocks.{top - 1}")
