@@ -110,7 +110,7 @@ def test_refusals() -> None:
         target.record(_images(target), padding=padding)
     tokens = target.record(_images(target))["embeddings"]
     for wrong in (Tokens(tokens.values, ((3, 7),), 1), Tokens(tokens.values[..., :8], tokens.grids, 6)):
-        with pytest.raises(BacksightError, match="6 prefix tokens|cannot stand for it"):
+        with pytest.raises(BacksightError, match=r"6 prefix tokens|cannot stand for it"):
             target.from_tap("embeddings", wrong)
     with pytest.raises(BacksightError, match="holds predictions"):
         target.from_tap("predictions", tokens)
