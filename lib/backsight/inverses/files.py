@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.inverses.module import InverseHeader, Inverses, described, from_json, rebuilt
+from backsight.inverses.module import InverseHeader, Inverses, described, rebuilt
+from backsight.inverses.rows import from_json
 from backsight.project import project_root, write_atomically
 
 if TYPE_CHECKING:
@@ -156,8 +157,6 @@ def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[
     try:
         description = json.loads(metadata["backsight"])
         number = int(description["format"])
-        if number == 1 and description["kind"] not in ("exact", "map"):  # until converted
-            description, number = _of_format_1(description), FORMAT
         if number == FORMAT:
             return from_json(InverseHeader, description["header"]), description, tensors
     except (KeyError, TypeError, ValueError) as error:
@@ -167,23 +166,6 @@ def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[
     advice = "update backsight, or fit it again" if number > FORMAT else "fit it again"
     age = "a newer" if number > FORMAT else "an older"
     raise BacksightError(f"The inverse {path} was made by {age} backsight (format {number}, not {FORMAT}): {advice}.")
-
-
-def _of_format_1(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a file that the first edition wrote."""
-    if said["kind"] == "chain":
-        path = [_of_format_1({"header": None, **part}) for part in said["path"]]
-        return {"kind": "chain", "header": said["header"], "configuration": {"path": path}}
-
-    def linear(configuration: dict[str, Any]) -> dict[str, Any]:
-        configuration = {key: value for key, value in configuration.items() if key != "family"}
-        return {"kind": "linear", "header": None, "configuration": configuration}
-
-    if said["kind"] == "linear":
-        return {**linear(said["linear"]), "header": said["header"]}
-    configuration = {key: said[key] for key in ("design", "variance", "position")}
-    configuration["linear"] = None if said["linear"] is None else linear(said["linear"])
-    return {"kind": "inverse", "header": said["header"], "configuration": configuration}
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

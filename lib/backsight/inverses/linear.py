@@ -4,90 +4,58 @@
                             │        │
                      Gram + cross moments         features are never stored (ridge.py)
                             │        │
-              one eigendecomposition a tap        the whole path of ridge strengths
-                            │        │
            moments of the validation images       choose the strength, give R²
 
-What a row of the regression is, for tokens on any grids and for sets, is decided in layouts.py.
+What a row of the regression is, for tokens on any grids and for sets, is decided in rows.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import InitVar, asdict, dataclass, field
-from difflib import get_close_matches
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from backsight.data.distributed import in_order, processes, share
+from backsight.data.distributed import processes, share
 from backsight.data.features import FeatureStore
-from backsight.data.images import batches
-from backsight.errors import BacksightError
-from backsight.inverses.layouts import (
+from backsight.data.images import ImageSource, batches
+from backsight.errors import BacksightError, nearest
+from backsight.inverses.module import InverseHeader, Inverses, header_for
+from backsight.inverses.ridge import RidgeAccumulator, Solution, best, leading_directions
+from backsight.inverses.rows import (
     MAXIMUM_INPUTS,
-    MAXIMUM_PIXELS,
-    MAXIMUM_TOKENS,
     PIXELS,
-    Form,
     Layout,
-    Pair,
     Reading,
     form_of,
+    from_json,
     pack_destination,
     pack_source,
     plan_layout,
     row_padding,
     unpack,
 )
-from backsight.inverses.linear_inverse import LinearInverse, LinearScore
-from backsight.inverses.module import Inverses, header_for
-from backsight.inverses.ridge import RidgeAccumulator, RidgePath, Spectrum
 from backsight.measures.pixels import psnr
-from backsight.representation import Grid, Queries, Representation, Tokens
-from backsight.tables.pool import bootstrap_interval, determination
+from backsight.representation import Queries, Representation, Tokens
 
 if TYPE_CHECKING:
-    from backsight.data.images import ImageSource
     from backsight.targets.base import Target
-
-__all__ = [
-    "ALPHAS",
-    "MAXIMUM_INPUTS",
-    "MAXIMUM_PIXELS",
-    "MAXIMUM_TOKENS",
-    "PIXELS",
-    "Form",
-    "Layout",
-    "LinearInverse",
-    "LinearScore",
-    "Pair",
-    "Request",
-    "RidgeAccumulator",
-    "RidgePath",
-    "Spectrum",
-    "fit_linear",
-    "fit_linear_pairs",
-    "fit_linear_requests",
-    "form_of",
-    "pack_destination",
-    "pack_source",
-    "plan_layout",
-    "recorded_batches",
-    "unpack",
-]
 
 ALPHAS: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-16, 5))
 RANK = 128  # of the maps that read a whole set of queries
 MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they are drawn anew for every batch
+CONTEXT_ROWS, LEAST_ROWS = 2**16, 64  # about so many rows are enough for maps with a context; at least of one image
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
-SAMPLE_BYTES = 256 * 2**20  # validation images kept for intervals, over all taps
-WIDE = 512  # inputs of a row from which the moments' products weigh on a GPU
+SAMPLE_BYTES = 256 * 2**20  # validation images kept for the PSNR, over all taps
+
+Images = ImageSource | FeatureStore | Tensor
+PositionRule = Literal["none", "source", "fixed"]
 
 
 class Request(NamedTuple):
@@ -102,102 +70,178 @@ class Request(NamedTuple):
     floor: float = 0.0
 
 
-AnyPair = TypeVar("AnyPair", bound=tuple)
+AnyPair = TypeVar("AnyPair", bound=Sequence[Any])
 
 
-@dataclass
-class _Group:
-    """Maps that read the same rows: one Gram matrix, one eigendecomposition.
+class AffineMap(nn.Module):
+    """x -> bias + (x - center) @ weight, with weight (D, E) or its factors left (D, R), right (R, E).
 
-    members: (request, layout, block).
+    Subtracting the mean first keeps the digits of channels with a large offset in float32. projection (C, directions),
+    prefix_projection (P, C, directions): through which `pack_source` reads what stands around, or None.
     """
 
-    members: list[tuple[Request, Layout, str]]
+    center: Tensor
+    bias: Tensor
     projection: Tensor | None
-    products: InitVar[torch.dtype] = torch.float64
-    training: RidgeAccumulator = field(init=False)
-    validation: RidgeAccumulator = field(init=False)
+    prefix_projection: Tensor | None
 
-    def __post_init__(self, products: torch.dtype) -> None:
-        self.training, self.validation = RidgeAccumulator(products), RidgeAccumulator(products)
+    def __init__(self, layout: Layout, block: str, rank: int | None = None) -> None:
+        super().__init__()
+        inputs, outputs, channels = layout.inputs(block), layout.outputs(block), layout.source.channels
+        reading = layout.reading(block)
+        self.rank = rank
+        self.register_buffer("center", torch.zeros(inputs))
+        self.register_buffer("bias", torch.zeros(outputs))
+        shapes = {"matrix": (inputs, outputs)} if rank is None else {"left": (inputs, rank), "right": (rank, outputs)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+        directions, prefix = reading.directions, layout.source.prefix if reading.context > 1 else 0
+        self.register_buffer("projection", torch.zeros(channels, directions) if directions else None)
+        self.register_buffer(
+            "prefix_projection", torch.zeros(prefix, channels, directions) if directions and prefix else None
+        )
 
-    def update(
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        names = ("matrix",) if self.rank is None else ("left", "right")
+        return tuple(self.get_buffer(name) for name in names)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result = rows - self.center
+        for factor in self.factors:
+            result = result @ factor
+        return result + self.bias
+
+
+@dataclass(frozen=True)
+class LinearScore:
+    """How well a linear inverse does on the validation split.
+
+    alpha: ridge strength of the first block; r2: against the training mean, from the moments of all validation images
+    (of a fine grid: of the cells drawn), in the space that was regressed; psnr: dB, mean over the `images` validation
+    images that were kept in memory, None for taps.
+    """
+
+    alpha: float = math.nan
+    r2: float = math.nan
+    psnr: float | None = None
+    images: int = 0
+
+
+class LinearInverse(nn.Module):
+    """A linear map from the representation at `source` to `destination` (an earlier tap or "pixels")."""
+
+    kind = "linear"
+
+    def __init__(
         self,
-        images: Tensor,
-        recorded: dict[str, Representation],
-        validation: bool,
-        packed: dict[tuple[Any, ...], Tensor],
-        seed: int,
+        source: str,
+        destination: str,
+        layout: Layout,
+        ranks: Mapping[str, int | None] | None = None,
+        score: LinearScore | None = None,
+        position_rule: PositionRule = "none",
+        position_shape: Sequence[int] = (0,),
     ) -> None:
-        """Add a batch. packed: the destinations' rows of this batch, shared with the other groups."""
-        request, layout, block = self.members[0]
-        wanted = [_packed(member, images, recorded, packed) for member in self.members]
-        accumulator = self.validation if validation else self.training
-        count = len(wanted[0]) // len(images)
-        drawn = _drawn_rows(count, seed).to(images.device) if count > MAXIMUM_ROWS else None
-        step = max(1, PACKED_VALUES // (count * layout.inputs(block)))
-        for start in range(0, len(images), step):
-            part = recorded[request.source]
-            if step < len(images):
-                part = part.index(torch.arange(start, min(start + step, len(images)), device=images.device))
-            rows = [pack_source(part, layout, block, self.projection)]
-            rows += [each[start * count : (start + part.batch) * count] for each in wanted]
-            padding = row_padding(part, layout, block)
-            if drawn is not None:
-                rows = [each.unflatten(0, (part.batch, count))[:, drawn].flatten(0, 1) for each in rows]
-                padding = None if padding is None else padding[:, drawn]
+        super().__init__()
+        self.source, self.destination, self.layout = source, destination, layout
+        self.source_form, self.destination_form = layout.source, layout.destination
+        self.header: InverseHeader | None = None  # its fit says where it comes from
+        self.score, self.position_rule = score or LinearScore(), position_rule
+        ranks = ranks or {}
+        self.maps = nn.ModuleDict({block: AffineMap(layout, block, ranks.get(block)) for block in layout.blocks})
+        self.register_buffer("position", torch.zeros(tuple(position_shape)) if position_rule == "fixed" else None)
+
+    @property
+    def alpha(self) -> float:
+        return self.score.alpha
+
+    @property
+    def r2(self) -> float:
+        return self.score.r2
+
+    @property
+    def weight(self) -> Tensor:
+        """(D, E) of y = x @ weight + bias of the first block: what an `nn.Linear` (transposed) starts from."""
+        factors = self.maps[self.layout.main[0]].factors
+        return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+
+    @property
+    def bias(self) -> Tensor:
+        """(E,) of y = x @ weight + bias of the first block."""
+        first = self.maps[self.layout.main[0]]
+        return first.bias - first.center @ self.weight
+
+    def pack(self, representation: Representation) -> dict[str, Tensor]:
+        """The input rows of every block."""
+        return {
+            block: pack_source(representation, self.layout, block, part.projection, part.prefix_projection)
+            for block, part in self.maps.items()
+        }
+
+    def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor | Representation:
+        """Like `forward`, but images are not clamped to [0, 1]."""
+        self._check(representation)
+        rows = {block: self.maps[block](packed) for block, packed in self.pack(representation).items()}
+        for block in self.layout.main:
+            padding = row_padding(representation, self.layout, block)
             if padding is not None:
-                rows = [each[~padding.flatten()] for each in rows]
-            accumulator.update(*rows)
+                rows[block] = torch.where(padding.reshape(-1, 1), self.maps[block].bias, rows[block])
+        return unpack(rows, self.layout, representation, self._position(representation))
 
+    def forward(self, representation: Representation, layout: Tokens | None = None) -> Any:
+        """Images (B, 3, H, W) in [0, 1], or the representation at `destination`.
 
-def _packed(
-    member: tuple[Request, Layout, str],
-    images: Tensor,
-    recorded: dict[str, Representation],
-    packed: dict[tuple[Any, ...], Tensor],
-) -> Tensor:
-    request, layout, block = member
-    destination = request.destination
-    on_grid = layout.rows == "patches" and block in layout.main
-    rows = (layout.row_grid(block), layout.patch_of(block)) if on_grid else None
-    key = (destination, block, rows, layout.pooling)
-    if key not in packed:
-        packed[key] = pack_destination(images if destination == PIXELS else recorded[destination], layout, block)
-    return packed[key]
+        Differentiable in the representation. Maps of cells also read other grids than they were fitted on. Padded
+        tokens give the training mean. layout: for modules of a chain; not read here.
+        Raises BacksightError where shapes do not agree.
+        """
+        result = self.raw(representation)
+        return result.clamp(0, 1) if isinstance(result, Tensor) else result
 
-
-def _drawn_rows(count: int, seed: int) -> Tensor:
-    """MAXIMUM_ROWS of `count` places, in order."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[:MAXIMUM_ROWS].sort().values
-
-
-@dataclass
-class _Sample:
-    """The first validation images and their representations, as many as the memory allows."""
-
-    room: int = SAMPLE_BYTES
-    batches: list[tuple[Tensor, dict[str, Representation]]] = field(default_factory=list)
-
-    def add(self, images: Tensor, recorded: dict[str, Representation]) -> None:
-        tensors = [images, *(each.values for each in recorded.values())]
-        size = sum(each[0].numel() * each.element_size() for each in tensors)
-        count = min(len(images), self.room // size)
-        self.room -= count * size
-        if count < len(images):
-            self.room = 0
-        if count:
-            which = torch.arange(count)
-            self.batches.append(
-                (images[:count].cpu(), {tap: each.index(which).to("cpu") for tap, each in recorded.items()})
+    def _check(self, representation: Representation) -> None:
+        given, fitted = form_of(representation), self.layout.source
+        fits = (given.kind, given.channels, len(given.grids)) == (fitted.kind, fitted.channels, len(fitted.grids))
+        if self.layout.rows == "set":
+            fits = fits and given.count == fitted.count
+        if self.layout.blocks != self.layout.main or self.layout.context > 1:
+            fits = fits and given.prefix == fitted.prefix
+        if not fits:
+            raise BacksightError(
+                f"The linear inverse of {self.source!r} reads {fitted}, but was given {given}; feed it a "
+                "representation of the same shape."
             )
+
+    def _position(self, representation: Representation) -> Tensor | None:
+        tokens = isinstance(representation, Tokens)
+        if self.position_rule == "source":
+            return representation.position if tokens else None
+        same = not tokens or representation.grids == self.layout.source.grids
+        return self.position if same else None
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything but the numbers in `state_dict()`, as JSON."""
+        return {
+            "source": self.source,
+            "destination": self.destination,
+            "layout": asdict(self.layout),
+            "ranks": {block: part.rank for block, part in self.maps.items()},
+            "score": asdict(self.score),
+            "position_rule": self.position_rule,
+            "position_shape": [0] if self.position is None else list(self.position.shape),
+        }
+
+    @classmethod
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> LinearInverse:
+        """An inverse whose numbers are still to be loaded by `load_state_dict`."""
+        layout, score = from_json(Layout, configuration["layout"]), from_json(LinearScore, configuration["score"])
+        return cls(**{**configuration, "layout": layout, "score": score})
 
 
 def fit_linear(
     target: Target,
-    images: ImageSource | Tensor | FeatureStore,
-    validation: ImageSource | Tensor | FeatureStore | None = None,
+    images: Images,
+    validation: Images | None = None,
     *,
     taps: Sequence[str] | str | None = None,
     seed: int = 0,
@@ -211,16 +255,17 @@ def fit_linear(
     """
     names = list(target.taps if taps is None else target.resolve_taps(taps))
     pairs = [(tap, PIXELS) for tap in names]
-    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "workers": workers, "progress": progress}
-    fitted = fit_linear_pairs(target, images, pairs, validation, **common)
+    fitted = fit_linear_pairs(
+        target, images, pairs, validation, seed=seed, batch_size=batch_size, workers=workers, progress=progress
+    )
     return Inverses({tap: fitted[tap, PIXELS] for tap in names})
 
 
 def fit_linear_pairs(
     target: Target,
-    images: ImageSource | Tensor | FeatureStore,
+    images: Images,
     pairs: Sequence[AnyPair],
-    validation: ImageSource | Tensor | FeatureStore | None = None,
+    validation: Images | None = None,
     *,
     seed: int = 0,
     context: int = 1,
@@ -232,152 +277,214 @@ def fit_linear_pairs(
     """Linear maps between many pairs of taps, in one pass over the images.
 
     Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same,
-    and the time of a fit stays in proportion to the images.
+    and the time of a fit stays in proportion to the images. Memory does not depend on their number.
 
     images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`
     with its own context and floor; validation: images of another split, on which the ridge strength is chosen from
-    their moments alone (default: every fifth image of `images` is held out of the fit); seed: of the projection of a
-    long set and of the bootstrap; context: side of the square of tokens that the map of one token reads, 1 (what that
-    token alone says, the `linear` family) or an odd number above (a convolution in closed form); workers: processes
-    that decode images; maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of
-    the images, and all return the same maps.
+    their moments alone (default: every fifth image of `images` is held out of the fit); seed: of the rows that are
+    drawn; context: side of the square of tokens that the map of one token reads, 1 (what that token alone says, the
+    `linear` family) or an odd number above (a convolution in closed form, see rows.py); workers: processes that decode
+    images; maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of the images,
+    and all return the same maps.
 
     Returns {pair: LinearInverse}, each scored on the validation images. Raises BacksightError on an unknown tap, on
     ends between which no map is defined, and on too few images.
     """
     requests = {pair: pair if isinstance(pair, Request) else Request(*pair, context) for pair in dict.fromkeys(pairs)}
-    fitted = fit_linear_requests(
-        target, images, list(requests.values()), validation, batch_size, seed, progress, workers, maximum_inputs
-    )
-    return {pair: fitted[request] for pair, request in requests.items()}
-
-
-def fit_linear_requests(
-    target: Target,
-    images: Any,
-    requests: Sequence[Request],
-    validation: Any = None,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
-    workers: int | Literal["auto"] = 0,
-    maximum_inputs: int = MAXIMUM_INPUTS,
-) -> dict[Request, LinearInverse]:
-    """`fit_linear_pairs` for maps of several contexts and floors, in one pass over the images."""
-    _check_requests(target, requests)
-    for each in (images, validation):
-        if getattr(each, "fit", None) == "pad":
-            raise BacksightError(
-                f"The images {each.name!r} are padded, and linear maps are fitted on whole images: open them with "
-                "fit='crop' or fit='stretch'."
-            )
-    ends = (tap for request in requests for tap in (request.source, request.destination))
+    _check(target, list(requests.values()), images, validation)
+    ends = (tap for request in requests.values() for tap in request[:2])
     taps = list(dict.fromkeys(tap for tap in ends if tap != PIXELS))
-    passes = _passes(target, images, validation, taps, batch_size, progress, workers)
-
-    def planned(request: Request, source: Representation, destination: Tensor | Representation) -> Layout:
-        return plan_layout(
-            (request.source, request.destination),
-            form_of(source),
-            form_of(destination),
-            getattr(target, "reduction", None),
-            maximum_inputs,
-            None,
-            request.context,
-        )
-
-    moments = _accumulated(passes, requests, planned, seed)
-    fitted = _solved(moments, seed)
-    for request, inverse in fitted.items():
-        inverse.header = header_for(target, "linear", request.source, request.destination, images, seed)
-    return fitted
-
-
-@dataclass
-class _Moments:
-    """All that a fit keeps of the images: its size does not depend on their number."""
-
-    layouts: dict[Request, Layout] = field(default_factory=dict)
-    positions: dict[Request, tuple[Literal["none", "source", "fixed"], Tensor | None]] = field(default_factory=dict)
-    groups: list[_Group] = field(default_factory=list)
-    sample: _Sample = field(default_factory=_Sample)
-
-
-def _accumulated(
-    passes: Iterable[tuple[Tensor, dict[str, Representation], bool]],
-    requests: Sequence[Request],
-    planned: Callable[[Request, Representation, Tensor | Representation], Layout],
-    seed: int,
-) -> _Moments:
-    """The moments of all processes' passes: (images, representations, whether they are held out)."""
-    moments = _Moments()
+    maps: dict[Request, _Map] = {}
+    groups: dict[Hashable, _Group] = {}
+    sample = _Sample()
+    passes = _passes(target, images, validation, taps, batch_size, workers, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
-        if not moments.layouts:
-            for request in requests:
+        if not maps:
+            for request in dict.fromkeys(requests.values()):
                 at_end = batch if request.destination == PIXELS else recorded[request.destination]
-                moments.layouts[request] = planned(request, recorded[request.source], at_end)
-                moments.positions[request] = _position_rule(recorded[request.source], at_end)
-            moments.groups = _grouped(moments.layouts, seed, batch.device)
-        packed: dict[tuple[Any, ...], Tensor] = {}
-        for group in moments.groups:
-            group.update(batch, recorded, held_out, packed, seed + number)
+                forms = form_of(recorded[request.source]), form_of(at_end)
+                layout = plan_layout(request[:2], *forms, target.reduction, request.context, maximum_inputs)
+                maps[request] = _Map(request, layout, *_position_rule(recorded[request.source], at_end))
+            groups = _grouped(maps.values(), recorded, len(images))
+        rows: dict[Hashable, Tensor] = {}
+        for group in groups.values():
+            group.update(batch, recorded, held_out, rows, seed + number)
         if held_out:
-            moments.sample.add(batch, recorded)
-    for group in moments.groups:
+            sample.add(batch, recorded)
+    for group in groups.values():
         group.training, group.validation = group.training.gathered(), group.validation.gathered()
-    return moments
-
-
-def _solved(moments: _Moments, seed: int) -> dict[Request, LinearInverse]:
-    """The maps of all requests, each of the strength that the validation moments choose, with their scores."""
-    groups = moments.groups
-    if not groups or any(min(each.training.count, each.validation.count) == 0 for each in groups):
+    if not groups or any(min(group.training.count, group.validation.count) == 0 for group in groups.values()):
         raise BacksightError(
             "A linear fit needs at least 5 images, or images both to fit and to validate on: "
             "give a larger `images`, or a `validation` that is not empty."
         )
-    inverses = {}
-    for request, layout in moments.layouts.items():
-        rule, position = moments.positions[request]
-        blocks = {
-            block: (group, part)
-            for group in groups
-            for part, (each, _, block) in enumerate(group.members)
-            if each == request
-        }
-        allowed = [alpha for alpha in ALPHAS if alpha >= request.floor] or [max(ALPHAS)]
-        inverses[request] = _solve(request, layout, blocks, allowed, RANK, rule, position)
-    _score_sample(inverses, moments.sample, seed)
-    return inverses
+    inverses = {request: each.solved(groups.values(), batch.device) for request, each in maps.items()}
+    _score(inverses, sample)
+    for request, inverse in inverses.items():
+        inverse.header = header_for(target, "linear", request.source, request.destination, images, seed)
+    return {pair: inverses[request] for pair, request in requests.items()}
 
 
-def _check_requests(target: Target, requests: Sequence[Request]) -> None:
+def _check(target: Target, requests: Sequence[Request], images: Images, validation: Images | None) -> None:
     if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
-    for context in {request.context for request in requests}:
+    for name, source in (("images", images), ("validation", validation)):
+        if not isinstance(source, Tensor | ImageSource | FeatureStore | None):
+            raise TypeError(f"{name} are an ImageSource (open_images) or a tensor (N, 3, H, W), not {source!r:.60}")
+        if getattr(source, "fit", None) == "pad":
+            raise BacksightError(
+                f"The images {source.name!r} are padded, and linear maps are fitted on whole images: open them with "
+                "fit='crop' or fit='stretch'."
+            )
+    for source, destination, context, _ in requests:
         if context < 1 or context % 2 == 0:
-            raise BacksightError(f"The context of a linear map is an odd number of tokens from 1, not {context}.")
-    available = getattr(target, "available_taps", target.taps)
-    for source, destination, *_ in requests:
-        for tap, allowed in ((source, tuple(available)), (destination, (PIXELS, *available))):
+            raise ValueError(f"the context of a linear map is an odd number of tokens from 1, not {context}")
+        for tap, allowed in ((source, target.available_taps), (destination, (PIXELS, *target.available_taps))):
             if tap not in allowed:
-                nearest = get_close_matches(tap, allowed, n=3, cutoff=0.3) or list(allowed[:5])
-                raise BacksightError(
-                    f"The target {target.name!r} has no tap {tap!r} to map "
-                    f"{'from' if tap == source else 'to'}; nearest: {', '.join(nearest)}."
-                )
+                raise BacksightError(f"The target {target.name!r} has no tap {tap!r}; {nearest(tap, allowed)}.")
         if source == destination:
             raise BacksightError(f"A linear map from {source!r} to itself is the identity: choose two taps.")
 
 
+@dataclass
+class _Group:
+    """Maps that read the same rows: one Gram matrix. members: (map, block)."""
+
+    rows: int  # of one image, at most
+    members: list[tuple[_Map, str]] = field(default_factory=list)
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    training: RidgeAccumulator = field(default_factory=RidgeAccumulator)
+    validation: RidgeAccumulator = field(default_factory=RidgeAccumulator)
+
+    def update(
+        self,
+        images: Tensor,
+        recorded: Mapping[str, Representation],
+        held_out: bool,
+        packed: dict[Hashable, Tensor],
+        seed: int,
+    ) -> None:
+        """Add a batch. packed: the destinations' rows of this batch, shared with the other groups."""
+        first, block = self.members[0]
+        outputs = []
+        for each, name in self.members:
+            end, layout = each.request.destination, each.layout
+            on_grid = (layout.reading(name).rows, layout.patches) if name in layout.main else None
+            key = (end, name, on_grid)
+            if key not in packed:
+                packed[key] = pack_destination(images if end == PIXELS else recorded[end], layout, name)
+            outputs.append(packed[key])
+        count = len(outputs[0]) // len(images)
+        drawn = None
+        if count > self.rows:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            drawn = order[: self.rows].sort().values.to(images.device)
+        step = max(1, PACKED_VALUES // (count * first.layout.inputs(block)))
+        for start in range(0, len(images), step):
+            part = recorded[first.request.source]
+            if step < len(images):
+                part = part.index(torch.arange(start, min(start + step, len(images)), device=images.device))
+            rows = [pack_source(part, first.layout, block, **self.projections)]
+            rows += [output[start * count : (start + part.batch) * count] for output in outputs]
+            padding = row_padding(part, first.layout, block)
+            if drawn is not None:
+                rows = [each.unflatten(0, (part.batch, count))[:, drawn].flatten(0, 1) for each in rows]
+                padding = None if padding is None else padding[:, drawn]
+            if padding is not None:
+                rows = [each[~padding.flatten()] for each in rows]
+            (self.validation if held_out else self.training).update(*rows)
+
+
+@dataclass
+class _Map:
+    """A map that is being fitted."""
+
+    request: Request
+    layout: Layout
+    rule: PositionRule
+    position: Tensor | None
+
+    def solved(self, groups: Sequence[_Group], device: torch.device) -> LinearInverse:
+        """Of the strength that the validation moments choose, block by block."""
+        allowed = [alpha for alpha in ALPHAS if alpha >= self.request.floor] or [max(ALPHAS)]
+        solutions: dict[str, tuple[Solution, _Group]] = {}
+        unexplained = total = 0.0
+        for block in self.layout.blocks:
+            group = next(group for group in groups if any(m is self and b == block for m, b in group.members))
+            part = next(number for number, (m, b) in enumerate(group.members) if m is self and b == block)
+            small = min(self.layout.inputs(block), self.layout.outputs(block)) <= RANK
+            rank = None if small or self.layout.rows != "set" else RANK
+            solution = best(group.training, group.validation, allowed, part, rank)
+            cells = group.validation.count * self.layout.outputs(block)
+            unexplained += solution.error * cells
+            total += group.validation.total_variance(solution.bias, part) * cells
+            solutions[block] = solution, group
+            # The largest matrices of a fit; they are not read again.
+            group.training.crosses[part] = group.validation.crosses[part] = torch.empty(0)
+        first = solutions[self.layout.main[0]][0]
+        score = LinearScore(first.alpha, 1 - unexplained / total if total > 0 else math.nan)
+        ranks = {b: each.factors[1].shape[0] if len(each.factors) == 2 else None for b, (each, _) in solutions.items()}
+        shape = (0,) if self.position is None else tuple(self.position.shape)
+        request = self.request
+        inverse = LinearInverse(request.source, request.destination, self.layout, ranks, score, self.rule, shape)
+        for block, (solution, group) in solutions.items():
+            names = ("matrix",) if len(solution.factors) == 1 else ("left", "right")
+            state = dict(zip(names, solution.factors, strict=True)) | group.projections
+            inverse.maps[block].load_state_dict({"center": solution.center, "bias": solution.bias, **state})
+        if self.position is not None:
+            inverse.get_buffer("position").copy_(self.position)
+        return inverse.to(device).eval()
+
+
+def _grouped(maps: Iterator[_Map], recorded: Mapping[str, Representation], images: int) -> dict[Hashable, _Group]:
+    groups: dict[Hashable, _Group] = {}
+    for each in maps:
+        for block in each.layout.blocks:
+            reading = each.layout.reading(block)
+            enough = max(LEAST_ROWS, CONTEXT_ROWS // max(1, images)) if reading.context > 1 else MAXIMUM_ROWS
+            key = (each.request.source, reading)
+            if key not in groups:
+                groups[key] = _Group(min(MAXIMUM_ROWS, enough))
+                if reading.directions is not None:
+                    groups[key].projections = _projections(recorded[each.request.source], reading)
+            groups[key].members.append((each, block))
+    return groups
+
+
+def _projections(representation: Representation, reading: Reading) -> dict[str, Tensor]:
+    """The leading principal directions of the tokens of the first batch, and of each of its prefix tokens."""
+    tokens = isinstance(representation, Tokens)
+    values = representation.maps()[reading.level].flatten(2).transpose(1, 2) if tokens else representation.values
+    kinds = [values.flatten(0, 1)]
+    if tokens and reading.context > 1:
+        kinds += list(representation.prefix_values.unbind(1))
+    projections = []
+    for rows in kinds:
+        moments = RidgeAccumulator()
+        moments.update(rows)
+        projections.append(leading_directions(moments.gathered(), reading.directions).to(values.device))
+    first, *others = projections
+    return {"projection": first} | ({"prefix_projection": torch.stack(others)} if others else {})
+
+
+def _position_rule(source: Representation, destination: Tensor | Representation) -> tuple[PositionRule, Tensor | None]:
+    """Where the positional code of the destination comes from: nowhere, the source, or the first image."""
+    if not isinstance(destination, Tokens) or destination.position is None:
+        return "none", None
+    carried = source.position if isinstance(source, Tokens) else None
+    if carried is not None and carried.shape == destination.position.shape and carried.equal(destination.position):
+        return "source", None
+    return "fixed", destination.position[:1].clone()
+
+
 def _passes(
-    target: Any,
-    images: Any,
-    validation: Any,
+    target: Target,
+    images: Images,
+    validation: Images | None,
     taps: Sequence[str],
     batch_size: int,
-    progress: bool,
     workers: int | Literal["auto"],
+    progress: bool,
 ) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
     """Every batch with its representations and whether it is held out: one forward pass an image."""
     state = processes()
@@ -398,173 +505,91 @@ def _passes(
                 yield batch, recorded, held_out
                 continue
             places = torch.arange(seen, seen + len(batch)) * state.num_processes + state.process_index
-            order = places % 5 == 4
+            fifth = places % 5 == 4
             seen += len(batch)
-            for which, is_held_out in ((~order, False), (order, True)):
+            for which, is_held_out in ((~fifth, False), (fifth, True)):
                 if which.any():
                     chosen = which.nonzero().flatten().to(batch.device)
-                    part = {tap: each.index(chosen) for tap, each in recorded.items()}
-                    yield batch[chosen], part, is_held_out
+                    yield batch[chosen], {tap: each.index(chosen) for tap, each in recorded.items()}, is_held_out
 
 
 def recorded_batches(
-    target: Any,
-    images: Any,
+    target: Target,
+    images: Images,
     taps: Sequence[str],
     batch_size: int,
     limit: int | None = None,
     workers: int | Literal["auto"] = 0,
 ) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
-    """Batches with their representations: read where a store holds them, else from the frozen pass.
+    """Batches with their plain representations: read where a store holds them, else from the frozen pass.
 
-    limit: about this many of the first images. Values are float32, and queries come without the encoder's output.
+    limit: about this many of the first images.
     """
-    device = target.device
     steps = None if limit is None else -(-min(limit, len(images)) // batch_size)
     if isinstance(images, FeatureStore) and set(taps) <= set(images.taps):
         images.check(target)
         for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
-            yield batch.to(device), {tap: recorded[tap].to(device) for tap in taps}
+            yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
         return
     for batch in itertools.islice(batches(images, batch_size, workers=workers), steps):
-        batch = batch.to(device)
-        recorded = target.record(batch, taps)
-        yield batch, {tap: _plain(each) for tap, each in recorded.items()}
+        batch = batch.to(target.device)
+        yield batch, {tap: plain(held) for tap, held in target.record(batch, taps).items()}
 
 
-def _plain(representation: Representation) -> Representation:
-    """In float32, and queries without the encoder's output: an inverse must not see it."""
+def plain(representation: Representation) -> Representation:
+    """In float32, and without the context that only `from_tap` may read: an inverse must not see it."""
     if isinstance(representation, Queries):
         return Queries(representation.values.float())
+    if isinstance(representation, Tokens):
+        representation = replace(representation, context={})
     return representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _grouped(layouts: dict[Request, Layout], seed: int, device: torch.device) -> list[_Group]:
-    groups: dict[tuple[str, Reading, Grid | None], list[tuple[Request, Layout, str]]] = {}
-    for request, layout in layouts.items():
-        for block in layout.blocks:
-            reading = layout.reading(block)
-            # Gathered cells make rows of another number, which the destination's grid decides.
-            rows = None if reading.gathered == (1, 1) else layout.row_grid(block)
-            key = (request.source, reading, rows)
-            if key not in groups:
-                groups[key] = []
-            groups[key].append((request, layout, block))
-    made = []
-    for members in groups.values():
-        _, layout, block = members[0]
-        projection = _projection(layout, seed, device) if block == "set" else None
-        wide = layout.rows == "patches" and layout.inputs(block) >= WIDE
-        fast = wide and device.type == "cuda"
-        made.append(_Group(members, projection, torch.float32 if fast else torch.float64))
-    return made
+@dataclass
+class _Sample:
+    """The first validation images and their representations, as many as the memory allows."""
+
+    room: int = SAMPLE_BYTES
+    batches: list[tuple[Tensor, dict[str, Representation]]] = field(default_factory=list)
+
+    def add(self, images: Tensor, recorded: Mapping[str, Representation]) -> None:
+        tensors = [images]
+        for representation in recorded.values():
+            representation.apply(lambda tensor: tensors.append(tensor) or tensor)
+        size = sum(tensor[:1].nbytes for tensor in tensors)
+        count = min(len(images), self.room // size)
+        self.room = self.room - count * size if count == len(images) else 0
+        if count:
+            which = torch.arange(count)
+            kept = {tap: each.index(which.to(images.device)).to("cpu") for tap, each in recorded.items()}
+            self.batches.append((images[:count].cpu(), kept))
 
 
-def _projection(layout: Layout, seed: int, device: torch.device) -> Tensor | None:
-    """(C, C') with orthonormal columns, the same for every query."""
-    if layout.projected is None:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(layout.source.channels, layout.projected, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(directions).Q.float().to(device)
-
-
-def _position_rule(
-    source: Representation, destination: Tensor | Representation
-) -> tuple[Literal["none", "source", "fixed"], Tensor | None]:
-    """Where the positional code of the destination comes from: nowhere, the source, or the first image."""
-    if not isinstance(destination, Tokens) or destination.position is None:
-        return "none", None
-    carried = source.position if isinstance(source, Tokens) else None
-    if carried is not None and carried.shape == destination.position.shape and carried.equal(destination.position):
-        return "source", None
-    return "fixed", destination.position[:1].clone()
-
-
-def _solve(
-    request: Request,
-    layout: Layout,
-    blocks: dict[str, tuple[_Group, int]],
-    alphas: Sequence[float],
-    rank: int,
-    rule: Literal["none", "source", "fixed"],
-    position: Tensor | None,
-) -> LinearInverse:
-    states: dict[str, dict[str, Tensor]] = {}
-    ranks: dict[str, int | None] = {}
-    chosen: dict[str, float] = {}
-    unexplained = total = 0.0
-    for block in layout.blocks:
-        group, part = blocks[block]
-        path = group.training.path(part)
-        errors = path.errors(group.validation, alphas, part)
-        best = min(range(len(alphas)), key=errors.__getitem__)
-        chosen[block], error = alphas[best], errors[best]
-        center = path.spectrum.mean
-        if layout.rows == "set" and rank < min(layout.inputs(block), layout.outputs(block)):
-            left, right = path.low_rank(alphas[best], rank)
-            error = group.validation.mse((left, right), path.output_mean - (center @ left) @ right, part)
-            ranks[block], state = left.shape[1], {"left": left, "right": right}
-        else:
-            ranks[block], state = None, {"matrix": path.weight(alphas[best])}
-        states[block] = state | {"center": center, "bias": path.output_mean}
-        cells = group.validation.count * layout.outputs(block)
-        unexplained += error * cells
-        total += group.validation.total_variance(path.output_mean, part) * cells
-        # The largest matrices of a fit; they are not read again.
-        group.training.crosses[part] = group.validation.crosses[part] = torch.empty(0)
-    score = LinearScore(alpha=chosen[layout.main[0]], r2=1 - unexplained / total if total > 0 else math.nan)
-    shape = (0,) if position is None else tuple(position.shape)
-    inverse = LinearInverse(request.source, request.destination, layout, ranks, score, rule, shape)
-    for block, state in states.items():
-        inverse.maps[block].load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    group = blocks[layout.main[0]][0]
-    if group.projection is not None:
-        inverse.get_buffer("projection").copy_(group.projection)
-    if position is not None:
-        inverse.get_buffer("position").copy_(position)
-    return inverse.to(group.training.upper.device).eval()
-
-
-def _score_sample(inverses: dict[Request, LinearInverse], sample: _Sample, seed: int) -> None:
-    """Add PSNR and the intervals over images to the scores."""
-    if not sum(gather_object([len(sample.batches)])):
-        return
-    for (source, destination, *_), inverse in inverses.items():
-        device = next(inverse.buffers()).device
-        scores = asdict(inverse.score)
-        errors, totals, ratios = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
-        for images, recorded in sample.batches:
-            wanted = images if destination == PIXELS else recorded[destination]
-            representation = recorded[source].to(device)
-            with torch.no_grad():
-                error, total = image_errors(inverse, representation, wanted)
-                errors.append(error)
-                totals.append(total)
-                if destination == PIXELS:
-                    ratios.append(psnr(images, inverse(representation).cpu()))
-        every_error, every_total = in_order(torch.cat(errors)), in_order(torch.cat(totals))
-        _, scores["r2_low"], scores["r2_high"] = determination(every_error, every_total, seed=seed)
-        scores["images"] = len(every_error)
-        if destination == PIXELS:
-            values = in_order(torch.cat(ratios))
-            scores["psnr"] = float(values.mean())
-            scores["psnr_low"], scores["psnr_high"] = bootstrap_interval(values, seed=seed)
-        inverse.score = LinearScore(**scores)
+@torch.no_grad()
+def _score(inverses: Mapping[Request, LinearInverse], sample: _Sample) -> None:
+    """Add the PSNR of the inverses to pixels to their scores."""
+    for request, inverse in inverses.items():
+        if request.destination == PIXELS:
+            device = next(inverse.buffers()).device
+            values = [
+                value
+                for images, recorded in sample.batches
+                for value in psnr(images, inverse(recorded[request.source].to(device)).cpu()).tolist()
+            ]
+            values = gather_object(values)
+            if values:
+                inverse.score = replace(inverse.score, psnr=sum(values) / len(values), images=len(values))
 
 
 def image_errors(
-    inverse: LinearInverse, source: Representation, wanted: Tensor | Representation
+    inverse: LinearInverse, source: Representation, truth: Tensor | Representation
 ) -> tuple[Tensor, Tensor]:
     """(B,), (B,): squared error of each image, and of the training mean, in the space that was regressed."""
-    batch = source.batch
-    errors, totals = torch.zeros(batch), torch.zeros(batch)
+    errors = totals = source.values.new_zeros(source.batch)
     for block, inputs in inverse.pack(source).items():
-        truth = pack_destination(wanted, inverse.layout, block)
-        found = inverse.maps[block](inputs).cpu()
-        mean = inverse.maps[block].get_buffer("bias").cpu()
+        rows, affine = pack_destination(truth, inverse.layout, block), inverse.maps[block]
         padding = row_padding(source, inverse.layout, block)
-        counted = 1.0 if padding is None else (~padding).reshape(-1, 1).float().cpu()
-        errors += ((truth - found).square() * counted).reshape(batch, -1).sum(1)
-        totals += ((truth - mean).square() * counted).reshape(batch, -1).sum(1)
-    return errors, totals
+        counted = 1.0 if padding is None else (~padding).reshape(-1, 1).float()
+        errors = errors + ((rows - affine(inputs)).square() * counted).reshape(source.batch, -1).sum(1)
+        totals = totals + ((rows - affine.bias).square() * counted).reshape(source.batch, -1).sum(1)
+    return errors.cpu(), totals.cpu()

@@ -5,16 +5,16 @@ the kind of the stage it inverts, whose last layer starts at zero. Before any tr
 map (the mean, where no ridge map is defined: between sets of different size), and training has only to learn
 the rest.
 
-The networks are in residuals.py. A chain of modules leads from any tap down to the image.
+The networks are in networks.py. A chain of modules leads from any tap down to the image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -22,28 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.layouts import PIXELS, Form, carried_padding, form_of
-from backsight.inverses.networks import RESIDUALS, Design, Surroundings, Upsampling, design_for, words
-from backsight.representation import Queries, Representation, Tokens
+from backsight.inverses.networks import RESIDUALS, Design, Surroundings
+from backsight.inverses.rows import PIXELS, Form, area, carried_padding, form_of, from_json
+from backsight.representation import Grid, Queries, Representation, Tokens
 
 if TYPE_CHECKING:
-    from backsight.inverses.linear_inverse import LinearInverse
+    from backsight.inverses.linear import LinearInverse
     from backsight.targets.base import Target
-
-Described = TypeVar("Described")
-
-__all__ = [
-    "RESIDUALS",
-    "Chain",
-    "Design",
-    "Inverse",
-    "InverseHeader",
-    "Inverses",
-    "Moments",
-    "Upsampling",
-    "design_for",
-    "header_for",
-]
 
 
 @dataclass(frozen=True)
@@ -79,20 +64,6 @@ class Moments:
     mean: Tensor
     deviation: Tensor
     variance: float
-
-    @classmethod
-    def of(cls, values: Tensor, prefix: int = 0, padding: Tensor | None = None) -> Moments:
-        """values: (B, N, C) of some hundred images; padding: (B, N - prefix) bool, True = left out."""
-        grid = values[:, prefix:].flatten(0, 1) if padding is None else values[:, prefix:][~padding]
-        groups = [values[:, number] for number in range(prefix)] + [grid]
-        mean = torch.stack([group.double().mean(dim=0) for group in groups])
-        spread = torch.stack([group.double().var(dim=0, unbiased=False) for group in groups])
-        share = torch.tensor([1.0] * prefix + [values.shape[1] - prefix], dtype=torch.float64)
-        variance = float((spread.mean(dim=1).cpu() * share).sum() / share.sum())
-        deviation = spread.sqrt()
-        # A channel that hardly moves is not blown up to the size of the others.
-        deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
-        return cls(mean.float(), deviation.float(), max(variance, 1e-12))
 
 
 class Inverse(nn.Module):
@@ -153,25 +124,35 @@ class Inverse(nn.Module):
     def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor:
         """Images (B, 3, H, W) or values (B, N, C) before any clamping; arguments as `forward`."""
         self._check(representation)
+        grids = representation.grids if isinstance(representation, Tokens) else ()
         with torch.autocast(representation.values.device.type, enabled=False):
-            values = representation.values.float()
-            x = (values - self._spread(self.source_mean, self.design.source)) / self._spread(
-                self.source_deviation, self.design.source
-            )
+            mean, deviation = (self._spread(m, grids) for m in (self.source_mean, self.source_deviation))
+            x = (representation.values.float() - mean) / deviation
             start = self._start(representation)
         around = self._surroundings(representation, layout)
         if around.source_padding is not None and isinstance(representation, Tokens):
             hidden = F.pad(around.source_padding, (representation.prefix, 0))
             x = x.masked_fill(hidden[..., None], 0.0)  # what is not looked at must not matter
-        rest = self.residual(x, around).float()
-        return start + rest * self._spread(self.destination_deviation, self.design.destination)
+        return start + self.residual(x, around).float() * self._at_end(self.destination_deviation)
 
     def _start(self, representation: Representation) -> Tensor:
-        """What the module makes before training: the ridge map, or the mean."""
+        """What the module gives before training: the ridge map, or the mean."""
         if self.linear is None:
-            return self._spread(self.destination_mean, self.design.destination)
-        made = self.linear.raw(representation)
-        return made if isinstance(made, Tensor) else made.values
+            return self._at_end(self.destination_mean)
+        result = self.linear.raw(representation)
+        return result if isinstance(result, Tensor) else result.values
+
+    def _at_end(self, moments: Tensor) -> Tensor:
+        """(P + 1, C) of the destination -> (P + N, C), one row a token; (3, 1, 1) for pixels."""
+        form = self.design.destination
+        return moments[0][:, None, None] if form.kind == PIXELS else self._spread(moments, form.grids)
+
+    @staticmethod
+    def _spread(moments: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(P + 1, C) -> (P + N, C), one row for each token; (1, C) as it is."""
+        if len(moments) == 1:
+            return moments
+        return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, grids)), -1)])
 
     def forward(self, representation: Representation, layout: Tokens | None = None) -> Tensor | Representation:
         """layout: tokens whose padding and positional code the destination shares; an inverse from queries to a
@@ -188,10 +169,9 @@ class Inverse(nn.Module):
         if form.kind == "queries":
             return Queries(values)
         around = self._surroundings(representation, layout)
-        position = None
-        if self.design.positioned:
-            position = self.position if around.position is None else around.position
-        return Tokens(values, form.grids, form.prefix, around.padding, position)
+        return Tokens(
+            values, form.grids, form.prefix, around.padding, around.position if self.design.positioned else None
+        )
 
     def _surroundings(self, representation: Representation, layout: Tokens | None) -> Surroundings:
         """Positional code and padding for the residual and, of the destination, for what it makes.
@@ -199,40 +179,34 @@ class Inverse(nn.Module):
         They come from the source where it is on the destination's grids, else from a layout of the destination's
         form, else the code is the stored one, and the padding that of the nearest token of the source.
         """
-        form = self.design.destination
-        source_padding = representation.padding if isinstance(representation, Tokens) else None
-        if form.kind != "tokens":
-            return Surroundings(self.position, None, source_padding)
-        if isinstance(representation, Tokens) and representation.grids == form.grids:
-            own = representation.position if representation.channels == form.channels else None
-            return Surroundings(self.position if own is None else own, source_padding, source_padding)
-        if layout is not None and (layout.grids, layout.channels) == (form.grids, form.channels):
-            return Surroundings(layout.position, layout.padding, source_padding)
+        form, position, padding, source_padding, grids = self.design.destination, self.position, None, None, ()
         if isinstance(representation, Tokens):
-            return Surroundings(self.position, carried_padding(representation, form.grids), source_padding)
-        if layout is not None:
-            raise BacksightError(
-                f"The inverse of {self.source!r} ends in {words(form)}, but its layout has "
-                f"{words(form_of(layout))}: give tokens of {self.destination!r} as the layout."
-            )
-        return Surroundings(self.position, None)
+            source_padding, grids = representation.padding, representation.grids
+            if grids == form.grids:
+                padding = source_padding
+                if representation.position is not None and representation.channels == form.channels:
+                    position = representation.position
+        if form.kind == "tokens" and grids != form.grids:
+            if layout is not None and (layout.grids, layout.channels) == (form.grids, form.channels):
+                position, padding = layout.position, layout.padding
+            elif isinstance(representation, Tokens):
+                padding = carried_padding(representation, form.grids)
+            elif layout is not None:
+                raise BacksightError(
+                    f"The inverse of {self.source!r} ends in {form}, but its layout has {form_of(layout)}: give tokens "
+                    f"of {self.destination!r} as the layout."
+                )
+        return Surroundings(position, padding, source_padding, grids)
 
     def _check(self, representation: Representation) -> None:
-        given = form_of(representation)
-        if given != self.design.source:
+        given, read = form_of(representation), self.design.source
+        if self.design.kind == "upsampling" and len(given.grids) == len(read.grids):
+            given = replace(given, grids=read.grids)  # convolutions do not mind other grids
+        if given != read:
             raise BacksightError(
-                f"The inverse of {self.source!r} of {self.header.target} reads {words(self.design.source)}, but "
-                f"was given {words(given)}: feed it a representation of the same form."
+                f"The inverse of {self.source!r} of {self.header.target} reads {read}, but was given "
+                f"{form_of(representation)}: feed it a representation of the same form."
             )
-
-    def _spread(self, moments: Tensor, form: Form) -> Tensor:
-        """(P + 1, C) -> (P + N, C), one row for each token; (3, 1, 1) for pixels."""
-        if form.kind == PIXELS:
-            return moments[0][:, None, None]
-        if form.prefix == 0:
-            return moments
-        area = sum(height * width for height, width in form.grids)
-        return torch.cat([moments[:-1], moments[-1:].expand(area, -1)])
 
     def configuration(self) -> dict[str, Any]:
         """Everything but the numbers in `state_dict()`, as JSON."""
@@ -246,7 +220,7 @@ class Inverse(nn.Module):
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Inverse:
         """An inverse whose numbers, and header, are still to be set."""
-        design, linear = Design.from_json(configuration["design"]), configuration["linear"]
+        design, linear = from_json(Design, configuration["design"]), configuration["linear"]
         empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
         source, destination = (Moments(each, each, configuration["variance"]) for each in empty)
         shape = configuration["position"]
@@ -368,8 +342,8 @@ class Inverses(Mapping[str, nn.Module]):
 def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse, tap: str) -> None:
     if before.destination_form != after.source_form or after.source != tap:
         raise BacksightError(
-            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {words(before.destination_form)}, "
-            f"and the next, of {after.source!r}, reads {words(after.source_form)}; fit both for the same taps and "
+            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {before.destination_form}, "
+            f"and the next, of {after.source!r}, reads {after.source_form}; fit both for the same taps and "
             "image size."
         )
     hashes = {module.header.weights_hash for module in (before, after)}
@@ -400,7 +374,7 @@ def library_versions() -> dict[str, str]:
 # What files say of modules
 
 KINDS = {
-    "linear": "backsight.inverses.linear_inverse:LinearInverse",
+    "linear": "backsight.inverses.linear:LinearInverse",
     "inverse": "backsight.inverses.module:Inverse",
     "chain": "backsight.inverses.module:Chain",
     "exact": "backsight.exact.inverse:ExactInverse",
@@ -426,14 +400,3 @@ def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
     if description["kind"] != "chain" and description["header"] is not None:
         module.header = from_json(InverseHeader, description["header"])
     return module
-
-
-def from_json(dataclass: type[Described], values: Mapping[str, Any]) -> Described:
-    """A dataclass of these fields. Raises ValueError that names a field which is not known, or missing."""
-    names = {field.name for field in fields(dataclass)}
-    if unknown := sorted(set(values) - names):
-        raise ValueError(f"it has the field {unknown[0]!r}, which {dataclass.__name__} does not know")
-    try:
-        return dataclass(**values)
-    except TypeError as error:
-        raise ValueError(str(error)) from error

@@ -1,55 +1,50 @@
-"""The residual networks of inverse modules, by kind, and which kind there is between two forms.
+"""The residual networks of inverse modules: one transformer, one upsampler, one MLP.
 
-    pixels  <- tokens                 upsampling:      convolutions on the finest grid, then pixel shuffles
-    pixels  <- queries, predictions   set_upsampling:  a learned map that reads the set, then the same
-    tokens  <- tokens                 blocks (timm blocks), encoder (attention with the positional code, over all
-                                      grids), mlp (norms, projections), convolution (CNN stages),
-                                      splitting (stages that merged tokens, and every other change of grids)
-    tokens  <- queries, predictions   decoder:         the maps' positional codes ask, the queries answer
-    queries <- queries                queries:         self-attention with a learned query embedding
-    queries <- predictions            heads:           an MLP from class distribution and box
+    pixels  <- tokens                 upsampling: convolutions on the finest grid, then pixel shuffles
+    pixels  <- queries, predictions   transformer of a learned map that reads the set, then the same
+    tokens  <- tokens                 transformer on the source's grids; where the grids change, every cell is split
+                                      into the tokens under it and one more layer runs there; stages of convolutions
+                                      are upsampled, or split between residual convolutions; mlp for norms, projections
+    tokens  <- queries, predictions   transformer of the maps' codes, which reads the set
+    queries <- queries, predictions   transformer with a learned code for each query; mlp for heads and norms
 
-All attention layers written here are pre-norm, which the zero start of the residual needs; nothing depends on
-train or eval mode. The last layer of every network starts at zero. Attention is global up to GLOBAL_TOKENS tokens;
-beyond, it runs in windows that also read a summary of every grid, so that the cost is in proportion to the tokens.
+All attention layers are pre-norm, which the zero start of the residual needs; nothing depends on train or eval mode.
+The last layer of every network starts at zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.inverses.layouts import PIXELS, Form, Layout, area, join, pack_source
+from backsight.inverses.rows import PIXELS, Form, area, pack_source, plan_layout, resized, unpatchify
 from backsight.representation import Grid, Tokens
 
 if TYPE_CHECKING:
     from backsight.targets.base import Stage
 
-GLOBAL_TOKENS = 1024  # more tokens attend in windows
-WINDOW = 8  # tokens a side
-SUMMARY = 4  # cells a side of what a window reads of every whole grid
 SPLIT_PARAMETERS = 2**24  # a larger linear map between grids is factored
 SHALLOW = 2  # convolution pairs, however deep the stage was
+LOCAL_STAGES = ("backbone", "convolution", "patch_embedding", "norm", "projection")  # without attention
+
+Kind = Literal["upsampling", "set_upsampling", "convolution", "encoder", "splitting", "decoder", "queries", "mlp"]
 
 
 @dataclass(frozen=True)
 class Design:
     """What a residual network is built from: the whole of it can be written down as JSON.
 
-    kind: a key of RESIDUALS; depth: blocks or layers, or convolution pairs on the grid; heads, hidden: of the
-    attention layers and MLPs; width: channels of the convolutions on the grid; patch: pixels under a token (or
-    under a cell of the map that reads a set); positioned: whether the destination has a positional code; mixing: what
-    the tokens of "splitting" are mixed by.
+    depth: layers, or convolution pairs on the grid; heads, hidden: of the attention layers and MLPs; width: channels of
+    the convolutions on the grid; patch: pixels under a token (or under a cell of the map that reads a set); positioned:
+    whether the destination has a positional code; mixing: what the tokens of "splitting" are mixed by.
     """
 
-    kind: str
+    kind: Kind
     source: Form
     destination: Form
     depth: int
@@ -60,34 +55,56 @@ class Design:
     positioned: bool
     mixing: Literal["attention", "convolution"] = "attention"
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Design:
-        ends: dict[str, Any] = {}
-        for end in ("source", "destination"):
-            grids = tuple((height, width) for height, width in values[end]["grids"])
-            ends[end] = Form(**{**values[end], "grids": grids})
-        return cls(**{**values, **ends, "patch": tuple(values["patch"])})
-
 
 @dataclass(frozen=True)
 class Surroundings:
     """What a residual knows beside the values.
 
     position: (1 | B, N, C) positional code and padding: (B, N) bool of the destination's grid tokens, or None;
-    source_padding: (B, M) bool of the source's. Values of padded tokens are zero already.
+    source_padding: (B, M) bool and grids: of the source's tokens. Values of padded tokens are zero already.
     """
 
     position: Tensor | None = None
     padding: Tensor | None = None
     source_padding: Tensor | None = None
+    grids: tuple[Grid, ...] = ()
 
 
-class AttentionLayer(nn.Module):
-    """A pre-norm transformer layer that adds positional codes to queries and keys, as DETR does.
+class Attention(nn.Module):
+    """Multi-head attention of the normalised x to itself, or to a memory; codes are added to queries and keys."""
 
-    x: (B, N, C); position: (1 | B, N, C) or None; memory: (B, M, C) with its own position, for layers with
-    cross-attention; padding: (B, N) bool, True = not to be looked at. Returns (B, N, C).
-    """
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels)
+        self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        code: Tensor | None,
+        memory: Tensor | None = None,
+        memory_code: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """x, code: (B, N, C); memory, memory_code: (B, M, C), or None for x itself; hidden: (B, M) bool or None."""
+        x = self.norm(x)
+        memory, memory_code = (x, code) if memory is None else (memory, memory_code)
+        heads = [
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for projected in (
+                self.query(x if code is None else x + code),
+                self.key(memory if memory_code is None else memory + memory_code),
+                self.value(memory),
+            )
+        ]
+        mask = None if hidden is None else ~hidden[:, None, None, :]
+        return self.out(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: attention to itself (own), to a memory (crossed), and an MLP."""
 
     def __init__(self, channels: int, heads: int, hidden: int, *, own: bool = True, crossed: bool = False) -> None:
         super().__init__()
@@ -100,125 +117,26 @@ class AttentionLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        position: Tensor | None = None,
+        code: Tensor | None = None,
+        hidden: Tensor | None = None,
         memory: Tensor | None = None,
-        memory_position: Tensor | None = None,
-        padding: Tensor | None = None,
+        memory_code: Tensor | None = None,
     ) -> Tensor:
         if self.own is not None:
-            x = x + self.own(x, position, None, position, padding)
+            x = x + self.own(x, code, hidden=hidden)
         if self.crossed is not None:
-            x = x + self.crossed(x, position, memory, memory_position, None)
+            x = x + self.crossed(x, code, memory, memory_code)
         return x + self.mlp(x)
-
-
-class Attention(nn.Module):
-    """Multi-head attention of the normalised x to itself, or to a memory."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(channels)
-        self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.out = nn.Linear(channels, channels)
-
-    def forward(
-        self,
-        x: Tensor,
-        position: Tensor | None,
-        memory: Tensor | None,
-        memory_position: Tensor | None,
-        padding: Tensor | None,
-    ) -> Tensor:
-        x = self.norm(x)
-        memory = x if memory is None else memory
-        query = self._split(self.query(x if position is None else x + position))
-        key = self._split(self.key(memory if memory_position is None else memory + memory_position))
-        seen = None if padding is None else ~padding[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, self._split(self.value(memory)), attn_mask=seen)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-def attend(
-    layer: nn.Module,
-    x: Tensor,
-    grids: Sequence[Grid],
-    prefix: int = 0,
-    position: Tensor | None = None,
-    padding: Tensor | None = None,
-    memory: Tensor | None = None,
-    memory_position: Tensor | None = None,
-    shifted: bool = False,
-) -> Tensor:
-    """A layer over tokens on grids: over all at once, or, beyond GLOBAL_TOKENS, window by window.
-
-    x: (B, P + N, C); position: (1 | B, P + N, C) or None; padding: (B, P + N) bool or None; memory as of the layer;
-    shifted: windows that start half a window further out, so that layers in turn reach across their borders. A window
-    also reads the prefix tokens and the mean tokens of SUMMARY x SUMMARY cells of every grid; the prefix tokens
-    become the mean of what the windows make of them.
-    """
-    if x.shape[1] <= GLOBAL_TOKENS:
-        return layer(x, position, memory, memory_position, padding)
-    batch, _, channels = x.shape
-    code = torch.zeros_like(x) if position is None else position.expand(batch, -1, -1)
-    hidden = x.new_zeros(batch, x.shape[1]) if padding is None else padding.to(x)
-    # Values, codes and padding travel together, so that they are cut alike.
-    carried = torch.cat([x, code, hidden[..., None]], dim=2)
-    maps = Tokens(carried[:, prefix:], tuple(grids)).maps()
-    read = torch.cat([carried[:, :prefix], *(_summary(each) for each in maps)], dim=1)
-    made, firsts = [], []
-    for whole in maps:
-        windows, layout = _windows(whole, WINDOW // 2 if shifted else 0)
-        count = len(windows) // batch
-        sequence = torch.cat([read.repeat_interleave(count, dim=0), windows], dim=1)
-        values, codes, masked = sequence.split([channels, channels, 1], dim=2)
-        repeated = None if memory is None else memory.repeat_interleave(count, dim=0)
-        out = layer(values, codes, repeated, memory_position, masked[..., 0] > 0.5)
-        firsts.append(out[:, :prefix].unflatten(0, (batch, count)).mean(dim=1))
-        made.append(_from_windows(out[:, read.shape[1] :], layout))
-    return torch.cat([torch.stack(firsts).mean(dim=0), *made], dim=1)
-
-
-def _summary(carried: Tensor) -> Tensor:
-    """(B, 2C + 1, h, w) values, code and padding -> (B, cells, 2C + 1): means over what is no padding."""
-    size = (min(SUMMARY, carried.shape[2]), min(SUMMARY, carried.shape[3]))
-    seen = 1 - carried[:, -1:]
-    share = F.adaptive_avg_pool2d(seen, size)
-    mean = F.adaptive_avg_pool2d(carried[:, :-1] * seen, size) / share.clamp(min=1e-6)
-    return torch.cat([mean, (share < 1e-6).to(mean)], dim=1).flatten(2).transpose(1, 2)
-
-
-def _windows(carried: Tensor, shift: int) -> tuple[Tensor, tuple[int, ...]]:
-    """(B, 2C + 1, h, w) -> (B * windows, WINDOW², 2C + 1), and what `_from_windows` needs; the margin is padding."""
-    batch, width, rows, columns = carried.shape
-    down, across = -(-(rows + shift) // WINDOW), -(-(columns + shift) // WINDOW)
-    margins = (shift, across * WINDOW - columns - shift, shift, down * WINDOW - rows - shift)
-    whole = torch.cat([F.pad(carried[:, :-1], margins), F.pad(carried[:, -1:], margins, value=1.0)], dim=1)
-    cells = whole.reshape(batch, width, down, WINDOW, across, WINDOW).permute(0, 2, 4, 3, 5, 1)
-    return cells.reshape(-1, WINDOW * WINDOW, width), (batch, rows, columns, down, across, shift)
-
-
-def _from_windows(windows: Tensor, layout: tuple[int, ...]) -> Tensor:
-    """(B * windows, WINDOW², C) -> (B, h * w, C)."""
-    batch, rows, columns, down, across, shift = layout
-    cells = windows.reshape(batch, down, across, WINDOW, WINDOW, -1).transpose(2, 3)
-    whole = cells.reshape(batch, down * WINDOW, across * WINDOW, -1)
-    return whole[:, shift : shift + rows, shift : shift + columns].flatten(1, 2)
 
 
 class GridCodes(nn.Module):
     """A learned code for each token: of its row and its column in its own grid, and of each prefix token."""
 
-    def __init__(self, grids: Sequence[Grid], channels: int, prefix: int = 0) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__()
-        self.rows = nn.ParameterList(_codes(grid[0], channels) for grid in grids)
-        self.columns = nn.ParameterList(_codes(grid[1], channels) for grid in grids)
-        self.prefix = _codes(prefix, channels) if prefix else None
+        self.rows = nn.ParameterList(_codes(grid[0], form.channels) for grid in form.grids)
+        self.columns = nn.ParameterList(_codes(grid[1], form.channels) for grid in form.grids)
+        self.prefix = _codes(form.prefix, form.channels) if form.prefix else None
 
     def forward(self) -> Tensor:
         """(1, P + N, C)."""
@@ -241,13 +159,27 @@ class ResidualConvolutions(nn.Module):
         return x + self.second(F.gelu(self.first(self.norm(x))))
 
 
+class Shuffle(nn.Module):
+    """(B, C * fh * fw, h, w) -> (B, C, h * fh, w * fw); `nn.PixelShuffle` for factors that may differ by side."""
+
+    def __init__(self, factors: Grid) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factors[0] == self.factors[1]:
+            return F.pixel_shuffle(x, self.factors[0])
+        grid = (x.shape[2], x.shape[3])
+        return unpatchify(x.flatten(2).transpose(1, 2), grid, self.factors)
+
+
 class Upsampling(nn.Module):
     """Maps on one or more grids -> (B, channels, H, W): convolutions on the finest grid, then pixel shuffles.
 
-    The number of shuffles follows from the prime factors of the patch (output cells a side of a grid cell), and
-    the width halves with every shuffle, so that all resolutions cost about the same; the last shuffle makes the
-    output, so that no convolution runs at the full resolution. What reaches beyond the size is cut off (or
-    resized, where it is a patch or more).
+    The number of shuffles follows from the prime factors of the patch (output cells a side of a grid cell), and the
+    width halves with every shuffle, so that all resolutions cost about the same; the last shuffle makes the output, so
+    that no convolution runs at the full resolution. What reaches beyond the size is cut off (or resized, where it is a
+    patch or more). On other grids than it was built for the output is larger or smaller in proportion.
 
         grid (h, w), width -> [depth x convolutions] -> (2h, 2w), width / 2 -> [convolutions] -> … -> (H, W)
     """
@@ -255,71 +187,54 @@ class Upsampling(nn.Module):
     def __init__(self, source: Form, channels: int, size: Grid, patch: Grid, width: int, depth: int) -> None:
         super().__init__()
         self.grids, self.prefix, self.size = source.grids, source.prefix, size
-        self.grid = _finest(source.grids)
+        finest = max(source.grids, key=area)
         # Where whole patches do not make the size, what they do make is resized, so that no cell is cut away.
-        self.fits = all(-(-side // step) == cells for side, step, cells in zip(size, patch, self.grid, strict=True))
+        self.fits = all(-(-side // step) == cells for side, step, cells in zip(size, patch, finest, strict=True))
         *steps, last = _factors(*patch)
-        self.stems = nn.ModuleList(nn.Linear(source.channels, width) for _ in self.grids)
+        self.stems = nn.ModuleList(nn.Linear(source.channels, width) for _ in source.grids)
         self.from_prefix = nn.Linear(source.prefix * source.channels, width) if source.prefix else None
         self.stages = nn.ModuleList([nn.Sequential(*(ResidualConvolutions(width) for _ in range(depth)))])
         for step in steps:
             narrower = max(16, width // 2 // 16 * 16)
-            self.stages.append(
-                nn.Sequential(
-                    nn.Conv2d(width, narrower * step[0] * step[1], 1),
-                    PixelShuffle(step),
-                    ResidualConvolutions(narrower),
-                )
-            )
+            spread = nn.Conv2d(width, narrower * area(step), 1)
+            self.stages.append(nn.Sequential(spread, Shuffle(step), ResidualConvolutions(narrower)))
             width = narrower
         self.norm = nn.GroupNorm(1, width)
-        self.head = _zeroed(nn.Conv2d(width, channels * last[0] * last[1], 3, padding=1))
-        self.shuffle = PixelShuffle(last)
+        self.head = _zeroed(nn.Conv2d(width, channels * area(last), 3, padding=1))
+        self.shuffle = Shuffle(last)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, P + N, C) -> (B, channels, H, W)."""
-        maps, start = [], self.prefix
-        for stem, (height, width) in zip(self.stems, self.grids, strict=True):
-            piece = stem(x[:, start : start + height * width])
-            start += height * width
-            map_ = piece.transpose(1, 2).unflatten(2, (height, width))
-            maps.append(map_ if (height, width) == self.grid else F.interpolate(map_, self.grid))
-        y = torch.stack(maps).sum(dim=0) if len(maps) > 1 else maps[0]
+    def forward(self, x: Tensor, grids: tuple[Grid, ...] = ()) -> Tensor:
+        """x: (B, P + N, C) on `grids` (default: those it was built for) -> (B, channels, H, W)."""
+        grids = grids or self.grids
+        maps = Tokens(x, grids, self.prefix).maps()
+        finest = max(grids, key=area)
+        parts = [stem(whole.movedim(1, 3)).movedim(3, 1) for stem, whole in zip(self.stems, maps, strict=True)]
+        y = torch.stack([part if part.shape[2:] == finest else F.interpolate(part, finest) for part in parts]).sum(0)
         if self.from_prefix is not None:
             y = y + self.from_prefix(x[:, : self.prefix].flatten(1))[:, :, None, None]
         for stage in self.stages:
             y = stage(y)
         y = self.shuffle(self.head(F.gelu(self.norm(y))))
+        if grids != self.grids:
+            return y
         return y[:, :, : self.size[0], : self.size[1]] if self.fits else F.interpolate(y, self.size, mode="bilinear")
 
 
-class PixelShuffle(nn.Module):
-    """(B, C * fh * fw, h, w) -> (B, C, h * fh, w * fw); torch's own, for factors that differ by side too."""
-
-    def __init__(self, factors: Grid) -> None:
-        super().__init__()
-        self.factors = factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        tall, wide = self.factors
-        if tall == wide:
-            return F.pixel_shuffle(x, tall)
-        batch, channels, height, width = x.shape
-        cells = x.reshape(batch, channels // (tall * wide), tall, wide, height, width)
-        return cells.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * tall, width * wide)
-
-
 class UpsamplingResidual(nn.Module):
-    """Tokens -> pixels."""
+    """Tokens -> pixels, or tokens of an equal or finer grid where the stage between is of convolutions or pooling."""
 
     def __init__(self, design: Design) -> None:
         super().__init__()
-        size = design.destination.grids[0]
-        self.upsampling = Upsampling(design.source, 3, size, design.patch, design.width, design.depth)
+        end = design.destination
+        self.flat = end.kind == "tokens"
+        self.upsampling = Upsampling(
+            design.source, end.channels, end.grids[0], design.patch, design.width, design.depth
+        )
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        return self.upsampling(x)
+        y = self.upsampling(x, around.grids)
+        return y.flatten(2).transpose(1, 2) if self.flat else y
 
 
 class SetUpsamplingResidual(nn.Module):
@@ -330,215 +245,120 @@ class SetUpsamplingResidual(nn.Module):
         size, width = design.destination.grids[0], design.width
         grid = (-(-size[0] // design.patch[0]), -(-size[1] // design.patch[1]))
         self.embed = nn.Linear(design.source.channels, width)
-        self.slots = _codes(design.source.count, width)
-        self.map = _codes(grid[0] * grid[1], width)
-        self.layers = nn.ModuleList(
-            AttentionLayer(width, design.heads, 2 * width, own=False, crossed=True) for _ in range(2)
-        )
-        tokens = Form("tokens", width, (grid,))
-        self.upsampling = Upsampling(tokens, 3, size, design.patch, width, design.depth)
+        self.slots, self.map = _codes(design.source.count, width), _codes(area(grid), width)
+        self.layers = nn.ModuleList(Layer(width, design.heads, 2 * width, own=False, crossed=True) for _ in range(2))
+        self.upsampling = Upsampling(Form("tokens", width, (grid,)), 3, size, design.patch, width, design.depth)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        memory = self.embed(x)
-        asked = self.map.expand(len(x), -1, -1)
+        memory, y = self.embed(x), self.map.expand(len(x), -1, -1)
         for layer in self.layers:
-            asked = layer(asked, None, memory, self.slots)
-        return self.upsampling(asked)
+            y = layer(y, memory=memory, memory_code=self.slots)
+        return self.upsampling(y)
 
 
-class ConvolutionResidual(nn.Module):
-    """Tokens -> tokens of an equal or finer grid, where the stage between them is of convolutions or pooling."""
+class TransformerResidual(nn.Module):
+    """Tokens or queries -> the same form: layers that see positional codes.
 
-    def __init__(self, design: Design) -> None:
-        super().__init__()
-        destination = design.destination
-        self.upsampling = Upsampling(
-            design.source,
-            destination.channels,
-            destination.grids[0],
-            design.patch,
-            design.width,
-            design.depth,
-        )
-
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        return self.upsampling(x).flatten(2).transpose(1, 2)
-
-
-class BlocksResidual(nn.Module):
-    """Tokens -> tokens through timm's transformer blocks; padded tokens are not looked at."""
-
-    def __init__(self, design: Design) -> None:
-        super().__init__()
-        self.prefix, channels = design.source.prefix, design.source.channels
-        self.blocks = nn.Sequential(
-            *(
-                Block(channels, design.heads, mlp_ratio=design.hidden / channels, qkv_bias=True)
-                for _ in range(design.depth)
-            )
-        )
-        self.head = _head(channels, design.destination.channels)
-
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        mask = None
-        if around.padding is not None:
-            padding = _with_prefix(around.padding, self.prefix)
-            mask = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)[:, None, None]
-        for block in self.blocks:
-            x = block(x, attn_mask=mask)
-        return self.head(x)
-
-
-class EncoderResidual(nn.Module):
-    """Tokens -> tokens of the same form through encoder layers over all grids; padded tokens are not looked at.
-
-    Tokens on several grids have learned codes too, which tell the levels apart.
+    Queries, and tokens on several grids, have learned codes too, which tell them apart. With a memory ("decoder") zeros
+    with the destination's codes read the set; where it has no positional code, one is learned.
     """
 
     def __init__(self, design: Design) -> None:
         super().__init__()
-        self.form, channels = design.source, design.source.channels
-        self.codes = GridCodes(self.form.grids, channels, self.form.prefix) if len(self.form.grids) > 1 else None
-        self.layers = nn.ModuleList(AttentionLayer(channels, design.heads, design.hidden) for _ in range(design.depth))
-        self.head = _head(channels, design.destination.channels)
+        source, end, self.crossed = design.source, design.destination, design.kind == "decoder"
+        channels, self.prefix = end.channels, end.prefix
+        self.embed = nn.Linear(source.channels, channels) if self.crossed else None
+        self.slots = _codes(source.count, channels) if source.count else None
+        self.codes: nn.Parameter | GridCodes | None = None
+        if self.crossed and not design.positioned:
+            self.codes = _codes(end.count or sum(map(area, end.grids)), channels)
+        elif len(source.grids) > 1:
+            self.codes = GridCodes(source)
+        self.prefix_codes = _codes(self.prefix, channels) if self.crossed and self.prefix else None
+        self.layers = nn.ModuleList(
+            Layer(channels, design.heads, design.hidden, crossed=self.crossed) for _ in range(design.depth)
+        )
+        self.head = _head(channels, channels)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        prefix = self.form.prefix
-        position = None if around.position is None else F.pad(around.position, (0, 0, prefix, 0))
+        hidden = None if around.padding is None else F.pad(around.padding, (self.prefix, 0))
+        code = None if around.position is None else F.pad(around.position, (0, 0, self.prefix, 0))
+        if not self.crossed:
+            learned = self.slots if self.codes is None else self.codes()
+            code = learned if code is None else code if learned is None else code + learned
+            for layer in self.layers:
+                x = layer(x, code, hidden)
+            return self.head(x)
         if self.codes is not None:
-            position = self.codes() if position is None else position + self.codes()
-        padding = None if around.padding is None else _with_prefix(around.padding, prefix)
-        for number, layer in enumerate(self.layers):
-            x = attend(layer, x, self.form.grids, prefix, position, padding, shifted=number % 2 == 1)
-        return self.head(x)
+            code = F.pad(self.codes, (0, 0, self.prefix, 0))
+        assert code is not None
+        if self.prefix_codes is not None:
+            code = code + F.pad(self.prefix_codes, (0, 0, 0, code.shape[1] - self.prefix))
+        memory, y = self.embed(x), torch.zeros_like(code).expand(len(x), -1, -1)
+        for layer in self.layers:
+            y = layer(y, code, hidden, memory, self.slots)
+        return self.head(y)
 
 
 class SplittingResidual(nn.Module):
     """Tokens -> tokens on other grids, of other channels or with other prefix tokens: any form to any other.
 
-    What the stage did after it merged tokens is undone on the source's grids (its blocks, of its heads and width),
-    then every cell is split into the tokens under it by one linear map (a finer grid is gathered instead), and one
-    more layer runs on the destination's grids. A stage of convolutions or pooling has residual convolutions in both
-    places. Padded tokens are not looked at.
+    What the stage did after it merged tokens is undone on the source's grids, then every cell is split into the tokens
+    under it by one linear map (a finer grid is gathered instead), and one more layer runs on the destination's grids. A
+    stage of convolutions or pooling has residual convolutions in both places.
 
-        (h, w), C -> [depth x blocks] -> linear C -> k * k * C' -> (k h, k w), C' -> [block] -> (k h, k w), C'
+        (h, w), C -> [depth x layers] -> linear C -> k * k * C' -> (k h, k w), C' -> [layer] -> (k h, k w), C'
     """
 
     def __init__(self, design: Design) -> None:
         super().__init__()
-        self.source, self.destination, self.mixing = design.source, design.destination, design.mixing
-        self.layout = Layout(design.source, design.destination, "patches")
-        channels, wanted = design.source.channels, design.destination.channels
-        self.before, self.after = nn.ModuleList(), nn.ModuleList()
-        if self.mixing == "attention":
-            self.codes = GridCodes(self.source.grids, channels, self.source.prefix)
-            self.wanted_codes = GridCodes(self.destination.grids, wanted, self.destination.prefix)
-            for _ in range(design.depth):
-                self.before.append(AttentionLayer(channels, _divisor(channels, design.heads), design.hidden))
-            self.after.append(AttentionLayer(wanted, _divisor(wanted, design.heads), 2 * wanted))
+        source, end = self.source, self.destination = design.source, design.destination
+        self.layout = plan_layout(("", ""), source, end)
+        self.codes = self.end_codes = None
+        if design.mixing == "attention":
+            self.codes, self.end_codes = GridCodes(source), GridCodes(end)
+            heads = [_divisor(form.channels, design.heads) for form in (source, end)]
+            before = [Layer(source.channels, heads[0], design.hidden) for _ in range(design.depth)]
+            after = [Layer(end.channels, heads[1], 2 * end.channels)]
         else:
-            self.before.extend(ResidualConvolutions(channels) for _ in range(design.depth))
-            self.after.append(ResidualConvolutions(wanted))
+            before = [ResidualConvolutions(source.channels) for _ in range(design.depth)]
+            after = [ResidualConvolutions(end.channels)]
+        self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)
         self.split = nn.ModuleDict(
             {block: _linear(self.layout.inputs(block), self.layout.outputs(block)) for block in self.layout.main}
         )
-        self.first = nn.Linear(channels, wanted) if self.destination.prefix else None
-        self.first_codes = _codes(self.destination.prefix, wanted) if self.destination.prefix else None
-        self.head = _head(wanted, wanted)
+        self.first = nn.Linear(source.channels, end.channels) if end.prefix else None
+        self.first_codes = _codes(end.prefix, end.channels) if end.prefix else None
+        self.head = _head(end.channels, end.channels)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        source, destination = self.source, self.destination
-        position = self.codes() if self.mixing == "attention" else None
-        x = self._mixed(self.before, x, source, position, around.source_padding)
+        source, end = self.source, self.destination
+        x = self._mixed(self.before, x, source, self.codes and self.codes(), around.source_padding)
         tokens = Tokens(x, source.grids, source.prefix, around.source_padding)
-        parts = [] if self.first is None else [self._prefix(tokens)]
-        for block, linear in self.split.items():
-            grid, size = self.layout.row_grid(block), destination.grids[self.layout.level(block)]
+        parts = []
+        if self.first is not None:
+            equal = source.prefix == end.prefix
+            parts.append(self.first(tokens.prefix_values if equal else x.mean(1, keepdim=True)) + self.first_codes)
+        for level, (block, linear) in enumerate(self.split.items()):
             rows = linear(pack_source(tokens, self.layout, block)).unflatten(0, (len(x), -1))
-            whole = join(rows, grid, self.layout.patch_of(block), size)
+            grid, patch = self.layout.reading(block).rows, self.layout.patches[level]
+            whole = resized(unpatchify(rows, grid, patch, self.layout.canvas(level)), end.grids[level])
             parts.append(whole.flatten(2).transpose(1, 2))
-        y = torch.cat(parts, dim=1)
-        if self.mixing == "attention":
-            position = self.wanted_codes()
-            if around.position is not None:
-                position = position + F.pad(around.position, (0, 0, destination.prefix, 0))
-        return self.head(self._mixed(self.after, y, destination, position, around.padding))
-
-    def _prefix(self, tokens: Tokens) -> Tensor:
-        """(B, P', C'): each from its own prefix token, or all from the mean where the numbers differ."""
-        assert self.first is not None
-        assert self.first_codes is not None
-        equal = self.source.prefix == self.destination.prefix
-        read = tokens.prefix_values if equal else tokens.values.mean(dim=1, keepdim=True)
-        return self.first(read) + self.first_codes
+        code = self.end_codes and self.end_codes()
+        if code is not None and around.position is not None:
+            code = code + F.pad(around.position, (0, 0, end.prefix, 0))
+        return self.head(self._mixed(self.after, torch.cat(parts, dim=1), end, code, around.padding))
 
     def _mixed(
-        self, layers: nn.ModuleList, x: Tensor, form: Form, position: Tensor | None, padding: Tensor | None
+        self, layers: nn.ModuleList, x: Tensor, form: Form, code: Tensor | None, padding: Tensor | None
     ) -> Tensor:
-        if self.mixing == "attention":
-            masked = None if padding is None else _with_prefix(padding, form.prefix)
-            for number, layer in enumerate(layers):
-                x = attend(layer, x, form.grids, form.prefix, position, masked, shifted=number % 2 == 1)
-            return x
-        parts = [x[:, : form.prefix]]
-        for whole in Tokens(x, form.grids, form.prefix).maps():
+        if code is not None:
+            hidden = None if padding is None else F.pad(padding, (form.prefix, 0))
             for layer in layers:
-                whole = layer(whole)
-            parts.append(whole.flatten(2).transpose(1, 2))
-        return torch.cat(parts, dim=1)
-
-
-class DecoderResidual(nn.Module):
-    """Queries or predictions -> tokens, or another number of queries: zeros with positional codes read the set.
-
-    The memory is the set, with a learned query embedding as its position; where the destination has no positional
-    code, one is learned.
-    """
-
-    def __init__(self, design: Design) -> None:
-        super().__init__()
-        source, self.destination = design.source, design.destination
-        channels = self.destination.channels
-        self.embed = nn.Linear(source.channels, channels)
-        self.slots = _codes(source.count, channels)
-        self.prefix_codes = _codes(self.destination.prefix, channels) if self.destination.prefix else None
-        count = self.destination.count or sum(map(area, self.destination.grids))
-        self.codes = None if design.positioned else _codes(count, channels)
-        self.layers = nn.ModuleList(
-            AttentionLayer(channels, design.heads, design.hidden, crossed=True) for _ in range(design.depth)
-        )
-        self.head = _head(channels, channels)
-
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        position, padding = self.codes if self.codes is not None else around.position, around.padding
-        assert position is not None
-        if self.prefix_codes is not None:
-            position = torch.cat([self.prefix_codes.expand(len(position), -1, -1), position], dim=1)
-            padding = None if padding is None else _with_prefix(padding, self.destination.prefix)
-        memory = self.embed(x)
-        asked = torch.zeros_like(position).expand(len(x), -1, -1)
-        # Queries have no grid: one row of them.
-        grids = self.destination.grids or ((1, self.destination.count),)
-        for number, layer in enumerate(self.layers):
-            shifted = number % 2 == 1
-            asked = attend(layer, asked, grids, self.destination.prefix, position, padding, memory, self.slots, shifted)
-        return self.head(asked)
-
-
-class QueriesResidual(nn.Module):
-    """Queries -> queries through self-attention with a learned query embedding."""
-
-    def __init__(self, design: Design) -> None:
-        super().__init__()
-        channels = design.source.channels
-        self.slots = _codes(design.source.count, channels)
-        self.layers = nn.ModuleList(AttentionLayer(channels, design.heads, design.hidden) for _ in range(design.depth))
-        self.head = _head(channels, design.destination.channels)
-
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, self.slots)
-        return self.head(x)
+                x = layer(x, code, hidden)
+            return x
+        maps = [nn.Sequential(*layers)(whole) for whole in Tokens(x, form.grids, form.prefix).maps()]
+        return torch.cat([x[:, : form.prefix], *(whole.flatten(2).transpose(1, 2) for whole in maps)], dim=1)
 
 
 class MlpResidual(nn.Module):
@@ -546,30 +366,24 @@ class MlpResidual(nn.Module):
 
     def __init__(self, design: Design) -> None:
         super().__init__()
-        source = design.source
-        self.embed = nn.Linear(source.channels, design.hidden)
-        self.slots = None if source.kind == "tokens" else _codes(source.count, design.hidden)
+        self.embed = nn.Linear(design.source.channels, design.hidden)
+        self.slots = _codes(design.source.count, design.hidden) if design.source.count else None
         self.middle = nn.Linear(design.hidden, design.hidden)
         self.head = _head(design.hidden, design.destination.channels)
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        x = self.embed(x)
-        if self.slots is not None:
-            x = x + self.slots
+        x = self.embed(x) if self.slots is None else self.embed(x) + self.slots
         return self.head(F.gelu(self.middle(F.gelu(x))))
 
 
-LAYERS = (Block, AttentionLayer, ResidualConvolutions)  # what a training may compute again instead of keeping
-RESIDUALS: dict[str, type[nn.Module]] = {
+RESIDUALS: dict[Kind, type[nn.Module]] = {
     "upsampling": UpsamplingResidual,
+    "convolution": UpsamplingResidual,
     "set_upsampling": SetUpsamplingResidual,
-    "convolution": ConvolutionResidual,
-    "blocks": BlocksResidual,
-    "encoder": EncoderResidual,
+    "encoder": TransformerResidual,
+    "decoder": TransformerResidual,
+    "queries": TransformerResidual,
     "splitting": SplittingResidual,
-    "decoder": DecoderResidual,
-    "queries": QueriesResidual,
-    "heads": MlpResidual,
     "mlp": MlpResidual,
 }
 
@@ -594,94 +408,52 @@ def design_for(
     kind, patch = _kind(source, destination, stage), (1, 1)
     between = "" if stage is None else stage.kind
     if kind in ("upsampling", "convolution"):
-        pixels = destination.kind == PIXELS
-        patch = _patch(_finest(source.grids), destination.grids[0], reduction if pixels else None)
+        size, grid = destination.grids[0], max(source.grids, key=area)
+        patch = (-(-size[0] // grid[0]), -(-size[1] // grid[1]))
+        given = zip(size, reduction or patch, grid, strict=True)
+        if destination.kind == PIXELS and all(-(-side // step) == cells for side, step, cells in given):
+            patch = reduction or patch
     elif kind == "set_upsampling":
         patch = reduction or (8, 8)
     if width is None:
         width = min(384, max(64 if kind == "set_upsampling" else 32, source.channels * 3 // 4 // 16 * 16))
     layers, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
     mixing: Literal["attention", "convolution"] = "convolution" if between in LOCAL_STAGES else "attention"
-    if stage is not None and kind in ("blocks", "encoder", "decoder", "queries", "splitting") and mixing == "attention":
+    if stage is not None and kind in ("encoder", "decoder", "queries", "splitting") and mixing == "attention":
         layers = max(1, min(stage.depth, depth or stage.depth))
         heads, hidden = stage.heads or heads, stage.hidden or hidden
-    heads = _divisor(_attention_width(kind, source, destination, width), heads)
+    channels = {"decoder": destination.channels, "set_upsampling": width}.get(kind, source.channels)
+    heads = _divisor(channels, heads)
     return Design(kind, source, destination, layers, heads, hidden, width, patch, positioned, mixing)
 
 
-def _attention_width(kind: str, source: Form, destination: Form, width: int) -> int:
-    """Channels of the attention layers of a kind."""
-    return {"decoder": destination.channels, "set_upsampling": width}.get(kind, source.channels)
-
-
-LOCAL_STAGES = ("backbone", "convolution", "patch_embedding", "norm", "projection")  # without attention
-
-
-def _kind(source: Form, destination: Form, stage: Stage | None) -> str:
-    ends = (source.kind, destination.kind)
+def _kind(source: Form, destination: Form, stage: Stage | None) -> Kind:
     between = "" if stage is None else stage.kind
-    if ends == ("tokens", PIXELS):
-        return "upsampling"
     if destination.kind == PIXELS:
-        return "set_upsampling"
-    if ends == ("tokens", "tokens"):
+        return "upsampling" if source.kind == "tokens" else "set_upsampling"
+    if source.kind == destination.kind == "tokens":
         return _kind_between_tokens(source, destination, between)
-    if source.kind in ("queries", "predictions") and destination.kind == "tokens":
+    if source.kind == "tokens" or destination.kind == "predictions":
+        raise BacksightError(
+            f"There is no inverse module from {source} to {destination}: inverses run against the forward pass, in "
+            "which tokens come before queries and predictions come last; swap the taps."
+        )
+    if destination.kind == "tokens" or source.count != destination.count:
         return "decoder"
-    if destination.kind == "queries" and source.kind in ("queries", "predictions"):
-        if source.count != destination.count:
-            return "decoder"
-        if source.kind == "predictions":
-            return "heads"
-        return "mlp" if between == "norm" else "queries"
-    raise BacksightError(
-        f"There is no inverse module from {words(source)} to {words(destination)}: inverses run against the forward "
-        "pass, in which tokens come before queries and predictions come last; swap the taps."
-    )
+    return "mlp" if source.kind == "predictions" or between == "norm" else "queries"
 
 
-def _kind_between_tokens(source: Form, destination: Form, between: str) -> str:
-    same = (source.grids, source.prefix) == (destination.grids, destination.prefix)
+def _kind_between_tokens(source: Form, destination: Form, between: str) -> Kind:
     if between in ("backbone", "convolution", "patch_embedding"):
-        finest, plain = _finest(source.grids), destination.prefix == 0 and len(destination.grids) == 1
-        if plain and all(side >= cells for side, cells in zip(destination.grids[0], finest, strict=True)):
+        finest, single = max(source.grids, key=area), destination.prefix == 0 and len(destination.grids) == 1
+        if single and all(side >= cells for side, cells in zip(destination.grids[0], finest, strict=True)):
             return "convolution"
         return "splitting"
-    if not same:
+    if (source.grids, source.prefix) != (destination.grids, destination.prefix):
         return "splitting"
     if between not in ("blocks", "encoder", "decoder"):
         return "mlp"
-    if source.channels != destination.channels:
-        return "splitting"
-    if between == "encoder" or len(source.grids) > 1:
-        return "encoder"
-    # Beyond, tokens attend in windows, whose attention needs codes that say where in the window a token is.
-    return "blocks" if source.prefix + area(source.grids[0]) <= GLOBAL_TOKENS else "splitting"
-
-
-def _patch(grid: Grid, size: Grid, reduction: Grid | None) -> Grid:
-    """Output cells a side of a grid cell: the reduction where it fits, else size / grid, rounded up."""
-    if reduction is not None and all(-(-s // r) == g for s, r, g in zip(size, reduction, grid, strict=True)):
-        return reduction
-    return -(-size[0] // grid[0]), -(-size[1] // grid[1])
-
-
-def words(form: Form) -> str:
-    if form.kind == PIXELS:
-        return f"images of {form.grids[0][0]} x {form.grids[0][1]} pixels"
-    if form.kind != "tokens":
-        return f"{form.count} {form.kind} of {form.channels} channels"
-    grids = " + ".join(f"{height} x {width}" for height, width in form.grids)
-    return f"{form.prefix} prefix and {grids} grid tokens of {form.channels} channels"
-
-
-def _finest(grids: tuple[Grid, ...]) -> Grid:
-    return max(grids, key=area)
-
-
-def _with_prefix(padding: Tensor, prefix: int) -> Tensor:
-    """(B, N) -> (B, P + N): prefix tokens are never padding."""
-    return F.pad(padding, (prefix, 0))
+    return "encoder" if source.channels == destination.channels else "splitting"
 
 
 def _divisor(channels: int, heads: int) -> int:
@@ -699,15 +471,15 @@ def _linear(inputs: int, outputs: int) -> nn.Module:
 
 def _factors(tall: int, wide: int) -> list[Grid]:
     """Prime factors of both sides, in pairs, the largest last; (1, 1) for sides of one."""
-    sides = []
+    sides: list[list[int]] = []
     for number in (tall, wide):
-        found, divisor = [], 2
+        factors, divisor = [], 2
         while number > 1:
             while number % divisor == 0:
-                found.append(divisor)
+                factors.append(divisor)
                 number //= divisor
             divisor += 1
-        sides.append(found)
+        sides.append(factors)
     length = max(1, *map(len, sides))
     first, second = ([1] * (length - len(side)) + side for side in sides)
     return list(zip(first, second, strict=True))
@@ -726,3 +498,6 @@ def _zeroed(layer: nn.Linear | nn.Conv2d) -> Any:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+LAYERS = (Layer, ResidualConvolutions)  # until training has one backward pass a module
