@@ -11,7 +11,7 @@ from table import Row, compare, interleaved, write
 from torch import Tensor
 
 from backsight.inverses.linear import ALPHAS, RidgeAccumulator, fit_linear
-from backsight.inverses.patches import patchify
+from backsight.inverses.rows import patchify
 from backsight.targets import load_target
 
 IMAGES, VALIDATION, BATCH = 256, 64, 64

@@ -15,21 +15,9 @@ import torch
 from table import Row, compare, interleaved, write
 from torch import Tensor
 
-from backsight.inverses.linear import (
-    ALPHAS,
-    PIXELS,
-    RANK,
-    Request,
-    _accumulated,
-    _passes,
-    _solved,
-    fit_linear,
-    form_of,
-    plan_layout,
-)
+from backsight.inverses.linear import fit_linear
 from backsight.studies.efficiency import count_flops
 from backsight.targets import load_target
-from backsight.targets.base import Target
 
 FULL = os.environ.get("SIZE") == "full"
 IMAGES = 64 if FULL else 8
@@ -52,36 +40,21 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def moments(target: Target, images: Tensor, products: str, precision: str) -> object:
-    """The pass alone: every fifth image is held out, as without a validation split."""
-    taps = target.taps[:13]  # the patch embedding and twelve blocks
-    requests = [Request(tap, PIXELS) for tap in taps]
-
-    def planned(request, source, destination):  # type: ignore[no-untyped-def]
-        return plan_layout((request.source, PIXELS), form_of(source), form_of(destination), target.reduction)
-
-    passes = _passes(target, images, None, taps, BATCH, False, precision)  # type: ignore[arg-type]
-    return _accumulated(passes, requests, planned, products, 0)  # type: ignore[arg-type]
-
-
 def stream() -> list[Row]:
     """The pass with all moments against the plain frozen pass over the same images."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target("vit_base_patch16_224", pretrained=False).to(device)
     images = torch.rand(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
-    def plain(precision: str = "float32") -> None:
+    def plain() -> None:
         for batch in images.split(BATCH):
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                target(batch.to(device))
+            target(batch.to(device))
 
+    taps = target.taps[:13]  # the patch embedding and twelve blocks
     cases: dict[str, Callable[[], object]] = {
         "plain": plain,
-        "float32": lambda: moments(target, images, "float32", "float32"),
-        "float64": lambda: moments(target, images, "float64", "float32"),
+        "fit": lambda: fit_linear(target, images, taps=taps, batch_size=BATCH, progress=False),
     }
-    if torch.cuda.is_available():
-        cases["bfloat16"] = lambda: moments(target, images, "float32", "bfloat16")
     seconds = interleaved(cases, REPEATS)
     forward = count_flops(lambda: target(images[:1].to(device)))
     tokens, inputs, outputs = 197, 768, 768
@@ -90,47 +63,16 @@ def stream() -> list[Row]:
     case = f"ViT-B/16, 13 taps, {IMAGES} images of 224 px"
     rows = [
         compare(
-            "one_pass", case, f"seconds, all moments ({name}) / plain pass", seconds[name], "s", seconds["plain"], goal
+            "one_pass", case, "seconds, fit of all taps / plain pass", seconds["fit"], "s", seconds["plain"], "<= 1.5"
         )
-        for name, goal in (("float32", "<= 1.25"), ("float64", "<= 1.25"), ("bfloat16", "<= 0.6"))
-        if name in seconds
     ]
-    if "bfloat16" not in seconds:
-        text = "seconds of a bfloat16 matrix product / float32 (no bfloat16 in hardware: its pass is not run)"
-        fast, slow = (matmul_peak(kind, 512) for kind in (torch.float32, torch.bfloat16))
-        rows.append(compare("one_pass", case, text, 1 / slow, "s a FLOP", 1 / fast, "<= 0.5 to be of use"))
     rows.append(
         Row("one_pass", case, "counted floor: FLOPs of pass and moments / pass", floor, "1", 1.0, floor, "a floor")
     )
-    for kind, name in ((torch.float32, "float32"), (torch.float64, "float64")):
-        peak = matmul_peak(kind)
-        extra = (seconds[name] - seconds["plain"]) / IMAGES
-        done = 0.75 * gram + cross  # two panels: three quarters of the Gram matrix
-        rows.append(
-            compare("one_pass", case, f"FLOP/s of the moments ({name}) / matmul peak", done / extra, "1/s", peak, "1")
-        )
     peak = matmul_peak(torch.float32)
     rate = forward * IMAGES / seconds["plain"]
     rows.append(compare("one_pass", case, "FLOP/s of the plain pass / matmul peak", rate, "1/s", peak, "1"))
-    return [*rows, *solves(target, images, seconds["plain"] / IMAGES)]
-
-
-def solves(target: Target, images: Tensor, forward: float) -> list[Row]:
-    """What comes once, whatever the number of images: 21 ridge strengths of 13 taps, their choice and scores."""
-    kept = moments(target, images[:8], "float32", "float32")
-    together = _seconds(lambda: _solved(kept, ALPHAS, RANK, 0))  # type: ignore[arg-type]
-    case = f"ViT-B/16, 13 taps, {len(ALPHAS)} strengths"
-    return [
-        compare(
-            "one_pass",
-            case,
-            "seconds of all solves / forward pass of one image",
-            together,
-            "s",
-            forward,
-            "the cost of a few images",
-        )
-    ]
+    return rows
 
 
 def memory() -> list[Row]:

@@ -15,7 +15,7 @@ from backsight import load_target
 from backsight.data import distributed
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError
-from backsight.inverses.linear import fit_linear_pairs
+from backsight.inverses.linear import fit_linear_pairs, readable
 from backsight.inverses.module import Inverses
 from backsight.representation import Tokens
 from backsight.targets.base import Preprocessing, Target, seeded
@@ -227,7 +227,7 @@ def test_validation_images_are_counted_once_and_passed_once(vit, monkeypatch) ->
 def test_what_an_inverse_must_not_see_is_left_out_and_all_else_is_counted() -> None:
     tokens = Tokens(torch.ones(2, 4, 3), ((2, 2),), 0, torch.zeros(2, 4, dtype=torch.bool), torch.ones(1, 4, 3))
     seen = Tokens(tokens.values, tokens.grids, 0, tokens.padding, tokens.position, {"pyramid": torch.ones(2, 999)})
-    plain = fitting._plain(seen)
+    plain = readable(seen)
     assert not plain.context
     assert fitting._bytes(fitting.Batch(torch.ones(2), {"tap": plain})) == 4 * (2 + 24 + 12) + 8
 

@@ -533,10 +533,10 @@ def recorded_batches(
         return
     for batch in itertools.islice(batches(images, batch_size, workers=workers), steps):
         batch = batch.to(target.device)
-        yield batch, {tap: plain(held) for tap, held in target.record(batch, taps).items()}
+        yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
 
 
-def plain(representation: Representation) -> Representation:
+def readable(representation: Representation) -> Representation:
     """In float32, and without the context that only `from_tap` may read: an inverse must not see it."""
     if isinstance(representation, Queries):
         return Queries(representation.values.float())

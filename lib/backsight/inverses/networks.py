@@ -498,6 +498,3 @@ def _zeroed(layer: nn.Linear | nn.Conv2d) -> Any:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-LAYERS = (Layer, ResidualConvolutions)  # until training has one backward pass a module

@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.layouts import PIXELS, Form, Pair, form_of, plan_layout
 from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
 from backsight.inverses.module import Inverse, Inverses
+from backsight.inverses.rows import PIXELS, Form, Pair, form_of, plan_layout
 from backsight.measures.pixels import psnr
 from backsight.representation import Queries, Representation
 from backsight.studies.nulls import null_mean, shuffled

@@ -26,11 +26,11 @@ from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, _identity
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.inverses.layouts import PIXELS, Form, Pair, area, form_of, plan_layout
-from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, recorded_batches
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, readable, recorded_batches
 from backsight.inverses.module import Chain, Inverse, Inverses, Moments, header_for
 from backsight.inverses.networks import design_for
-from backsight.representation import Queries, Representation, Tokens, concatenate
+from backsight.inverses.rows import PIXELS, Form, Pair, area, form_of, plan_layout
+from backsight.representation import Representation, Tokens, concatenate
 from backsight.targets.base import Target, seeded
 from backsight.training.loop import gpu_autocast, train
 
@@ -455,22 +455,14 @@ def _on_device(
     if recorded is None:
         with torch.no_grad(), gpu_autocast(device):
             recorded = target.record(images, taps)
-    return Batch(images, {tap: _plain(recorded[tap].to(device)) for tap in taps})
+    return Batch(images, {tap: readable(recorded[tap].to(device)) for tap in taps})
 
 
 def _recorded(
     target: Target, images: Images, taps: Sequence[str], batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
     for shown, recorded in recorded_batches(target, images, taps, batch_size, limit=limit):
-        yield Batch(shown, {tap: _plain(held) for tap, held in recorded.items()})
-
-
-def _plain(representation: Representation) -> Representation:
-    """float32, and without what an inverse must not see."""
-    if isinstance(representation, Queries):
-        return Queries(representation.values.float())
-    representation = representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return replace(representation, context={}) if isinstance(representation, Tokens) else representation
+        yield Batch(shown, {tap: readable(held) for tap, held in recorded.items()})
 
 
 def _bytes(batch: Batch | None) -> int:

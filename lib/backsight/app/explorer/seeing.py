@@ -25,9 +25,8 @@ from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.families import SOLVED, Reconstruct
 from backsight.inverses.files import load, save, shipped_inverses
-from backsight.inverses.layouts import form_of
 from backsight.inverses.linear import fit_linear
-from backsight.inverses.networks import words
+from backsight.inverses.rows import form_of
 from backsight.measures.pixels import psnr, ssim
 from backsight.measures.structure import bands, hue_errors, mean_hue, spectrum
 from backsight.project import results_root, write_atomically
@@ -442,8 +441,8 @@ def _refuse_another_form(view: View, tap: str, recorded: Mapping[str, Representa
     read = form_of(recorded[view.inverse_tap or tap])
     if view.family in SOLVED and form_of(recorded[tap]) != read:
         raise BacksightError(
-            f"The {view.family} inverse of {view.inverse_tap!r} reads {words(read)}, but {tap!r} holds "
-            f"{words(form_of(recorded[tap]))}: choose a layer of the same form."
+            f"The {view.family} inverse of {view.inverse_tap!r} reads {read}, but {tap!r} holds "
+            f"{form_of(recorded[tap])}: choose a layer of the same form."
         )
 
 
