@@ -27,7 +27,7 @@ from backsight.exact.starts import by_group
 from backsight.inverses.files import read, write
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.module import header_for
-from backsight.inverses.patches import patchify
+from backsight.inverses.rows import patchify
 from backsight.representation import Tokens
 from backsight.targets.base import Target
 

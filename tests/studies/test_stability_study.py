@@ -17,7 +17,7 @@ from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, exact_inverses
 from backsight.exact.map import MapInverse, MapSettings, Noise
 from backsight.inverses.linear import fit_linear
-from backsight.inverses.patches import patchify
+from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr
 from backsight.plots.stability import (
     amplification_by_step,

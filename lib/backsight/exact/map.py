@@ -36,7 +36,7 @@ from backsight.exact.solver import Linearised, conjugate_gradients, dot, factore
 from backsight.exact.starts import HELD_OUT, by_group, covariance, groups, of_tokens, ridge
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.module import Inverses, described, header_for, rebuilt
-from backsight.inverses.patches import patchify, unpatchify
+from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Queries, Representation, Tokens, concatenate
 from backsight.targets.base import PIXELS, Target
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from backsight.exact.steps import Step
-from backsight.inverses.patches import patchify, unpatchify
 from backsight.inverses.ridge import RidgeAccumulator
+from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Tokens
 from backsight.targets.base import Target
 

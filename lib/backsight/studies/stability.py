@@ -42,7 +42,7 @@ from backsight.exact.solver import Linearised
 from backsight.exact.starts import Embedding, measured_embedding
 from backsight.exact.steps import NotInvertibleError, in_precision
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.patches import patchify
+from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr, ssim
 from backsight.representation import Representation, concatenate
 from backsight.studies.amplification import amplification, chain_amplification
