@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -372,6 +373,20 @@ def test_an_encoder_at_another_size(tmp_path: Path) -> None:
     assert target.record(images(target))[target.taps[-1]].grids == ((4, 8),)  # type: ignore[union-attr]
 
 
+def test_an_encoder_without_processor_has_its_own_size(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**{**VISION, "image_size": [32, 64]})
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="preprocessor_config"):
+        target = load_target(str(tmp_path))
+    assert target.image_size == (32, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(target(images(target)), model(target.preprocessing.normalise(images(target))).logits)
+    with pytest.warns(UserWarning, match="preprocessor_config"):
+        assert load_target(str(tmp_path), pretrained=False, num_hidden_layers=1).model.config.num_hidden_layers == 1
+    refused(str(tmp_path), "hidden_size", hidden_sise=12)
+
+
 def test_checkpoints_of_transformers_models(tmp_path: Path) -> None:
     """In parts, in the older format, wrapped by a training script, and with a folder's configuration."""
     with seeded(0):
@@ -389,6 +404,31 @@ def test_checkpoints_of_transformers_models(tmp_path: Path) -> None:
     torch.save({"model": state, "epoch": 3}, tmp_path / "mine.ckpt")
     assert load_target(str(tmp_path)).weights_hash == digest
     assert load_target(f"{tmp_path}@{tmp_path / 'mine.ckpt'}").weights_hash == digest
+
+
+def test_names_of_the_hub_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of transformers, and a repository of timm's that is named as transformers names them."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("encoder", "timm"):
+        place = tmp_path / f"models--somebody--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0" * 40)
+        folder = place / "snapshots" / ("0" * 40)
+        if name == "encoder":
+            with seeded(9):
+                transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(folder)
+            (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 32}}))
+        else:
+            model = timm.create_model("test_vit", num_classes=7, **TINY)
+            timm.models.save_for_hf(model, folder, model_config={"model_args": TINY}, safe_serialization=True)
+    for name in ("somebody/encoder", "somebody/timm", "hf-hub:somebody/timm"):
+        check_target(name)
+        target = load_target(name)
+        assert (target.name, target.weights, target.image_size) == (name, "pretrained", (32, 32))
+    assert torch.equal(target.model.head.weight, model.head.weight)
+    assert (
+        load_target("somebody/encoder").weights_hash != load_target("somebody/encoder", pretrained=False).weights_hash
+    )
 
 
 def test_half_precision_weights_run_in_single(placed: Path) -> None:

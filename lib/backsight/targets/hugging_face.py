@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.targets.base import TAP_SETS, Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import (
     Choice,
@@ -65,14 +65,21 @@ class Encoder(ModuleTarget):
         return super().resolve_taps(RECOMMENDED if isinstance(taps, str) and taps in TAP_SETS else taps)
 
     def _randomised(self) -> nn.Module:
-        return _of_any_size(type(self.model)(self.model.config))
+        model = type(self.model)(self.model.config).eval().requires_grad_(False)
+        return _of_any_size(model) if isinstance(self.model.forward, functools.partial) else model
 
 
 def _of_any_size(model: nn.Module) -> nn.Module:
-    """Models that resample their position embedding do so only when they are told to."""
+    """Models that can resample their position embedding do so only when they are told to."""
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         model.forward = functools.partial(model.forward, interpolate_pos_encoding=True)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def _own_size(config: Any) -> Size | None:
+    """(H, W) that config.json says, of models that have one."""
+    side = getattr(config, "image_size", None)
+    return (side, side) if isinstance(side, int) else tuple(side) if side else None
 
 
 def configuration(source: Source, arguments: Mapping[str, Any]) -> Any:
@@ -81,7 +88,13 @@ def configuration(source: Source, arguments: Mapping[str, Any]) -> Any:
 
     where, revision = _place(source)
     with explained(source, "model of transformers"):
-        return transformers.AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False, **arguments)
+        config, unused = transformers.AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=False, return_unused_kwargs=True, **arguments
+        )
+    if stray := sorted(unused.keys() & arguments.keys()):
+        known = nearest(stray[0], [*config.to_dict()])
+        raise BacksightError(f"The configuration of {source.name} has no {stray[0]!r}; {known}.")
+    return config
 
 
 def _place(source: Source) -> tuple[str, str | None]:
@@ -100,7 +113,7 @@ def transformers_target(
             own = unique(kind(config).to("meta"))  # some make a tensor where no context reaches
     label, choice = source.label if pretrained else "random", None
     if pretrained and source.checkpoint is not None:
-        choice = _transformers_choice(source, source.checkpoint, kind, config, own)
+        choice = _transformers_choice(source, source.checkpoint, kind, config, own, fill)
         label = choice.label(label)
     if pretrained and fill:
         model = _loaded(source, kind, config, choice)
@@ -117,9 +130,11 @@ def transformers_target(
         return target
     if not fill:
         return None
-    preprocessing = _processing(source, config, None)
+    preprocessing, model = _processing(source, config, None), model.eval().requires_grad_(False)
     preprocessing = dataclasses.replace(preprocessing, size=size or preprocessing.size)
-    target = Encoder(_of_any_size(model), RECOMMENDED, preprocessing, name=source.name)
+    if preprocessing.size != _own_size(config):
+        model = _of_any_size(model)
+    target = Encoder(model, RECOMMENDED, preprocessing, name=source.name)
     target.weights, target.classes = label, tuple(named) if "Classification" in kind.__name__ else None
     return target
 
@@ -146,8 +161,11 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
     return kind, config
 
 
-def _transformers_choice(source: Source, path: Path, kind: Any, config: Any, own: Mapping[str, Tensor]) -> Choice:
-    """The weights of a file, compared with the architecture; names that differ may mean the same tensor."""
+def _transformers_choice(
+    source: Source, path: Path, kind: Any, config: Any, own: Mapping[str, Tensor], fill: bool
+) -> Choice:
+    """The weights of a file, compared with the architecture as far as that can be done before transformers loads it:
+    it renames some names as it does, and a weight that is shared has two."""
     tensors = read_tensors(path)
     choice = choose(tensors, own)
     common = [name for name in own if name in choice.state and own[name].ndim == choice.state[name].ndim > 0]
@@ -157,14 +175,15 @@ def _transformers_choice(source: Source, path: Path, kind: Any, config: Any, own
             config.num_labels = config.num_labels + further.pop()
             with torch.device("meta"):
                 own = unique(kind(config).to("meta"))
-    # transformers renames some names as it loads, and a weight that is shared has two: their shapes have to pair.
     state = choice.state
-    missing = Counter(tensor.shape for name, tensor in own.items() if name not in state)
-    spare = Counter(tensor.shape for name, tensor in state.items() if name not in own)
-    known = {
-        name: own[name] for name in own.keys() - state.keys() if missing[own[name].shape] <= spare[own[name].shape]
-    }
-    known |= {name: value for name, value in state.items() if name in own or spare[value.shape] > missing[value.shape]}
+    if fill:
+        own = {name: own[name] for name in common if own[name].shape == state[name].shape}
+        known = {name: state[name] for name in own}
+    else:  # the shapes of the names that differ have to pair
+        missing = Counter(tensor.shape for name, tensor in own.items() if name not in state)
+        spare = Counter(tensor.shape for name, tensor in state.items() if name not in own)
+        known = {name: t for name, t in own.items() if name not in state and missing[t.shape] <= spare[t.shape]}
+        known |= {name: t for name, t in state.items() if name in own or spare[t.shape] > missing[t.shape]}
     if words := misfit(known, own):
         raise unfit(source.name, path, words, choice)
     return choice
@@ -212,6 +231,10 @@ def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing
     """What the model's own image processor does. step: of a detector, whose images may have any aspect ratio."""
     try:
         processor = _processor(source, config)
+        if processor is None:  # no file: what its type usually does, at its own size
+            processor = _usual(config)()
+            if step is None and (own := _own_size(config)):
+                processor.size, processor.do_center_crop = {"height": own[0], "width": own[1]}, False
         size, crop = _processed_size(processor, config, step)
         factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
@@ -229,21 +252,27 @@ def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing
         ) from error
 
 
-def _processor(source: Source, config: Any) -> Any:
+def _usual(config: Any) -> Any:
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-    known = IMAGE_PROCESSOR_MAPPING.get(type(config), {})
-    usual = known.get("torchvision") or getattr(transformers, PROCESSORS.get(config.model_type, "ViTImageProcessor"))
+    known = IMAGE_PROCESSOR_MAPPING.get(type(config), {}).get("torchvision")
+    return known or getattr(transformers, PROCESSORS.get(config.model_type, "ViTImageProcessor"))
+
+
+def _processor(source: Source, config: Any) -> Any:
+    """The image processor of a folder or of the hub, None where a folder has none."""
+    from transformers import AutoImageProcessor
+
     where, revision = _place(source)
-    files = [Path(where, f"{name}_config.json") for name in ("preprocessor", "processor")]
-    if source.config and not any(file.exists() for file in files):
-        warnings.warn(f"{source.name} has no preprocessor_config.json: images are prepared as usual.", stacklevel=2)
-        return usual()
-    named = read_object(files[0]).keys() & {"image_processor_type", "feature_extractor_type"}
-    if source.config and files[0].exists() and not named:
-        return usual.from_pretrained(where)
-    return transformers.AutoImageProcessor.from_pretrained(where, revision=revision, trust_remote_code=False)
+    if source.config:
+        values = read_object(Path(where, "preprocessor_config.json"))
+        if not values and not Path(where, "processor_config.json").exists():
+            warnings.warn(f"{source.name} has no preprocessor_config.json: images are prepared as usual.", stacklevel=2)
+            return None
+        if values and not values.keys() & {"image_processor_type", "feature_extractor_type"}:
+            return _usual(config).from_pretrained(where)
+    return AutoImageProcessor.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
 def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Size, float]:
@@ -252,9 +281,9 @@ def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Siz
     Where a detector's processor keeps the aspect ratio (shortest and longest edge), it is a 4:3 picture of at most 480
     pixels in height: the size at which DETR was inverted in the paper, and a third of the cost of 800 x 1066.
     """
-    rule, crop, own = processor.size, getattr(processor, "crop_size", None), getattr(config, "image_size", None) or 224
+    rule, crop = processor.size, getattr(processor, "crop_size", None)
     if not getattr(processor, "do_resize", True) or not rule:
-        return ((own, own) if isinstance(own, int) else tuple(own)), 1.0
+        return _own_size(config) or (224, 224), 1.0
     short, long = rule.get("shortest_edge"), rule.get("longest_edge")
     if getattr(processor, "do_center_crop", None) and crop:
         return (crop["height"], crop["width"]), crop["height"] / (short or rule.get("height") or crop["height"])
