@@ -1,7 +1,6 @@
 """A name becomes a target: shipped, timm, transformers, folders; and what cannot be loaded is refused in a sentence."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -431,14 +430,6 @@ def test_names_of_the_hub_from_its_cache(tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-def test_half_precision_weights_run_in_single(placed: Path) -> None:
-    path = placed / "scenes-detr" / "model.safetensors"
-    save_file(
-        {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}, path
-    )
-    assert {tensor.dtype for tensor in load_target("scenes-detr").model.parameters()} == {torch.float32}
-
-
 def test_original_detr_files_are_told_from_transformers(placed: Path, tmp_path: Path) -> None:
     content = {"model": {"transformer.x": torch.zeros(3), "class_embed.weight": torch.zeros(92, 256)}}
     torch.save(content, tmp_path / "detr-r50.pth")
@@ -507,8 +498,3 @@ def test_crop_and_interpolation_of_an_encoder(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     preprocessing = load_target(str(tmp_path)).preprocessing
     assert (preprocessing.size, preprocessing.crop_fraction, preprocessing.interpolation) == ((32, 32), 0.8, "bicubic")
-
-
-def test_copies_of_shipped_folders_anywhere(tmp_path: Path) -> None:
-    shutil.copytree(weights_folder() / "scenes-vit", tmp_path / "mine")
-    assert load_target(str(tmp_path / "mine")).weights_hash == load_target("scenes-vit").weights_hash

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -170,26 +170,12 @@ def _timm(
             model.load_pretrained(str(path)) if state is None else model.load_state_dict(state)
     if not fill and not isinstance(model, VisionTransformer):
         return None
-    build = functools.partial(_constructed, source, arguments)
-    preprocessing = _timm_preprocessing(source, model, arguments, size)
+    preprocessing, classes = _timm_preprocessing(source, model, arguments, size), _timm_classes(source, model)
     weights = label if pretrained else "random"
-    return timm_target(model, source.name, weights, build, preprocessing, _timm_classes(source, model))
-
-
-def timm_target(
-    model: nn.Module,
-    name: str,
-    weights: str,
-    build: Callable[[], nn.Module],
-    preprocessing: Preprocessing,
-    classes: Sequence[str] | None = None,
-) -> Target:
-    """The target of a timm model, by the adapter for its class. build: the same architecture with random weights."""
-    from timm.models import VisionTransformer
-
     if isinstance(model, VisionTransformer):
-        return TimmTransformer(model, name, weights, preprocessing, classes)
-    return TimmIntermediates(model, name, weights, build, preprocessing, classes)
+        return TimmTransformer(model, source.name, weights, preprocessing, classes)
+    build = functools.partial(_constructed, source, arguments)
+    return TimmIntermediates(model, source.name, weights, build, preprocessing, classes)
 
 
 def _constructed(
