@@ -31,7 +31,6 @@ OWED = {
     ("data.features", "targets.base"),
     ("data.images", "scenes.photographs"),
     ("data.images", "scenes.render"),
-    ("targets.module", "data.images"),
 }
 OWED_BY_STUDIES = {
     ("studies.colour_targets", "studies.colour"),

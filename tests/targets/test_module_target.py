@@ -188,10 +188,11 @@ def test_axes_and_grids_can_be_given() -> None:
             return self.head(self.flat(self.stem(images)).mean(2))
 
     model = _made(Flat)
-    # 24 channels of 24 places: only the user knows.
-    wrong = module_target(model, ["flat"], image_size=(16, 24))
+    # 24 channels of 24 places: a change of the picture tells them apart, and the user can.
+    with pytest.warns(UserWarning, match="unusual"):
+        found = module_target(model, ["flat"], image_size=(16, 24))
     right = module_target(model, ["flat"], image_size=(16, 24), axes={"flat": "bcn"})
-    assert [each.describe()["axes"][0] for each in (wrong, right)] == ["bnc", "bcn"]
+    assert [each.describe()["axes"][0] for each in (found, right)] == ["bcn", "bcn"]
     stem = module_target(model, ["stem"], image_size=(16, 24)).record(_images())["stem"]
     torch.testing.assert_close(right.record(_images())["flat"].values, stem.values)
     _agrees(right, _images())
@@ -232,7 +233,7 @@ def test_a_module_that_is_called_several_times() -> None:
     x = model.stem(_images())
     torch.testing.assert_close(recorded["block@0"].map(), model.block(x).detach())
     _agrees(target, _images())
-    assert [tap for tap in target.available_taps if "@" in tap] == ["block@0", "block@1", "block@2"]
+    assert [tap for tap in target.available_taps if tap[-2:] in ("@0", "@1", "@2")] == ["block@0", "block@1", "block@2"]
     twice = nn.Sequential(shared := nn.Conv2d(3, 3, 1), shared)
     with pytest.raises(BacksightError, match="more than once"):
         module_target(twice, ["1"], image_size=(8, 8))
@@ -271,7 +272,7 @@ def test_what_goes_around_a_tap_is_refused_or_travels_with_it() -> None:
     assert pair.context["[1]"].shape == (3, 6, 4, 6)
     torch.testing.assert_close(target.from_tap("pair", pair), target(images))
     torch.testing.assert_close(target.from_tap("pair", pair.index([2])), target(images[2:]))
-    with pytest.raises(BacksightError, match=r"needs more of pair than these tokens hold, \[1\]"):
+    with pytest.raises(BacksightError, match=r"behind pair .* also reads \[1\]"):
         target.from_tap("pair", Tokens(pair.values, pair.grids))
     deep = fit_linear(target, _images(40), taps=["deep", "pair"])  # all else works from any tap
     assert deep["deep"](recorded["deep"]).shape == images.shape
@@ -329,8 +330,8 @@ def test_refuses_taps_that_hold_no_representation() -> None:
         "constant@0": "holds the same for every image",
         "windows": "none of its axes holds the images alone",
         "deep": "a tap needs two, three or four axes",
-        "odd": r"lie on no grid of an image of \(8, 8\): say grids",
-        "attention": "looks like no map",
+        "odd": r"no grid of the image of \(8, 8\)",
+        "attention": "no grid",
         "blocks": "one by one",
     }
     for tap, reason in reasons.items():
@@ -444,7 +445,7 @@ def test_the_model_stays_exactly_as_it_was() -> None:
 
 
 def test_a_failing_pass_names_the_module() -> None:
-    with pytest.raises(BacksightError, match=r"in head fails on three images of \(16, 24\).*RuntimeError"):
+    with pytest.raises(BacksightError, match=r"in head fails on images of \(16, 24\).*RuntimeError"):
         module_target(nn.Sequential(OrderedDict(head=nn.Linear(7, 2))), ["head"], image_size=(16, 24))
 
 
@@ -467,14 +468,16 @@ def test_suggests_taps_in_the_order_of_execution() -> None:
     model = _made(lambda: Hybrid(*WRAPPINGS["tuple"][:2], layout="bnc", prefix=1))
     table = suggest_taps(model, _images(5))
     assert table["tap"].tolist() == [
-        *("stem", "body.layers.0.norm", "body.layers.0.attention", "body.layers.0"),
+        *("stem", "body.layers.0.norm@in", "body.layers.0.norm", "body.layers.0.attention", "body.layers.0"),
         *("body.layers.1.norm", "body.layers.1.attention", "body.layers.1", "body[0]", "body", "head"),
     ]
     by = table.set_index("tap")
     assert by.loc["body.layers.0", ["form", "grid", "prefix", "shape"]].tolist() == ["tokens", "4 × 6", 1, "B × 25 × 6"]
     assert by.loc["stem", ["form", "axes", "shape"]].tolist() == ["map", "bchw", "B × 6 × 4 × 6"]
     assert by.loc["head", "form"] == "vector"
-    assert by.query("cut").index.tolist() == ["stem", "body.layers.0", "body.layers.1", "body", "head"]
+    assert by.query("cut").index.tolist() == [
+        *("stem", "body.layers.0.norm@in", "body.layers.0", "body.layers.1", "body", "head")
+    ]
     assert by["cost"].is_monotonic_increasing
     assert by["cost"].iloc[-1] == 1
     assert by.query("recommended").index.tolist() == ["stem", "body.layers.0", "body.layers.1", "body"]
@@ -577,7 +580,7 @@ def test_module_target_records_and_continues() -> None:
     assert target.untrained(1).weights_hash != target.untrained(2).weights_hash
     with pytest.raises(BacksightError, match="declared for images of"):
         target.record(_images(2, 8, 8))
-    with pytest.raises(BacksightError, match="without a padding mask"):
+    with pytest.raises(BacksightError, match="padd"):
         target.record(_images(), padding=torch.ones(2, 16, 24, dtype=torch.bool))
 
 
@@ -594,7 +597,7 @@ def test_the_hash_follows_the_weights() -> None:
 
 def test_an_untrained_model_that_cannot_be_drawn_is_given() -> None:
     target = module_target(_made(lambda: Hybrid(prefix=1)), ["body.layers.0"], image_size=(16, 24))
-    with pytest.raises(BacksightError, match=r"body of Hybrid cannot be drawn anew.*with_model"):
+    with pytest.raises(BacksightError, match=r"body.prefix of Hybrid cannot be drawn anew.*with_model"):
         target.untrained()
     attending = module_target(
         _made(lambda: nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.Flatten(2), Turned())), "2.layer", image_size=(16, 24)

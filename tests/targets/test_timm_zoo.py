@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
 from backsight.targets import check_target, load_target
+from backsight.targets.axes import Axes, match
 from backsight.targets.base import Preprocessing, Target, seeded
-from backsight.targets.timm_intermediates import Layout, TimmIntermediates, _guess, _match
+from backsight.targets.hooks import Place
+from backsight.targets.survey import Seen
+from backsight.targets.timm_blocks import TimmIntermediates, guess
 from backsight.targets.vit import TimmTransformer
 
 SHALLOW = {"depth": 3}
@@ -157,7 +160,7 @@ def test_what_is_fed_back_has_to_fit() -> None:
     tokens = target.record(images_for(target), ["blocks.1"])["blocks.1"]
     assert isinstance(tokens, Tokens)
     assert next(iter(tokens.context.values())).shape[0] == 2
-    with pytest.raises(BacksightError, match="also reads output 0"):
+    with pytest.raises(BacksightError, match=r"also reads \[0\]"):
         target.from_tap("blocks.1", Tokens(tokens.values, tokens.grids, tokens.prefix))
     with pytest.raises(BacksightError, match="384 channels"):
         target.from_tap("blocks.1", Tokens(tokens.values[..., :7], tokens.grids, tokens.prefix))
@@ -167,12 +170,12 @@ def test_what_is_fed_back_has_to_fit() -> None:
         target(images_for(target), torch.ones(2, 32, 32, dtype=torch.bool))
 
 
-def test_layouts_are_found_by_value() -> None:
+def test_axes_are_found_by_value() -> None:
     known = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     tokens = known.flatten(2).transpose(1, 2)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     prefix = torch.randn(2, 2, 5)
-    layouts = {
+    tensors = {
         "bchw": known,
         "bhwc": known.permute(0, 2, 3, 1),
         "bnc": tokens,
@@ -182,28 +185,26 @@ def test_layouts_are_found_by_value() -> None:
         "permuted behind a prefix": torch.cat([prefix, tokens[:, order]], 1),
         "in windows": tokens[:, order].unflatten(1, (2, 6)),
     }
-    for name, tensor in layouts.items():
-        layout = _match(tensor, known)
-        assert layout is not None, name
-        read = layout.tokens(tensor)
+    for name, tensor in tensors.items():
+        axes = match(tensor, known)
+        assert axes is not None, name
+        read = axes.tokens(tensor)
         assert torch.equal(read.map(), known), name
-        assert torch.equal(layout.tensor(read), tensor), name
+        assert torch.equal(axes.tensor(read), tensor), name
         assert read.prefix == (2 if "prefix" in name else 0)
-    assert _match(known + 1, known) is None
-    assert _match(torch.randn(2, 5), known) is None
+    assert match(known + 1, known) is None
+    assert match(torch.randn(2, 5), known) is None
 
 
-def test_layouts_of_other_tensors_follow_their_neighbours() -> None:
-    known = torch.randn(2, 16, 8, 8)
-    stage = _match(known, known)
-    assert isinstance(stage, Layout)
-    assert _guess(torch.randn(2, 16, 8, 8), [stage], (64, 64)) == stage
-    first_last = _guess(torch.randn(2, 8, 8, 16), [stage], (64, 64))
+def test_axes_of_other_tensors_follow_their_neighbours() -> None:
+    stage = Seen("", Place(""), "", 0, False, (2, 16, 8, 8), True, True, 0, True, axes=Axes("bchw", (8, 8)))
+    assert guess((2, 16, 8, 8), [stage], (64, 64)) == stage.axes
+    first_last = guess((2, 8, 8, 16), [stage], (64, 64))
     assert first_last is not None
-    assert first_last.axes.order == "bhwc"
-    assert _guess(torch.randn(2, 16, 4, 64), [stage], (64, 64)) is None  # tokens in patches are no picture
-    assert _guess(torch.randn(2, 1, 256), [stage], (64, 64)) is None  # a class token alone
-    assert _guess(torch.randn(2, 7), [stage], (64, 64)) is None
+    assert first_last.order == "bhwc"
+    assert guess((2, 16, 4, 64), [stage], (64, 64)) is None  # tokens in patches are no picture
+    assert guess((2, 1, 256), [stage], (64, 64)) is None  # a class token alone
+    assert guess((2, 7), [stage], (64, 64)) is None
 
 
 def test_models_without_intermediates_are_refused() -> None:

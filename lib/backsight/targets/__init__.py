@@ -9,7 +9,8 @@ A new family of models is one file that implements `Target`, and one line in `hu
 
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Stage, Target
 from backsight.targets.load import check_target, list_targets, load_target
-from backsight.targets.module import ModuleTarget, module_target, suggest_taps
+from backsight.targets.discovered import ModuleTarget, module_target
+from backsight.targets.survey import suggest_taps
 from backsight.targets.names import SHIPPED, weights_folder
 
 __all__ = [

@@ -69,14 +69,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Call:
-    """A module's call in a pass: its path, class and number; cut: are all that it returns, taken together, one."""
+    """A module's call in a pass: its path, class and number; cut: are all that it returns, taken together, one; given:
+    its first argument, where that is a float tensor; began: how many calls had ended when it began."""
 
     path: str
     kind: str
     number: int
     found: tuple[Found, ...]
     cut: bool = False
-    given: Found | None = None  # its first argument, where that is a float tensor
+    given: Found | None = None
+    began: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,13 @@ def playing(model: nn.Module, values: Mapping[Place, Tensor]) -> Iterator[None]:
 
     def writer(place: Place, value: Tensor) -> Callable[[Any], Any]:
         def write(output: Any) -> Any:
+            nonlocal value
             present = element_of(output, place.element)
             if present.shape != value.shape:
                 raise BacksightError(
                     f"{place.module} returns {tuple(present.shape)} here, and {tuple(value.shape)} cannot stand for it."
                 )
+            value = value.to(present.dtype)
             if place.side != "stream":
                 return with_element(output, place.element, value)
             present.copy_(value)
@@ -268,9 +272,9 @@ def _observed(
     model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool, inside: bool | None = None
 ) -> tuple[tuple[Call, ...], bool]:
     """(calls, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
-    seen: list[tuple[str, str, int, list[_Read], _Read | None]] = []
+    seen: list[tuple[str, str, int, list[_Read], _Read | None, int]] = []
     counts: Counter[str] = Counter()
-    given_to: list[_Read | None] = []  # of the calls that have not ended
+    given_to: list[tuple[_Read | None, int]] = []  # of the calls that have not ended
     starts: list[Tensor] = []
 
     def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -280,12 +284,12 @@ def _observed(
             torch.set_grad_enabled(True)  # until the end of the no_grad around it
             starts.append(first.detach().requires_grad_(True).clone())
             given = (starts[0], *given[1:])
-        given_to.append(_Read.of((), given[0] if given else first, False) if plain else None)
+        given_to.append((_Read.of((), given[0] if given else first, False) if plain else None, len(seen)))
         return given, named
 
     def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
         read = [_Read.of(element, tensor, keep) for element, tensor in tensors_in(output)]
-        seen.append((path, type(module).__name__, counts[path], read, given_to.pop()))
+        seen.append((path, type(module).__name__, counts[path], read, *given_to.pop()))
         counts[path] += 1
 
     with torch.set_grad_enabled(inside is not None), watching(model, look, enter):
@@ -295,7 +299,7 @@ def _observed(
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
     numbers: dict[Edge | None, int] = {None: -1}
-    for *_, read, given in seen:
+    for *_, read, given, _ in seen:
         for one in (*read, given):
             if one is not None:
                 numbers.setdefault(one.edge, len(numbers) - 1)
@@ -306,11 +310,10 @@ def _observed(
         return Found(one.element, one.shape, cut, numbers[one.edge], used, value)
 
     calls = []
-    for path, kind, number, read, given in seen:
+    for path, kind, number, read, given, began in seen:
         together = graph.all_pass({one.edge for one in read if one.edge is not None}, read[0].clock if read else 0)
-        calls.append(
-            Call(path, kind, number, tuple(map(found, read)), together, None if given is None else found(given))
-        )
+        entering = None if given is None else found(given)
+        calls.append(Call(path, kind, number, tuple(map(found, read)), together, entering, began))
     return tuple(calls), bool(starts) and graph.knows(_edge(starts[0]))
 
 
