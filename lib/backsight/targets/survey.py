@@ -328,9 +328,11 @@ def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
         change = moved(tensor, axis)
         found = {each: squares_found(each, change) for each in options}
         options.sort(key=lambda each: -found[each][0])
-        if tensor.ndim == 3:  # what its tokens are is known by nothing else; a map has the picture's proportions
+        cells = math.prod(options[0].grid)
+        # What tokens are is known by nothing else; a map has the picture's proportions, and a small one moves as a whole.
+        if tensor.ndim == 3 or cells >= 100:
             options = [each for each in options if found[each][1]]
-        elif found[options[0]][0] == 0 and math.prod(options[0].grid) >= 16:
+        elif found[options[0]][0] == 0 and cells >= 16:
             options = []
     return replace(seen, axis=axis, axes=options[0] if options else None)
 
