@@ -329,7 +329,7 @@ def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
         found = {each: squares_found(each, change) for each in options}
         options.sort(key=lambda each: -found[each][0])
         cells = math.prod(options[0].grid)
-        # What tokens are is known by nothing else; a map has the picture's proportions, and a small one moves as a whole.
+        # What tokens are is known by nothing else; a map has the picture's proportions, and a small one moves whole.
         if tensor.ndim == 3 or cells >= 100:
             options = [each for each in options if found[each][1]]
         elif found[options[0]][0] == 0 and cells >= 16:
