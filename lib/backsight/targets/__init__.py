@@ -8,10 +8,10 @@ A new family of models is one file that implements `Target`, and one line in `hu
 """
 
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Stage, Target
-from backsight.targets.load import check_target, list_targets, load_target
 from backsight.targets.discovered import ModuleTarget, module_target
-from backsight.targets.survey import suggest_taps
+from backsight.targets.load import check_target, list_targets, load_target
 from backsight.targets.names import SHIPPED, weights_folder
+from backsight.targets.survey import suggest_taps
 
 __all__ = [
     "PIXELS",

@@ -34,7 +34,7 @@ from backsight.targets.checkpoints import (
     unique,
     warn_of_unused,
 )
-from backsight.targets.module import RECOMMENDED, ModuleTarget
+from backsight.targets.discovered import RECOMMENDED, ModuleTarget
 from backsight.targets.names import Source, checked_preprocessing, explained, reason
 
 # A detector's `model_type` in config.json: the file beside this one, and the class in it.

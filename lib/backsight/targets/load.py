@@ -36,7 +36,7 @@ from backsight.targets.names import (
     resolve,
     shipped_names,
 )
-from backsight.targets.timm_intermediates import TimmIntermediates
+from backsight.targets.timm_blocks import TimmIntermediates
 from backsight.targets.vit import TimmTransformer
 
 
