@@ -68,7 +68,7 @@ def test_weights_are_the_same_as_drawing_images():
     matches = match(image, nudged(image))
     drawn = np.random.default_rng(0).integers(12, size=(5, 12))
     weights = np.stack([np.bincount(row, minlength=12) for row in drawn]).astype(float)
-    names = ("scores", "classes", "hits", "counted", "truth")
+    names = ("scores", "classes", "hits", "truth")
     parts = [Matches(*(getattr(matches, name)[row] for name in names)) for row in drawn]
     expected = [average_precision(part)[0] for part in parts]
     assert average_precision(matches, weights).tolist() == pytest.approx(expected)

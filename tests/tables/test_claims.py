@@ -10,22 +10,17 @@ from study_tables import DETR_TAPS, tables, write_study
 from backsight.app.cli import main
 from backsight.tables.claims import (
     AGREED,
-    AS_GOOD,
     CLAIMS,
     DISAGREED,
     FINDING_COLUMNS,
     UNDECIDED,
     UNMEASURED,
-    Estimate,
-    deep_taps,
-    difference,
     findings,
-    log_ratio,
     render_findings,
-    shallowest,
     verdict,
     write_findings,
 )
+from backsight.tables.evidence import AS_GOOD, Estimate, deep_taps, difference, log_ratio, shallowest
 from backsight.tables.read import Study, read_study
 
 

@@ -1,8 +1,4 @@
-"""Cycle check: does the target, fed with a reconstruction, see what it saw in the image?
-
-The reconstruction goes through the target once. Compared are the representations at each tap, its early features (a
-perceptual distance), and its answer: the top-1 class, or the detections.
-"""
+"""Detections held against objects: which are found, and average precision over any weighting of the images."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from backsight.representation import Predictions
 
@@ -19,26 +16,20 @@ CONFIDENT = 0.5  # score from which a detection on the image counts as something
 OVERLAP = 0.5  # intersection over union from which two boxes are the same object
 DETECTIONS = 32  # of an image, at most
 RECALLS = np.linspace(0, 1, 101)  # COCO's
-RESAMPLES = 200
-EARLY = 3  # taps of the perceptual distance
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Detections on reconstructions held against those on the images.
+    """Detections and which of them find an object.
 
-    scores, classes, hits: (B, D) of each detection, hit = it is one of the image's; counted: (B, D) bool, False for
-    places that hold no detection; truth: (B, K) number of objects of each class that were seen in the image.
+    scores, classes, hits: (B, D) of each detection, hit = it is one of the image's objects; truth: (B, K) number of
+    objects of each class in the image.
     """
 
     scores: Tensor
     classes: Tensor
     hits: Tensor
-    counted: Tensor
     truth: Tensor
-
-
-# ------------------------------------------------------------------------------------------------------ detections
 
 
 def detections(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,69 +52,82 @@ def detections(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def match(image: Predictions, reconstruction: Predictions) -> Matches:
-    """Which detections on the reconstruction find one on the image, each at most once, the best first (COCO)."""
+    """Which detections on the reconstruction find one on the image that has a score of CONFIDENT or more."""
     true_scores, true_classes, true_boxes = detections(image)
     scores, classes, boxes = detections(reconstruction)
     seen = true_scores >= CONFIDENT
-    overlap = _overlap(boxes, true_boxes)
+    hits = find_objects(classes, boxes, true_classes, true_boxes, seen)
+    truth = F.one_hot(true_classes, image.objects.shape[2]).mul(seen[..., None]).sum(1)
+    return Matches(scores, classes, hits, truth)
+
+
+def find_objects(classes: Tensor, boxes: Tensor, true_classes: Tensor, true_boxes: Tensor, known: Tensor) -> Tensor:
+    """(B, D) bool: whether a detection, the best first, finds an object that none before it has found (COCO).
+
+    classes (B, D), boxes (B, D, 4) of detections; true_classes (B, T), true_boxes (B, T, 4), known (B, T) bool of
+    objects; boxes are x, y, x, y. The object is of the same class, overlaps by OVERLAP or more, and most of all.
+    """
+    overlap = box_iou(boxes, true_boxes)
     same = classes[:, :, None] == true_classes[:, None]
-    free = seen.clone()
-    hits = torch.zeros_like(scores, dtype=torch.bool)
-    each = torch.arange(len(scores))
-    for place in range(scores.shape[1]):
+    free = known.clone()
+    hits = torch.zeros(classes.shape, dtype=torch.bool)
+    rows = torch.arange(len(classes))
+    for place in range(classes.shape[1]) if true_classes.shape[1] else ():
         fit = overlap[:, place].masked_fill(~(same[:, place] & free), -1.0)
         best = fit.argmax(1)
-        hit = fit[each, best] >= OVERLAP
-        hits[:, place] = hit
-        free[each, best] &= ~hit
-    kinds = image.objects.shape[2]
-    truth = F.one_hot(true_classes, kinds).mul(seen[..., None]).sum(1)
-    return Matches(scores, classes, hits, torch.ones_like(hits), truth)
-
-
-def _overlap(boxes: Tensor, others: Tensor) -> Tensor:
-    """(B, D, T) intersection over union of (B, D, 4) and (B, T, 4)."""
-    low = torch.maximum(boxes[:, :, None, :2], others[:, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], others[:, None, :, 2:])
-    both = (high - low).clamp(min=0).prod(-1)
-    area, other = ((each[..., 2:] - each[..., :2]).prod(-1) for each in (boxes, others))
-    return both / (area[:, :, None] + other[:, None] - both).clamp(min=1e-9)
+        hits[:, place] = hit = fit[rows, best] >= OVERLAP
+        free[rows, best] &= ~hit
+    return hits
 
 
 def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np.ndarray:
-    """(R,) mean over classes of COCO's interpolated average precision (101 recalls).
+    """(R,) mean over classes of COCO's average precision; NaN where there is no class at all.
 
     weights: (R, B), how often each image counts in each of R resamples; default: every image once. Classes that no
-    image shows in a resample are left out of its mean; NaN where there is no class at all.
+    image shows in a resample are left out of its mean.
     """
-    counts = np.ones((1, len(matches.scores))) if weights is None else weights
-    scores, classes, hits, counted = (
-        each.numpy() for each in (matches.scores, matches.classes, matches.hits, matches.counted)
-    )
-    image = np.broadcast_to(np.arange(len(scores))[:, None], scores.shape)
-    order = np.argsort(-scores[counted], kind="stable")
-    image, classes, hits = image[counted][order], classes[counted][order], hits[counted][order]
-    truth = matches.truth.numpy()
-    precisions = np.full((len(counts), truth.shape[1]), np.nan)
-    for kind in np.flatnonzero(truth.any(0)):
-        chosen = classes == kind
-        weight = counts[:, image[chosen]]
-        found, all_found = (weight * hits[chosen]).cumsum(1), weight.cumsum(1)
-        objects = counts @ truth[:, kind]
-        there = objects > 0
-        precisions[there, kind] = _interpolated(found[there], all_found[there], objects[there])
-    some = ~np.isnan(precisions).all(1)
-    means = np.full(len(counts), np.nan)
-    means[some] = np.nanmean(precisions[some], axis=1)
+    weights = np.ones((1, len(matches.scores))) if weights is None else weights
+    by_class = list(class_precisions(matches, weights).values())
+    precisions = np.stack(by_class) if by_class else np.full((1, len(weights)), np.nan)
+    some = ~np.isnan(precisions).all(0)
+    means = np.full(len(weights), np.nan)
+    means[some] = np.nanmean(precisions[:, some], axis=0)
     return means
 
 
-def _interpolated(found: np.ndarray, all_found: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """(R,) mean precision over RECALLS from (R, D) running counts of hits and detections."""
+def class_precisions(matches: Matches, weights: np.ndarray, whole_area: bool = False) -> dict[int, np.ndarray]:
+    """{class: (R,) average precision} of every class that the truth holds; NaN where a resample shows no object.
+
+    weights: as of `average_precision`. The precision is interpolated at COCO's 101 recalls, or (whole_area) integrated
+    over all of them. Source: Everingham et al., The PASCAL VOC challenge: a retrospective, 2015.
+    """
+    scores, classes, hits, truth = (
+        values.numpy() for values in (matches.scores, matches.classes, matches.hits, matches.truth)
+    )
+    image = np.broadcast_to(np.arange(len(scores))[:, None], scores.shape)
+    precisions = {}
+    for kind in np.flatnonzero(truth.any(0)):
+        chosen = classes == kind
+        ranked = np.argsort(-scores[chosen], kind="stable")
+        weight = weights[:, image[chosen][ranked]]
+        right = weight * hits[chosen][ranked]
+        found, every, objects = right.cumsum(1), weight.cumsum(1), weights @ truth[:, kind]
+        precision = np.divide(found, every, out=np.zeros(found.shape), where=every > 0)
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        there = objects > 0
+        values = np.full(len(weights), np.nan)
+        if whole_area:
+            values[there] = (right * envelope)[there].sum(1) / objects[there]
+        else:
+            values[there] = _at_recalls(envelope[there], found[there], objects[there])
+        precisions[int(kind)] = values
+    return precisions
+
+
+def _at_recalls(envelope: np.ndarray, found: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """(R,) mean of the precisions (R, D) over RECALLS, from running counts of hits (R, D)."""
     if not found.shape[1]:
         return np.zeros(len(found))
-    precision = np.divide(found, all_found, out=np.zeros_like(found), where=all_found > 0)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     envelope = np.concatenate([envelope, np.zeros((len(found), 1))], 1)
     # the first detection at which each recall is reached; counts are whole numbers, so the rounding is exact
     needed = np.ceil(RECALLS * objects[:, None] - 1e-9)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.measures.pixels import PSNR_CEILING, WINDOWS
+from backsight.measures.pixels import PSNR_CEILING
 
 EDGE_THRESHOLD = 0.08  # full ranges a pixel: a sharp step of a sixth of the range passes, a faint one does not
 TOLERANCE = 64  # an edge may lie a 64th of the shorter side away
@@ -75,34 +75,7 @@ def tolerance(size: Sequence[int]) -> int:
     return max(1, round(min(size) / TOLERANCE))
 
 
-# ------------------------------------------------------------------------------------------------ SSIM and regions
-
-
-def fast_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """(B,) structural similarity, the same numbers as `measures.ssim`, by separable windows (matrix products)."""
-    height, width = images.shape[2:]
-    fitting = [window for window in WINDOWS if window <= min(height, width)]
-    if not fitting:
-        raise BacksightError(f"SSIM needs images of at least 3 x 3 pixels, not {(height, width)}.")
-    down, across = (_window(side, fitting[0], WINDOWS[fitting[0]], images) for side in (height, width))
-    x, y = images, reconstructions
-    smooth = down @ torch.stack([x, y, x * x, y * y, x * y]) @ across.T
-    mean_x, mean_y, square_x, square_y, product = smooth
-    variance_x = (square_x - mean_x.square()).clamp(min=0)
-    variance_y = (square_y - mean_y.square()).clamp(min=0)
-    covariance = product - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + 1e-4) / (mean_x.square() + mean_y.square() + 1e-4)
-    return (luminance * (2 * covariance + 9e-4) / (variance_x + variance_y + 9e-4)).flatten(1).mean(1)
-
-
-def _window(side: int, window: int, sigma: float, like: Tensor) -> Tensor:
-    """(side, side): a Gaussian at every place, folded back at the rim (reflection), as torchmetrics has it."""
-    distance = torch.arange(window) - window // 2
-    kernel = torch.exp(-(distance / sigma).square() / 2)
-    reached = (torch.arange(side)[:, None] + distance).abs()
-    reached = torch.where(reached >= side, 2 * (side - 1) - reached, reached)
-    matrix = torch.zeros(side, side).scatter_add_(1, reached, (kernel / kernel.sum()).expand(side, -1))
-    return matrix.to(like)
+# ------------------------------------------------------------------------------------------------------------ regions
 
 
 def dilated(masks: Tensor, pixels: int) -> Tensor:

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.measures.agreement import Matches, class_precisions, find_objects
 from backsight.representation import Predictions
 from backsight.studies.recolour import JudgedObjects, Perturbation, Truth
 from backsight.tables.pool import metrics_row, pooled_rows
 from backsight.targets import Target
 
-OVERLAP = 0.5  # intersection over union from which a box is found
 RESAMPLES = 300
 
 
@@ -87,42 +88,20 @@ def average_precisions(
 
     predictions: one detection a query, its likeliest class; number: (K,) the target's index of each class of the
     truth; weights: (R, N), how often each image counts. The average precision is the area under the interpolated
-    precision-recall curve. Source: Everingham et al., The PASCAL VOC challenge: a retrospective, 2015.
+    precision-recall curve.
     """
-    scores, classes = (each.cpu().numpy() for each in predictions.objects.max(-1))
-    centre, size = predictions.boxes.cpu().numpy()[..., :2], predictions.boxes.cpu().numpy()[..., 2:]
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], -1)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    hits = np.zeros(scores.shape, bool)
+    scores, classes = predictions.objects.cpu().max(-1)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    classes = classes.gather(1, order)
+    centred = predictions.boxes.cpu().gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = torch.cat([centred[..., :2] - centred[..., 2:] / 2, centred[..., :2] + centred[..., 2:] / 2], -1)
+    most = max(len(known.labels) for known in truth)
+    labels, true_boxes = torch.full((len(truth), most), -1), torch.zeros(len(truth), most, 4, dtype=boxes.dtype)
     for image, known in enumerate(truth):
-        overlaps = _overlaps(boxes[image], known.boxes)
-        free = np.ones(len(known.labels), bool)
-        for query in order[image]:
-            fits = np.where(free & (number[known.labels] == classes[image, query]), overlaps[query], 0.0)
-            if len(fits) and fits.max() >= OVERLAP:
-                hits[image, query] = True
-                free[fits.argmax()] = False
-    held = [np.bincount(known.labels, minlength=len(number)) for known in truth]
-    positives = weights @ np.stack(held)  # (R, K)
-    found: dict[int, np.ndarray] = {}
-    for label in np.flatnonzero(np.stack(held).sum(0)):
-        of_image, of_query = np.nonzero(classes == number[label])
-        ranked = np.argsort(-scores[of_image, of_query], kind="stable")
-        hit = hits[of_image, of_query][ranked]
-        counted = weights[:, of_image[ranked]]
-        right, all_found = np.cumsum(counted * hit, 1), np.cumsum(counted, 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            precision = np.where(all_found > 0, right / all_found, 0)
-            recall_steps = counted * hit / positives[:, [label]]
-        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        found[int(label)] = np.where(positives[:, label] > 0, (recall_steps * envelope).sum(1), np.nan)
-    return found
-
-
-def _overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(Q, M) intersection over union of boxes (Q, 4) and (M, 4), xyxy."""
-    corner = np.maximum(first[:, None, :2], second[None, :, :2])
-    opposite = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    common = (opposite - corner).clip(0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(-1) for boxes in (first, second)]
-    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-12)
+        labels[image, : len(known.labels)] = torch.as_tensor(number[known.labels])
+        true_boxes[image, : len(known.labels)] = torch.as_tensor(known.boxes)
+    hits = find_objects(classes, boxes, labels, true_boxes, labels >= 0)
+    kinds = max(int(number.max()), int(classes.max())) + 1
+    counts = torch.zeros(len(truth), kinds).scatter_add_(1, labels.clamp(min=0), (labels >= 0).float())
+    found = class_precisions(Matches(scores, classes, hits, counts.long()), weights, whole_area=True)
+    return {label: found[int(index)] for label, index in enumerate(number) if int(index) in found}

@@ -54,7 +54,7 @@ from backsight.plots.style import (
 from backsight.plots.tradeoff import by_depth, score_against_psnr, task_by_t
 from backsight.project import write_atomically
 from backsight.scenes.render import render
-from backsight.tables.claims import AS_GOOD, difference, estimate_of
+from backsight.tables.evidence import AS_GOOD, difference, estimate_of
 from backsight.tables.names import LEADING_FAMILIES
 from backsight.tables.read import (
     COLOUR,

@@ -21,8 +21,8 @@ from backsight.data.images import ImageSource, open_images, read_rgb, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import Matches, average_precision
-from backsight.measures.pixels import PSNR_CEILING
-from backsight.measures.structure import Judged, Key, Measure, Ratio, fast_ssim, region_psnr
+from backsight.measures.pixels import PSNR_CEILING, ssim
+from backsight.measures.structure import Judged, Key, Measure, Ratio, region_psnr
 from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled
@@ -200,7 +200,7 @@ class _Scores:
         values: dict[Key, Any] = {
             "mse": mse,
             "psnr": -10 * mse.clamp(min=10 ** (-PSNR_CEILING / 10)).log10(),
-            "ssim": fast_ssim(images, made),
+            "ssim": ssim(images, made),
         }
         if masks is not None:
             values["psnr_objects"] = region_psnr(squared, masks)
@@ -268,7 +268,7 @@ def _pooled_precision(
 
 
 def _joined(parts: Sequence[Matches]) -> Matches:
-    names = ("scores", "classes", "hits", "counted", "truth")
+    names = ("scores", "classes", "hits", "truth")
     return Matches(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
