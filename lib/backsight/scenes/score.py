@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -53,6 +54,11 @@ def _detections(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
     return scores, place % chances.shape[2], boxes
 
 
+def _corners(boxes: Tensor) -> Tensor:
+    """Centre, width and height in [0, 1] to COCO's left, top, width and height in pixels."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], -1) * SIZE
+
+
 def average_precision(predictions: Predictions, data: SceneArrays) -> dict[str, dict[str, float]]:
     """COCO average precision of predicted sets: {"all": {"ap50", "ap"}, class name: …}. Source: pycocotools.COCOeval.
 
@@ -61,31 +67,31 @@ def average_precision(predictions: Predictions, data: SceneArrays) -> dict[str, 
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for image in range(len(data)):
-        for label, (x, y, w, h) in zip(data.labels[image], (data.boxes[image] * SIZE).tolist(), strict=True):
-            if label >= 0:
-                box = [x - w / 2, y - h / 2, w, h]
-                truth.append({"id": len(truth) + 1, "image_id": image, "category_id": int(label), "bbox": box})
-                truth[-1] |= {"area": w * h, "iscrowd": 0}
+    truth = [
+        {
+            "image_id": image,
+            "category_id": int(label),
+            "bbox": box.tolist(),
+            "area": float(box[2:].prod()),
+            "iscrowd": 0,
+        }
+        for image, labels in enumerate(data.labels)
+        for label, box in zip(labels, _corners(torch.from_numpy(data.boxes[image])), strict=True)
+        if label >= 0
+    ]
     scores, classes, boxes = _detections(predictions)
-    corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], -1) * SIZE
-    for image in range(len(data)):
-        for score, label, box in zip(
-            scores[image].tolist(), classes[image].tolist(), corners[image].tolist(), strict=True
-        ):
-            found.append({"image_id": image, "category_id": label, "bbox": box, "score": score})
+    images = torch.arange(len(data))[:, None].expand_as(scores)
+    found = torch.cat([images[..., None], _corners(boxes), scores[..., None], classes[..., None]], -1).flatten(0, 1)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {
             "info": {},
             "images": [{"id": i} for i in range(len(data))],
-            "annotations": truth,
+            "annotations": [{"id": number, **box} for number, box in enumerate(truth, 1)],
             "categories": [{"id": i, "name": n} for i, n in enumerate(CLASS_NAMES)],
         }
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes(found.double().numpy()), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -131,7 +137,7 @@ def _top1_rows(logits: list[Tensor], data: SceneArrays) -> list[dict[str, Any]]:
     rows = []
     for group, members in {"all": CLASS_NAMES, **_class_groups()}.items():
         chosen = np.isin(names, members)
-        low, high = _wilson(int(hits[chosen].sum()), int(chosen.sum()))
+        low, high = binomtest(int(hits[chosen].sum()), int(chosen.sum())).proportion_ci(method="wilson")
         scores = {"value": float(hits[chosen].mean()), "low": low, "high": high, "n": int(chosen.sum())}
         rows.append({"measure": "top1", "classes": group, **scores})
     return rows
@@ -172,12 +178,3 @@ def _grouped(scores: dict[str, dict[str, float]]) -> dict[tuple[str, str], float
 
 def _chosen(data: SceneArrays, which: np.ndarray) -> SceneArrays:
     return SceneArrays(data.images[which], data.objects[which], data.labels[which], data.boxes[which])
-
-
-def _wilson(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
-    z = 1.96
-    share = hits / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
