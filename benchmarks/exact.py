@@ -49,14 +49,14 @@ Truth = dict[str, Representation]
 
 
 def test_images(target: Target, count: int) -> Tensor:
-    return next(batches(open_images("scenes", "test", target.image_size, count), count))
+    return next(batches(open_images("scenes", "test", target, count), count))
 
 
 def fitted(name: str, count: int, tap: str) -> RootChoosing:
     target = load_target(name)
     folder = shipped_inverses(target)
     completion = load(folder, target)["linear"] if folder is not None else {}
-    images = open_images("scenes", "train", target.image_size, count)
+    images = open_images("scenes", "train", target, count)
     return RootChoosing.of(exact_inverses(target, images, [tap], completion, count)[tap])
 
 
@@ -179,7 +179,7 @@ def main() -> Iterator[Row]:
     yield from chain("scenes-vit", last, some(many), CHOOSING, threads)
     yield from half_steps("scenes-vit", last, some(alone), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
-    images = open_images("scenes", "train", untrained.image_size, 40)
+    images = open_images("scenes", "train", untrained, 40)
     random = exact_inverses(untrained, images, ["blocks.5"], count=40, stages=2)["blocks.5"]
     recorded = recorded_truth(random, test_images(untrained, 2 * few))
     yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)

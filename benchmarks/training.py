@@ -257,8 +257,8 @@ def _rate(target: Target, reference: Reference, size: tuple[int, int], batch: in
 def time_to_error() -> Iterator[Row]:
     """Seconds until the last stage's chain is as good on held-out scenes as the reference recipe after its time."""
     target = load_target("scenes-vit", taps="components")
-    train_images = tensor(open_images("scenes", "train", target.image_size, 2000))
-    held_out = tensor(open_images("scenes", "validation", target.image_size, 128))
+    train_images = tensor(open_images("scenes", "train", target, 2000))
+    held_out = tensor(open_images("scenes", "validation", target, 128))
     reference = reference_vit(target)
     budget = 600.0 if FULL else 45.0
     started, stream = time.perf_counter(), batches(train_images, 16, 0, steps=10**9)

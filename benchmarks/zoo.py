@@ -112,7 +112,7 @@ def walked(module: str) -> Row:
     try:
         target = made(name)
         row |= {"height": target.image_size[0], "width": target.image_size[1], "taps": len(target.taps)}
-        images = tensor(open_images("scenes", "train", target.image_size, IMAGES))
+        images = tensor(open_images("scenes", "train", target, IMAGES))
         row |= agreement(target, images[:2])
         inverses = fit_linear(target, images, progress=False)
         scores = [inverses[tap].score.psnr for tap in target.taps]

@@ -27,11 +27,7 @@ ALLOWED["app"] = {*ALLOWED}
 # What several studies share: no other module of the studies may be imported by one.
 SHARED_BY_STUDIES = {"by_seed", "nulls", "recolour", "roots", "tidy_rows", "uncertainty"}
 # Arrows that still lead back: none is to be added, and every one is to go.
-OWED = {
-    ("data.features", "targets.base"),
-    ("data.images", "scenes.photographs"),
-    ("data.images", "scenes.render"),
-}
+OWED: set[tuple[str, str]] = set()
 OWED_BY_STUDIES = {
     ("studies.colour_targets", "studies.colour"),
     ("studies.efficiency", "studies.optimisation"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from backsight.data import images as data
 from backsight.data import tar as tar_shards
-from backsight.data.images import ImageError, SourceError, batches, open_images, tensor
+from backsight.data.decode import ImageError
+from backsight.data.images import SPLITS, batches, open_images, tensor
+from backsight.errors import SourceError
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +80,8 @@ def test_shards_give_what_the_same_files_in_a_folder_give(tmp_path):
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    packed = open_images(tmp_path / "shards", size=(10, 12))
-    loose = open_images(tmp_path / "folder", size=(10, 12))
+    packed = open_images(tmp_path / "shards", None, (10, 12))
+    loose = open_images(tmp_path / "folder", None, (10, 12))
     assert ids(packed) == [f"photos-0/{id}" for id in ids(loose)]
     assert torch.equal(tensor(packed), tensor(loose))
     assert packed.split == "all"
@@ -88,33 +89,33 @@ def test_shards_give_what_the_same_files_in_a_folder_give(tmp_path):
 
 
 def test_classes_are_numbers_or_absent(imagenet, tmp_path):
-    labels = {item["id"]: item["label"] for item in open_images(imagenet, size=4)}
+    labels = {item["id"]: item["label"] for item in open_images(imagenet, None, 4)}
     assert labels == {f"imagenet1k-validation-00/n{n}.png": n % 3 for n in range(100, 105)}
     # A name ends at its first dot: c.seg.png belongs to c.png and is no image of its own.
     files = {"a.png": png(3), "c.png": png(4), "c.seg.png": png(5), "c.cls": b" 7\n", "d.txt": b"x"}
     write_shard(tmp_path / "bare" / "val-0.tar", files)
-    first, second = open_images(tmp_path / "bare", size=4)
+    first, second = open_images(tmp_path / "bare", None, 4)
     assert "label" not in first
     assert second["label"] == 7
 
 
 def test_no_image_is_in_two_splits(imagenet):
-    parts = {split: ids(open_images(imagenet, split=split, size=3)) for split in data.SPLITS}
+    parts = {split: ids(open_images(imagenet, split, 3)) for split in SPLITS}
     assert len(parts["test"]) == 5
     assert all("validation-00" in id for id in parts["test"])
     assert 1 <= len(parts["validation"]) < 25
     found = list(chain(*parts.values()))
     assert len(found) == len(set(found)) == 85
-    assert sorted(found) == sorted(ids(open_images(imagenet, split="all", size=3)))
-    assert open_images(imagenet, size=3).split == "test"
+    assert sorted(found) == sorted(ids(open_images(imagenet, "all", 3)))
+    assert open_images(imagenet, None, 3).split == "test"
 
 
 def test_shards_without_a_split_in_their_names_are_cut_as_a_plain_folder(tmp_path):
     write_shard(tmp_path / "s" / "00000.tar", samples(0, 60))
     write_shard(tmp_path / "s" / "00001.tar", samples(60, 30))
-    parts = [ids(open_images(tmp_path / "s", split=split, size=2)) for split in data.SPLITS]
+    parts = [ids(open_images(tmp_path / "s", split, 2)) for split in SPLITS]
     assert len(parts[0]) > len(parts[1]) + len(parts[2])
-    assert sorted(chain(*parts)) == sorted(ids(open_images(tmp_path / "s", size=2)))
+    assert sorted(chain(*parts)) == sorted(ids(open_images(tmp_path / "s", None, 2)))
     write_shard(tmp_path / "s" / "train-0.tar", samples(0, 1))
     with pytest.raises(SourceError, match=r"00000\.tar beside shards of named splits"):
         open_images(tmp_path / "s")
@@ -122,15 +123,15 @@ def test_shards_without_a_split_in_their_names_are_cut_as_a_plain_folder(tmp_pat
 
 def test_test_shards_without_classes_are_not_the_test_split(imagenet):
     write_shard(imagenet / "imagenet1k-test-00.tar", {"t.png": png(9)})
-    assert len(open_images(imagenet, size=2)) == 5
+    assert len(open_images(imagenet, None, 2)) == 5
     write_shard(imagenet / "imagenet1k-test-00.tar", {"t.png": png(9), "t.cls": b"1"})
-    assert ids(open_images(imagenet, size=2)) == ["imagenet1k-test-00/t.png"]
-    assert len(open_images(imagenet, split="validation", size=2)) == 5
+    assert ids(open_images(imagenet, None, 2)) == ["imagenet1k-test-00/t.png"]
+    assert len(open_images(imagenet, "validation", 2)) == 5
 
 
 def test_a_count_batches_and_workers_are_as_for_a_folder(imagenet):
-    few = open_images(imagenet, split="train", size=(4, 6), count=7, seed=3)
-    more = open_images(imagenet, split="train", size=(4, 6), count=20, seed=3)
+    few = open_images(imagenet, "train", (4, 6), count=7, seed=3)
+    more = open_images(imagenet, "train", (4, 6), count=20, seed=3)
     assert set(ids(few)) < set(ids(more))
     expected = list(batches(more, 6, shuffle_seed=1))
     assert [len(batch) for batch in expected] == [6, 6, 6, 2]
@@ -141,13 +142,13 @@ def test_a_count_batches_and_workers_are_as_for_a_folder(imagenet):
 def test_a_broken_member_is_skipped_and_named(tmp_path):
     write_shard(tmp_path / "s" / "train-0.tar", {**samples(0, 30), "broken.png": b"no image", "half.png": png(1)[:40]})
     with pytest.warns(UserWarning, match="2 files skipped"):
-        source = open_images(tmp_path / "s", split="all", size=4)
+        source = open_images(tmp_path / "s", "all", 4)
     assert len(source) == 30
     assert [Path(path).name for path, _ in source.skipped] == ["train-0.tar::broken.png", "train-0.tar::half.png"]
 
 
 def test_a_shard_that_shrinks_after_it_was_opened_is_no_image(imagenet):
-    source = open_images(imagenet, size=4)
+    source = open_images(imagenet, None, 4)
     os.truncate(imagenet / "imagenet1k-validation-00.tar", 700)
     with pytest.raises(ImageError, match=r"validation-00\.tar::n104\.png: the shard has 0 of its"):
         source[4]
@@ -157,12 +158,12 @@ def test_the_index_is_made_once_for_a_shard_as_it_is(imagenet, cache, monkeypatc
     scanned: list[str] = []
     scan = tar_shards._scanned
     monkeypatch.setattr(tar_shards, "_scanned", lambda shard, kinds: scanned.append(shard.name) or scan(shard, kinds))
-    first = tensor(open_images(imagenet, split="all", size=4))
+    first = tensor(open_images(imagenet, "all", 4))
     assert len(scanned) == len(list((cache / "shards").iterdir())) == 3
-    assert torch.equal(tensor(open_images(imagenet, split="all", size=4)), first)
+    assert torch.equal(tensor(open_images(imagenet, "all", 4)), first)
     assert len(scanned) == 3
     write_shard(imagenet / "imagenet1k-validation-00.tar", samples(200, 6))
-    assert len(open_images(imagenet, size=4)) == 6
+    assert len(open_images(imagenet, None, 4)) == 6
     assert scanned[3:] == ["imagenet1k-validation-00.tar"]
 
 
@@ -213,6 +214,14 @@ def test_a_shard_that_cannot_be_used_is_one_sentence(tmp_path, cache, make, said
     assert "train-0.tar" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(cache.rglob("*.json"))
+
+
+def test_a_picture_beside_the_shards_is_skipped_not_the_shards(imagenet):
+    """It was the only test image."""
+    Image.new("RGB", (4, 4)).save(imagenet / "cover.png")
+    (imagenet / "notes").mkdir()
+    with pytest.warns(UserWarning, match=r"cover\.png"):
+        assert len(open_images(imagenet)) == 5
 
 
 def test_what_shards_do_not_have_is_refused(imagenet, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ COLUMNS = {"dataset": "scenes", "split": "test"}
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     target = load_target("scenes-vit")
-    validation, test = (open_images("scenes", split, target.image_size, 8, 0) for split in ("validation", "test"))
+    validation, test = (open_images("scenes", split, target, 8, 0) for split in ("validation", "test"))
     return efficiency.setting_for(
         target, "components", validation=validation, test=test, train_images=40, batch_size=4, validation_images=8
     )

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from backsight import fit_linear, load_target
 from backsight.app.cli import main
-from backsight.data.distributed import share
 from backsight.data.features import FeatureStore, record_features
-from backsight.data.images import batches
 from backsight.errors import BacksightError
 from backsight.inverses.families import fit
 from backsight.inverses.files import load
@@ -35,33 +33,21 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def store(vit: Target, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return record_features(
-        vit, images, folder=tmp_path_factory.mktemp("store"), shard_bytes=200_000, dtype="float32", progress=False
-    )
-
-
-def _weights(inverses: dict) -> dict[str, Tensor]:
-    return {f"{tap}/{key}": t for tap, each in inverses.modules.items() for key, t in each.state_dict().items()}
-
-
-def _close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert (tensor - second[key]).norm() <= tolerance * (tensor.norm() + 1e-6), key
+    return record_features(vit, images, folder=tmp_path_factory.mktemp("store"), shard_bytes=200_000, progress=False)
 
 
 def test_inverses_from_a_store_are_those_from_the_images(vit: Target, images: Tensor, store: FeatureStore) -> None:
-    """In full precision: the same sample, the same batches, the same maps."""
-    _close(_weights(fit_linear(vit, images, progress=False)), _weights(fit_linear(vit, store, progress=False)), 1e-5)
+    """The same sample, the same batches, the same maps, but for half precision."""
     for trained in (fit_direct, fit_modular):
         plain, read = trained(vit, images, **QUICK), trained(vit, store, **QUICK)
-        _close(_weights(plain), _weights(read), 1e-4)
+        recorded = vit.record(images[:8].float() / 255)
+        for tap in vit.taps:
+            assert (plain[tap](recorded[tap]) - read[tap](recorded[tap])).abs().mean() < 0.01
 
 
-def test_half_precision_hardly_moves_a_linear_inverse(vit: Target, images: Tensor, tmp_path: Path) -> None:
-    halves = record_features(vit, images, folder=tmp_path, progress=False)
-    assert max(halves.errors.values()) < 1e-3
-    plain, read = (fit_linear(vit, each, progress=False) for each in (images, halves))
+def test_half_precision_hardly_moves_a_linear_inverse(vit: Target, images: Tensor, store: FeatureStore) -> None:
+    assert max(store.errors.values()) < 1e-3
+    plain, read = (fit_linear(vit, each, progress=False) for each in (images, store))
     for tap in vit.taps:
         assert abs(plain[tap].score.psnr - read[tap].score.psnr) < 0.05
 
@@ -70,18 +56,6 @@ def test_a_store_of_other_weights_is_refused(store: FeatureStore) -> None:
     other = load_target("scenes-vit", taps="components", pretrained=False, seed=1)
     with pytest.raises(BacksightError, match="record them anew"):
         fit_linear(other, store, progress=False)
-
-
-def test_parts_of_a_store(store: FeatureStore, images: Tensor) -> None:
-    part = store.subset(slice(1, None, 2))
-    assert len(part) == 12
-    assert torch.equal(part.image(3), images[7])
-    assert torch.equal(part.read([3, 0])[0], images[[7, 1]].float() / 255)
-    assert torch.equal(part.subset(slice(2, 4)).read([0])[0], images[5:6].float() / 255)
-    drawn = store.drawn(10, seed=3)
-    shuffled = next(batches(images, 10, 3, steps=1))
-    assert torch.equal(drawn.read(range(10))[0], shuffled)
-    assert share(store) is store
 
 
 def test_features_are_recorded_where_every_image_is_shown_twice(
@@ -108,7 +82,7 @@ def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor
     assert sum(seen) == len(images)
     for request in requests:
         alone = fit_linear_pairs(vit, images, [request], progress=False)[request]
-        _close({"weight": alone.weight}, {"weight": found[request].weight}, 1e-6)
+        torch.testing.assert_close(alone.weight, found[request].weight, rtol=1e-5, atol=1e-6)
         assert found[request].alpha >= request.floor
 
 

@@ -81,7 +81,7 @@ def test_before_training_every_inverse_is_the_closed_form(kind: str, fit, reques
 def test_training_gains_over_the_closed_form_on_images_that_nothing_has_seen() -> None:
     """A shipped target: after 20 steps pictures from every tap are nearer than those of the closed-form start."""
     target = load_target("scenes-vit", taps=["patch_embed", "blocks.1"])
-    train, validation, test = (open_images("scenes", s, target.image_size, 96) for s in ("train", "validation", "test"))
+    train, validation, test = (open_images("scenes", s, target, 96) for s in ("train", "validation", "test"))
     shown = next(batches(test, 96))
     recorded = target.record(shown)
     settings = {"ridge_images": 96, "progress": False}
@@ -156,14 +156,6 @@ def test_epochs_and_the_share_that_is_seen(vit) -> None:
     assert "17.4% of them seen" in inverse.header.data
     with pytest.raises(BacksightError, match="epochs"):
         fit_direct(vit, images, epochs=1, **QUICK)
-
-
-def test_padded_images_are_refused(vit) -> None:
-    class Padded:
-        name, fit = "holiday", "pad"
-
-    with pytest.raises(BacksightError, match="'holiday'"):
-        fit_direct(vit, Padded())
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(vit, monkeypatch) -> None:

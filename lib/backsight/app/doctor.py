@@ -133,11 +133,16 @@ def _data(root: Path) -> Iterator[Finding]:
 
 def _machine(root: Path) -> Iterator[Finding]:
     from backsight.app.runner import check_writable
+    from backsight.data.features import outdated_stores
 
     yield Finding("OK", "cores", str(available_cores()))
     free = shutil.disk_usage(root).free / 2**30
     enough: Verdict = "OK" if free >= FREE_DISK_GIB else "FAIL"
     yield Finding(enough, "disk", f"{free:.0f} GiB free (a default run needs {FREE_DISK_GIB})")
+    if outdated := outdated_stores():
+        size = sum(file.stat().st_size for store in outdated for file in store.iterdir()) / 1e9
+        text = f"{len(outdated)} of another version in {shown(outdated[0].parent)} take {size:.1f} GB: delete them"
+        yield Finding("NOTE", "feature stores", text)
     try:
         check_writable(results_root())
         yield Finding("OK", "results", f"{shown(results_root())} can be written")

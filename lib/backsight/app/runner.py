@@ -36,7 +36,6 @@ _PROGRESS_BAR = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*[\r\n]?|\r")
 KERNEL = "python3"  # the kernel of this environment, whatever the notebook's metadata says
 KERNEL_START_SECONDS = 180
 IMAGE_SOURCES = ("scenes", "photographs")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 # Parameters that hold a path; on the command line they are relative to the caller's folder.
 PATHS = ("images", "trained_on", "inverses", "target", "photograph", "results")
 # The least value with a meaning; a notebook's own default is allowed below it (steps = 0: the recipe's number).
@@ -186,6 +185,8 @@ def check_families(families: Sequence[Any]) -> None:
 
 def check_images(source: str, name: str = "images") -> None:
     """Refuse an image source that is neither a known name nor a folder with images somewhere inside."""
+    from backsight.data.decode import READABLE, is_image
+
     if source in IMAGE_SOURCES:
         return
     folder = Path(source).expanduser()
@@ -203,11 +204,11 @@ def check_images(source: str, name: str = "images") -> None:
     except OSError as error:
         raise BacksightError(f"{name}: the folder {source} cannot be read: {error.strerror}.") from error
     if not any(
-        file.lower().endswith((*IMAGE_SUFFIXES, ".tar"))
-        for _, _, files in os.walk(folder, followlinks=True)
+        file.lower().endswith((*READABLE, ".tar")) or is_image(os.path.join(inside, file))
+        for inside, _, files in os.walk(folder, followlinks=True)
         for file in files
     ):
-        raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(IMAGE_SUFFIXES)}).")
+        raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(READABLE)}).")
 
 
 def check_photograph(photograph: str) -> None:

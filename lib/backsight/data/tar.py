@@ -9,7 +9,6 @@ folder under the shard's place, size and time of change; an image is then one re
 """
 
 import json
-import os
 import tarfile
 from collections.abc import Collection, Sequence
 from hashlib import sha256
@@ -19,40 +18,32 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from backsight.errors import SourceError
+from backsight.project import cache_folder, read_json, write_json
 
-VERSION = 1  # part of the cache key: raise it whenever an index is made in another way
-_BLOCK = 512  # bytes of a tar header; an archive ends with at least one block of zeros
+FORMAT = 1  # part of the cache key: raise it whenever an index is made in another way
+BLOCK = 512  # bytes of a tar header; an archive ends with at least one block of zeros
 
 
 class Member(NamedTuple):
-    """Where an image lies: `size` bytes from `offset` on in the file `shard`."""
+    """An image of a shard: its name, where its `size` bytes lie, and its class number or None."""
 
     shard: str
+    name: str
     offset: int
     size: int
+    label: int | None = None
 
     def read(self) -> bytes:
-        """The member's bytes. Raises OSError, and ValueError where the shard ends before."""
-        descriptor = os.open(self.shard, os.O_RDONLY)
-        try:
-            content = os.pread(descriptor, self.size, self.offset)
-        finally:
-            os.close(descriptor)
+        """Its bytes. Raises OSError, and ValueError where the shard ends before."""
+        with open(self.shard, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
         if len(content) < self.size:
             raise ValueError(f"the shard has {len(content)} of its {self.size} bytes: copy the shard again")
         return content
 
 
-class ShardImage(NamedTuple):
-    """An image of a shard: its name there, its bytes' place, and its class number or None."""
-
-    name: str
-    offset: int
-    size: int
-    label: int | None
-
-
-def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[list[ShardImage]]:
+def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[list[Member]]:
     """The images of each shard in the order of their names, from the cache where it knows the shard.
 
     extensions: of images, in lower case with the dot. Raises SourceError for a shard that is cut short, compressed or
@@ -61,30 +52,25 @@ def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[li
     return [_indexed(shard, extensions) for shard in tqdm(shards, desc="index of the shards", leave=False)]
 
 
-def _indexed(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
-    from backsight.project import cache_folder, read_json, write_json
-
+def _indexed(shard: Path, extensions: Collection[str]) -> list[Member]:
     try:
-        found = shard.stat()
-    except OSError as error:
-        raise SourceError(f"cannot read the shard {shard}: {error.strerror}") from error
-    identity = [VERSION, str(shard.resolve()), found.st_size, found.st_mtime_ns, sorted(extensions)]
-    key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    kept = cache_folder() / "shards" / f"{shard.stem}-{key}.json"
-    if (index := read_json(kept)) is not None:
-        return [ShardImage(*row) for row in index["images"]]
-    images = _scanned(shard, extensions)
-    try:
-        write_json(kept, {"shard": shard.name, "images": images})
+        state = shard.stat()
+        identity = [FORMAT, str(shard.resolve()), state.st_size, state.st_mtime_ns, sorted(extensions)]
+        key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        kept = cache_folder() / "shards" / f"{shard.stem}-{key}.json"
+        if (index := read_json(kept)) is None:
+            index = {"shard": shard.name, "images": _scanned(shard, extensions)}
+            write_json(kept, index)
     except OSError as error:
         raise SourceError(
-            f"cannot keep the index of {shard.name} in {kept.parent} ({error.strerror}): "
-            "set BACKSIGHT_CACHE to a folder that can be written"
+            f"cannot read the shard {shard}, or keep its index ({error}): set BACKSIGHT_CACHE to a folder that can be "
+            "written"
         ) from error
-    return images
+    return [Member(str(shard), *image) for image in index["images"]]
 
 
-def _scanned(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
+def _scanned(shard: Path, extensions: Collection[str]) -> list[tuple[str, int, int, int | None]]:
+    """(name, offset, size, label) of each image."""
     places: dict[str, tuple[int, int]] = {}  # of equal names the last counts, as when a tar file is unpacked
     labels: dict[str, int] = {}
     others = 0
@@ -98,14 +84,16 @@ def _scanned(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
                 if extension in extensions:
                     places[member.name] = (member.offset_data, member.size)
                 elif extension == ".cls":
-                    labels[key] = _label(tar, member, shard)
+                    text = Member(str(shard), member.name, member.offset_data, member.size).read().decode().strip()
+                    if not text.isdigit():
+                        raise ValueError(f"the class {text[:20]!r} in {member.name} is no number")
+                    labels[key] = int(text)
                 else:
                     others += 1
             # tarfile takes a missing end, or a damaged header, for the end of the archive.
-            end = Member(str(shard), tar.offset, _BLOCK).read()
-            if any(end):
+            if any(Member(str(shard), "end", tar.offset, BLOCK).read()):
                 raise ValueError(f"no header at byte {tar.offset}")
-    except (tarfile.TarError, ValueError, OSError) as error:
+    except (tarfile.TarError, ValueError) as error:
         raise SourceError(
             f"the shard {shard} is cut short, damaged or compressed ({error}): copy it again, as a plain tar file"
         ) from error
@@ -114,7 +102,7 @@ def _scanned(shard: Path, extensions: Collection[str]) -> list[ShardImage]:
             f"the shard {shard} holds no images, only {others} other files: shards hold key.jpg and key.cls; "
             "unpack tar files inside tar files first"
         )
-    return [ShardImage(name, *places[name], labels.get(_key(name)[0])) for name in sorted(places)]
+    return [(name, *places[name], labels.get(_key(name)[0])) for name in sorted(places)]
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -122,14 +110,3 @@ def _key(name: str) -> tuple[str, str]:
     folder, _, file = name.rpartition("/")
     key, dot, extension = file.partition(".")
     return f"{folder}/{key}", (dot + extension).lower()
-
-
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
-    file = tar.extractfile(member)
-    text = file.read().decode(errors="replace").strip() if file else ""
-    try:
-        return int(text)
-    except ValueError:
-        raise SourceError(
-            f"the class {text[:20]!r} in {member.name} of {shard} is no number: write the class number there"
-        ) from None

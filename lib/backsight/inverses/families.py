@@ -101,8 +101,8 @@ def fit_and_save(
     Returns the files. Raises BacksightError as `open_images` and `fit` do.
     """
     with processes().main_process_first():
-        train = open_images(source, "train", target.image_size, train_images, seed)
-        validation = open_images(source, "validation", target.image_size, validation_images, seed)
+        train = open_images(source, "train", target, train_images, seed)
+        validation = open_images(source, "validation", target, validation_images, seed)
     fitted: dict[str, Inverses] = {}
     files: list[Path] = []
     for family in families:

@@ -5,11 +5,15 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from backsight.errors import BacksightError
+
+if TYPE_CHECKING:
+    from backsight.data.images import Generated
 
 # name -> (package, path inside the package); the files are read directly because the packages' own
 # loaders may reach for the network.
@@ -30,6 +34,19 @@ _FILES = MappingProxyType(
 _DISTRIBUTIONS = MappingProxyType({"skimage": "scikit-image", "sklearn": "scikit-learn"})
 
 PHOTOGRAPHS: tuple[str, ...] = tuple(_FILES)
+SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
+    "train": ("astronaut", "coffee", "flower", "hubble_deep_field", "retina", "stereo_motorcycle"),
+    "validation": ("immunohistochemistry", "rocket"),
+    "test": ("chelsea", "china"),
+}
+
+
+def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> "Generated":
+    """The photographs of a split (default: test), or all, as `open_images` asks for them."""
+    from backsight.data.images import Generated
+
+    split = split or "test"
+    return Generated(split, {name: photograph_path(name) for name in SPLIT_PHOTOGRAPHS.get(split, PHOTOGRAPHS)})
 
 
 class PhotographError(BacksightError):

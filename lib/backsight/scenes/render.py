@@ -13,26 +13,30 @@ products), so the bytes do not depend on the processor.
 import colorsys
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, SourceError
 from backsight.project import cache_folder
+from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS, photograph
+
+if TYPE_CHECKING:
+    from backsight.data.images import Generated
 
 Array = np.ndarray
 Polygon = tuple[tuple[float, float], ...]
 
+SCENES_COUNT = 1024  # where no count is given
 VERSION = 1  # part of the cache key: raise it whenever a change alters a rendered byte
 SUPERSAMPLING = 4
 _STEP = 15  # brightness of one covered sub-pixel in the mean of 16: keeps that mean an exact integer below 256
@@ -45,11 +49,6 @@ DOMINANT_AREA = (0.08, 0.32)  # share of the image
 SMALLEST_AREA = 0.022
 LARGE_AREA_SPAN = 0.12  # width of the range of areas when `minimum_area` asks for large objects
 
-SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
-    "train": ("astronaut", "coffee", "flower", "hubble_deep_field", "retina", "stereo_motorcycle"),
-    "validation": ("immunohistochemistry", "rocket"),
-    "test": ("chelsea", "china"),
-}
 _SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
 _GEOMETRY, _COLOUR, _BACKGROUND = 1, 2, 3
 
@@ -282,8 +281,6 @@ def _generator(split: str, index: int, seed: int, stream: int) -> np.random.Gene
 
 @cache
 def _photograph(name: str) -> Image.Image:
-    from backsight.scenes.photographs import photograph
-
     return Image.fromarray(photograph(name))
 
 
@@ -524,6 +521,19 @@ def write_coco(
     return folder
 
 
+def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> "Generated":
+    """Scenes of a split (default: test; 1024 where no count is given), as `open_images` asks for them."""
+    from backsight.data.images import Generated
+
+    split = split or "test"
+    if split not in SPLIT_PHOTOGRAPHS:
+        raise SourceError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
+    chosen = options if isinstance(options, SceneOptions) else DEFAULT_OPTIONS
+    folder = cached(split, SCENES_COUNT if count is None else count, seed, size, chosen)
+    files = {path.stem: path for path in sorted((folder / f"{split}2017").iterdir())}
+    return Generated(split, files, folder / "annotations" / f"instances_{split}2017.json", to_size=True)
+
+
 def cached(
     split: str,
     count: int,
@@ -532,21 +542,18 @@ def cached(
     options: SceneOptions = DEFAULT_OPTIONS,
     progress: bool = True,
 ) -> Path:
-    """The folder of `write_coco`, made on first use and kept; safe when several processes ask at once."""
+    """The folder of `write_coco`, made on first use and kept; of several processes that ask at once, one makes it."""
     render(split, 0, seed, size, options)  # bad arguments are refused before anything is written
     key = json.dumps([VERSION, split, count, seed, size, asdict(replace(options))], sort_keys=True)
-    folder = cache_folder() / "scenes" / f"{split}-{count}-{size}px-seed{seed}-{sha256(key.encode()).hexdigest()[:10]}"
+    name = f"{split}-{count}-{size}px-seed{seed}-{sha256(key.encode()).hexdigest()[:10]}"
+    scenes = cache_folder() / "scenes"
+    folder, made = scenes / name, scenes / f".making-{name}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    try:
-        write_coco(made, split, count, seed, size, options, progress)
-        try:
-            os.rename(made, folder)
-        except OSError:
-            if not folder.is_dir():  # anything but another process having been faster
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    scenes.mkdir(parents=True, exist_ok=True)
+    with FileLock(scenes / f".{name}.lock"):
+        if not folder.is_dir():
+            shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+            write_coco(made, split, count, seed, size, options, progress)
+            made.rename(folder)
     return folder

@@ -26,7 +26,7 @@ def fit_or_load(
         families = load(found, target, seed)
         chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
         return {family: taps for family, taps in chosen.items() if taps}
-    images = open_images(trained_on, "train", target.image_size, count, seed)
+    images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed)}
 
 
@@ -100,5 +100,5 @@ def _distinct(seeds: Sequence[int]) -> Sequence[int]:
 
 
 def _linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
-    images = open_images(trained_on, "train", target.image_size, count, seed)
+    images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed, progress=False)}

@@ -68,7 +68,7 @@ def uniform_by_seed(target: Target, seeds: Sequence[int], count: int) -> Familie
     """
     found = {}
     for seed in seeds:
-        images = open_images("scenes", "train", target.image_size, count, seed, options=SceneOptions(rule="uniform"))
+        images = open_images("scenes", "train", target, count, seed, options=SceneOptions(rule="uniform"))
         found[seed] = {"linear_uniform": fit_linear(target, images, seed=seed, progress=False)}
     return found
 

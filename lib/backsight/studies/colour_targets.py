@@ -120,7 +120,7 @@ def habit_rows(
     The measures are called sanity_reversion_index, sanity_hue_follow and sanity_prototype_pull. Inverse "linear" is
     fitted on scenes of the mixed rule, "linear_uniform" on scenes of uniform hues.
     """
-    objects = open_objects("scenes", target.image_size, n, seed)
+    objects = open_objects("scenes", target, n, seed)
     families = merged(families_by_seed(target, "", seeds, fit_images), uniform_by_seed(target, seeds, fit_images))
     record = record_colours(
         target, objects, [*hue_shifts(shifts)], families, answers=False, nulls=False, seed=seed, progress=False

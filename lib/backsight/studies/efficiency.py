@@ -103,7 +103,7 @@ class Setting:
         return {PIXELS: form_of(image)} | {tap: form_of(each) for tap, each in recorded.items()}
 
     def train(self, seed: int, count: int | None = None) -> Any:
-        return open_images(self.trained_on, "train", self.target.image_size, count or self.train_images, seed)
+        return open_images(self.trained_on, "train", self.target, count or self.train_images, seed)
 
 
 def setting_for(target: Target, judged: str | Sequence[str], **options: Any) -> Setting:

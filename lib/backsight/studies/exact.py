@@ -1046,9 +1046,9 @@ def measure_exactness(
     """
     families = {name: taps for name, taps in (families or {}).items() if name in ("linear", "modular")}
     reach = where_exactness_ends(target)
-    training = open_images(trained_on, "train", target.image_size, fit_images, seed)
+    training = open_images(trained_on, "train", target, fit_images, seed)
     most = max(n, n_chain)
-    pictures = next(batches(open_images(images, "test", target.image_size, most, seed), most))
+    pictures = next(batches(open_images(images, "test", target, most, seed), most))
     shown = pictures[:n]
     if inverse is None:
         inverse = _fitted_inverse(target, tap, training, families.get("linear", {}), fit_images, stages)

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import ImageSource, open_images, read_rgb, tensor
+from backsight.data.decode import read_rgb
+from backsight.data.images import ImageSource, Preprocessed, open_images, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import Matches, average_precision
@@ -353,29 +354,35 @@ def paired_difference(
     return pd.DataFrame(rows, columns=["tap", "value", "low", "high", "n"])
 
 
-def quality_images(source: str, size: tuple[int, int], n: int, seed: int = 0) -> tuple[ImageSource | Tensor, str, str]:
+def quality_images(
+    source: str, target_or_size: Preprocessed | tuple[int, int], n: int, seed: int = 0
+) -> tuple[ImageSource | Tensor, str, str]:
     """Images to judge inverses on, none of which trained one: (images, data set, split).
 
     "photographs": crops of the test photographs. "scenes" and COCO come with the masks of their objects. A folder of
     photographs is taken whole (split "all"). n: at most this many.
     """
     if source == "photographs":
-        pictures, _ = crops(SPLIT_PHOTOGRAPHS["test"], n, size, seed)
+        pictures, _ = crops(SPLIT_PHOTOGRAPHS["test"], n, getattr(target_or_size, "image_size", target_or_size), seed)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, "photographs", "test"
     masked = source == "scenes" or (Path(source) / "annotations").is_dir()
-    images = open_images(source, size=size, count=n, seed=seed, masks=masked)
+    images = open_images(source, None, target_or_size, n, seed, masks=masked)
     return images, images.name, images.split
 
 
 def gallery_images(
-    source: str, size: tuple[int, int], judged: ImageSource | Tensor, count: int, seed: int = 0
+    source: str,
+    target_or_size: Preprocessed | tuple[int, int],
+    judged: ImageSource | Tensor,
+    count: int,
+    seed: int = 0,
 ) -> Tensor:
     """(M, 3, H, W) in [0, 1]: the judged images first, then others of the same split, all different.
 
     M is `count` or more where the source has so many images, else all there are.
     """
     own = tensor(judged)
-    more, _, _ = quality_images(source, size, count, seed) if len(own) < count else (own, "", "")
+    more, _, _ = quality_images(source, target_or_size, count, seed) if len(own) < count else (own, "", "")
     seen: dict[bytes, Tensor] = {}
     for picture in torch.cat([own, tensor(more)]):
         seen.setdefault((picture * 255).round().byte().numpy().tobytes(), picture)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backsight.data.images import ImageSource, open_images
+from backsight.data.images import ImageSource, Preprocessed, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.scenes.render import CLASS_NAMES, CLASSES, Scene, SceneOptions, render_many
 from backsight.tables.names import PERMUTATIONS
@@ -240,7 +240,7 @@ class JudgedObjects:
 
 def open_objects(
     source: str,
-    size: tuple[int, int],
+    target_or_size: Preprocessed | tuple[int, int],
     n: int,
     seed: int = 0,
     minimum_area: float = 0.3,
@@ -255,11 +255,11 @@ def open_objects(
     Raises BacksightError where no image has such an object.
     """
     if source == "scenes":
-        return _scene_objects(size, n, seed, minimum_area, rule, split)
+        return _scene_objects(getattr(target_or_size, "image_size", target_or_size), n, seed, minimum_area, rule, split)
     try:
-        images = open_images(source, split, size, seed=seed, masks=True)
+        images = open_images(source, split, target_or_size, seed=seed, masks=True)
     except BacksightError:
-        images = open_images(source, None if source != "photographs" else split, size, n, seed)
+        images = open_images(source, None if source != "photographs" else split, target_or_size, n, seed)
         pictures = _pictures([item["image"].permute(1, 2, 0).numpy() for item in images])
         masks = torch.ones(len(pictures), *pictures.shape[2:], dtype=torch.bool)
         nothing = np.full(len(pictures), -1)
@@ -267,7 +267,8 @@ def open_objects(
         truth = tuple(Truth(np.zeros(0, int), np.zeros((0, 4))) for _ in pictures)
         canonical = np.zeros(len(pictures), bool)
         return JudgedObjects(images.name, images.split, pictures, masks, nothing, (), unknown, canonical, truth)
-    return _annotated_objects(images, source, n, seed, minimum_area)
+    prototypes = class_hues(open_images(source, "train", target_or_size, 20 * n, seed, masks=True))
+    return _annotated_objects(images, source, prototypes, n, minimum_area)
 
 
 def _scene_objects(
@@ -294,7 +295,9 @@ def _scene_objects(
     )
 
 
-def _annotated_objects(images: ImageSource, source: str, n: int, seed: int, minimum_area: float) -> JudgedObjects:
+def _annotated_objects(
+    images: ImageSource, source: str, prototypes: dict[str, float | None], n: int, minimum_area: float
+) -> JudgedObjects:
     pictures, masks, labels, truth = [], [], [], []
     height, width = images.size
     for item in images:
@@ -312,7 +315,6 @@ def _annotated_objects(images: ImageSource, source: str, n: int, seed: int, mini
             break
     if not pictures:
         raise BacksightError(f"no image of {source} has an object of {minimum_area:.0%} of it: lower minimum_area")
-    prototypes = class_hues(open_images(source, "train", images.size, 20 * n, seed, masks=True))
     hues, canonical = known_hues(prototypes, images.classes)
     chosen = np.array(labels)
     return JudgedObjects(

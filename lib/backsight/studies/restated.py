@@ -356,7 +356,7 @@ def _measure_hue(
     study: _Study, source: str, count: int, shifts: Sequence[float], collected: TidyRows, done: Callable[[], Any]
 ) -> Tables:
     """What every inverse follows of hue shifts of one object, everything else staying as it was."""
-    objects = open_objects(source, study.target.image_size, count, study.seed)
+    objects = open_objects(source, study.target, count, study.seed)
     turned = [Perturbation("hue_shift", "object", hue_shift=shift) for shift in shifts]
     pictures = [objects.images, *(objects.perturbed(each) for each in turned)]
     shown = np.stack([object_chroma(each, objects.masks) for each in pictures])
@@ -587,7 +587,7 @@ def measure_restated(
         raise BacksightError(f"Hue shifts are degrees that turn a hue, such as (120.0, 240.0), not {tuple(shifts)}.")
     resolved = target.resolve_taps(taps)
     ordered = tuple(tap for tap in target.available_taps if tap in resolved)
-    source, dataset, split = quality_images(images, target.image_size, n, seed)
+    source, dataset, split = quality_images(images, target, n, seed)
     pictures, masks, largest, _ = next(iter(_with_masks(source, n)))
     judged = Judged(pictures, masks, largest, torch.arange(len(pictures)), {})
     held_out = _first(calibration, fitted)

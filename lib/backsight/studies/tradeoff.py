@@ -126,9 +126,9 @@ def _scenes(split: str, count: int, seed: int, target: Target, rule: str) -> Lab
 
 def _from_source(source: str, split: str, target: Target, count: int, seed: int) -> LabelledImages:
     try:
-        images = open_images(source, split, target.image_size, count, seed, masks=True)
+        images = open_images(source, split, target, count, seed, masks=True)
     except BacksightError:  # no COCO root: class folders, or photographs without any truth
-        images = open_images(source, split, target.image_size, count, seed)
+        images = open_images(source, split, target, count, seed)
     items = list(images)
     classes = _numbers_of(images, target)
     height, width = target.image_size

@@ -499,12 +499,6 @@ def _identity_of(images: Images) -> str:
 
 def _samples(images: Images, validation: Images | None, ridge_images: int, seed: int) -> tuple[Any, Sample | None]:
     """Those of the images that starts and moments are measured on (none for 0), and those that choose the weights."""
-    for source in (images, validation):
-        if getattr(source, "fit", None) == "pad":
-            raise BacksightError(
-                f"The images {source.name!r} are padded, and inverses are trained on whole images: open them with "
-                "fit='crop' or fit='stretch'."
-            )
     held_out = None if validation is None else _sample(validation, VALIDATION_IMAGES, seed)
     return _sample(images, max(ridge_images, MOMENT_IMAGES), seed) if ridge_images else None, held_out
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from backsight.app.explorer.view import View
-from backsight.data.images import ImageError, read_rgb
+from backsight.data.decode import READABLE, ImageError, read_rgb
 from backsight.errors import BacksightError
 from backsight.project import project_root, results_root, shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS, photograph
@@ -25,7 +25,6 @@ from backsight.studies.recolour import Perturbation, perturb
 SCENES = 12  # offered in the list; any number can be named
 LARGEST_FILE = 64 * 2**20  # bytes
 LARGEST_SIDE = 20_000  # pixels: what a person photographs, and not a bomb
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 # One large object, so that its colour can be seen, and others beside it.
 SCENE_OPTIONS = SceneOptions(minimum_area=0.25)
 _SCENE = re.compile(r"scene (\d{1,6})")
@@ -54,9 +53,9 @@ def in_folder(folder: str | Path) -> list[str]:
     place = place if place.is_absolute() else project_root() / place
     if not place.is_dir():
         raise BacksightError(f"There is no folder {str(folder)!r}: give the path of a folder with image files.")
-    found = sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(file for file in place.iterdir() if file.suffix.lower() in READABLE)
     if not found:
-        raise BacksightError(f"The folder {str(folder)!r} holds no image file ({', '.join(IMAGE_SUFFIXES)}).")
+        raise BacksightError(f"The folder {str(folder)!r} holds no image file ({', '.join(READABLE)}).")
     return [shown(file) for file in found[:500]]
 
 

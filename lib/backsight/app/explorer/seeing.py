@@ -207,7 +207,7 @@ class Workbench:
                 f"Fitting linear inverses of {len(target.taps)} layers of {target.name} on {self.fit_images} images, "
                 "once: seconds for a small model, minutes for ViT-B/16."
             )
-            images = open_images(_source(target), "train", target.image_size, self.fit_images, self.seed)
+            images = open_images(_source(target), "train", target, self.fit_images, self.seed)
             fitted = fit_linear(target, images, seed=self.seed, progress=False)
             save(fitted, kept)
             write_atomically(finished, lambda temporary: temporary.write_text("linear\n", encoding="utf-8"))
@@ -341,7 +341,7 @@ def _enlarged(image: Tensor) -> np.ndarray:
 
 def _measured(target: Target, families: Mapping[str, Mapping[str, Reconstruct]]) -> Bench:
     """The bench with its reference: the representations of validation images."""
-    images = open_images(_source(target), "validation", target.image_size, REFERENCE_IMAGES, 0)
+    images = open_images(_source(target), "validation", target, REFERENCE_IMAGES, 0)
     recorded = target.record(torch.cat(list(batches(images, REFERENCE_IMAGES))))
     spread, mean = {}, {}
     for tap, representation in recorded.items():
