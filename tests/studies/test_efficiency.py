@@ -112,7 +112,7 @@ def test_the_closed_form_is_where_every_fit_starts(setting: Setting, starts: Sta
         trial, inverses = efficiency.train_once(setting, method, starts, Cost(), steps=0, learning_rate=1e-3)
         for tap in setting.taps(method):
             torch.testing.assert_close(trial.values[tap], values[method][tap], atol=1e-3, rtol=0)
-        assert trial.parameters == sum(map(efficiency.numbers_held, inverses.values()))
+        assert trial.parameters == sum(map(efficiency.numbers_held, inverses.modules.values()))
     assert set(values["modular"]) == set(setting.chain)
 
 
@@ -121,7 +121,7 @@ def test_random_starts_hold_no_closed_form(setting: Setting, starts: Starts) -> 
         trial, inverses = efficiency.train_once(
             setting, method, starts, Cost(), steps=1, learning_rate=1e-3, start="random", part="start"
         )
-        assert all(inverse.linear is None for inverse in inverses.values())
+        assert all(inverse.linear is None for inverse in inverses.modules.values())
         assert trial.start == "random"
         assert set(trial.values) == set(setting.judged)
 

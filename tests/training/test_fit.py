@@ -79,19 +79,18 @@ def test_before_training_every_inverse_is_the_closed_form(kind: str, fit, reques
 
 
 def test_training_gains_over_the_closed_form_on_images_that_nothing_has_seen() -> None:
-    """A shipped target: after 20 steps pictures from every tap are nearer than those of the closed-form start."""
-    target = load_target("scenes-vit", taps=["patch_embed", "blocks.1"])
-    train, validation, test = (open_images("scenes", s, target, 96) for s in ("train", "validation", "test"))
+    """A shipped target: after 16 steps pictures from a deep tap are nearer than those of the closed-form start."""
+    target = load_target("scenes-vit", taps=["blocks.5"])
+    splits = {"train": 96, "validation": 32, "test": 96}
+    train, validation, test = (open_images("scenes", s, target, n) for s, n in splits.items())
     shown = next(batches(test, 96))
-    recorded = target.record(shown)
+    recorded = target.record(shown)["blocks.5"]
     settings = {"ridge_images": 96, "progress": False}
-    for fit in (fit_direct, fit_modular):
-        start = fit(target, train, steps=0, **settings)
-        starts = {(tap, stage.destination): stage.linear for tap, stage in start.modules.items()}
-        trained = fit(target, train, validation, starts=starts, steps=20, **settings)
-        for tap in target.taps:
-            before, after = (F.mse_loss(family[tap](recorded[tap]), shown) for family in (start, trained))
-            assert after < before, (fit.__name__, tap)
+    start = fit_direct(target, train, steps=0, **settings)
+    starts = {("blocks.5", "pixels"): start.module("blocks.5").linear}
+    trained = fit_direct(target, train, validation, starts=starts, steps=16, **settings)
+    before, after = (F.mse_loss(family["blocks.5"](recorded), shown) for family in (start, trained))
+    assert after < 0.99 * before
 
 
 def test_the_chain_that_is_returned_is_the_one_that_was_validated(vit) -> None:
