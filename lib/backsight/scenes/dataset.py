@@ -1,6 +1,5 @@
 """The scenes that the shipped targets are trained on, as arrays and batches."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +86,10 @@ def batch_of(data: SceneArrays, chosen: np.ndarray, device: str) -> Batch:
     )
 
 
-def shuffled(count: int, batch: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Endless shuffled batches; batch k is a function of (seed, k) only."""
-    per_epoch = count // batch
-    step = start
-    while True:
-        epoch, place = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        for k in range(place, per_epoch):
-            yield order[k * batch : (k + 1) * batch]
-            step += 1
+def drawn(count: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The indices of batch `step` of an endless shuffled stream: a function of (seed, step) only."""
+    epoch, place = divmod(step, count // batch)
+    return np.random.default_rng([seed, epoch]).permutation(count)[place * batch : (place + 1) * batch]
 
 
 def patch_shares(batch: Batch, patch: int) -> Tensor:

@@ -6,7 +6,6 @@ Group DETR), a class and box loss on the encoder's tokens through the shared hea
 """
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
+)
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from backsight.project import write_json
 from backsight.representation import Predictions
@@ -42,8 +51,6 @@ _LAYERS: dict[str, Any] = {
 
 def detr_config() -> Any:
     """The DETR that is shipped: one grid of stride 8."""
-    from transformers import DetrConfig, ResNetConfig
-
     backbone = ResNetConfig(  # type: ignore[call-arg]
         embedding_size=64,
         hidden_sizes=[64, 128],
@@ -58,8 +65,6 @@ def detr_config() -> Any:
 
 def deformable_config() -> Any:
     """The Deformable DETR that is shipped: grids of strides 8 and 16, neither two-stage nor with box refinement."""
-    from transformers import DeformableDetrConfig, ResNetConfig
-
     backbone = ResNetConfig(  # type: ignore[call-arg]
         embedding_size=64,
         hidden_sizes=[64, 128, 192],
@@ -75,6 +80,7 @@ def deformable_config() -> Any:
         two_stage=False,
         with_box_refine=False,
         auxiliary_loss=False,
+        class_cost=2,
         **_LAYERS,
     )
 
@@ -93,40 +99,48 @@ class _Streams:
     query_places: Tensor | None = None
 
 
-class DetectorTraining(nn.Module, ABC):
-    """A detector with the loss it is trained by."""
+class DetectorTraining(nn.Module):
+    """A detector with the loss it is trained by; focal: weight of a focal loss of sigmoids, 0 for a softmax."""
 
     slow: ClassVar[tuple[str, ...]] = ()
     processor: ClassVar[str]
+    focal: ClassVar[int] = 0
+    set_loss: ClassVar[Any]  # of transformers: (logits, truth, device, boxes, config)
     model: Any
     other_groups: nn.Parameter  # (groups - 1, Q, …); training only: dropped on saving
 
-    @abstractmethod
-    def streams(self, pixels: Tensor) -> _Streams: ...
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.model.model.unfreeze_backbone()
+        _with_batch_norm(self.model.model.backbone)
 
-    @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def _grow_groups(self, start: Tensor, groups: int) -> None:
+        """Further groups of queries, each near the first one's start (Q, …)."""
+        others = start.repeat(groups - 1, 1, 1) + 0.1 * torch.randn(groups - 1, *start.shape)
+        self.other_groups = nn.Parameter(others)
 
-    @abstractmethod
-    def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor: ...
-
-    @abstractmethod
-    def set_loss(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss of token logits (B, N, …) against classes (B, N), BACKGROUND where there is no object."""
-
-    @abstractmethod
-    def outputs(self, pixels: Tensor) -> Predictions: ...
+    def _queries(self) -> tuple[Tensor, Tensor, int]:
+        """All groups' embeddings (G*Q, …), the mask between groups, and Q."""
+        first = self.model.model.query_position_embeddings.weight
+        queries = torch.cat([first, *(self.other_groups if self.training else ())])
+        group = torch.arange(len(queries), device=first.device) // len(first)
+        mask = torch.zeros(1, 1, len(group), len(group), device=first.device)
+        return queries, mask.masked_fill_(group[:, None] != group, torch.finfo(mask.dtype).min), len(first)
 
     def loss(self, batch: Batch) -> Tensor:
+        """DETR's set loss after every decoder layer (Carion et al. 2020; weights 1, 5, 2), and that of the tokens."""
         streams = self.streams(batch.pixels)
-        groups = streams.layers[0].shape[0] // len(batch.pixels)
-        labels, boxes = batch.labels.repeat(groups, 1), batch.boxes.repeat(groups, 1, 1)
+        groups = len(streams.layers[0]) // len(batch.pixels)
+        truth = [
+            {"class_labels": label[label >= 0], "boxes": box[label >= 0]}
+            for label, box in zip(batch.labels, batch.boxes, strict=True)
+        ] * groups
         total = self._dense(streams, batch)
         for hidden in streams.layers:
-            total = total + self.set_loss(self.logits(hidden), self.boxes(hidden, streams.query_places), labels, boxes)
+            logits, boxes = self.logits(hidden), self.boxes(hidden, streams.query_places)
+            loss, parts, _ = type(self).set_loss(logits, truth, logits.device, boxes, self.model.config)
+            total = total + loss + max(0, self.focal - 1) * parts["loss_ce"]
         return total
 
     def _dense(self, streams: _Streams, batch: Batch) -> Tensor:
@@ -135,14 +149,26 @@ class DetectorTraining(nn.Module, ABC):
         shares = torch.cat([F.adaptive_avg_pool2d(one_hot, grid).flatten(2) for grid in streams.grids], 2)
         share, owner = shares.transpose(1, 2)[..., 1:].max(-1)
         covered = share > 1 / 3
-        labels = torch.where(covered, batch.labels.gather(1, owner), BACKGROUND)
-        class_loss = self.token_loss(self.logits(streams.tokens), labels)
-        wanted = batch.boxes.gather(1, owner[..., None].expand(-1, -1, 4))[covered]
+        labels, logits = torch.where(covered, batch.labels.gather(1, owner), BACKGROUND), self.logits(streams.tokens)
+        if self.focal:
+            wanted = F.one_hot(labels, BACKGROUND + 1)[..., :BACKGROUND].to(logits.dtype)
+            focal = sigmoid_focal_loss(logits, wanted, reduction="sum")
+            class_loss = self.focal * focal / wanted.sum().clamp(min=1)
+        else:
+            class_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         places = streams.token_places
-        if places is not None:
-            places = places.expand(len(owner), -1, -1)[covered]
-        found = self.boxes(streams.tokens[covered], places)
-        return class_loss + _box_loss(found, wanted)
+        places = None if places is None else places.expand(len(owner), -1, -1)[covered]
+        boxes = self.boxes(streams.tokens[covered], places)
+        wanted = batch.boxes.gather(1, owner[..., None].expand(-1, -1, 4))[covered]
+        corners = (box_convert(each, "cxcywh", "xyxy") for each in (boxes, wanted))
+        overlap = generalized_box_iou_loss(*corners, reduction="mean")
+        return class_loss + 5 * (boxes - wanted).abs().sum(-1).mean() + 2 * overlap
+
+    def outputs(self, pixels: Tensor) -> Predictions:
+        streams = self.streams(pixels)
+        hidden = streams.layers[-1]
+        activation = "sigmoid" if self.focal else "softmax"
+        return Predictions(self.logits(hidden), self.boxes(hidden, streams.query_places), activation)
 
     def save(self, folder: Path) -> None:
         """The stock model by save_pretrained, without what only training needed, and its image processor."""
@@ -175,13 +201,6 @@ def _with_batch_norm(module: nn.Module) -> None:
             _with_batch_norm(child)
 
 
-def _strangers(groups: int, queries: int, device: torch.device) -> Tensor:
-    """Additive attention mask (1, 1, G*Q, G*Q): groups of queries do not see each other."""
-    group = torch.arange(groups * queries, device=device) // queries
-    mask = torch.zeros(1, 1, len(group), len(group), device=device)
-    return mask.masked_fill_(group[:, None] != group, torch.finfo(mask.dtype).min)
-
-
 def _by_group(hidden: Tensor, queries: int) -> Tensor:
     """(B, G*Q, C) as (G*B, Q, C), group-major."""
     return hidden.unflatten(1, (-1, queries)).transpose(0, 1).flatten(0, 1)
@@ -191,40 +210,27 @@ class DetrTraining(DetectorTraining):
     """transformers' DetrForObjectDetection."""
 
     processor = "DetrImageProcessor"
+    set_loss = ForObjectDetectionLoss
 
     def __init__(self, groups: int) -> None:
-        super().__init__()
-        from transformers import DetrForObjectDetection
-
-        self.model = DetrForObjectDetection(detr_config())
-        self.model.model.unfreeze_backbone()
-        _with_batch_norm(self.model.model.backbone)
-        config = self.model.config
-        side = round(math.sqrt(config.num_queries))
-        core = self.model.model
-        grid = core.position_embedding(shape=(1, config.d_model, side, side), device="cpu", dtype=torch.float32)
-        start = grid.flatten(2).transpose(1, 2)[0]
+        super().__init__(DetrForObjectDetection(detr_config()))
+        weight = self.model.model.query_position_embeddings.weight
         with torch.no_grad():
-            core.query_position_embeddings.weight.copy_(start)
-        others = start.repeat(groups - 1, 1, 1) + 0.1 * torch.randn(groups - 1, *start.shape)
-        self.other_groups = nn.Parameter(others)
+            weight.copy_(_grid_positions(self.model.model, self.model.config))
+        self._grow_groups(weight.detach(), groups)
 
     def streams(self, pixels: Tensor) -> _Streams:
         core = self.model.model
-        mask = torch.ones(pixels.shape[0], *pixels.shape[-2:], device=pixels.device)
+        mask = torch.ones(len(pixels), *pixels.shape[-2:], device=pixels.device)
         features, _ = core.backbone(pixels, mask)[-1]
-        tokens = core.input_projection(features).flatten(2).transpose(1, 2)
+        memory = core.input_projection(features).flatten(2).transpose(1, 2)
         position = core.position_embedding(shape=features.shape, device=pixels.device, dtype=pixels.dtype)
         position = position.flatten(2).transpose(1, 2)
-        memory = tokens
         for layer in core.encoder.layers:
             memory = layer(memory, None, spatial_position_embeddings=position)
-        queries = [core.query_position_embeddings.weight, *(self.other_groups if self.training else ())]
-        number = len(queries[0])
-        strangers = _strangers(len(queries), number, pixels.device)
-        query_position = torch.cat(queries).expand(len(pixels), -1, -1)
-        stream = torch.zeros_like(query_position)
-        layers = []
+        queries, strangers, number = self._queries()
+        query_position = queries.expand(len(pixels), -1, -1)
+        stream, layers = torch.zeros_like(query_position), []
         for layer in core.decoder.layers:
             stream = layer(stream, strangers, position.expand(len(pixels), -1, -1), query_position, memory)
             layers.append(_by_group(core.decoder.layernorm(stream), number))
@@ -236,22 +242,6 @@ class DetrTraining(DetectorTraining):
     def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor:
         return self.model.bbox_predictor(hidden).sigmoid()
 
-    def set_loss(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-        """DETR's loss (Carion et al. 2020, eq. 1-2; weights 1, 5, 2; "no object" counts a tenth)."""
-        place, thing = _assigned(-logits.detach().softmax(-1), boxes, labels, truth)
-        weight = torch.ones(logits.shape[-1], device=logits.device)
-        weight[BACKGROUND] = 0.1
-        classes = torch.full(logits.shape[:2], BACKGROUND, device=logits.device)
-        classes[place] = labels[thing]
-        return F.cross_entropy(logits.transpose(1, 2), classes, weight) + _box_loss(boxes[place], truth[thing])
-
-    def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-    def outputs(self, pixels: Tensor) -> Predictions:
-        hidden = self.streams(pixels).layers[-1]
-        return Predictions(self.logits(hidden), self.boxes(hidden, None))
-
 
 class DeformableDetrTraining(DetectorTraining):
     """transformers' DeformableDetrForObjectDetection: focal loss, and boxes relative to a place.
@@ -262,21 +252,16 @@ class DeformableDetrTraining(DetectorTraining):
 
     processor = "DeformableDetrImageProcessor"
     slow = ("sampling_offsets", "reference_points")
+    focal = 2
+    set_loss = DeformableDetrForObjectDetectionLoss
 
     def __init__(self, groups: int) -> None:
-        super().__init__()
-        from transformers import DeformableDetrForObjectDetection
-
-        self.model = DeformableDetrForObjectDetection(deformable_config())
+        super().__init__(DeformableDetrForObjectDetection(deformable_config()))
         core, config = self.model.model, self.model.config
-        core.unfreeze_backbone()
-        _with_batch_norm(core.backbone)
-        side = round(math.sqrt(config.num_queries))
-        grid = core.position_embedding(shape=(1, config.d_model, side, side), device="cpu", dtype=torch.float32)
-        position = grid.flatten(2).transpose(1, 2)[0]
-        places = _grid_places(((side, side),), torch.device("cpu"))
+        side = math.isqrt(config.num_queries)
+        position, places = _grid_positions(core, config), _grid_places(((side, side),), torch.device("cpu"))
+        start = core.query_position_embeddings.weight  # (Q, 2 * C): position, then content
         with torch.no_grad():
-            start = core.query_position_embeddings.weight  # (Q, 2 * C): position, then content
             start[:, : config.d_model] = position
             # The smallest linear map that sends the position of each cell to the cell's centre.
             core.reference_points.weight.copy_(torch.linalg.lstsq(position, places).solution.T)
@@ -286,48 +271,33 @@ class DeformableDetrTraining(DetectorTraining):
             for head in self.model.bbox_embed:
                 head.layers[-1].weight.zero_()
                 head.layers[-1].bias.copy_(torch.tensor([0.0, 0.0, -0.5, -0.5]))
-            others = start.repeat(groups - 1, 1, 1) + 0.1 * torch.randn(groups - 1, *start.shape)
-        self.other_groups = nn.Parameter(others)
+        self._grow_groups(start.detach(), groups)
 
     def streams(self, pixels: Tensor) -> _Streams:
         core, count = self.model.model, len(pixels)
         mask = torch.ones(count, *pixels.shape[-2:], device=pixels.device)
-        maps = [project(each) for project, (each, _) in zip(core.input_proj, core.backbone(pixels, mask), strict=True)]
-        grids = tuple((each.shape[2], each.shape[3]) for each in maps)
-        tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in maps], 1)
-        positions = []
-        for each, level in zip(maps, core.level_embed, strict=True):
-            code = core.position_embedding(shape=each[:1].shape, device=pixels.device, dtype=pixels.dtype)
-            positions.append(code.flatten(2).transpose(1, 2) + level)
+        maps = [project(made) for project, (made, _) in zip(core.input_proj, core.backbone(pixels, mask), strict=True)]
+        grids = tuple((made.shape[2], made.shape[3]) for made in maps)
+        memory = torch.cat([made.flatten(2).transpose(1, 2) for made in maps], 1)
+        codes = [
+            core.position_embedding(shape=made[:1].shape, device=pixels.device, dtype=pixels.dtype) for made in maps
+        ]
+        levels = [c.flatten(2).transpose(1, 2) + level for c, level in zip(codes, core.level_embed, strict=True)]
+        position = torch.cat(levels, 1)
         places = _grid_places(grids, pixels.device)
-        shapes = torch.tensor(grids, device=pixels.device)
-        where = {"spatial_shapes": shapes, "spatial_shapes_list": list(grids)}
+        where: dict[str, Any] = {"spatial_shapes": torch.tensor(grids, device=pixels.device)}
+        where["spatial_shapes_list"] = list(grids)
         centres = places.sigmoid()[None, :, None].expand(count, -1, len(grids), -1)
-        memory = tokens
         for layer in core.encoder.layers:
-            memory = layer(
-                memory,
-                None,
-                spatial_position_embeddings=torch.cat(positions, 1),
-                reference_points=centres,
-                **where,
-            )
-        queries = [core.query_position_embeddings.weight, *(self.other_groups if self.training else ())]
-        number = len(queries[0])
-        strangers = _strangers(len(queries), number, pixels.device)
-        query_position, content = torch.cat(queries).expand(count, -1, -1).chunk(2, -1)
+            memory = layer(memory, None, spatial_position_embeddings=position, reference_points=centres, **where)
+        queries, strangers, number = self._queries()
+        query_position, stream = queries.expand(count, -1, -1).chunk(2, -1)
         query_places = core.reference_points(query_position)
         references = query_places.sigmoid()[:, :, None].expand(-1, -1, len(grids), -1)
-        stream, layers = content, []
+        where |= {"encoder_hidden_states": memory, "attention_mask": strangers}
+        layers = []
         for layer in core.decoder.layers:
-            stream = layer(
-                stream,
-                query_position,
-                references,
-                encoder_hidden_states=memory,
-                attention_mask=strangers,
-                **where,
-            )
+            stream = layer(stream, query_position, references, **where)
             layers.append(_by_group(stream, number))
         return _Streams(memory, grids, layers, places[None], _by_group(query_places, number))
 
@@ -338,23 +308,12 @@ class DeformableDetrTraining(DetectorTraining):
         assert places is not None
         return (self.model.bbox_embed[0](hidden) + F.pad(places, (0, 2))).sigmoid()
 
-    def set_loss(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-        """Deformable DETR's loss: DETR's with a focal loss of weight 2 on the classes (Zhu et al. 2021)."""
-        chance = logits.detach()
-        cost = _focal(chance, torch.ones_like(chance)) - _focal(chance, torch.zeros_like(chance))
-        place, thing = _assigned(2 * cost, boxes, labels, truth)
-        classes = torch.full(logits.shape[:2], BACKGROUND, device=logits.device)
-        classes[place] = labels[thing]
-        return self.token_loss(logits, classes) + _box_loss(boxes[place], truth[thing])
 
-    def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wanted = F.one_hot(labels, BACKGROUND + 1)[..., :BACKGROUND].to(logits.dtype)
-        return 2 * _focal(logits, wanted).sum() / wanted.sum().clamp(min=1)
-
-    def outputs(self, pixels: Tensor) -> Predictions:
-        streams = self.streams(pixels)
-        hidden = streams.layers[-1]
-        return Predictions(self.logits(hidden), self.boxes(hidden, streams.query_places), "sigmoid")
+def _grid_positions(core: Any, config: Any) -> Tensor:
+    """(Q, C): the sine code of the cells of a square grid with as many cells as queries."""
+    side = math.isqrt(config.num_queries)
+    grid = core.position_embedding(shape=(1, config.d_model, side, side), device="cpu", dtype=torch.float32)
+    return grid.flatten(2).transpose(1, 2)[0]
 
 
 def _grid_places(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
@@ -364,62 +323,3 @@ def _grid_places(grids: tuple[Grid, ...], device: torch.device) -> Tensor:
         y, x = (torch.arange(n, device=device).add(0.5).div(n) for n in (height, width))
         centres.append(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1))
     return torch.cat(centres).logit()
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    centre, extent = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - extent / 2, centre + extent / 2], -1)
-
-
-def _generalised_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise generalised IoU of (..., 4) boxes cx, cy, w, h. Source: Rezatofighi et al. 2019."""
-    a, b = _corners(a), _corners(b)
-    area_a = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
-    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = area_a + area_b - inner
-    return inner / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
-
-
-def _box_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """DETR's loss of boxes (M, 4) against theirs, weights 5 and 2."""
-    return (5 * (found - wanted).abs().sum(-1) + 2 * (1 - _generalised_iou(found, wanted))).mean()
-
-
-def _focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Elementwise focal loss with alpha 0.25 and gamma 2 (Lin et al. 2017)."""
-    loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    chance = logits.sigmoid()
-    miss = torch.where(wanted > 0.5, 1 - chance, chance)
-    return torch.where(wanted > 0.5, 0.25, 0.75) * miss.square() * loss
-
-
-Places = tuple[Tensor, Tensor]
-
-
-@torch.no_grad()
-def _assigned(class_costs: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> tuple[Places, Places]:
-    """The cheapest one-to-one assignment of queries to objects, image by image.
-
-    class_costs: (B, Q, classes); boxes: (B, Q, 4); labels: (B, 4), -1 = none; truth: (B, 4, 4).
-    Returns (image, query) and (image, object) of each pair.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    wanted = labels.clamp(min=0)[:, None].expand(-1, boxes.shape[1], -1)
-    cost = class_costs.gather(2, wanted)
-    pairs = (
-        boxes[:, :, None].expand(-1, -1, truth.shape[1], -1),
-        truth[:, None].expand(-1, boxes.shape[1], -1, -1),
-    )
-    cost = cost + 5 * (pairs[0] - pairs[1]).abs().sum(-1) - 2 * _generalised_iou(*pairs)
-    matrices = cost.cpu().numpy()
-    images, queries, objects = [], [], []
-    for image, number in enumerate((labels >= 0).sum(1).tolist()):
-        rows, columns = linear_sum_assignment(matrices[image, :, :number])
-        images += [image] * number
-        queries += rows.tolist()
-        objects += columns.tolist()
-    picture, query, thing = (torch.tensor(v, device=boxes.device) for v in (images, queries, objects))
-    return (picture, query), (picture, thing)

@@ -1,31 +1,153 @@
-"""The recipes of the shipped targets and the loop that follows them.
+"""The recipes of the shipped targets, and the classifiers among them; the detectors are in detectors.py.
 
-Matrices of the transformer blocks are trained by Muon, the rest by AdamW, with warm-up and cosine decay. All see the
-training photographs only. The help that each gets beside the task's own loss is told where it is built.
+Matrices of the blocks are trained by Muon, the rest by AdamW, in the library's one loop. All see the training
+photographs only. Beside its own task, a classifier's tokens are trained too: each predicts which share of its
+patch each class covers, with a linear head that exists during training only and leaves a stock architecture behind.
 """
 
+from __future__ import annotations
+
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from backsight.errors import BacksightError
+from backsight.project import project_root, write_atomically, write_json
 from backsight.scenes.card import write_card
-from backsight.scenes.classifiers import ClassifierTraining, SwinTraining, VitTraining
-from backsight.scenes.dataset import batch_of, scene_arrays, shuffled
-from backsight.scenes.detectors import DeformableDetrTraining, DetectorTraining, DetrTraining
-from backsight.scenes.distilled import DeitTraining
+from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, Batch, batch_of, drawn, patch_shares, scene_arrays
+from backsight.scenes.detectors import DeformableDetrTraining, DetrTraining
+from backsight.scenes.render import CLASS_NAMES
 from backsight.scenes.score import evaluate
 from backsight.targets import load_target
+from backsight.targets.base import seeded
+from backsight.training.loop import train
+from backsight.training.muon import Group
 
-Training = ClassifierTraining | DetectorTraining
+VIT_ARGUMENTS: dict[str, Any] = {
+    "img_size": SIZE,
+    "patch_size": 8,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+    "num_classes": len(CLASS_NAMES),
+    "class_token": True,
+    "global_pool": "token",
+}
+SWIN_ARGUMENTS: dict[str, Any] = {
+    "img_size": SIZE,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 64,
+    "depths": [2, 2, 2],
+    "num_heads": [2, 4, 8],
+    "mlp_ratio": 2,
+    "drop_path_rate": 0.0,
+    "num_classes": len(CLASS_NAMES),
+}
+
+
+class VitTraining(nn.Module):
+    """A classifier of timm that names the dominant object; the patch tokens after the last norm predict the shares."""
+
+    slow: ClassVar[tuple[str, ...]] = ()
+    architecture: ClassVar[str] = "VisionTransformer"
+    model: Any
+
+    def __init__(self, arguments: dict[str, Any] = VIT_ARGUMENTS) -> None:
+        super().__init__()
+        from timm.models import deit, swin_transformer, vision_transformer
+
+        homes = (vision_transformer, deit, swin_transformer)
+        kind = next(getattr(home, self.architecture) for home in homes if hasattr(home, self.architecture))
+        self.arguments, self.model = arguments, kind(**arguments)
+        self.patch_head = nn.Linear(self.model.num_features, BACKGROUND + 1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        tokens = self.model.forward_features(batch.pixels)
+        named = F.cross_entropy(self.model.forward_head(tokens), batch.labels[:, 0])
+        return named + share_loss(self.patch_head(tokens[:, 1:]), batch, self.arguments["patch_size"])
+
+    def outputs(self, pixels: Tensor) -> Tensor:
+        """Class logits (B, K) of normalised pixels."""
+        return self.model(pixels)
+
+    def save(self, folder: Path) -> None:
+        """Weights and the architecture's name and arguments, which are all that builds the model again."""
+        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+        description = {
+            "architecture": self.architecture,
+            "arguments": self.arguments,
+            "classes": list(CLASS_NAMES),
+            "mean": MEAN,
+            "std": STD,
+            "input_size": [3, SIZE, SIZE],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        }
+        write_json(folder / "config.json", description)
+
+
+class DeitTraining(VitTraining):
+    """The same with a distillation token, whose head learns the hard decision of the shipped scenes-vit.
+
+    The class token's head learns the label, and the model answers with the mean of both (Touvron et al. 2021). Size and
+    blocks are those of scenes-vit, so that the two differ by the distillation only.
+    """
+
+    architecture = "VisionTransformerDistilled"
+
+    def __init__(self) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+
+        folder = project_root() / "data" / "weights" / "scenes-vit"
+        teacher = VisionTransformer(**json.loads((folder / "config.json").read_text())["arguments"])
+        teacher.load_state_dict(load_file(folder / "model.safetensors"))
+        self.teacher = [teacher.eval().requires_grad_(False)]  # in a list: no part of what is trained or saved
+
+    def loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            decided = self.teacher[0].to(batch.pixels.device)(batch.pixels).argmax(1)
+        tokens = self.model.forward_features(batch.pixels)
+        labelled = F.cross_entropy(self.model.head(tokens[:, 0]), batch.labels[:, 0])
+        taught = F.cross_entropy(self.model.head_dist(tokens[:, 1]), decided)
+        return (labelled + taught) / 2 + share_loss(self.patch_head(tokens[:, 2:]), batch, self.arguments["patch_size"])
+
+
+class SwinTraining(VitTraining):
+    """A Swin; the tokens at the end of the second and of the last stage predict the shares."""
+
+    architecture = "SwinTransformer"
+
+    def __init__(self) -> None:
+        super().__init__(SWIN_ARGUMENTS)
+        width = 2 * SWIN_ARGUMENTS["embed_dim"]
+        self.middle_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, BACKGROUND + 1))
+
+    def loss(self, batch: Batch) -> Tensor:
+        model, patch = self.model, self.arguments["patch_size"]
+        first, second, third = model.layers
+        middle = second(first(model.patch_embed(batch.pixels)))
+        last = model.norm(third(middle))
+        total = F.cross_entropy(model.forward_head(last), batch.labels[:, 0])
+        total = total + share_loss(self.middle_head(middle).flatten(1, 2), batch, 2 * patch)
+        return total + share_loss(self.patch_head(last).flatten(1, 2), batch, 4 * patch)
+
+
+def share_loss(logits: Tensor, batch: Batch, patch: int) -> Tensor:
+    """Cross-entropy of the tokens' predictions (B, N, classes + 1) against the shares of the classes in each patch."""
+    return -(patch_shares(batch, patch) * F.log_softmax(logits, -1)).sum(-1).mean()
 
 
 @dataclass(frozen=True)
@@ -50,7 +172,7 @@ class Recipe:
     evaluate_every: int = 500
     evaluate_images: int = 1000
 
-    def changed(self, steps: int = 0, seed: int | None = None) -> "Recipe":
+    def changed(self, steps: int = 0, seed: int | None = None) -> Recipe:
         """The recipe with another number of steps (0: its own) or another seed."""
         schedule = 0 if steps else self.schedule
         return replace(self, steps=steps or self.steps, schedule=schedule, seed=self.seed if seed is None else seed)
@@ -66,8 +188,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("scenes-swin", steps=2800, batch=64, images=64_000, evaluate_every=280),
     )
 }
-
-TRAININGS: dict[str, Callable[[Recipe], Training]] = {
+TRAININGS: dict[str, Callable[[Recipe], Any]] = {
     "scenes-vit": lambda recipe: VitTraining(),
     "scenes-deit": lambda recipe: DeitTraining(),
     "scenes-detr": lambda recipe: DetrTraining(recipe.query_groups),
@@ -76,36 +197,15 @@ TRAININGS: dict[str, Callable[[Recipe], Training]] = {
 }
 
 
-def _optimisers(training: Training, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices, others, plain, slow = [], [], [], []
-    for name, parameter in training.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if any(part in name for part in training.slow):
-            slow.append(parameter)
-        elif parameter.ndim == 2 and (".blocks." in name or ".layers." in name) and not _kept_from_muon(name):
-            matrices.append(parameter)
-        elif parameter.ndim >= 2 and not any(part in name for part in ("embed", "token", "group", "bias")):
-            others.append(parameter)
-        else:
-            plain.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": others, "weight_decay": recipe.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    if slow:
-        groups.append({"params": slow, "weight_decay": 0.0, "lr": 0.1 * recipe.rate})
-    return [
-        torch.optim.Muon(
-            matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98)),
-    ]
-
-
-def _kept_from_muon(name: str) -> bool:
-    """Box heads, and the tables of relative position biases, which are no maps between streams."""
-    return "bbox" in name or "bias_table" in name
+def group_of(name: str, parameter: Tensor, slow: tuple[str, ...] = (), muon_rate: float = 2.0) -> Group:
+    """Muon for the maps between streams in the blocks, no decay for what is no map; muon_rate: a multiple."""
+    if any(part in name for part in slow):
+        return Group(False, 0.1, 0.0)
+    in_blocks = ".blocks." in name or ".layers." in name
+    if parameter.ndim == 2 and in_blocks and "bbox" not in name and "bias_table" not in name:
+        return Group(True, muon_rate)
+    plain = parameter.ndim < 2 or any(part in name for part in ("embed", "token", "group", "bias"))
+    return Group(False, 1.0, 0.0 if plain else 1.0)
 
 
 def train_target(
@@ -113,11 +213,9 @@ def train_target(
 ) -> Path:
     """Train a shipped target from nothing and write its weights, configuration and model card into `folder`.
 
-    Raises BacksightError when the loss is no longer a number, with the step. The curve of the validation score goes
-    into `curve.csv`.
+    The weights are those of the best validation score, whose curve goes into `curve.csv`; an interrupted training is
+    resumed. Raises BacksightError when the loss is no longer a number, with the step.
     """
-    import pandas as pd
-
     if recipe.target not in RECIPES:
         raise BacksightError(f"no recipe for {recipe.target!r}; there are recipes for {', '.join(RECIPES)}")
     folder = Path(folder)
@@ -126,43 +224,35 @@ def train_target(
     data = scene_arrays("train", recipe.images, recipe.seed, processes=processes)
     validation = scene_arrays("validation", recipe.evaluate_images, recipe.seed, processes=processes)
     rendered = time.monotonic()
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        training = TRAININGS[recipe.target](recipe)
-    training.to(device).train()
-    optimisers = _optimisers(training, recipe)
-    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
-    curve: list[dict[str, float]] = []
-    bar = tqdm(range(recipe.steps), desc=recipe.target, leave=False, disable=not progress)
-    batches = shuffled(len(data), recipe.batch, recipe.seed)
-    running = 0.0
-    for step in bar:
-        factor = (
-            min(1.0, (step + 1) / recipe.warmup)
-            * 0.5
-            * (1 + math.cos(math.pi * step / (recipe.schedule or recipe.steps)))
-        )
-        for optimiser, starts in zip(optimisers, rates, strict=True):
-            for group, start in zip(optimiser.param_groups, starts, strict=True):
-                group["lr"] = start * factor
-        loss = training.loss(batch_of(data, next(batches), device))
-        if not torch.isfinite(loss):
-            raise BacksightError(f"the loss of {recipe.target} is {loss.item()} at step {step}: lower the rates")
-        loss.backward()
-        nn.utils.clip_grad_norm_(training.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{running:.3f}")
-        if (step + 1) % recipe.evaluate_every == 0 or step + 1 == recipe.steps:
-            score = evaluate(training, validation, device)["all"]
-            curve.append({"step": step + 1, "seconds": time.monotonic() - began, "loss": running, **score})
-            pd.DataFrame(curve).to_csv(folder / "curve.csv", index=False)
-            if progress:
-                bar.write(json.dumps(curve[-1]))
-            training.train()
-            training.save(folder)
+    with seeded(recipe.seed):
+        training = TRAININGS[recipe.target](recipe).to(device)
+    measure = "ap50" if hasattr(training, "set_loss") else "top1"
+
+    def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
+        yield recipe.target, training.loss(batch)
+
+    history = train(
+        {recipe.target: training},
+        losses,
+        lambda step: batch_of(data, drawn(len(data), recipe.batch, recipe.seed, step), device),
+        steps=recipe.steps,
+        schedule=recipe.schedule or None,
+        learning_rate=recipe.rate,
+        weight_decay=recipe.weight_decay,
+        warmup=recipe.warmup / (recipe.schedule or recipe.steps),
+        group=partial(group_of, slow=training.slow, muon_rate=recipe.muon_rate / recipe.rate),
+        seed=recipe.seed,
+        validate=lambda: {recipe.target: -evaluate(training, validation, device)["all"][measure]},
+        validate_every=recipe.evaluate_every,
+        checkpoint=folder / "checkpoint.safetensors",
+        identity=asdict(recipe),
+        title=recipe.target,
+        progress=progress,
+    )
+    training.save(folder)
+    scores, seen = (history[history.split == split].set_index("step") for split in ("validation", "train"))
+    curve = scores.assign(loss=seen.loss.reindex(scores.index, method="ffill"), **{measure: -scores.loss})
+    curve.reset_index()[["step", "seconds", "loss", measure]].to_csv(folder / "curve.csv", index=False)
     minutes = {"rendering": (rendered - began) / 60, "training": (time.monotonic() - rendered) / 60}
     parameters = sum(p.numel() for p in training.model.parameters())
     taps = load_target(str(folder)).available_taps

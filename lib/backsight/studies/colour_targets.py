@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.scenes.dataset import BACKGROUND, MEAN, STD, Batch, patch_shares
+from backsight.scenes.dataset import MEAN, STD, Batch
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
+from backsight.scenes.train import VitTraining
 from backsight.studies.by_seed import families_by_seed
 from backsight.studies.colour import ColourRecord, Families, index_rows, merged, record_colours, uniform_by_seed
 from backsight.studies.recolour import JudgedObjects, hue_shifts, open_objects
 from backsight.targets import Target
 from backsight.targets.base import Preprocessing, seeded
 from backsight.targets.vit import TimmTransformer
+from backsight.training.loop import train
+from backsight.training.muon import Group
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -52,30 +53,26 @@ def train_small_vit(rule: str, steps: int, seed: int = 0, progress: bool = True)
         raise BacksightError(f"{steps} steps train nothing: give 1 or more")
     data = _small_scenes(rule, min(BATCH * steps, MOST_SCENES), seed)
     with seeded(seed):
-        from timm.models.vision_transformer import VisionTransformer
+        training = VitTraining(SMALL)
 
-        model = VisionTransformer(**SMALL)
-        patch_head = nn.Linear(SMALL["embed_dim"], BACKGROUND + 1)
-    parameters = [*model.parameters(), *patch_head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / WARMUP, 1) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    def batch_at(step: int) -> Batch:
+        chosen = torch.from_numpy(np.random.default_rng([seed, step]).integers(len(data.pixels), size=BATCH))
+        return Batch(data.pixels[chosen], data.objects[chosen], data.labels[chosen], data.boxes[chosen])
+
+    train(
+        {"vit": training},
+        lambda batch, _step: [("vit", training.loss(batch))],
+        batch_at,
+        steps=steps,
+        learning_rate=RATE,
+        weight_decay=0.05,
+        warmup=WARMUP / max(steps, WARMUP),
+        group=lambda name, parameter: Group(False),
+        seed=seed,
+        title=f"small ViT, {rule} hues",
+        progress=progress,
     )
-    generator = np.random.default_rng(seed)
-    model.train()
-    with torch.enable_grad():
-        for _ in tqdm(range(steps), desc=f"small ViT, {rule} hues", total=steps, leave=False, disable=not progress):
-            chosen = torch.from_numpy(generator.integers(len(data.pixels), size=BATCH))
-            batch = Batch(data.pixels[chosen], data.objects[chosen], data.labels[chosen], data.boxes[chosen])
-            tokens = model.forward_features(batch.pixels)
-            shares = patch_shares(batch, SMALL["patch_size"])
-            told = F.cross_entropy(model.forward_head(tokens), batch.labels[:, 0])
-            placed = -(shares * F.log_softmax(patch_head(tokens[:, 1:]), -1)).sum(-1).mean()
-            optimiser.zero_grad()
-            (told + placed).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            schedule.step()
+    model = training.model
     size = (SMALL["img_size"], SMALL["img_size"])
     name = f"small ViT, {rule} hues"
     return TimmTransformer(model, name, f"trained {steps} steps", Preprocessing(MEAN, STD, size), CLASS_NAMES)

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, open_images
@@ -35,7 +35,7 @@ from backsight.measures.hue import hue_error
 from backsight.measures.pixels import psnr
 from backsight.measures.similarity import TokenSample, cka_products, shuffled_rows, token_cosine
 from backsight.representation import Predictions, Representation, concatenate
-from backsight.scenes.dataset import shuffled as shuffled_batches
+from backsight.scenes.dataset import drawn
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
 from backsight.studies.by_seed import families_by_seed
 from backsight.studies.colour_accuracy import average_precisions
@@ -46,7 +46,8 @@ from backsight.tables.pool import metrics_row, pooled_rows
 from backsight.targets import PIXELS, Target
 from backsight.targets.detection import PREDICTIONS
 from backsight.targets.hooks import Place, recording
-from backsight.training.loop import learning_rate_at
+from backsight.training.loop import train
+from backsight.training.muon import Group
 
 TUNING_SEEDS, FITTING_SEEDS = 1000, 2000  # added to a training seed: scenes that trained neither target nor inverse
 UNIT_IMAGES = 256  # training images that give the two losses at the start, their units
@@ -288,19 +289,10 @@ def fine_tune(
     units = units or starting_units(target, inverses, data)
     tuned, along = copy.deepcopy(target), {tap: copy.deepcopy(inverse) for tap, inverse in inverses.items()}
     tuned.model.eval().requires_grad_(True)
-    # Maps in closed form hold their numbers as buffers.
-    numbers = [
-        tensor.requires_grad_()
-        for inverse in along.values()
-        for each in inverse.maps.values()
-        for tensor in (*each.factors, each.bias)  # type: ignore[misc]
-    ]
-    optimiser = torch.optim.Adam([*tuned.model.parameters(), *numbers], lr=learning_rate)
-    order = shuffled_batches(len(data), batch_size, seed)
     history: list[dict[str, float]] = []
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = learning_rate_at(step, steps, learning_rate, WARMUP)
-        images, labels, boxes = (each.to(tuned.device) for each in _batch(data, torch.from_numpy(next(order))))
+
+    def losses(batch: tuple[Tensor, ...], step: int) -> Iterator[tuple[str, Tensor]]:
+        images, labels, boxes = batch
         recorded, output = _pass(tuned, images, list(along), gradient=True)
         parts: dict[str, Tensor] = {}
         if t < 1:
@@ -309,24 +301,50 @@ def fine_tune(
             parts["reconstruction"] = (
                 reconstruction_loss(images, recorded, along, units.variance) / units.reconstruction
             )
-        loss = sum(share * parts[name] for name, share in (("task", 1 - t), ("reconstruction", t)) if name in parts)
-        assert isinstance(loss, Tensor)
-        if not torch.isfinite(loss):
-            raise BacksightError(
-                f"The loss of {target.name} at t = {t} is {loss.item()} at step {step}: lower learning_rate."
-            )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
         history.append({"step": step, **{name: part.item() for name, part in parts.items()}})
-    tuned.model.requires_grad_(False)
-    for tensor in numbers:
-        tensor.requires_grad_(False)
-        tensor.grad = None
-    for parameter in tuned.model.parameters():
-        parameter.grad = None
+        yield f"{target.name} at t = {t}", sum(share * parts[n] for n, share in weights.items() if n in parts)  # type: ignore[misc]
+
+    def batch_at(step: int) -> tuple[Tensor, ...]:
+        chosen = torch.from_numpy(drawn(len(data), batch_size, seed, step))
+        return tuple(part.to(tuned.device) for part in _batch(data, chosen))
+
+    weights = {"task": 1 - t, "reconstruction": t}
+    maps = [part for inverse in along.values() for part in inverse.maps.values()]
+    numbers = [tensor.requires_grad_() for part in maps for tensor in (*part.factors, part.bias)]  # type: ignore[misc]
+    both = _Both(tuned.model, numbers)
+    train(
+        {f"{target.name} at t = {t}": both},
+        losses,
+        batch_at,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=WARMUP,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        gradient_norm=math.inf,
+        group=lambda name, parameter: Group(False),
+        seed=seed,
+        progress=False,
+    )
+    for tensor in both.parameters():
+        tensor.requires_grad_(False).grad = None
     tuned.__dict__.pop("weights_hash", None)  # of the weights it started from
     return Tuned(tuned, along, pd.DataFrame(history, columns=["step", "task", "reconstruction"]))
+
+
+class _Both(nn.Module):
+    """The target's model, in eval mode always, and the numbers of closed-form maps, which are buffers there."""
+
+    def __init__(self, model: nn.Module, numbers: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model, self.numbers = model, numbers
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+        yield from super().named_parameters(*arguments, **options)
+        yield from ((f"number {place}", number) for place, number in enumerate(self.numbers))
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
 
 def check_grid(ts: Sequence[float]) -> list[float]:
