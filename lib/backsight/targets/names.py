@@ -178,7 +178,7 @@ def checked_preprocessing(
     if len(means) != channels or len(stds) != channels or min(stds) <= 0 or len(size) != 2 or min(size) < 1:
         raise BacksightError(
             f"The preprocessing of {source.name} says mean {means}, std {stds} and size {size} for images of "
-            f"{channels} channels: correct it."
+            f"{channels} channels: give mean and std of {channels} positive values and a size in its configuration."
         )
     square = size[0] == size[1]
     return Preprocessing(means, stds, (int(size[0]), int(size[1])), interpolation, crop, square)
