@@ -1,4 +1,4 @@
-"""What of timm can be inverted: the smallest variant of every architecture module, with random weights.
+"""The verified-models table: the smallest variant of every architecture module of timm, with random weights.
 
     python benchmarks/zoo.py                     every module, to results/reference/zoo.csv (half an hour on one core)
     python benchmarks/zoo.py --only swin_transformer --only xcit     these, whose rows are replaced in the table
@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -46,8 +47,9 @@ SECONDS = 900  # for a module
 class Row:
     """A module of timm, by its smallest variant.
 
-    works: taps, agreement and inverses; reason: why not; worst_from_tap_error: in the output's own scale; psnr_first,
-    psnr_last: in dB, of the linear inverses of the first and the last tap on held-out images; seconds: of all of it.
+    works: taps, agreement and inverses; reason: why not; grids: at the three depths; worst_from_tap_error: over all
+    taps, in the output's own scale; tap_first, tap_middle, tap_last: three depths, and psnr_… of their linear inverses
+    on held-out images, in dB; seconds: of all of it; date, timm, torch: of the run.
     """
 
     module: str
@@ -61,9 +63,16 @@ class Row:
     works: bool = False
     reason: str = ""
     worst_from_tap_error: float = float("nan")
+    tap_first: str = ""
+    tap_middle: str = ""
+    tap_last: str = ""
     psnr_first: float = float("nan")
+    psnr_middle: float = float("nan")
     psnr_last: float = float("nan")
     seconds: float = 0.0
+    date: str = ""
+    timm: str = ""
+    torch: str = ""
 
 
 def smallest(module: str) -> tuple[str, int, bool]:
@@ -115,14 +124,16 @@ def walked(module: str) -> Row:
         images = tensor(open_images("scenes", "train", target, IMAGES))
         row |= agreement(target, images[:2])
         inverses = fit_linear(target, images, progress=False)
-        scores = [inverses[tap].score.psnr for tap in target.taps]
-        row |= {"psnr_first": scores[0], "psnr_last": scores[-1]}
+        depths = {"first": target.taps[0], "middle": target.taps[len(target.taps) // 2], "last": target.taps[-1]}
+        row |= {f"tap_{depth}": tap for depth, tap in depths.items()}
+        row |= {f"psnr_{depth}": inverses[tap].score.psnr for depth, tap in depths.items()}
         error = row["worst_from_tap_error"]
         row["works"] = error <= AGREEMENT
         row["reason"] = "" if row["works"] else f"from_tap differs from the model by {error:.1e} of its output"
     except (BacksightError, RuntimeError, MemoryError) as error:
         row["reason"] = " ".join(str(error).split())[:200] or type(error).__name__
-    return Row(**row, seconds=round(time.perf_counter() - start, 1))
+    made_by = {"date": time.strftime("%Y-%m-%d"), "timm": version("timm"), "torch": version("torch")}
+    return Row(**row, **made_by, seconds=round(time.perf_counter() - start, 1))
 
 
 def agreement(target: Target, images: Tensor) -> dict[str, Any]:
@@ -144,7 +155,8 @@ def agreement(target: Target, images: Tensor) -> dict[str, Any]:
         if not difference < contrast / 2:
             raise BacksightError(f"the output of {target.name} does not follow a change at {tap}")
         worst = max(worst, float(difference / scale))
-    grids = dict.fromkeys(f"{h}x{w}" for each in recorded.values() for h, w in each.grids)  # type: ignore[union-attr]
+    taps = list(recorded.values())
+    grids = [f"{h}x{w}" for each in (taps[0], taps[len(taps) // 2], taps[-1]) for h, w in each.grids]  # type: ignore[union-attr]
     return {"worst_from_tap_error": worst, "grids": " ".join(grids)}
 
 

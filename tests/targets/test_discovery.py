@@ -13,6 +13,7 @@ from backsight.targets import module_target, suggest_taps
 from backsight.targets.axes import Axes, match, moved, readings, squares_found, with_squares
 from backsight.targets.base import seeded
 from backsight.targets.hooks import Place, observe, playing, recording
+from backsight.targets.vit import TimmTransformer
 
 SIZE = (64, 64)
 IMAGES = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
@@ -377,3 +378,44 @@ def test_weights_of_quantised_models_have_a_hash() -> None:
     target = module_target(model, ["embed"], image_size=SIZE)
     assert len(target.weights_hash) == 16
     assert target.weights_hash != module_target(made(Embedded), ["embed"], image_size=SIZE).weights_hash
+
+
+# timm's ViT, precision, the table of taps
+
+
+def vit(**arguments) -> TimmTransformer:
+    sizes = {"img_size": 98, "patch_size": 14, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 4}
+    model = made(lambda: timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments}))
+    return TimmTransformer(model, "tiny", "random")
+
+
+def test_a_vit_that_pads_takes_any_size() -> None:
+    target = vit(dynamic_img_size=True, dynamic_img_pad=True)
+    images = torch.rand(1, 3, 100, 120)
+    tokens = target.record(images)["blocks.0"]
+    assert tokens.grids == ((8, 9),)
+    assert torch.allclose(target.from_tap("blocks.0", tokens), target(images), atol=1e-5)
+
+
+def test_a_strip_that_no_token_sees_is_said() -> None:
+    with pytest.warns(UserWarning, match="last 2 rows and 2 columns"):
+        target = vit(img_size=100)
+    assert target.reduction == (14, 14)
+
+
+def test_half_precision_is_inside_and_float32_outside() -> None:
+    target = vit()
+    images = torch.rand(2, 3, 98, 98)
+    exact, digest = target.record(images)["blocks.0"].values, target.weights_hash
+    rounded = target.to(precision="bfloat16").record(images)["blocks.0"].values
+    assert rounded.dtype == target(images).dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    assert target.weights_hash == digest
+    with pytest.raises(BacksightError, match="float8"):
+        target.to(precision="float8")
+
+
+def test_taps_are_shown() -> None:
+    table = vit().show_taps()
+    assert table.columns.tolist() == ["tap", "kind", "shape", "grid", "prefix", "depth"]
+    assert table.iloc[0].tolist() == ["patch_embed", "tokens", "B × 50 × 48", "7 × 7", 1, 0]
