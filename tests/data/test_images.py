@@ -266,6 +266,11 @@ def test_class_folders_are_read_as_imagenet(tmp_path):
         (lambda folder: fill(folder, ["a.png"]), {"split": "val"}, "'val'.*validation"),
         (lambda folder: fill(folder, ["a.png"]), {"target_or_size": (0, 3)}, r"\(0, 3\)"),
         (lambda folder: fill(folder, ["a.png"]), {"target_or_size": "64"}, "'64'"),
+        (
+            lambda folder: fill(folder, ["a.png"]),
+            {"target_or_size": target(size=(8, 8), interpolation="random")},
+            "random",
+        ),
         (lambda folder: fill(folder, ["a.png"]), {"count": 0}, "0"),
         (lambda folder: fill(folder, ["a.png"]), {"masks": True}, "no masks"),
         (lambda folder: fill(folder, ["a.png"]), {"options": object()}, "options"),

@@ -253,7 +253,7 @@ def record_features(
         target.weights_hash,
         asdict(target.preprocessing),
         index["forms"],
-        _identity(images),
+        images_digest(images),
     ]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     name = "-".join(filter(None, (target.name, index["name"], index["split"], key)))
@@ -453,7 +453,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _identity(images: ImageSource | Tensor) -> str:
+def images_digest(images: ImageSource | Tensor) -> str:
     """A digest of which images these are: of a tensor its bytes, of a source its files' ids, sizes and times."""
     digest = hashlib.sha256()
     if isinstance(images, Tensor):

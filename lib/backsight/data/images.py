@@ -34,21 +34,10 @@ VERIFIED_AT_OPEN = 2000  # of a source up to this size the files' headers are lo
 WORTH_WORKERS = 2000  # images that are read by processes of their own, where there are cores to spare
 
 
-class Preprocessing(Protocol):
-    """What is asked of a target's preprocessing. crop_fraction: of the short side, that the centre crop keeps."""
-
-    @property
-    def size(self) -> Size: ...
-    @property
-    def interpolation(self) -> str: ...
-    @property
-    def crop_fraction(self) -> float: ...
-
-
 class Preprocessed(Protocol):
-    """What is asked of a target."""
+    """What is asked of a target: preprocessing with size, interpolation and crop_fraction."""
 
-    preprocessing: Any  # a Preprocessing
+    preprocessing: Any
 
 
 @dataclass(frozen=True)
@@ -226,8 +215,10 @@ def open_images(
 
 def _wanted(target_or_size: Preprocessed | int | Size) -> tuple[Size, str, float]:
     """Size, interpolation and crop fraction."""
-    preprocessing: Preprocessing | None = getattr(target_or_size, "preprocessing", None)
-    if preprocessing is not None:
+    if (preprocessing := getattr(target_or_size, "preprocessing", None)) is not None:
+        if preprocessing.interpolation.upper() not in Image.Resampling.__members__:
+            kinds = ", ".join(Image.Resampling.__members__).lower()
+            raise SourceError(f"the target's interpolation {preprocessing.interpolation!r} is none of {kinds}")
         return preprocessing.size, preprocessing.interpolation, preprocessing.crop_fraction
     sides: Any = (target_or_size, target_or_size) if isinstance(target_or_size, int) else target_or_size
     if not (

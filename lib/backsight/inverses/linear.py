@@ -331,11 +331,6 @@ def _check(target: Target, requests: Sequence[Request], images: Images, validati
     for name, source in (("images", images), ("validation", validation)):
         if not isinstance(source, Tensor | ImageSource | FeatureStore | None):
             raise TypeError(f"{name} are an ImageSource (open_images) or a tensor (N, 3, H, W), not {source!r:.60}")
-        if getattr(source, "fit", None) == "pad":
-            raise BacksightError(
-                f"The images {source.name!r} are padded, and linear maps are fitted on whole images: open them with "
-                "fit='crop' or fit='stretch'."
-            )
     for source, destination, context, _ in requests:
         if context < 1 or context % 2 == 0:
             raise ValueError(f"the context of a linear map is an odd number of tokens from 1, not {context}")

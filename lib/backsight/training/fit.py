@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.data.distributed import average, processes, share
-from backsight.data.features import FeatureStore, _identity
+from backsight.data.features import FeatureStore, images_digest
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, readable, recorded_batches
@@ -494,7 +494,7 @@ def _steps(default: int, steps: int | None, epochs: float | None, images: Images
 def _identity_of(images: Images) -> str:
     if isinstance(images, FeatureStore):
         return f"{images.folder.name} {hashlib.sha256(images._own.tobytes()).hexdigest()[:16]}"
-    return _identity(images)
+    return images_digest(images)
 
 
 def _samples(images: Images, validation: Images | None, ridge_images: int, seed: int) -> tuple[Any, Sample | None]:
