@@ -74,7 +74,7 @@ class FeatureStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         index = read_json(self.folder / "index.json")
-        if index is None or index["status"] != "complete" or index["format"] != FORMAT:
+        if index is None or index.get("status") != "complete" or index.get("format") != FORMAT:
             raise BacksightError(
                 f"{shown(self.folder)} holds no complete feature store of this version: call record_features with the "
                 "same arguments again; it goes on from the last whole shard."
