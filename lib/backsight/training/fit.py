@@ -447,7 +447,7 @@ def _on_device(
 ) -> Batch:
     """The frozen pass, unless a store gave what it makes; queries and tokens without what only `from_tap` may read."""
     device = target.device
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         images = images.pin_memory()
     images = images.to(device, non_blocking=True)
     if images.dtype == torch.uint8:

@@ -12,7 +12,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class _State:
 
 def gpu_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 where it is fast: on GPUs that have it. A CPU may emulate it, a hundred times slower."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    there = device.type == "cuda" and torch.cuda.is_available()
+    if there and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
