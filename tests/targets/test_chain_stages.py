@@ -7,7 +7,8 @@ from backsight.errors import BacksightError
 from backsight.inverses.linear import Request, fit_linear_pairs
 from backsight.inverses.module import Chain
 from backsight.targets import load_target
-from backsight.training.fit import STAGE_FLOOR, fit_modular, stage_pairs
+from backsight.training.fit import fit_modular
+from backsight.training.starts import STAGE_FLOOR, stage_pairs
 
 IMAGES = torch.rand(60, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

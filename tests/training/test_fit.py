@@ -22,8 +22,9 @@ from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.detr import Detr
 from backsight.targets.vit import TimmTransformer
 from backsight.training import fit as fitting
-from backsight.training.fit import RunningMoments, fit_direct, fit_modular, fit_polish, stage_pairs
+from backsight.training.fit import fit_direct, fit_modular, fit_polish
 from backsight.training.loop import train
+from backsight.training.starts import batch_moments, stage_pairs, whole_moments
 
 QUICK = {"steps": 2, "batch_size": 4, "ridge_images": 24, "progress": False}
 
@@ -196,23 +197,23 @@ def test_validation_images_are_counted_once_and_passed_once(vit, monkeypatch) ->
     inverses = fit_direct(vit, images, **{**QUICK, "steps": 0}).modules
     monkeypatch.setattr(fitting, "RECORDING_BATCH", 4)
     passes: list[int] = []
-    recorded = fitting._recorded
+    recorded = fitting.recorded_batches
 
     def counted(target, part, *arguments):
         passes.append(len(part))
         return iter(()) if torch.equal(part, images[4:8]) else recorded(target, part, *arguments)
 
-    monkeypatch.setattr(fitting, "_recorded", counted)
+    monkeypatch.setattr(fitting, "recorded_batches", counted)
     kept: dict = {}
     found = [fitting._validated(vit, inverses, images, kept) for _ in range(2)]
     assert passes == [4, 4, 2]
     assert found[0] == found[1]
     monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
     assert fitting._validated(vit, inverses, images, {}) == found[0]
-    readable = torch.cat([images[:4], images[8:]])
-    held = vit.record(readable)
+    rest = torch.cat([images[:4], images[8:]])
+    held = vit.record(rest)
     for tap, inverse in inverses.items():
-        assert found[0][tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), readable)) / inverse.variance)
+        assert found[0][tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), rest)) / inverse.variance)
 
 
 def test_what_an_inverse_must_not_see_is_left_out_and_all_else_is_counted() -> None:
@@ -229,10 +230,8 @@ def test_running_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> Non
     padding = torch.zeros(50, 4, dtype=torch.bool)
     padding[::2, 3] = True
     values[::2, 4] = 100
-    running = RunningMoments(prefix=1)
-    for part in (slice(0, 7), slice(7, 50)):
-        running.add(values[part], padding[part])
-    moments = running.moments()
+    parts = [batch_moments(values[part], 1, padding[part]) for part in (slice(0, 7), slice(7, 50))]
+    moments = whole_moments(parts, tokens=5)
     grid = values[:, 1:][~padding]
     torch.testing.assert_close(moments.mean, torch.stack([values[:, 0].mean(0), grid.mean(0)]))
     deviation = torch.stack([values[:, 0].std(0, unbiased=False), grid.std(0, unbiased=False)])

@@ -37,7 +37,8 @@ class InverseHeader:
 
     family: one of `backsight.inverses.families.FAMILIES`; target, weights, weights_hash: of the target;
     source, destination: taps, or "pixels"; data: name and split of the training images; seed; steps: trained
-    (0 for what is not trained); validation_loss: the best one, as a share of the destination's variance, or None.
+    (0 for what is not trained); validation_loss: the error of the pictures from this tap, of a modular family those of
+    the whole chain, as a share of their variance, or None.
     """
 
     family: str

@@ -42,15 +42,8 @@ from backsight.studies.nulls import null_mean, shuffled
 from backsight.studies.optimisation import best_option, first_images, optimise_pixels, optimise_prior
 from backsight.tables.pool import metrics_row, pooled_ratio, pooled_rows
 from backsight.targets.base import Target
-from backsight.training.fit import (
-    MOMENT_IMAGES,
-    PIXEL_FLOOR,
-    STAGE_FLOOR,
-    fit_direct,
-    fit_modular,
-    fit_polish,
-    stage_pairs,
-)
+from backsight.training.fit import fit_direct, fit_modular, fit_polish
+from backsight.training.starts import MOMENT_IMAGES, PIXEL_FLOOR, STAGE_FLOOR, stage_pairs
 
 METHODS = ("direct", "modular", "modular_components", "modular_polished")
 COLUMNS = ("steps", "flops", "seconds", "parameters", "learning_rate", "train_images", "module", "part", "start")

@@ -26,27 +26,20 @@ from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, readable, recorded_batches
-from backsight.inverses.module import Chain, Inverse, Inverses, Moments, header_for
-from backsight.inverses.networks import design_for
-from backsight.inverses.rows import PIXELS, Form, Pair, area, form_of, plan_layout
+from backsight.inverses.linear import readable, recorded_batches
+from backsight.inverses.module import Chain, Inverse, Inverses, header_for
+from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, Tokens, concatenate
-from backsight.targets.base import Target, seeded
+from backsight.targets.base import Target
 from backsight.training.loop import gpu_autocast, train
+from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Sample, Starts, stage_pairs, untrained
 
-Sample = FeatureStore | Tensor
 Images = ImageSource | FeatureStore | Tensor
-Starts = Mapping[Pair, LinearInverse | None]
 
 STEPS, POLISHING_STEPS = 400, 100
-MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
-RECORDING_BATCH = 64
 KEPT_BYTES = 2**30  # of representations of validation images; what is beyond is computed anew at each validation
-START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
-# Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
-STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 
 
 class Batch(NamedTuple):
@@ -102,7 +95,9 @@ def fit_direct(
     taps, steps = _chosen(target, taps), _steps(STEPS, steps, epochs, images, batch_size)
     settings = Settings("direct", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
     samples = _samples(images, validation, ridge_images, seed)
-    inverses, _, _ = untrained(target, samples, [(tap, PIXELS) for tap in taps], settings, starts or {})
+    inverses, _, _ = untrained(
+        target, samples, [(tap, PIXELS) for tap in taps], "direct", starts or {}, seed=seed, progress=progress
+    )
 
     def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
         for tap, inverse in inverses.items():
@@ -155,10 +150,12 @@ def fit_modular(
         "modular", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, identity
     )
     samples = _samples(images, validation, ridge_images, seed)
-    first = next(_recorded(target, samples[0], taps, 1)).recorded
+    _, first = next(recorded_batches(target, samples[0], taps, 1))
     pairs = list(stage_pairs(target, taps, {tap: form_of(held) for tap, held in first.items()}))
     viewed = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
-    inverses, views, pixel_variance = untrained(target, samples, pairs, settings, starts or {}, viewed)
+    inverses, views, pixel_variance = untrained(
+        target, samples, pairs, "modular", starts or {}, viewed, seed=seed, progress=progress
+    )
 
     def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
@@ -205,11 +202,11 @@ def fit_polish(
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
     steps = _steps(POLISHING_STEPS, steps, epochs, images, batch_size)
-    family, taps, stages = "modular_polished", list(modules), modules.modules
+    family, taps = "modular_polished", list(modules)
     settings = Settings(family, taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
     held_out = _samples(images, validation, 0, seed)[1]
-    order = _chain_order(target, stages)
-    polished = {tap: copy.deepcopy(module).to(target.device) for tap, module in stages.items()}
+    order = _chain_order(target, modules)
+    polished = {tap: copy.deepcopy(module).to(target.device) for tap, module in modules.modules.items()}
     for inverse in polished.values():  # those that no chain runs through are only renamed
         inverse.header = replace(inverse.header, family=family)
         inverse.residual.requires_grad_(True)
@@ -232,112 +229,6 @@ def fit_polish(
         yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
     return _trained(target, images, held_out, polished, losses, settings)
-
-
-# ------------------------------------------------------------------------------------------------ before the training
-
-
-def untrained(
-    target: Target,
-    samples: tuple[Any, Sample | None],
-    pairs: Sequence[Pair],
-    settings: Settings,
-    starts: Starts,
-    viewed: Sequence[str] = (),
-) -> tuple[dict[str, Inverse], dict[str, LinearInverse], float]:
-    """An inverse for every pair, exactly the closed-form map; the maps from `viewed` taps to pixels; pixels' variance.
-
-    The views tell how much of a picture an error at the tap is. All maps come from one pass over the samples, of the
-    training and of the validation images.
-    """
-    sample, held_out = samples
-    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
-    first, moments = _measured(target, sample, taps)
-    forms = {tap: form_of(held) for tap, held in first.items()}
-    family, stages, seed = settings.family, settings.family == "modular", settings.seed
-    views = {tap: Request(tap, PIXELS) for tap in viewed}
-    missing = {
-        pair: Request(*pair, START_CONTEXT, (PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR) if stages else 0.0)
-        for pair in pairs
-        if pair not in starts and _has_linear(target, pair, forms)
-    }
-    fitted = {}
-    if requests := [*missing.values(), *views.values()]:
-        fitted = fit_linear_pairs(target, sample, requests, validation=held_out, seed=seed, progress=settings.progress)
-    known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
-    inverses = {}
-    for source, destination in pairs:
-        end = first[destination]
-        position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
-        design = design_for(
-            forms[source],
-            forms[destination],
-            target.stage(source, destination) if stages else None,
-            positioned=position is not None,
-            reduction=target.reduction,
-        )
-        header = header_for(target, family, source, destination, seed=seed)
-        # Each module is drawn anew from the seed, so that it does not depend on which others there are.
-        with seeded(seed):
-            start = copy.deepcopy(known.get((source, destination)))
-            inverse = Inverse(header, design, start, moments[source], moments[destination], position)
-        inverses[source] = inverse.to(target.device)
-    return inverses, {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}, moments[PIXELS].variance
-
-
-def _has_linear(target: Target, pair: Pair, forms: Mapping[str, Form]) -> bool:
-    try:
-        plan_layout(pair, forms[pair[0]], forms[pair[1]], target.reduction, context=START_CONTEXT)
-    except BacksightError:
-        return False
-    return True
-
-
-class RunningMoments:
-    """Means and spreads of a representation in a stream, about the first batch's means, in float64 where there is."""
-
-    def __init__(self, prefix: int) -> None:
-        self.prefix, self.tokens = prefix, 0
-        self.groups: list[tuple[Tensor, Tensor, Tensor, int]] = []  # shift, sum, sum of squares, count
-
-    def add(self, values: Tensor, padding: Tensor | None = None) -> None:
-        """values: (B, P + N, C); padding: (B, N) bool, True = left out. Each prefix token is a group, then the grid."""
-        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-        grid = values[:, self.prefix :].flatten(0, 1) if padding is None else values[:, self.prefix :][~padding]
-        self.tokens = values.shape[1] - self.prefix
-        rows = [values[:, number] for number in range(self.prefix)] + [grid]
-        known = self.groups or [(row.mean(0), torch.zeros_like(row[0]), torch.zeros_like(row[0]), 0) for row in rows]
-        self.groups = [
-            (shift, total + (row - shift).sum(0), squares + (row - shift).square().sum(0), count + len(row))
-            for row, (shift, total, squares, count) in zip(rows, known, strict=True)
-        ]
-
-    def moments(self) -> Moments:
-        mean = torch.stack([shift + total / count for shift, total, _, count in self.groups])
-        spread = torch.stack([squares / count - (total / count).square() for _, total, squares, count in self.groups])
-        share = spread.new_tensor([1.0] * self.prefix + [self.tokens])
-        deviation = spread.clamp(min=0).sqrt()
-        # A channel that hardly moves is not blown up to the size of the others.
-        deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
-        variance = float((spread.mean(dim=1) * share).sum() / share.sum())
-        return Moments(mean.float(), deviation.float(), max(variance, 1e-12))
-
-
-def _measured(target: Target, sample: Sample, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """One batch of every tap and of the pixels, and the moments of all."""
-    first: dict[str, Any] = {}
-    running: dict[str, RunningMoments] = {}
-    for images, recorded in _recorded(target, sample, taps, RECORDING_BATCH, MOMENT_IMAGES):
-        if not first:
-            first = {PIXELS: images, **recorded}
-            running = {tap: RunningMoments(getattr(held, "prefix", 0)) for tap, held in first.items()}
-        running[PIXELS].add(images.flatten(2).transpose(1, 2))
-        for tap, held in recorded.items():
-            running[tap].add(held.values, getattr(held, "padding", None))
-    return first, {tap: moments.moments() for tap, moments in running.items()}
-
-
-# ------------------------------------------------------------------------------------------------------- the training
 
 
 def _trained(
@@ -403,7 +294,9 @@ def _validated(
             batch = kept[start]
         else:
             part = images[which] if isinstance(images, Tensor) else images.subset(which)
-            batch = next(_recorded(target, part, list(inverses), RECORDING_BATCH), None)
+            batch = next(
+                (Batch(*held) for held in recorded_batches(target, part, list(inverses), RECORDING_BATCH)), None
+            )
             if sum(map(_bytes, [*kept.values(), batch])) <= KEPT_BYTES:
                 kept[start] = batch
         if batch is None:  # none of these can be read
@@ -458,13 +351,6 @@ def _on_device(
     return Batch(images, {tap: readable(recorded[tap].to(device)) for tap in taps})
 
 
-def _recorded(
-    target: Target, images: Images, taps: Sequence[str], batch_size: int, limit: int | None = None
-) -> Iterator[Batch]:
-    for shown, recorded in recorded_batches(target, images, taps, batch_size, limit=limit):
-        yield Batch(shown, {tap: readable(held) for tap, held in recorded.items()})
-
-
 def _bytes(batch: Batch | None) -> int:
     """Of all tensors."""
     if batch is None:
@@ -513,34 +399,6 @@ def _sample(images: Images, count: int, seed: int) -> Sample:
     return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
 
 
-# ------------------------------------------------------------------------------------------------------------- chains
-
-
-def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
-    """(tap, destination) of every stage of a chain: the tap before it, or "pixels" for the first.
-
-    A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse ends
-    where the backbone's does. As a stage of its own its inverse, ill-conditioned as it is, would blow up what the
-    modules above leave of error. forms: of the taps; tokens on several grids were made from more than the tap before,
-    so that their inverse goes on to the nearest tap on a grid as fine as their finest: through a coarser one, what the
-    fine levels hold would be lost.
-    """
-    ends: dict[str, str] = {}
-    for place, tap in enumerate(taps):
-        earlier = [other for other in taps[:place] if forms is None or _holds(forms[other], forms[tap])]
-        previous = earlier[-1] if earlier else PIXELS
-        projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
-        ends[tap] = ends[previous] if projected else previous
-        yield tap, ends[tap]
-
-
-def _holds(earlier: Form, later: Form) -> bool:
-    """Whether a chain may go from the later tap through the earlier one."""
-    if len(later.grids) < 2 or earlier.kind != "tokens":
-        return True
-    return max(map(area, earlier.grids)) >= max(map(area, later.grids))
-
-
 def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]:
     return target.taps if taps is None else target.resolve_taps(taps)
 
@@ -558,15 +416,14 @@ def _mixed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step + 1) % 2**63
 
 
-def _chain_order(target: Target, modules: Mapping[str, Inverse]) -> list[str]:
+def _chain_order(target: Target, modules: Inverses) -> list[str]:
     """The taps of a chain that runs through all modules, the one that ends in pixels first."""
-    for tap, module in modules.items():
-        if module.header.weights_hash != target.weights_hash:
-            raise BacksightError(
-                f"The module of {tap!r} inverts {module.header.target} with the weights "
-                f"{module.header.weights_hash}, not {target.name} with {target.weights_hash}: fit it for this one."
-            )
-    longest = max((Chain(modules, tap).modules_in_order for tap in modules), key=len, default=())
+    if modules.weights_hash != target.weights_hash:
+        raise BacksightError(
+            f"These modules invert {modules.target} with the weights {modules.weights_hash}, not {target.name} with "
+            f"{target.weights_hash}: fit them for this one."
+        )
+    longest = max((Chain(modules.modules, tap).modules_in_order for tap in modules), key=len, default=())
     if not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
             f"The modules of {', '.join(modules)} are no chain down to pixels: give all of one fit_modular()."

@@ -1,0 +1,155 @@
+"""Where a training starts: at closed-form maps, with units measured once, and with stages that lead down to pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backsight.data.features import FeatureStore
+from backsight.errors import BacksightError
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, recorded_batches
+from backsight.inverses.module import Inverse, Moments, header_for
+from backsight.inverses.networks import design_for
+from backsight.inverses.rows import PIXELS, Form, Pair, area, form_of, plan_layout
+from backsight.representation import Tokens
+from backsight.targets.base import Target, seeded
+
+Sample = FeatureStore | Tensor
+Starts = Mapping[Pair, LinearInverse | None]
+
+MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
+RECORDING_BATCH = 64
+START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
+# Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
+STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
+
+
+def untrained(
+    target: Target,
+    samples: tuple[Any, Sample | None],
+    pairs: Sequence[Pair],
+    family: str,
+    starts: Starts,
+    viewed: Sequence[str] = (),
+    *,
+    seed: int,
+    progress: bool,
+) -> tuple[dict[str, Inverse], dict[str, LinearInverse], float]:
+    """An inverse for every pair, exactly the closed-form map; the maps from `viewed` taps to pixels; pixels' variance.
+
+    The views tell how much of a picture an error at the tap is. All maps come from one pass over the samples, of the
+    training and of the validation images.
+    """
+    sample, held_out = samples
+    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
+    first, moments = _measured(target, sample, taps)
+    forms = {tap: form_of(held) for tap, held in first.items()}
+    stages = family == "modular"
+    views = {tap: Request(tap, PIXELS) for tap in viewed}
+    missing = {
+        pair: Request(*pair, START_CONTEXT, (PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR) if stages else 0.0)
+        for pair in pairs
+        if pair not in starts and _has_linear(target, pair, forms)
+    }
+    fitted = {}
+    if requests := [*missing.values(), *views.values()]:
+        fitted = fit_linear_pairs(target, sample, requests, validation=held_out, seed=seed, progress=progress)
+    known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
+    inverses = {}
+    for source, destination in pairs:
+        end = first[destination]
+        position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
+        design = design_for(
+            forms[source],
+            forms[destination],
+            target.stage(source, destination) if stages else None,
+            positioned=position is not None,
+            reduction=target.reduction,
+        )
+        header = header_for(target, family, source, destination, seed=seed)
+        # Each module is drawn anew from the seed, so that it does not depend on which others there are.
+        with seeded(seed):
+            start = copy.deepcopy(known.get((source, destination)))
+            inverse = Inverse(header, design, start, moments[source], moments[destination], position)
+        inverses[source] = inverse.to(target.device)
+    return inverses, {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}, moments[PIXELS].variance
+
+
+def _has_linear(target: Target, pair: Pair, forms: Mapping[str, Form]) -> bool:
+    try:
+        plan_layout(pair, forms[pair[0]], forms[pair[1]], target.reduction, context=START_CONTEXT)
+    except BacksightError:
+        return False
+    return True
+
+
+def _measured(target: Target, sample: Sample, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """The first image of every tap and of the pixels, and the moments of all, in a stream."""
+    first: dict[str, Any] = {}
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {tap: [] for tap in (PIXELS, *taps)}
+    for images, recorded in recorded_batches(target, sample, taps, RECORDING_BATCH, limit=MOMENT_IMAGES):
+        first = first or {PIXELS: images[:1], **{tap: held.index(0) for tap, held in recorded.items()}}
+        parts[PIXELS].append(batch_moments(images.flatten(2).transpose(1, 2)))
+        for tap, held in recorded.items():
+            prefix, padding = getattr(held, "prefix", 0), getattr(held, "padding", None)
+            parts[tap].append(batch_moments(held.values, prefix, padding))
+    tokens = {tap: 1 if tap == PIXELS else held.values.shape[1] for tap, held in first.items()}
+    return first, {tap: whole_moments(batches, tokens[tap]) for tap, batches in parts.items()}
+
+
+def batch_moments(values: Tensor, prefix: int = 0, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows (G, 1), mean (G, C), mean square (G, C)) of the groups: each prefix token, then all tokens of the grid.
+
+    values: (B, P + N, C); padding: (B, N) bool, True = left out. In float64, where the device has it.
+    """
+    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    grid = values[:, prefix:].flatten(0, 1) if padding is None else values[:, prefix:][~padding]
+    groups = [*values[:, :prefix].unbind(1), grid]
+    rows = values.new_tensor([float(len(group)) for group in groups])[:, None]
+    mean = torch.stack([group.mean(0) for group in groups])
+    spread = torch.stack([group.var(0, unbiased=False) for group in groups])
+    return rows, mean, spread + mean.square()
+
+
+def whole_moments(batches: Sequence[tuple[Tensor, Tensor, Tensor]], tokens: int) -> Moments:
+    """Of all batches together; tokens: of an image, the prefix among them."""
+    rows, means, squares = (torch.stack(part) for part in zip(*batches, strict=True))
+    share = rows / rows.sum(0)
+    mean = (share * means).sum(0)
+    # About the mean of all: a large mean must not swallow the spread.
+    spread = (share * (squares - means.square() + (means - mean).square())).sum(0)
+    deviation = spread.sqrt()
+    # A channel that hardly moves is not blown up to the size of the others.
+    deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
+    weight = spread.new_tensor([1.0] * (len(mean) - 1) + [max(1, tokens - len(mean) + 1)])
+    variance = float((spread.mean(1) * weight).sum() / weight.sum())
+    return Moments(mean.float(), deviation.float(), max(variance, 1e-12))
+
+
+def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
+    """(tap, destination) of every stage of a chain: the tap before it, or "pixels" for the first.
+
+    A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse ends
+    where the backbone's does. As a stage of its own its inverse, ill-conditioned as it is, would blow up what the
+    modules above leave of error. forms: of the taps; tokens on several grids were made from more than the tap before,
+    so that their inverse goes on to the nearest tap on a grid as fine as their finest: through a coarser one, what the
+    fine levels hold would be lost.
+    """
+    ends: dict[str, str] = {}
+    for place, tap in enumerate(taps):
+        earlier = [other for other in taps[:place] if forms is None or _holds(forms[other], forms[tap])]
+        previous = earlier[-1] if earlier else PIXELS
+        projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
+        ends[tap] = ends[previous] if projected else previous
+        yield tap, ends[tap]
+
+
+def _holds(earlier: Form, later: Form) -> bool:
+    """Whether a chain may go from the later tap through the earlier one."""
+    if len(later.grids) < 2 or earlier.kind != "tokens":
+        return True
+    return max(map(area, earlier.grids)) >= max(map(area, later.grids))
