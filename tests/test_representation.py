@@ -127,7 +127,7 @@ def test_prediction_values_are_distribution_and_box():
 
 def test_plain_is_all_that_an_inverse_may_read():
     tokens = Tokens(_random(2, 6, 4), ((2, 3),), context={"beside": _random(2, 9)}, position=_random(1, 6, 4))
-    assert (tokens.plain().context, tokens.plain().position, tokens.plain().grids) == ({}, None, tokens.grids)
+    assert (tokens.plain().context, tokens.plain().grids) == ({}, tokens.grids)
     assert Queries(_random(2, 5, 3), tokens).plain().context is None
     assert _tokens().plain().padding is not None
 

@@ -114,8 +114,8 @@ class Tokens(_Batch):
         return ("tokens", self.grids, self.prefix, self.channels)
 
     def plain(self) -> Tokens:
-        """What an inverse may read: without position and context."""
-        return Tokens(self.values, self.grids, self.prefix, self.padding)
+        """What an inverse may read: without context."""
+        return dataclasses.replace(self, context={})
 
     def replace(self, values: Tensor) -> Tokens:
         """The same grids, padding, position and context with other values.

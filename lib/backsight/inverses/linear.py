@@ -42,7 +42,7 @@ from backsight.inverses.rows import (
     unpack,
 )
 from backsight.measures.pixels import psnr
-from backsight.representation import Queries, Representation, Tokens
+from backsight.representation import Representation, Tokens
 
 if TYPE_CHECKING:
     from backsight.targets.base import Target
@@ -533,11 +533,7 @@ def recorded_batches(
 
 def readable(representation: Representation) -> Representation:
     """In float32, and without the context that only `from_tap` may read: an inverse must not see it."""
-    if isinstance(representation, Queries):
-        return Queries(representation.values.float())
-    if isinstance(representation, Tokens):
-        representation = replace(representation, context={})
-    return representation.apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    return representation.plain().apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
 @dataclass
