@@ -95,7 +95,9 @@ def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, T
     there = truth[HALF].values.clone()
     there[..., 0] = -SECOND / 2
     width = there.shape[-1]
-    begin = StagedStart(1, 1, width, torch.zeros(0))
+    begin = StagedStart(
+        first=torch.zeros(2, width, width), maps=torch.zeros(0, 2, 5 * width, width), biases=torch.zeros(1, 2, width)
+    )
     begin.first.copy_(torch.eye(width).expand(2, -1, -1))
     begin.first[:, 0, 0], begin.biases[..., 0] = 0.0, start
     prior = fit_prior(step, there + 0.1 * truth[HALF].values, forward(there), begin, 1)

@@ -15,7 +15,8 @@ from torch import Tensor
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.exact.inverse import exact_inverses
-from backsight.exact.map import MapSettings, Noise, fit_map_tap
+from backsight.exact.map import Noise, fit_map_tap
+from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.measures.hue import object_chroma
 from backsight.plots.restated import cross_figure, detail_by_depth, hue_kept_by_depth, restated_pictures

@@ -121,7 +121,7 @@ def test_another_root_is_told_from_the_right_one_and_from_an_error_that_grew(sig
     number = model.walk.taps["blocks.1"]
     square = replace(model.walk.steps[number], forward=Tensor.square, jacobian=lambda x: torch.diag_embed(2 * x))
     model = replace(model, walk=replace(model.walk, steps={**model.walk.steps, number: square}))
-    start = StagedStart(1, 1, 16, torch.zeros(0))
+    start = StagedStart(first=torch.zeros(2, 16, 16), maps=torch.zeros(0, 2, 80, 16), biases=torch.zeros(1, 2, 16))
     start.biases.fill_(sign)
     inverse = ExactInverse(model, "blocks.1", {"starts": {"blocks.1": start}})
     images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(0)).double()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, exact_inverses
-from backsight.exact.map import MapInverse, MapSettings, Noise
+from backsight.exact.map import MapInverse, Noise
+from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr

@@ -7,7 +7,8 @@ import torch
 from targets.examples import small_timm
 from torch import Tensor
 
-from backsight.exact.map import Gaussian, Likelihood, MapSettings, Noise, map_solve, noisy
+from backsight.exact.map import Noise, noisy
+from backsight.exact.posterior import Gaussian, Likelihood, MapSettings, map_solve
 from backsight.studies.uncertainty import Uncertainty, posterior_samples, variance_shares
 
 

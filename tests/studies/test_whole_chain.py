@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.exact.joint import JointSettings
-from backsight.exact.map import MapSettings
+from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.studies.whole_chain import ANOTHER_ROOT, BACK, FATES, LOST, measure_whole_chains
 from backsight.targets import Target

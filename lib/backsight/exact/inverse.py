@@ -45,6 +45,7 @@ from backsight.representation import Representation, Tokens
 from backsight.targets.base import PIXELS, Target
 
 DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
+PARTS = {"starts": StagedStart, "degrees": LostDegrees, "priors": Prior}  # what is fitted of a step
 SWEEPS = 3  # of a post-norm chain: each brings the norms' ε in more exactly, by a factor of about 1e-5
 
 
@@ -131,7 +132,7 @@ class ExactInverse(nn.Module):
         self.reached = reached[-1] if reached else tap
         self.steps = model.walk.between(tap, self.reached) if reached else ()
         names = [step.destination for step in self.steps]
-        for part in ("starts", "degrees", "priors"):
+        for part in PARTS:
             own = {_key(name): module for name, module in (fitted or {}).get(part, {}).items() if name in names}
             setattr(self, part, nn.ModuleDict(own))
         self.completion, self.header = completion, None
@@ -144,7 +145,7 @@ class ExactInverse(nn.Module):
     def at(self, tap: str, settings: Settings | None = None) -> Self:
         """The inverse of a tap on its way, which shares what was fitted."""
         other = type(self)(self.model, tap, None, self.completion, settings or self.settings, self.batch_size)
-        for part in ("starts", "degrees", "priors"):
+        for part in PARTS:
             setattr(other, part, getattr(self, part))
         return other
 
@@ -243,19 +244,14 @@ class ExactInverse(nn.Module):
 
     def configuration(self) -> dict[str, Any]:
         """All but the numbers, for a file."""
-        starts = {
-            name: [len(start.biases), start.biases.shape[1] - 1, start.biases.shape[2]]
-            for name, start in self.starts.items()
-        }
+        fitted = {part: {name: _shapes(module) for name, module in getattr(self, part).items()} for part in PARTS}
         return {
             "source": self.source,
             "reached": self.reached,
             "image_size": list(self.model.target.image_size),
             "settings": asdict(self.settings),
             "batch_size": self.batch_size,
-            "starts": starts,
-            "degrees": {name: len(module.weight) for name, module in self.degrees.items()},
-            "priors": {name: [len(m.mean) - 1, m.mean.shape[1], len(m.behind)] for name, m in self.priors.items()},
+            "fitted": fitted,
             "completion": None if self.completion is None else described(self.completion),
         }
 
@@ -265,12 +261,10 @@ class ExactInverse(nn.Module):
         size = tuple(configuration["image_size"])
         if size != tuple(target.image_size):
             raise BacksightError(f"The inverse was fitted on images of {size}, but {target.name} takes another size.")
-        model, like = ExactModel.of(target), torch.zeros(0, device=target.device)
-        fitted = {
-            "starts": {_name(name): StagedStart(*sizes, like) for name, sizes in configuration["starts"].items()},
-            "degrees": {_name(name): LostDegrees(size, like) for name, size in configuration["degrees"].items()},
-            "priors": {_name(name): Prior(*sizes, like) for name, sizes in configuration["priors"].items()},
-        }
+        model, fitted = ExactModel.of(target), {}
+        for part, kind in PARTS.items():
+            modules = configuration["fitted"][part].items()
+            fitted[part] = {_name(name): kind(**_empty(shapes, target.device)) for name, shapes in modules}
         end = None if configuration["completion"] is None else rebuilt(configuration["completion"], target)
         settings = Settings(**configuration["settings"])
         inverse = cls(model, configuration["source"], fitted, end, settings, configuration["batch_size"])
@@ -280,6 +274,16 @@ class ExactInverse(nn.Module):
                 f"exact from there to {inverse.reached} here (another version of its library?): fit it again."
             )
         return inverse
+
+
+def _shapes(module: nn.Module) -> dict[str, list[Any]]:
+    return {name: [str(part.dtype).removeprefix("torch."), *part.shape] for name, part in module.named_buffers()}
+
+
+def _empty(shapes: Mapping[str, Sequence[Any]], device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for name, (dtype, *shape) in shapes.items()
+    }
 
 
 def _key(name: str) -> str:

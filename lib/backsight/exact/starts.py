@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backsight.exact.steps import Step
-from backsight.inverses.ridge import RidgeAccumulator
+from backsight.inverses.ridge import RidgeAccumulator, best
 from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Tokens
 from backsight.targets.base import Target
@@ -72,15 +72,25 @@ def ridge(
                 moments.update(x, y)
     weights, biases = [], []
     for fitted, held in zip(training, validation, strict=True):
-        errors = fitted.path().errors(held, strengths)
-        best = min(zip(errors, strengths, strict=True))[1]
-        weight, bias = ((fitted + held) if all_rows else fitted).solve(best)
+        solution = best(fitted, held, strengths)
+        weight, bias = solution.factors[0], solution.bias - solution.center @ solution.factors[0]
+        if all_rows:
+            weight, bias = (fitted + held).solve(solution.alpha)
         weights.append(weight)
         biases.append(bias)
     return torch.stack(weights), torch.stack(biases)
 
 
-class StagedStart(nn.Module):
+class Fitted(nn.Module):
+    """Numbers by name, as buffers of their own dtypes."""
+
+    def __init__(self, **numbers: Tensor) -> None:
+        super().__init__()
+        for name, tensor in numbers.items():
+            self.register_buffer(name, tensor)
+
+
+class StagedStart(Fitted):
     """Guesses of x from y = g(x) in closed form, in stages; kept in float32, since they only steer.
 
     first: (P + 1, c, c) of y; maps: (S − 1, P + 1, 5 c, c) of y, the last guess x, g(x), and g a whole and half a
@@ -91,23 +101,17 @@ class StagedStart(nn.Module):
     maps: Tensor
     biases: Tensor
 
-    def __init__(self, stages: int, prefix: int, channels: int, like: Tensor) -> None:
-        super().__init__()
-        like = like.new_empty(0, dtype=torch.float32)
-        self.register_buffer("first", like.new_zeros(prefix + 1, channels, channels))
-        self.register_buffer("maps", like.new_zeros(stages - 1, prefix + 1, 5 * channels, channels))
-        self.register_buffer("biases", like.new_zeros(stages, prefix + 1, channels))
-
-    def stage(self, number: int, features: Tensor) -> Tensor:
-        weight = (self.first if number == 0 else self.maps[number - 1]).to(features)
-        return by_group(features, weight) + of_tokens(self.biases[number].to(features), features.shape[1])
-
     def forward(self, step: Step, y: Tensor) -> list[Tensor]:
         """(B, n, c) guesses, the last and best stage first."""
         guesses: list[Tensor] = []
-        for number in range(len(self.biases)):
-            guesses.append(self.stage(number, _features(step, y, guesses[-1] if guesses else None)))
+        for number, bias in enumerate(self.biases):
+            weight = self.first if number == 0 else self.maps[number - 1]
+            guesses.append(_guess(_features(step, y, guesses[-1] if guesses else None), weight, bias))
         return guesses[::-1]
+
+
+def _guess(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return by_group(features, weight.to(features)) + of_tokens(bias.to(features), features.shape[1])
 
 
 def _features(step: Step, y: Tensor, x: Tensor | None) -> Tensor:
@@ -121,19 +125,20 @@ def _features(step: Step, y: Tensor, x: Tensor | None) -> Tensor:
 
 def fit_staged_start(step: Step, x: Tensor, y: Tensor, prefix: int, stages: int = STAGES) -> StagedStart:
     """x, y: (B, n, c) streams of training images before and behind the step."""
-    start = StagedStart(stages, prefix, x.shape[2], x)
-    guess: Tensor | None = None
-    for number in range(stages):
-        parts = [(None,) * len(x) if guess is None else guess.split(BATCH), x.split(BATCH), y.split(BATCH)]
-        features = ((_features(step, c, a), b) for a, b, c in zip(*parts, strict=False))
-        weight, start.biases[number] = ridge(features, prefix)
-        (start.first if number == 0 else start.maps[number - 1]).copy_(weight)
-        parts[0] = parts[0] if guess is None else guess.split(BATCH)
-        guess = torch.cat([start.stage(number, _features(step, c, a)) for a, _, c in zip(*parts, strict=False)])
-    return start
+    weights, biases = [], []
+    guesses: list[Tensor | None] = [None] * len(x.split(BATCH))
+    for _ in range(stages):
+        triples = list(zip(y.split(BATCH), guesses, x.split(BATCH), strict=True))
+        fitted = ridge(((_features(step, behind, guess), before) for behind, guess, before in triples), prefix)
+        weight, bias = (part.float() for part in fitted)
+        guesses = [_guess(_features(step, behind, guess), weight, bias) for behind, guess, _ in triples]
+        weights.append(weight)
+        biases.append(bias)
+    maps = torch.stack(weights[1:]) if stages > 1 else weight.new_zeros(0, prefix + 1, 5 * x.shape[2], x.shape[2])
+    return StagedStart(first=weights[0], maps=maps, biases=torch.stack(biases))
 
 
-class Prior(nn.Module):
+class Prior(Fitted):
     """How usual a stream's tokens are: the Gaussian of the training images.
 
     mean: (P + 1, c); precision: (P + 1, c, c); usual: (P + 1,) squared Mahalanobis distance that the share `USUAL` of
@@ -148,21 +153,6 @@ class Prior(nn.Module):
     folding: Tensor
     behind: Tensor
     errors: Tensor
-
-    def __init__(self, prefix: int, channels: int, examples: int, like: Tensor) -> None:
-        super().__init__()
-        like = like.new_empty(0, dtype=torch.float64)
-        self.register_buffer("mean", like.new_zeros(prefix + 1, channels))
-        self.register_buffer("precision", like.new_zeros(prefix + 1, channels, channels))
-        self.register_buffer("usual", like.new_zeros(prefix + 1))
-        self.register_buffer("folding", like.new_zeros(()))
-        self.register_buffer("behind", like.new_zeros(examples, channels, dtype=torch.float32))
-        self.register_buffer("errors", like.new_zeros(examples, channels, dtype=torch.float32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n) distances of a stream (B, n, c)."""
-        away = x - of_tokens(self.mean, x.shape[1])
-        return (by_group(away, self.precision) * away).sum(-1)
 
     def of_rows(self, x: Tensor, token: Tensor) -> Tensor:
         """(K,) distances of single tokens (K, c), `token` their numbers within an image."""
@@ -182,22 +172,26 @@ class Prior(nn.Module):
 
 def fit_prior(step: Step, x: Tensor, y: Tensor, start: StagedStart, prefix: int) -> Prior:
     """x, y: (B, n, c) streams of training images before and behind a step on tokens with a known derivative."""
-    examples = min(EXAMPLES, x.shape[0] * x.shape[1])
-    prior = Prior(prefix, x.shape[2], examples, x)
+    means, precisions, usual = [], [], []
+    for rows in groups(x, prefix):
+        means.append(rows.mean(0))
+        away = rows - means[-1]
+        precisions.append(torch.linalg.inv(covariance(away, PRIOR_FLOOR)))
+        usual.append((away @ precisions[-1] * away).sum(-1)[:100_000].quantile(USUAL))
     guess = torch.cat([start(step, part)[0] for part in y.split(BATCH)])
-    some = torch.randperm(x.shape[0] * x.shape[1], generator=torch.Generator().manual_seed(0))[:examples].to(x.device)
-    prior.behind.copy_(y.flatten(0, 1)[some])
-    prior.errors.copy_((x - guess).flatten(0, 1)[some])
-    for number, rows in enumerate(groups(x, prefix)):
-        prior.mean[number] = rows.mean(0)
-        prior.precision[number] = torch.linalg.inv(covariance(rows - rows.mean(0), PRIOR_FLOOR))
-    distances = groups(torch.cat([prior(part) for part in x.split(BATCH)])[..., None], prefix)
-    prior.usual.copy_(torch.stack([part[:100_000].quantile(USUAL) for part in distances]))
-    some = x.flatten(0, 1)[:: max(1, x.shape[0] * x.shape[1] // SIGNED)]
+    count = x.shape[0] * x.shape[1]
+    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:EXAMPLES].to(x.device)
+    some_of_all = x.flatten(0, 1)[:: max(1, count // SIGNED)]
     # One by one: see `solver.factored`.
-    signs = torch.stack([torch.linalg.slogdet(matrix).sign for matrix in step.jacobian(some)])
-    prior.folding.copy_((signs <= 0).double().mean())
-    return prior
+    signs = torch.stack([torch.linalg.slogdet(matrix).sign for matrix in step.jacobian(some_of_all)])
+    return Prior(
+        mean=torch.stack(means),
+        precision=torch.stack(precisions),
+        usual=torch.stack(usual),
+        folding=(signs <= 0).double().mean(),
+        behind=y.flatten(0, 1)[some].float(),
+        errors=(x - guess).flatten(0, 1)[some].float(),
+    )
 
 
 def covariance(rows: Tensor, floor: float) -> Tensor:
@@ -208,16 +202,11 @@ def covariance(rows: Tensor, floor: float) -> Tensor:
     return found
 
 
-class LostDegrees(nn.Module):
+class LostDegrees(Fitted):
     """Guess of what a LayerNorm takes from a token: mean and log deviation, from û. weight: (C, 2); bias: (2,)."""
 
     weight: Tensor
     bias: Tensor
-
-    def __init__(self, channels: int, like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", like.new_zeros(channels, 2, dtype=torch.float64))
-        self.register_buffer("bias", like.new_zeros(2, dtype=torch.float64))
 
     def forward(self, stripped: Tensor) -> tuple[Tensor, Tensor]:
         """(…, 1) mean and deviation."""
@@ -233,11 +222,8 @@ def fit_lost_degrees(step: Step, x: Tensor) -> LostDegrees:
         log = (z.var(-1, unbiased=False, keepdim=True) + step.norm.epsilon).sqrt().log()
         return step.norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
 
-    lost = LostDegrees(x.shape[2], x)
     weight, bias = ridge((rows(part) for part in x.split(BATCH)), 0)
-    lost.weight.copy_(weight[0])
-    lost.bias.copy_(bias[0])
-    return lost
+    return LostDegrees(weight=weight[0], bias=bias[0])
 
 
 @dataclass(frozen=True)

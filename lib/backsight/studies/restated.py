@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import MapInverse, MapSettings, Noise, fit_map_tap
+from backsight.exact.map import MapInverse, Noise, fit_map_tap
+from backsight.exact.posterior import MapSettings
 from backsight.exact.solver import Settings
 from backsight.exact.steps import NotInvertibleError
 from backsight.inverses.families import Reconstruct

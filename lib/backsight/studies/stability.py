@@ -27,17 +27,8 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, ExactModel
-from backsight.exact.map import (
-    KINDS,
-    Gaussian,
-    MapInverse,
-    MapSettings,
-    MapSolution,
-    Noise,
-    noisy,
-    pixel_forward,
-    whitened,
-)
+from backsight.exact.map import KINDS, MapInverse, Noise, noisy, pixel_forward
+from backsight.exact.posterior import Gaussian, MapSettings, MapSolution, whitened
 from backsight.exact.solver import Linearised
 from backsight.exact.starts import Embedding, measured_embedding
 from backsight.exact.steps import NotInvertibleError, in_precision

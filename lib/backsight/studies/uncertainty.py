@@ -16,7 +16,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from backsight.exact.map import Gaussian, Likelihood, MapInverse, MapSolution, fit_map_tap, whitened
+from backsight.exact.map import MapInverse, fit_map_tap
+from backsight.exact.posterior import Gaussian, Likelihood, MapSolution, whitened
 from backsight.exact.solver import Linearised, conjugate_gradients, dot
 from backsight.representation import Representation
 

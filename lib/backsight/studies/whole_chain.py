@@ -24,7 +24,8 @@ from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, ExactModel
 from backsight.exact.joint import JointSettings, solve_joint
-from backsight.exact.map import MapSettings, Noise, fit_map_tap
+from backsight.exact.map import Noise, fit_map_tap
+from backsight.exact.posterior import MapSettings
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation
