@@ -88,8 +88,8 @@ def test_with_random_weights_of_a_timm_name(root: Path, capsys: pytest.CaptureFi
 
 def test_all_five_families_give_an_image() -> None:
     target = backsight.load_target("scenes-vit", taps=["patch_embed", "blocks.0"])
-    train = backsight.open_images("scenes", "train", target, 48)
-    validation = backsight.open_images("scenes", "validation", target, 12)
+    train = backsight.open_images("scenes", "train", target, 32)
+    validation = backsight.open_images("scenes", "validation", target, 8)
     recorded = target.record(backsight.picture("chelsea", target.image_size))
     for family in ("linear", "direct", "modular", "exact", "map"):
         inverses = backsight.fit(family, target, train, validation, steps=2, progress=False)
