@@ -166,7 +166,13 @@ class TimmTransformer(Target):
         return self.model.forward_head(self.model.norm(values))
 
     def _randomised(self) -> nn.Module:
-        return redrawn(self.model, lambda model: model.init_weights(needs_reset=True), self.name)
+        def draw(model: Any) -> None:
+            model.init_weights(needs_reset=True)
+            for module in model.modules():  # of a hybrid's convolutions, which it leaves alone
+                if any(bool(weight.isnan().any()) for weight in module.parameters(recurse=False)):
+                    getattr(module, "reset_parameters", lambda: None)()
+
+        return redrawn(self.model, draw, self.name)
 
 
 def _block_index(tap: str) -> int:
