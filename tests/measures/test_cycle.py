@@ -5,12 +5,7 @@ import pytest
 import torch
 
 from backsight.errors import BacksightError
-from backsight.measures.agreement import (
-    Matches,
-    average_precision,
-    detections,
-    match,
-)
+from backsight.measures.agreement import Matches, average_precision, detections, match
 from backsight.measures.structure import Judged
 from backsight.representation import Predictions
 from backsight.studies.cycle import cycle, cycle_taps, early_taps

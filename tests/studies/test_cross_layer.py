@@ -18,8 +18,8 @@ from backsight.plots.cross_layer import (
     slope_table,
 )
 from backsight.representation import Queries, Tokens
-from backsight.studies import cross_layer
-from backsight.studies.cross_layer import cross_application, translated
+from backsight.studies import cross_layer, layers
+from backsight.studies.layers import cross_application, translated
 from backsight.studies.nulls import null_mean
 from backsight.tables.names import SLOPES
 from backsight.tables.values import METRIC_COLUMNS
@@ -44,17 +44,17 @@ def vit():
 def study(vit, images):
     """(linear inverses of two seeds, all rows of a small study)."""
     train, test = images[:40], images[40:]
-    steps = cross_layer.half_steps(vit)[:4]
+    steps = layers.half_steps(vit)[:4]
     ends = [*vit.taps, *(tap for step in steps for tap in (step.before, step.after))]
     fitted = {s: fit_linear(vit, train[20 * s :][:20], taps=ends, seed=s, progress=False) for s in (0, 1)}
     linear = {s: {"linear": {tap: each[tap] for tap in vit.taps}} for s, each in fitted.items()}
     null = vit.untrained(0)
     untrained = {0: (null, {"linear": fit_linear(null, train, taps=null.taps, progress=False)})}
-    moments = cross_layer.tap_moments(vit, train, vit.taps)
+    moments = layers.tap_moments(vit, train, vit.taps)
     rows = cross_layer.cross_rows(vit, test, linear, untrained, null_mean(train), moments, columns=ABOUT)
-    layers = cross_layer.block_steps(vit, vit.taps)
-    rows += cross_layer.similarity_rows(vit, test, vit.taps, [*layers, *steps], columns=ABOUT)
-    rows += cross_layer.similarity_rows(null, test, vit.taps, [*layers, *steps], null=True, columns=ABOUT)
+    blocks = layers.block_steps(vit, vit.taps)
+    rows += cross_layer.similarity_rows(vit, test, vit.taps, [*blocks, *steps], columns=ABOUT)
+    rows += cross_layer.similarity_rows(null, test, vit.taps, [*blocks, *steps], null=True, columns=ABOUT)
     maps = cross_layer.fit_predictors(vit, {0: train[:20], 1: train[20:]}, vit.taps, steps)
     for inverse, shuffle in (("linear", False), ("null_shuffled", True)):
         errors = cross_layer.prediction_errors(vit, test, maps, shuffle=shuffle)
@@ -81,7 +81,7 @@ def test_the_diagonal_is_the_plain_reconstruction_exactly(vit, images, study):
         fitted,
         [("norm", "norm")],
         "standardised",
-        cross_layer.tap_moments(vit, test, vit.taps),
+        layers.tap_moments(vit, test, vit.taps),
         batch_size=20,
     )
     assert np.array_equal(standardised["norm", "norm"], whole["norm", "norm"])
@@ -109,19 +109,19 @@ def test_other_images_are_fed_to_the_null_and_the_caller_keeps_the_random_state(
 def test_only_taps_of_one_form_are_crossed():
     detector = load_target("scenes-detr")
     recorded = detector.record(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    pairs = cross_layer.pairs_of_one_form(recorded)
+    pairs = layers.pairs_of_one_form(recorded)
     assert ("encoder.layers.0", "encoder.layers.2") in pairs
     assert ("decoder.layers.2", "decoder.layers.0") in pairs
     assert ("predictions", "predictions") in pairs
     assert not [pair for pair in pairs if len({tap.split(".")[0] for tap in pair} & {"encoder", "decoder"}) > 1]
     with pytest.raises(BacksightError, match="taps of one form"):
         translated(recorded, ("encoder.layers.0", "decoder.layers.0"))
-    groups = [cross_layer.layer_group(detector, tap) for tap in ("backbone", "projection", "decoder.layers.1")]
+    groups = [layers.layer_group(detector, tap) for tap in ("backbone", "projection", "decoder.layers.1")]
     assert groups == ["", "encoder", "decoder"]
-    aligned = cross_layer.aligned_pairs(recorded)
+    aligned = layers.aligned_pairs(recorded)
     assert ("decoder.layers.2", "predictions") in aligned
     assert ("encoder.layers.2", "decoder.layers.0") not in aligned
-    assert cross_layer.forms(pairs) == [
+    assert layers.forms(pairs) == [
         ["backbone", "projection", "encoder.layers.0", "encoder.layers.1", "encoder.layers.2"],
         ["decoder.layers.0", "decoder.layers.1", "decoder.layers.2", "decoder.layernorm"],
     ]
@@ -129,13 +129,13 @@ def test_only_taps_of_one_form_are_crossed():
 
 def test_half_steps_have_their_component():
     detector = load_target("scenes-detr")
-    found = {step.after: step.component for step in cross_layer.half_steps(detector)}
+    found = {step.after: step.component for step in layers.half_steps(detector)}
     assert found["encoder.layers.0.attn"] == "attention"
     assert found["encoder.layers.0"] == "mlp"
     assert found["decoder.layers.1.cross_attn"] == "cross_attention"
     assert found["decoder.layers.1"] == "mlp"
     assert "decoder.layers.0.attn" not in found, "what is before the decoder is the encoder's output, of another form"
-    assert cross_layer.half_steps(load_target("scenes-swin")) == []
+    assert layers.half_steps(load_target("scenes-swin")) == []
 
 
 def test_stages_on_several_grids_share_one_decay(images):
@@ -162,7 +162,7 @@ def test_standardising_undoes_a_change_of_scale_and_offset():
             def record(self, images, taps, recorded=recorded):
                 return recorded
 
-        moments = cross_layer.tap_moments(Model(), torch.zeros(8, 3, 2, 2), ["a", "b"])  # type: ignore[arg-type]
+        moments = layers.tap_moments(Model(), torch.zeros(8, 3, 2, 2), ["a", "b"])  # type: ignore[arg-type]
         assert translated(recorded, ("a", "b"), moments).values == pytest.approx(scaled.numpy(), abs=1e-4)
         assert torch.equal(translated(recorded, ("a", "b")).values, values)
     constant = {"a": Queries(torch.ones(2, 3, 4)), "b": Queries(torch.rand(2, 3, 4))}
@@ -178,7 +178,7 @@ def test_the_slope_of_a_synthetic_matrix_is_exact(vit):
     }
     distances = cross_layer.decay_pairs(vit, scores)["blocks"]
     assert sorted(distances.values()) == [1, 1, 1, 1, 2, 2]
-    losses = [cross_layer.loss(scores, pair) for pair in distances]
+    losses = [layers.loss(scores, pair) for pair in distances]
     slope = cross_layer.slope_through_origin(losses, list(distances.values()))
     assert slope.shape == (2, 5)
     assert slope == pytest.approx(2.5)
@@ -226,9 +226,9 @@ def test_claims_are_read_off_the_numbers(study):
 
 def test_the_families_asked_for_are_taken_and_others_are_named():
     found = {0: {"linear": {"a": len, "b": len}, "direct": {"a": len}}}
-    assert cross_layer.chosen_families(found, ["linear", "modular"], ["a"]) == {0: {"linear": {"a": len}}}
+    assert layers.chosen_families(found, ["linear", "modular"], ["a"]) == {0: {"linear": {"a": len}}}
     with pytest.raises(BacksightError, match="linear, direct"):
-        cross_layer.chosen_families(found, ["modular"], ["a"])
+        layers.chosen_families(found, ["modular"], ["a"])
 
 
 def test_figures_are_drawn_from_the_table_as_it_is_read_again(study, vit, images, tmp_path):
@@ -241,7 +241,7 @@ def test_figures_are_drawn_from_the_table_as_it_is_read_again(study, vit, images
         assert figure.description
     assert slope_table(table).loc[("blocks", "linear"), "decay_slope"].count("[") == 1
     inverses = {tap: fitted[0][tap] for tap in vit.taps}
-    pictures = cross_layer.cross_pictures(vit, images[:1], inverses)
+    pictures = layers.cross_pictures(vit, images[:1], inverses)
     figure = cross_grid(images[0], {pair: made[0] for pair, made in pictures.items()})
     assert len(figure.axes) == 1 + len(pictures) == 17
     assert figure.shows_images

@@ -12,8 +12,8 @@ from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.plots import efficiency as figures_efficiency
 from backsight.plots.style import ShownFigure
-from backsight.studies import efficiency
-from backsight.studies.efficiency import ALL, METHODS, Cost, Matched, Setting, Starts, Trial
+from backsight.studies import efficiency, trainings
+from backsight.studies.trainings import ALL, METHODS, Cost, Setting, Starts, Trial
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import load_target
 
@@ -24,14 +24,14 @@ COLUMNS = {"dataset": "scenes", "split": "test"}
 def setting() -> Setting:
     target = load_target("scenes-vit")
     validation, test = (open_images("scenes", split, target, 8, 0) for split in ("validation", "test"))
-    return efficiency.setting_for(
+    return trainings.setting_for(
         target, "components", validation=validation, test=test, train_images=40, batch_size=4, validation_images=8
     )
 
 
 @pytest.fixture(scope="module")
 def starts(setting: Setting) -> Starts:
-    return efficiency.closed_form_starts(setting, 0)
+    return trainings.closed_form_starts(setting, 0)
 
 
 def _trial(setting: Setting, method: str, level: float, **changed) -> Trial:
@@ -77,17 +77,17 @@ def test_flops_of_known_layers_are_exact() -> None:
     layer, convolution = nn.Linear(5, 7), nn.Conv2d(3, 4, 3, padding=1)
     x, image = torch.zeros(11, 5), torch.zeros(2, 3, 6, 6)
     forward = 2 * 11 * 5 * 7
-    assert efficiency.count_flops(lambda: layer(x)) == forward
+    assert trainings.count_flops(lambda: layer(x)) == forward
     # The gradient of the weights costs as much again; that of the input is not asked for.
-    assert efficiency.count_flops(lambda: layer(x).sum().backward()) == 2 * forward
-    assert efficiency.count_flops(lambda: convolution(image)) == 2 * 2 * 6 * 6 * 4 * 3 * 9
+    assert trainings.count_flops(lambda: layer(x).sum().backward()) == 2 * forward
+    assert trainings.count_flops(lambda: convolution(image)) == 2 * 2 * 6 * 6 * 4 * 3 * 9
 
 
 def test_costs_are_counted_and_grow_with_steps_and_images(setting: Setting, starts: Starts) -> None:
-    linear = efficiency.cost_of(setting, "linear", starts)
-    direct = efficiency.cost_of(setting, "direct", starts)
+    linear = trainings.cost_of(setting, "linear", starts)
+    direct = trainings.cost_of(setting, "direct", starts)
     image = setting.test.image(0)[None].float() / 255
-    frozen = efficiency.count_flops(lambda: setting.target.record(image, setting.judged))
+    frozen = trainings.count_flops(lambda: setting.target.record(image, setting.judged))
     assert direct.step > setting.batch_size * frozen
     assert linear.start_image > frozen
     assert (linear.preparation, linear.step) == (0, 0)
@@ -99,26 +99,26 @@ def test_costs_are_counted_and_grow_with_steps_and_images(setting: Setting, star
 def test_every_block_by_direct_decoders_costs_more_than_few(setting: Setting, starts: Starts) -> None:
     whole = efficiency.every_block(setting)
     assert whole.judged == setting.chain
-    few, many = (efficiency.cost_of(each, "direct", starts, "random").step for each in (setting, whole))
+    few, many = (trainings.cost_of(each, "direct", starts, "random").step for each in (setting, whole))
     assert many > few
 
 
 def test_the_closed_form_is_where_every_fit_starts(setting: Setting, starts: Starts) -> None:
     """Also: a direct decoder before training is the linear family, and both chains start at the same place."""
-    values = {m: efficiency.closed_form_trial(setting, m, starts, Cost()).values for m in ("linear", *METHODS[:-1])}
+    values = {m: trainings.closed_form_trial(setting, m, starts, Cost()).values for m in ("linear", *METHODS[:-1])}
     for tap in setting.judged:
         torch.testing.assert_close(values["direct"][tap], values["linear"][tap])
     for method in ("direct", "modular"):
-        trial, inverses = efficiency.train_once(setting, method, starts, Cost(), steps=0, learning_rate=1e-3)
+        trial, inverses = trainings.train_once(setting, method, starts, Cost(), steps=0, learning_rate=1e-3)
         for tap in setting.taps(method):
             torch.testing.assert_close(trial.values[tap], values[method][tap], atol=1e-3, rtol=0)
-        assert trial.parameters == sum(map(efficiency.numbers_held, inverses.modules.values()))
+        assert trial.parameters == sum(map(trainings.numbers_held, inverses.modules.values()))
     assert set(values["modular"]) == set(setting.chain)
 
 
 def test_random_starts_hold_no_closed_form(setting: Setting, starts: Starts) -> None:
     for method in ("direct", "modular_components"):
-        trial, inverses = efficiency.train_once(
+        trial, inverses = trainings.train_once(
             setting, method, starts, Cost(), steps=1, learning_rate=1e-3, start="random", part="start"
         )
         assert all(inverse.linear is None for inverse in inverses.modules.values())
@@ -127,7 +127,7 @@ def test_random_starts_hold_no_closed_form(setting: Setting, starts: Starts) -> 
 
 
 def test_added_errors_along_a_chain_sum_to_its_error(setting: Setting, starts: Starts) -> None:
-    values = efficiency.closed_form_trial(setting, "modular", starts, Cost()).values
+    values = trainings.closed_form_trial(setting, "modular", starts, Cost()).values
     path = efficiency.chain_path(setting.pairs("modular"))
     assert [source for source, _ in path] == list(reversed(setting.chain))
     losses = efficiency.chain_losses(values, path)
@@ -136,7 +136,7 @@ def test_added_errors_along_a_chain_sum_to_its_error(setting: Setting, starts: S
     lost = torch.stack([lost for lost, _ in losses.values()])
     torch.testing.assert_close(lost[:-1].sum(0), values[path[-1][0]] - values[path[0][0]], check_dtype=False)
     # Fed with the true representation at the bottom, the chain is its last module alone.
-    plain = efficiency.tap_psnr(setting.target, {path[-1][0]: starts.maps[path[-1]]}, setting.test)[path[-1][0]]
+    plain = trainings.tap_psnr(setting.target, {path[-1][0]: starts.maps[path[-1]]}, setting.test)[path[-1][0]]
     torch.testing.assert_close(losses[path[-1][0]][1], torch.pow(10.0, -plain.double() / 10))
     assert lost[-1].isnan().all()
 
@@ -145,7 +145,7 @@ def test_inverses_from_elsewhere_are_judged_beside(setting: Setting, starts: Sta
     linear = {tap: starts.maps[tap, "pixels"] for tap in setting.chain}
     families = {0: {"linear": linear, "few": {"blocks.0": linear["blocks.0"]}}}
     (found,) = efficiency.reference_trials(setting, families)
-    expected = efficiency.closed_form_trial(setting, "linear", starts, Cost()).values
+    expected = trainings.closed_form_trial(setting, "linear", starts, Cost()).values
     torch.testing.assert_close(found.values["blocks.5"], expected["blocks.5"])
     table = efficiency.tidy(setting, [found], **COLUMNS)
     assert set(table["part"]) == {"reference"}
@@ -162,42 +162,16 @@ def test_the_search_takes_the_best_rate_and_survives_divergence(
         level = 20 - abs(math.log10(learning_rate) + 2)
         return _trial(setting, method, level, part=part, learning_rate=learning_rate), {}
 
-    monkeypatch.setattr(efficiency, "train_once", trained)
-    best, trials, _ = efficiency.search_learning_rate(setting, "direct", starts, [1e-3, 1e-2, 1e-1, 10.0], 5)
+    monkeypatch.setattr(trainings, "train_once", trained)
+    best, trials = trainings.search_learning_rate(setting, "direct", starts, [1e-3, 1e-2, 1e-1, 10.0], 5)
     assert best == 1e-2
     assert len(trials) == 3
     with pytest.raises(BacksightError, match="give smaller ones"):
-        efficiency.search_learning_rate(setting, "direct", starts, [10.0], 5)
-
-
-def test_every_method_is_searched_with_the_same_budget(
-    setting: Setting, starts: Starts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple] = []
-
-    def searched(setting, method, starts, rates, steps, start="closed_form", before=None):
-        seen.append((method, start, len(rates), steps))
-        return rates[-1], [], (_trial(setting, method, 20), {})
-
-    monkeypatch.setattr(efficiency, "search_learning_rate", searched)
-    monkeypatch.setattr(efficiency, "cost_of", lambda *_: Cost())
-    begun = (_trial(setting, "modular", 20), {})
-    monkeypatch.setattr(efficiency, "train_once", lambda *_, **__: begun)
-    matched = efficiency.match(setting, starts, [1e-3, 1e-2], 7, [1e-3, 3e-3])
-    assert isinstance(matched, Matched)
-    assert {each[2:] for each in seen} == {(2, 7)}
-    assert sorted(each[:2] for each in seen) == sorted(
-        [(method, start) for method in METHODS[:-1] for start in ("closed_form", "random")]
-        + [("modular_polished", "closed_form")]
-    )
-    assert (matched.rates["direct", "random"], matched.rates["direct", "closed_form"]) == (1e-2, 3e-3)
-    once = efficiency.match(setting, starts, [1e-3, 1e-2], 7)
-    assert once.rates["direct", "random"] == once.rates["direct", "closed_form"] == 1e-2
-    assert once.rates["modular_polished", "closed_form"] == pytest.approx(1e-3)
+        trainings.search_learning_rate(setting, "direct", starts, [10.0], 5)
 
 
 def test_the_table_is_tidy_and_complete(setting: Setting, metrics: pd.DataFrame) -> None:
-    assert set(METRIC_COLUMNS) | set(efficiency.COLUMNS) | {"seeds"} <= set(metrics.columns)
+    assert set(METRIC_COLUMNS) | set(trainings.COLUMNS) | {"seeds"} <= set(metrics.columns)
     assert not metrics[["value", "low", "high", "n", "seeds"]].isna().any().any()
     assert ((metrics["low"] <= metrics["value"]) & (metrics["value"] <= metrics["high"])).all()
     curve = metrics[(metrics["part"] == "curve") & (metrics["tap"] == ALL)]
@@ -276,11 +250,11 @@ def test_judged_taps_and_chains(setting: Setting) -> None:
     assert setting.chain[-1] == setting.judged[-1]
     assert set(setting.judged) < set(setting.chain)
     assert setting.pairs("modular_components")[-1] == ("blocks.5", "blocks.2")
-    named = efficiency.setting_for(setting.target, ["blocks.1"], validation=setting.validation, test=setting.test)
+    named = trainings.setting_for(setting.target, ["blocks.1"], validation=setting.validation, test=setting.test)
     assert named.judged == ("blocks.1",)
     assert named.chain == ("patch_embed", "blocks.0", "blocks.1")
     with pytest.raises(BacksightError, match=r"blocks\.9"):
-        efficiency.setting_for(setting.target, ["blocks.9"], validation=None, test=None)
+        trainings.setting_for(setting.target, ["blocks.9"], validation=None, test=None)
 
 
 def test_nulls_stand_beside_the_trainings(setting: Setting, starts: Starts) -> None:
@@ -290,7 +264,7 @@ def test_nulls_stand_beside_the_trainings(setting: Setting, starts: Starts) -> N
     assert set(table.tap) == {*setting.judged, ALL}
     assert (table.part == "nulls").all()
     first = setting.judged[0]
-    own = efficiency.tap_psnr(setting.target, {first: starts.maps[first, "pixels"]}, setting.test)[first]
+    own = trainings.tap_psnr(setting.target, {first: starts.maps[first, "pixels"]}, setting.test)[first]
     assert own.mean() > nulls["null_mean"].values[first].mean() > nulls["null_shuffled"].values[first].mean()
     mean = nulls["null_mean"].values
     assert all(torch.equal(mean[tap], mean[first]) for tap in setting.judged)  # it reads nothing

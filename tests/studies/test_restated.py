@@ -20,20 +20,18 @@ from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.measures.hue import object_chroma
 from backsight.plots.restated import cross_figure, detail_by_depth, hue_kept_by_depth, restated_pictures
-from backsight.studies.cross_layer import pairs_of_one_form
+from backsight.studies.layers import pairs_of_one_form
 from backsight.studies.recolour import Perturbation, open_objects
 from backsight.studies.restated import (
-    ANSWERS,
-    QUESTIONS,
     Restated,
     colour_follow,
     cross_pairs,
     depth_rows,
     hue_shift_kept,
     measure_restated,
-    verdicts,
 )
 from backsight.tables.values import METRIC_COLUMNS
+from backsight.tables.verdicts import ANSWERS, QUESTIONS, verdicts
 from backsight.targets import Target
 
 SIZE = 32
@@ -352,7 +350,7 @@ def test_a_block_undoes_itself_and_no_change_is_as_far_as_the_block_goes(study: 
         assert value_of(metrics, "stage_solved", inverse="exact", **own) == 1
         assert value_of(metrics, "stage_error", inverse="exact", **own) < 1e-4
         assert value_of(metrics, "stage_nearer", inverse="exact", **own) == 1
-    images = torch.stack([item["image"] for item in open_images("scenes", size=SIZE, count=3)])[:2].float() / 255
+    images = torch.stack([item["image"] for item in open_images("scenes", "test", SIZE, 3)])[:2].float() / 255
     recorded = target.record(images, ["blocks.0", "blocks.1"])
     behind, before = (recorded[tap].values.double().flatten(1) for tap in ("blocks.1", "blocks.0"))
     found = value_of(metrics, "stage_error", inverse="null_unchanged", source_tap="blocks.1", target_tap="blocks.0")

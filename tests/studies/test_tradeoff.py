@@ -16,20 +16,22 @@ from backsight.scenes.render import CLASS_NAMES
 from backsight.studies.tradeoff import (
     JOINT,
     OF_START,
-    LabelledImages,
     Reading,
-    Units,
     answers,
+    measure_tradeoff,
+    probe_hits,
+    read_model,
+    tidy_rows,
+)
+from backsight.studies.tuning import (
+    LabelledImages,
+    Units,
     check_grid,
     fine_tune,
     fit_inverses,
     labelled_images,
-    measure_tradeoff,
-    probe_hits,
-    read_model,
     starting_units,
     task_loss,
-    tidy_rows,
 )
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import module_target

@@ -20,7 +20,8 @@ from backsight.tables.claims import (
     verdict,
     write_findings,
 )
-from backsight.tables.evidence import AS_GOOD, Estimate, deep_taps, difference, log_ratio, shallowest
+from backsight.tables.estimates import Estimate, difference, log_ratio
+from backsight.tables.evidence import AS_GOOD, deep_taps, shallowest
 from backsight.tables.read import Study, read_study
 
 

@@ -13,18 +13,14 @@ from study_tables import DETR_TAPS, VIT_TAPS, tables, write_study
 from backsight.errors import BacksightError
 from backsight.plots.grids import reconstruction_grid
 from backsight.plots.scheme import method_scheme
-from backsight.studies.figures import (
-    StudyFigure,
-    caption,
+from backsight.plots.targets import (
     leading_family,
     modular_against_direct,
     plain_rows,
-    save_figure,
     stacked_pictures,
-    study_figures,
     targets_by_depth,
-    write_figures,
 )
+from backsight.studies.figures import StudyFigure, caption, save_figure, study_figures, write_figures
 from backsight.tables.read import (
     COLOUR,
     CROSS_LAYER,

@@ -43,11 +43,7 @@ ALLOWED = -0.1  # dB that MAP may lie below the best trained decoder
 SIZE = "effective noise σ, relative to the deviation of the tap's values"
 MARKERS = "os^Dv<>"
 KINDS_OF_SHARE: Mapping[str, str] = MappingProxyType(
-    {
-        "fragile_colour_share": "colour",
-        "fragile_detail_share": "detail",
-        "fragile_background_share": "background",
-    }
+    {"fragile_colour_share": "colour", "fragile_detail_share": "detail", "fragile_background_share": "background"}
 )
 _AS_PREDICTED: Mapping[str, Any] = MappingProxyType({"color": "#000000", "linewidth": 0.7, "linestyle": (0, (5, 2))})
 

@@ -17,15 +17,7 @@ from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import fit_linear
-from backsight.measures.hue import (
-    chroma_kept,
-    hue_distance,
-    hue_of,
-    object_chroma,
-    respond,
-    reversion,
-    shares,
-)
+from backsight.measures.hue import chroma_kept, hue_distance, hue_of, object_chroma, respond, reversion, shares
 from backsight.representation import Predictions, concatenate
 from backsight.scenes.render import SceneOptions
 from backsight.studies.recolour import JudgedObjects, Perturbation, painted

@@ -257,11 +257,7 @@ def _between(a: Tensor, slope_a: Tensor, b: Tensor, slope_b: Tensor, length: Ten
 
 
 def token_roots(
-    tokens: TokenMap,
-    y: Tensor,
-    starts: Sequence[Tensor],
-    search: Search | None = None,
-    single: TokenMap | None = None,
+    tokens: TokenMap, y: Tensor, starts: Sequence[Tensor], search: Search | None = None, single: TokenMap | None = None
 ) -> TokenRoots:
     """The roots of every token that the starts and the curves behind them lead to.
 

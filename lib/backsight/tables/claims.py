@@ -18,7 +18,8 @@ import pandas as pd
 import yaml
 
 from backsight.tables import evidence
-from backsight.tables.evidence import Estimate, Evidence
+from backsight.tables.estimates import Estimate
+from backsight.tables.evidence import Evidence
 from backsight.tables.read import Study, read_study, write_text
 
 AGREED, DISAGREED, UNDECIDED, UNMEASURED = "agreed", "disagreed", "cannot tell", "not measured"
