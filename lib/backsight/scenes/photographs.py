@@ -1,6 +1,5 @@
 """The ten real photographs inside the scikit-image and scikit-learn packages: no download, ever."""
 
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 
 if TYPE_CHECKING:
     from backsight.data.images import Generated
@@ -31,7 +30,6 @@ _FILES = MappingProxyType(
         "flower": ("sklearn", "datasets/images/flower.jpg"),
     }
 )
-_DISTRIBUTIONS = MappingProxyType({"skimage": "scikit-image", "sklearn": "scikit-learn"})
 
 PHOTOGRAPHS: tuple[str, ...] = tuple(_FILES)
 SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
@@ -49,36 +47,23 @@ def generated(split: str | None, count: int | None, seed: int, size: int, option
     return Generated(split, {name: photograph_path(name) for name in SPLIT_PHOTOGRAPHS.get(split, PHOTOGRAPHS)})
 
 
-class PhotographError(BacksightError):
-    """A photograph that is not in the list, or whose file the installed package lacks."""
-
-
 def photograph_path(name: str) -> Path:
-    """Where the installed package keeps a photograph.
-
-    Raises PhotographError on an unknown name or a missing file.
-    """
+    """Where the installed package keeps a photograph. Raises BacksightError on an unknown name or a missing file."""
     if name not in _FILES:
-        nearest = get_close_matches(name, PHOTOGRAPHS)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise PhotographError(f"no photograph {name!r}{hint}; the photographs are {', '.join(PHOTOGRAPHS)}")
+        raise BacksightError(f"There is no photograph {name!r}; {nearest(name, PHOTOGRAPHS)}.")
     package, inside = _FILES[name]
     spec = find_spec(package)  # finds the folder without importing the package
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in folders:
-        if (path := Path(folder) / inside).is_file():
-            return path
-    raise PhotographError(
-        f"the photograph {name!r} ({package}/{inside}) is not in the installed {_DISTRIBUTIONS[package]}: "
-        f"reinstall {_DISTRIBUTIONS[package]} from requirements.lock"
-    )
+    paths = [Path(folder) / inside for folder in (spec.submodule_search_locations or () if spec else ())]
+    if found := next((path for path in paths if path.is_file()), None):
+        return found
+    raise BacksightError(f"The photograph {name!r} ({inside}) is not in the installed {package}: reinstall it.")
 
 
 @cache
 def photograph(name: str) -> np.ndarray:
     """One photograph at its own size, uint8 (H, W, 3) sRGB; decoded once, shared, therefore read-only.
 
-    Raises PhotographError on an unknown name or a missing file.
+    Raises BacksightError on an unknown name or a missing file.
     Source: the files of scikit-image (skimage.data) and scikit-learn (sklearn.datasets).
     """
     with Image.open(photograph_path(name)) as image:
