@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from targets.examples import small_timm
 
 from backsight.app.explorer import View, Workbench
 from backsight.app.explorer.hue_loss import hue_loss_figure, hue_rows, lost_from
 from backsight.app.explorer.latest import Latest
 from backsight.app.explorer.page import Page
 from backsight.app.explorer.pictures import in_folder, keep_upload, subject
-from backsight.app.explorer.seeing import Depth, hue_in_words
+from backsight.app.explorer.seeing import Depth, _refuse_another_form, hue_in_words
 from backsight.app.explorer.serve import command, free_port
 from backsight.app.explorer.view import carried, from_json, from_query
 from backsight.errors import BacksightError
@@ -484,3 +485,13 @@ def test_the_curve_marks_the_depth_at_once_where_it_is_known(page: Page) -> None
     assert not page.workbench.knows_hues(replace(page.view, noise=0.7))
     assert page.rows[0].hue.value != marked
     assert page.workbench.hues(page.view) == page.workbench.hues(replace(page.view, tap="norm"))
+
+
+def test_solved_inverses_refuse_tokens_of_another_form() -> None:
+    swin = small_timm("Swin")
+    recorded = swin.record(torch.rand(1, 3, *swin.image_size), ["layers.0", "layers.1"])
+    view = View(family="map", tap="layers.0", inverse_tap="layers.1")
+    with pytest.raises(BacksightError, match=r"map inverse of 'layers\.1' reads .* 'layers\.0' holds"):
+        _refuse_another_form(view, "layers.0", recorded)
+    _refuse_another_form(replace(view, inverse_tap=""), "layers.0", recorded)
+    _refuse_another_form(replace(view, family="modular"), "layers.0", recorded)  # which says so itself
