@@ -15,15 +15,7 @@ from backsight.errors import BacksightError
 from backsight.inverses import linear as fitting
 from backsight.inverses.linear import LinearInverse, Request, fit_linear, fit_linear_pairs
 from backsight.inverses.ridge import RidgeAccumulator
-from backsight.inverses.rows import (
-    Form,
-    form_of,
-    pack_destination,
-    patchify,
-    plan_layout,
-    unpack,
-    unpatchify,
-)
+from backsight.inverses.rows import Form, form_of, pack_destination, patchify, plan_layout, unpack, unpatchify
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.targets import load_target
 
@@ -117,7 +109,7 @@ def test_one_pass_for_all_taps_and_the_third_argument_is_the_validation() -> Non
     requests = [("early", "pixels"), Request("late", "early", 3, 1e-2), ("late", "early")]
     fitted = fit_linear_pairs(target, images, requests, batch_size=32, progress=False)
     assert (target.passes, list(fitted)) == ([32, 32, 26], requests)
-    assert fitted[requests[1]].alpha >= 1e-2 > fitted[requests[2]].alpha
+    assert fitted[requests[1]].score.alpha >= 1e-2 > fitted[requests[2]].score.alpha
 
 
 def test_an_invertible_tap_is_inverted_and_an_unrelated_one_is_not() -> None:
@@ -126,10 +118,10 @@ def test_an_invertible_tap_is_inverted_and_an_unrelated_one_is_not() -> None:
     unrelated = tokens.replace(torch.sin(1e5 * tokens.values))
     target = Recorded(mixed=tokens, unrelated=unrelated, shuffled=tokens.index(torch.arange(216).roll(1)))
     inverses = fit_linear(target, images[:156], images[156:], progress=False)
-    assert inverses["mixed"].r2 > 1 - 1e-6
+    assert inverses["mixed"].score.r2 > 1 - 1e-6
     assert inverses["mixed"].score.psnr > 60
-    assert abs(inverses["unrelated"].r2) < 0.1
-    assert abs(inverses["shuffled"].r2) < 0.1
+    assert abs(inverses["unrelated"].score.r2) < 0.1
+    assert abs(inverses["shuffled"].score.r2) < 0.1
     torch.testing.assert_close(inverses["mixed"](tokens), images, atol=1e-3, rtol=0)
 
 
@@ -139,13 +131,13 @@ def test_the_fit_is_the_regression_of_the_stored_features() -> None:
     inverse = fit_linear(Recorded(lossy=lossy), images[:50], images[50:], batch_size=16, progress=False)["lossy"]
     moments = RidgeAccumulator()
     moments.update(lossy.patches[:50].flatten(0, 1), patchify(images[:50], PATCH).flatten(0, 1))
-    weight, bias = moments.solve(inverse.alpha)
+    weight, bias = moments.solve(inverse.score.alpha)
     torch.testing.assert_close(inverse.weight.double(), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(inverse.bias.double(), bias, rtol=1e-4, atol=1e-5)
     new = images[50:]
     error = (inverse.raw(lossy.index(slice(50, 70))) - new).square().sum()
     total = (patchify(new, PATCH) - patchify(images[:50], PATCH).mean((0, 1))).square().sum()
-    assert inverse.r2 == pytest.approx(1 - float(error / total), abs=1e-5)
+    assert inverse.score.r2 == pytest.approx(1 - float(error / total), abs=1e-5)
 
 
 @pytest.mark.parametrize("source", FORMS)
@@ -209,14 +201,13 @@ def test_context_is_a_convolution_in_closed_form(channels: int) -> None:
     target = Recorded(late=tokens_of(lifted), early=tokens_of(early))
     pairs = [Request("late", "early", 3), Request("late", "early", 1)]
     wide, alone = fit_linear_pairs(target, pictures(50), pairs, progress=False).values()
-    assert wide.r2 > 1 - 1e-5
-    assert alone.r2 < 0.5
+    assert wide.score.r2 > 1 - 1e-5
+    assert alone.score.r2 < 0.5
     torch.testing.assert_close(wide(target.every["late"]).map(), early, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(
-    "ends",
-    [("one grid", "one grid"), ("finer", "one grid"), ("levels", "other levels"), ("class token", "levels")],
+    "ends", [("one grid", "one grid"), ("finer", "one grid"), ("levels", "other levels"), ("class token", "levels")]
 )
 def test_padding_is_neither_fitted_nor_looked_at(ends: tuple[str, str]) -> None:
     source, destination = FORMS[ends[0]], FORMS[ends[1]]
@@ -251,17 +242,17 @@ def test_sets_to_pixels_tokens_and_queries() -> None:
     pairs = [("decoder", "pixels"), ("decoder", "mixed"), ("predictions", "decoder"), ("predictions", "pixels")]
     fitted = fit_linear_pairs(Recorded(**every), images[:400], pairs, images[400:], progress=False)
     assert fitted["decoder", "pixels"](every["decoder"]).shape == images.shape
-    assert 0.03 < fitted["decoder", "pixels"].r2 < 24 / 288  # 24 numbers of 288 independent pixels
+    assert 0.03 < fitted["decoder", "pixels"].score.r2 < 24 / 288  # 24 numbers of 288 independent pixels
     tokens = fitted["decoder", "mixed"](every["decoder"])
     assert tokens.signature == every["mixed"].signature
     assert torch.equal(tokens.position, every["mixed"].position)
     assert fitted["predictions", "decoder"](every["predictions"]).context is None
-    assert fitted["predictions", "decoder"].r2 > 0.6
+    assert fitted["predictions", "decoder"].score.r2 > 0.6
     with pytest.raises(BacksightError, match="No linear map from tokens"):
         fit_linear_pairs(Recorded(**every), images, [("mixed", "decoder")], progress=False)
     few = fit_linear_pairs(Recorded(**every), images, pairs[:1], maximum_inputs=16, progress=False)[pairs[0]]
     assert few.maps["set"].projection.shape == (6, 4)
-    assert 0.02 < few.r2 < fitted["decoder", "pixels"].r2
+    assert 0.02 < few.score.r2 < fitted["decoder", "pixels"].score.r2
 
 
 def test_a_fine_grid_is_drawn_from_and_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor
     for request in requests:
         alone = fit_linear_pairs(vit, images, [request], progress=False)[request]
         torch.testing.assert_close(alone.weight, found[request].weight, rtol=1e-5, atol=1e-6)
-        assert found[request].alpha >= request.floor
+        assert found[request].score.alpha >= request.floor
 
 
 def test_the_command_fit_writes_inverses_that_a_notebook_finds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

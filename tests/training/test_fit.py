@@ -15,8 +15,9 @@ from backsight import load_target
 from backsight.data import distributed
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError
-from backsight.inverses.linear import fit_linear_pairs, readable
+from backsight.inverses.linear import fit_linear_pairs
 from backsight.inverses.module import Inverses
+from backsight.inverses.passes import readable
 from backsight.representation import Tokens
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.detr import Detr

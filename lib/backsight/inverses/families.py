@@ -71,6 +71,10 @@ def fit(
         if checkpoint is not None:
             arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}
+    if others := set(arguments) - set(taken):
+        known = {name for each in FAMILIES for name in inspect.signature(_function(each)).parameters}
+        if unknown := sorted(others - known):
+            raise TypeError(f"no inverse family takes {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
     if "taps" in taken:
         passed["taps"] = taps
     return function(target, images, validation, seed=seed, progress=progress, **passed)

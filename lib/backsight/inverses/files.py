@@ -6,7 +6,7 @@ Its metadata holds one JSON object: {"format", "kind", "header", "configuration"
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from backsight.errors import BacksightError
 from backsight.inverses.module import InverseHeader, Inverses, described, rebuilt
 from backsight.inverses.rows import from_json
 from backsight.project import project_root, write_atomically
+from backsight.targets.base import seeded
 
 if TYPE_CHECKING:
     from backsight.targets.base import Target
@@ -65,17 +66,19 @@ def read(path: Path | str, target: Target) -> nn.Module:
     Raises BacksightError where the file is missing, damaged, of another format or kind, or holds values that are not
     finite, and where it inverts another target (the weight hash decides, not the name).
     """
-    header, description, tensors = _description(path)
+    header, description = _description(path)
     if header.weights_hash != target.weights_hash:
         raise BacksightError(
             f"The inverse {path} was made for {header.target} with the weights {header.weights_hash}, not for "
             f"{target.name} with {target.weights_hash}: load that target, or fit an inverse for this one."
         )
+    tensors, _ = read_tensors(path, "inverse")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BacksightError(f"The inverse {path} holds NaN or infinite values in {key!r}: fit it again.")
     try:
-        module = rebuilt(description, target)
+        with seeded(0):  # networks draw their first weights
+            module = rebuilt(description, target)
         module.load_state_dict(tensors)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -152,13 +155,13 @@ def _refuse_without_inverses(folder: Path, target: Target) -> None:
     )
 
 
-def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any], dict[str, Tensor]]:
-    tensors, metadata = read_tensors(path, "inverse")
+def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
+    _, metadata = read_tensors(path, "inverse", names=())
     try:
         description = json.loads(metadata["backsight"])
         number = int(description["format"])
         if number == FORMAT:
-            return from_json(InverseHeader, description["header"]), description, tensors
+            return from_json(InverseHeader, description["header"]), description
     except (KeyError, TypeError, ValueError) as error:
         raise BacksightError(
             f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."
@@ -182,8 +185,10 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
         ) from error
 
 
-def read_tensors(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; `what` names it in the error.
+def read_tensors(
+    path: Path | str, what: str, names: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (all, or those of these names) and metadata of a safetensors file; `what` names it in the error.
 
     Raises BacksightError where there is no such file, or it is damaged.
     """
@@ -191,7 +196,8 @@ def read_tensors(path: Path | str, what: str) -> tuple[dict[str, Tensor], dict[s
         raise BacksightError(f"There is no {what} at {path}: check the path.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            chosen = file.keys() if names is None else names
+            return {key: file.get_tensor(key) for key in chosen}, dict(file.metadata() or {})
     except (OSError, SafetensorError, ValueError) as error:
         raise BacksightError(
             f"The {what} {path} is damaged or is no safetensors file ({error}): delete it and make it again."

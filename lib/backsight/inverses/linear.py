@@ -11,23 +11,21 @@ What a row of the regression is, for tokens on any grids and for sets, is decide
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from backsight.data.distributed import processes, share
 from backsight.data.features import FeatureStore
-from backsight.data.images import ImageSource, batches
+from backsight.data.images import ImageSource
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.module import InverseHeader, Inverses, header_for
-from backsight.inverses.ridge import RidgeAccumulator, Solution, best, leading_directions
+from backsight.inverses.passes import Images, held_out_passes
+from backsight.inverses.ridge import RidgeAccumulator, best, leading_directions
 from backsight.inverses.rows import (
     MAXIMUM_INPUTS,
     PIXELS,
@@ -54,7 +52,6 @@ CONTEXT_ROWS, LEAST_ROWS = 2**16, 64  # about so many rows are enough for maps w
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 SAMPLE_BYTES = 256 * 2**20  # validation images kept for the PSNR, over all taps
 
-Images = ImageSource | FeatureStore | Tensor
 PositionRule = Literal["none", "source", "fixed"]
 
 
@@ -153,14 +150,6 @@ class LinearInverse(nn.Module):
         self.register_buffer("position", torch.zeros(tuple(position_shape)) if position_rule == "fixed" else None)
 
     @property
-    def alpha(self) -> float:
-        return self.score.alpha
-
-    @property
-    def r2(self) -> float:
-        return self.score.r2
-
-    @property
     def weight(self) -> Tensor:
         """(D, E) of y = x @ weight + bias of the first block: what an `nn.Linear` (transposed) starts from."""
         factors = self.maps[self.layout.main[0]].factors
@@ -179,7 +168,7 @@ class LinearInverse(nn.Module):
             for block, part in self.maps.items()
         }
 
-    def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor | Representation:
+    def raw(self, representation: Representation) -> Tensor | Representation:
         """Like `forward`, but images are not clamped to [0, 1]."""
         self._check(representation)
         rows = {block: self.maps[block](packed) for block, packed in self.pack(representation).items()}
@@ -189,12 +178,11 @@ class LinearInverse(nn.Module):
                 rows[block] = torch.where(padding.reshape(-1, 1), self.maps[block].bias, rows[block])
         return unpack(rows, self.layout, representation, self._position(representation))
 
-    def forward(self, representation: Representation, layout: Tokens | None = None) -> Any:
+    def forward(self, representation: Representation) -> Any:
         """Images (B, 3, H, W) in [0, 1], or the representation at `destination`.
 
         Differentiable in the representation. Maps of cells also read other grids than they were fitted on. Padded
-        tokens give the training mean. layout: for modules of a chain; not read here.
-        Raises BacksightError where shapes do not agree.
+        tokens give the training mean. Raises BacksightError where shapes do not agree.
         """
         result = self.raw(representation)
         return result.clamp(0, 1) if isinstance(result, Tensor) else result
@@ -276,8 +264,8 @@ def fit_linear_pairs(
 ) -> dict[AnyPair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
-    Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same,
-    and the time of a fit stays in proportion to the images. Memory does not depend on their number.
+    Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same.
+    Memory does not depend on the number of images.
 
     images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`
     with its own context and floor; validation: images of another split, on which the ridge strength is chosen from
@@ -291,41 +279,44 @@ def fit_linear_pairs(
     ends between which no map is defined, and on too few images.
     """
     requests = {pair: pair if isinstance(pair, Request) else Request(*pair, context) for pair in dict.fromkeys(pairs)}
-    _check(target, list(requests.values()), images, validation)
-    ends = (tap for request in requests.values() for tap in request[:2])
-    taps = list(dict.fromkeys(tap for tap in ends if tap != PIXELS))
-    maps: dict[Request, _Map] = {}
-    groups: dict[Hashable, _Group] = {}
+    _check(target, requests.values(), images, validation)
+    taps = dict.fromkeys(tap for request in requests.values() for tap in request[:2] if tap != PIXELS)
+    layouts: dict[Request, tuple[Layout, PositionRule, Tensor | None]] = {}
+    groups: list[_Group] = []
     sample = _Sample()
-    passes = _passes(target, images, validation, taps, batch_size, workers, progress)
+    passes = held_out_passes(target, images, validation, list(taps), batch_size, workers, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
-        if not maps:
+        recorded = {PIXELS: batch, **recorded}
+        if not groups:
             for request in dict.fromkeys(requests.values()):
-                at_end = batch if request.destination == PIXELS else recorded[request.destination]
-                forms = form_of(recorded[request.source]), form_of(at_end)
+                source, end = recorded[request.source], recorded[request.destination]
+                forms = form_of(source), form_of(end)
                 layout = plan_layout(request[:2], *forms, target.reduction, request.context, maximum_inputs)
-                maps[request] = _Map(request, layout, *_position_rule(recorded[request.source], at_end))
-            groups = _grouped(maps.values(), recorded, len(images))
-        rows: dict[Hashable, Tensor] = {}
-        for group in groups.values():
-            group.update(batch, recorded, held_out, rows, seed + number)
+                layouts[request] = layout, *_position_rule(source, end)
+            groups = _grouped({request: layout for request, (layout, *_) in layouts.items()}, recorded, len(images))
+        outputs: dict[Hashable, Tensor] = {}
+        for group in groups:
+            group.update(recorded, held_out, outputs, seed + number)
         if held_out:
-            sample.add(batch, recorded)
-    for group in groups.values():
+            sample.add(recorded)
+    for group in groups:
         group.training, group.validation = group.training.gathered(), group.validation.gathered()
-    if not groups or any(min(group.training.count, group.validation.count) == 0 for group in groups.values()):
+    if not groups or any(min(group.training.count, group.validation.count) == 0 for group in groups):
         raise BacksightError(
             "A linear fit needs at least 5 images, or images both to fit and to validate on: "
             "give a larger `images`, or a `validation` that is not empty."
         )
-    inverses = {request: each.solved(groups.values(), batch.device) for request, each in maps.items()}
-    _score(inverses, sample)
-    for request, inverse in inverses.items():
+    inverses = {}
+    for request, described in layouts.items():
+        inverse = _solved(request, *described, groups).to(batch.device).eval()
         inverse.header = header_for(target, "linear", request.source, request.destination, images, seed)
+        if request.destination == PIXELS:
+            inverse.score = sample.scored(inverse)
+        inverses[request] = inverse
     return {pair: inverses[request] for pair, request in requests.items()}
 
 
-def _check(target: Target, requests: Sequence[Request], images: Images, validation: Images | None) -> None:
+def _check(target: Target, requests: Collection[Request], images: Images, validation: Images | None) -> None:
     if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
     for name, source in (("images", images), ("validation", validation)):
@@ -343,45 +334,34 @@ def _check(target: Target, requests: Sequence[Request], images: Images, validati
 
 @dataclass
 class _Group:
-    """Maps that read the same rows: one Gram matrix. members: (map, block)."""
+    """Maps that read the same rows: one Gram matrix. rows: of one image, at most."""
 
-    rows: int  # of one image, at most
-    members: list[tuple[_Map, str]] = field(default_factory=list)
-    projections: dict[str, Tensor] = field(default_factory=dict)
+    rows: int
+    projections: dict[str, Tensor]
+    members: list[tuple[Request, Layout, str]] = field(default_factory=list)
     training: RidgeAccumulator = field(default_factory=RidgeAccumulator)
     validation: RidgeAccumulator = field(default_factory=RidgeAccumulator)
 
-    def update(
-        self,
-        images: Tensor,
-        recorded: Mapping[str, Representation],
-        held_out: bool,
-        packed: dict[Hashable, Tensor],
-        seed: int,
-    ) -> None:
-        """Add a batch. packed: the destinations' rows of this batch, shared with the other groups."""
-        first, block = self.members[0]
-        outputs = []
-        for each, name in self.members:
-            end, layout = each.request.destination, each.layout
-            on_grid = (layout.reading(name).rows, layout.patches) if name in layout.main else None
-            key = (end, name, on_grid)
-            if key not in packed:
-                packed[key] = pack_destination(images if end == PIXELS else recorded[end], layout, name)
-            outputs.append(packed[key])
-        count = len(outputs[0]) // len(images)
-        drawn = None
+    def update(self, recorded: Mapping[str, Any], held_out: bool, outputs: dict[Hashable, Tensor], seed: int) -> None:
+        """Add a batch. outputs: the destinations' rows of this batch, shared with the other groups."""
+        (source, *_), layout, block = self.members[0]
+        batch, given = len(recorded[PIXELS]), recorded[source]
+        ends = []
+        for (_, end, *_), other, name in self.members:
+            key = (end, name, other.reading(name).rows if name in other.main else None, other.patches)
+            if key not in outputs:
+                outputs[key] = pack_destination(recorded[end], other, name)
+            ends.append(outputs[key])
+        count, drawn = len(ends[0]) // batch, None
         if count > self.rows:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-            drawn = order[: self.rows].sort().values.to(images.device)
-        step = max(1, PACKED_VALUES // (count * first.layout.inputs(block)))
-        for start in range(0, len(images), step):
-            part = recorded[first.request.source]
-            if step < len(images):
-                part = part.index(torch.arange(start, min(start + step, len(images)), device=images.device))
-            rows = [pack_source(part, first.layout, block, **self.projections)]
-            rows += [output[start * count : (start + part.batch) * count] for output in outputs]
-            padding = row_padding(part, first.layout, block)
+            drawn = order[: self.rows].sort().values.to(given.values.device)
+        step = max(1, PACKED_VALUES // (count * layout.inputs(block)))
+        for start in range(0, batch, step):
+            part = given if step >= batch else given.index(slice(start, start + step))
+            rows = [pack_source(part, layout, block, **self.projections)]
+            rows += [end[start * count : (start + part.batch) * count] for end in ends]
+            padding = row_padding(part, layout, block)
             if drawn is not None:
                 rows = [each.unflatten(0, (part.batch, count))[:, drawn].flatten(0, 1) for each in rows]
                 padding = None if padding is None else padding[:, drawn]
@@ -390,73 +370,29 @@ class _Group:
             (self.validation if held_out else self.training).update(*rows)
 
 
-@dataclass
-class _Map:
-    """A map that is being fitted."""
-
-    request: Request
-    layout: Layout
-    rule: PositionRule
-    position: Tensor | None
-
-    def solved(self, groups: Sequence[_Group], device: torch.device) -> LinearInverse:
-        """Of the strength that the validation moments choose, block by block."""
-        allowed = [alpha for alpha in ALPHAS if alpha >= self.request.floor] or [max(ALPHAS)]
-        solutions: dict[str, tuple[Solution, _Group]] = {}
-        unexplained = total = 0.0
-        for block in self.layout.blocks:
-            group = next(group for group in groups if any(m is self and b == block for m, b in group.members))
-            part = next(number for number, (m, b) in enumerate(group.members) if m is self and b == block)
-            small = min(self.layout.inputs(block), self.layout.outputs(block)) <= RANK
-            rank = None if small or self.layout.rows != "set" else RANK
-            solution = best(group.training, group.validation, allowed, part, rank)
-            cells = group.validation.count * self.layout.outputs(block)
-            unexplained += solution.error * cells
-            total += group.validation.total_variance(solution.bias, part) * cells
-            solutions[block] = solution, group
-            # The largest matrices of a fit; they are not read again.
-            group.training.crosses[part] = group.validation.crosses[part] = torch.empty(0)
-        first = solutions[self.layout.main[0]][0]
-        score = LinearScore(first.alpha, 1 - unexplained / total if total > 0 else math.nan)
-        ranks = {b: each.factors[1].shape[0] if len(each.factors) == 2 else None for b, (each, _) in solutions.items()}
-        shape = (0,) if self.position is None else tuple(self.position.shape)
-        request = self.request
-        inverse = LinearInverse(request.source, request.destination, self.layout, ranks, score, self.rule, shape)
-        for block, (solution, group) in solutions.items():
-            names = ("matrix",) if len(solution.factors) == 1 else ("left", "right")
-            state = dict(zip(names, solution.factors, strict=True)) | group.projections
-            inverse.maps[block].load_state_dict({"center": solution.center, "bias": solution.bias, **state})
-        if self.position is not None:
-            inverse.get_buffer("position").copy_(self.position)
-        return inverse.to(device).eval()
-
-
-def _grouped(maps: Iterator[_Map], recorded: Mapping[str, Representation], images: int) -> dict[Hashable, _Group]:
+def _grouped(layouts: Mapping[Request, Layout], recorded: Mapping[str, Any], images: int) -> list[_Group]:
     groups: dict[Hashable, _Group] = {}
-    for each in maps:
-        for block in each.layout.blocks:
-            reading = each.layout.reading(block)
-            enough = max(LEAST_ROWS, CONTEXT_ROWS // max(1, images)) if reading.context > 1 else MAXIMUM_ROWS
-            key = (each.request.source, reading)
-            if key not in groups:
-                groups[key] = _Group(min(MAXIMUM_ROWS, enough))
-                if reading.directions is not None:
-                    groups[key].projections = _projections(recorded[each.request.source], reading)
-            groups[key].members.append((each, block))
-    return groups
+    for request, layout in layouts.items():
+        for block in layout.blocks:
+            reading = layout.reading(block)
+            if (request.source, reading) not in groups:
+                enough = max(LEAST_ROWS, CONTEXT_ROWS // images) if reading.context > 1 else MAXIMUM_ROWS
+                projections = _projections(recorded[request.source], reading) if reading.directions else {}
+                groups[request.source, reading] = _Group(min(MAXIMUM_ROWS, enough), projections)
+            groups[request.source, reading].members.append((request, layout, block))
+    return list(groups.values())
 
 
 def _projections(representation: Representation, reading: Reading) -> dict[str, Tensor]:
     """The leading principal directions of the tokens of the first batch, and of each of its prefix tokens."""
     tokens = isinstance(representation, Tokens)
-    values = representation.maps()[reading.level].flatten(2).transpose(1, 2) if tokens else representation.values
-    kinds = [values.flatten(0, 1)]
+    kinds = [representation.maps()[reading.level].movedim(1, 3) if tokens else representation.values]
     if tokens and reading.context > 1:
-        kinds += list(representation.prefix_values.unbind(1))
+        kinds += representation.prefix_values.unbind(1)
     projections = []
-    for rows in kinds:
+    for values in kinds:
         moments = RidgeAccumulator()
-        moments.update(rows)
+        moments.update(values.reshape(-1, values.shape[-1]))
         projections.append(leading_directions(moments.gathered(), reading.directions).to(values.device))
     first, *others = projections
     return {"projection": first} | ({"prefix_projection": torch.stack(others)} if others else {})
@@ -472,68 +408,37 @@ def _position_rule(source: Representation, destination: Tensor | Representation)
     return "fixed", destination.position[:1].clone()
 
 
-def _passes(
-    target: Target,
-    images: Images,
-    validation: Images | None,
-    taps: Sequence[str],
-    batch_size: int,
-    workers: int | Literal["auto"],
-    progress: bool,
-) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
-    """Every batch with its representations and whether it is held out: one forward pass an image."""
-    state = processes()
-    seen = 0
-    for held_out, source in ((False, images), (True, validation)):
-        if source is None:
-            continue
-        own = share(source)
-        bar = tqdm(
-            recorded_batches(target, own, taps, batch_size, workers=workers),
-            total=-(-len(own) // batch_size),
-            desc=f"{'validating' if held_out else 'fitting'} linear maps",
-            leave=False,
-            disable=not (progress and state.is_main_process),
-        )
-        for batch, recorded in bar:
-            if validation is not None:
-                yield batch, recorded, held_out
-                continue
-            places = torch.arange(seen, seen + len(batch)) * state.num_processes + state.process_index
-            fifth = places % 5 == 4
-            seen += len(batch)
-            for which, is_held_out in ((~fifth, False), (fifth, True)):
-                if which.any():
-                    chosen = which.nonzero().flatten().to(batch.device)
-                    yield batch[chosen], {tap: each.index(chosen) for tap, each in recorded.items()}, is_held_out
-
-
-def recorded_batches(
-    target: Target,
-    images: Images,
-    taps: Sequence[str],
-    batch_size: int,
-    limit: int | None = None,
-    workers: int | Literal["auto"] = 0,
-) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
-    """Batches with their plain representations: read where a store holds them, else from the frozen pass.
-
-    limit: about this many of the first images.
-    """
-    steps = None if limit is None else -(-min(limit, len(images)) // batch_size)
-    if isinstance(images, FeatureStore) and set(taps) <= set(images.taps):
-        images.check(target)
-        for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
-            yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
-        return
-    for batch in itertools.islice(batches(images, batch_size, workers=workers), steps):
-        batch = batch.to(target.device)
-        yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
-
-
-def readable(representation: Representation) -> Representation:
-    """In float32, and without the context that only `from_tap` may read: an inverse must not see it."""
-    return representation.plain().apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+def _solved(
+    request: Request, layout: Layout, rule: PositionRule, position: Tensor | None, groups: Sequence[_Group]
+) -> LinearInverse:
+    """Of the strength that the validation moments choose, block by block."""
+    alphas = [alpha for alpha in ALPHAS if alpha >= request.floor] or [max(ALPHAS)]
+    states: dict[str, dict[str, Tensor]] = {}
+    chosen: dict[str, float] = {}
+    unexplained = total = 0.0
+    for block in layout.blocks:
+        member = (request, layout, block)
+        group = next(group for group in groups if member in group.members)
+        part, outputs = group.members.index(member), layout.outputs(block)
+        rank = RANK if layout.rows == "set" and min(layout.inputs(block), outputs) > RANK else None
+        solution = best(group.training, group.validation, alphas, part, rank)
+        chosen[block] = solution.alpha
+        unexplained += solution.error * group.validation.count * outputs
+        total += group.validation.total_variance(solution.bias, part) * group.validation.count * outputs
+        names = ("matrix",) if rank is None else ("left", "right")
+        states[block] = {"center": solution.center, "bias": solution.bias, **group.projections}
+        states[block] |= dict(zip(names, solution.factors, strict=True))
+        # The largest matrices of a fit; they are not read again.
+        group.training.crosses[part] = group.validation.crosses[part] = torch.empty(0)
+    ranks = {block: len(state["right"]) if "right" in state else None for block, state in states.items()}
+    score = LinearScore(chosen[layout.main[0]], 1 - unexplained / total if total > 0 else math.nan)
+    shape = (0,) if position is None else tuple(position.shape)
+    inverse = LinearInverse(request.source, request.destination, layout, ranks, score, rule, shape)
+    for block, state in states.items():
+        inverse.maps[block].load_state_dict(state)
+    if position is not None:
+        inverse.position.copy_(position)
+    return inverse
 
 
 @dataclass
@@ -541,35 +446,33 @@ class _Sample:
     """The first validation images and their representations, as many as the memory allows."""
 
     room: int = SAMPLE_BYTES
-    batches: list[tuple[Tensor, dict[str, Representation]]] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, images: Tensor, recorded: Mapping[str, Representation]) -> None:
-        tensors = [images]
+    def add(self, recorded: Mapping[str, Any]) -> None:
+        """recorded: {tap: representation}, and the images under "pixels"."""
+        tensors = [recorded[PIXELS]]
         for representation in recorded.values():
-            representation.apply(lambda tensor: tensors.append(tensor) or tensor)
-        size = sum(tensor[:1].nbytes for tensor in tensors)
-        count = min(len(images), self.room // size)
-        self.room = self.room - count * size if count == len(images) else 0
+            if not isinstance(representation, Tensor):
+                representation.apply(lambda tensor: tensors.append(tensor) or tensor)
+        size, batch = sum(tensor[:1].nbytes for tensor in tensors), len(tensors[0])
+        count = min(batch, self.room // size)
+        self.room = self.room - count * size if count == batch else 0
         if count:
-            which = torch.arange(count)
-            kept = {tap: each.index(which.to(images.device)).to("cpu") for tap, each in recorded.items()}
-            self.batches.append((images[:count].cpu(), kept))
+            images, which = recorded[PIXELS][:count], slice(0, count)
+            kept = {tap: held.index(which).to("cpu") for tap, held in recorded.items() if tap != PIXELS}
+            self.batches.append({PIXELS: images.cpu(), **kept})
 
-
-@torch.no_grad()
-def _score(inverses: Mapping[Request, LinearInverse], sample: _Sample) -> None:
-    """Add the PSNR of the inverses to pixels to their scores."""
-    for request, inverse in inverses.items():
-        if request.destination == PIXELS:
-            device = next(inverse.buffers()).device
-            values = [
-                value
-                for images, recorded in sample.batches
-                for value in psnr(images, inverse(recorded[request.source].to(device)).cpu()).tolist()
-            ]
-            values = gather_object(values)
-            if values:
-                inverse.score = replace(inverse.score, psnr=sum(values) / len(values), images=len(values))
+    @torch.no_grad()
+    def scored(self, inverse: LinearInverse) -> LinearScore:
+        """The inverse's score with the PSNR of its images; of all processes together."""
+        device = next(inverse.buffers()).device
+        values: list[float] = []
+        for recorded in self.batches:
+            images = inverse(recorded[inverse.source].to(device)).cpu()
+            values += psnr(recorded[PIXELS], images).tolist()
+        values = gather_object(values)
+        mean = sum(values) / len(values) if values else None
+        return replace(inverse.score, psnr=mean, images=len(values))
 
 
 def image_errors(

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.networks import RESIDUALS, Design, Surroundings
-from backsight.inverses.rows import PIXELS, Form, area, carried_padding, form_of, from_json
+from backsight.inverses.rows import PIXELS, area, carried_padding, form_of, from_json
 from backsight.representation import Grid, Queries, Representation, Tokens
 
 if TYPE_CHECKING:
     from backsight.inverses.linear import LinearInverse
     from backsight.targets.base import Target
+
+LIBRARIES = ("backsight", "torch", "timm", "transformers")  # that decide what an inverse computes
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class InverseHeader:
     seed: int = 0
     steps: int = 0
     validation_loss: float | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Inverse(nn.Module):
         """position: (1, N, C) of an unpadded destination, used where the source brings none."""
         super().__init__()
         self.header, self.design = header, design
+        self.source_form, self.destination_form = design.source, design.destination
         self.history = pd.DataFrame()
         self.linear = None if linear is None else linear.requires_grad_(False)
         self.residual = RESIDUALS[design.kind](design)
@@ -114,23 +117,15 @@ class Inverse(nn.Module):
     def destination(self) -> str:
         return self.header.destination
 
-    @property
-    def source_form(self) -> Form:
-        return self.design.source
-
-    @property
-    def destination_form(self) -> Form:
-        return self.design.destination
-
-    def raw(self, representation: Representation, layout: Tokens | None = None) -> Tensor:
-        """Images (B, 3, H, W) or values (B, N, C) before any clamping; arguments as `forward`."""
+    def raw(self, representation: Representation) -> Tensor:
+        """Images (B, 3, H, W) or values (B, N, C) before any clamping."""
         self._check(representation)
         grids = representation.grids if isinstance(representation, Tokens) else ()
         with torch.autocast(representation.values.device.type, enabled=False):
             mean, deviation = (self._spread(m, grids) for m in (self.source_mean, self.source_deviation))
             x = (representation.values.float() - mean) / deviation
             start = self._start(representation)
-        around = self._surroundings(representation, layout)
+        around = self._surroundings(representation)
         if around.source_padding is not None and isinstance(representation, Tokens):
             hidden = F.pad(around.source_padding, (representation.prefix, 0))
             x = x.masked_fill(hidden[..., None], 0.0)  # what is not looked at must not matter
@@ -155,49 +150,37 @@ class Inverse(nn.Module):
             return moments
         return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, grids)), -1)])
 
-    def forward(self, representation: Representation, layout: Tokens | None = None) -> Tensor | Representation:
-        """layout: tokens whose padding and positional code the destination shares; an inverse from queries to a
-        padded map needs it, all others find both in what they are given."""
-        return self.wrap(self.raw(representation, layout), representation, layout)
+    def forward(self, representation: Representation) -> Tensor | Representation:
+        return self.wrap(self.raw(representation), representation)
 
-    def wrap(
-        self, values: Tensor, representation: Representation, layout: Tokens | None = None
-    ) -> Tensor | Representation:
+    def wrap(self, values: Tensor, representation: Representation) -> Tensor | Representation:
         """What `forward` makes of `raw`: clamped images, or a representation with everything that travels along."""
         form = self.design.destination
         if form.kind == PIXELS:
             return values.clamp(0, 1)
         if form.kind == "queries":
             return Queries(values)
-        around = self._surroundings(representation, layout)
+        around = self._surroundings(representation)
         return Tokens(
             values, form.grids, form.prefix, around.padding, around.position if self.design.positioned else None
         )
 
-    def _surroundings(self, representation: Representation, layout: Tokens | None) -> Surroundings:
-        """Positional code and padding for the residual and, of the destination, for what it makes.
+    def _surroundings(self, representation: Representation) -> Surroundings:
+        """Positional code and padding for the residual and, of the destination, for what it gives.
 
-        They come from the source where it is on the destination's grids, else from a layout of the destination's
-        form, else the code is the stored one, and the padding that of the nearest token of the source.
+        They come from the source where it is on the destination's grids; else the code is the stored one, and the
+        padding that of the nearest token of the source.
         """
-        form, position, padding, source_padding, grids = self.design.destination, self.position, None, None, ()
-        if isinstance(representation, Tokens):
-            source_padding, grids = representation.padding, representation.grids
-            if grids == form.grids:
-                padding = source_padding
-                if representation.position is not None and representation.channels == form.channels:
-                    position = representation.position
-        if form.kind == "tokens" and grids != form.grids:
-            if layout is not None and (layout.grids, layout.channels) == (form.grids, form.channels):
-                position, padding = layout.position, layout.padding
-            elif isinstance(representation, Tokens):
-                padding = carried_padding(representation, form.grids)
-            elif layout is not None:
-                raise BacksightError(
-                    f"The inverse of {self.source!r} ends in {form}, but its layout has {form_of(layout)}: give tokens "
-                    f"of {self.destination!r} as the layout."
-                )
-        return Surroundings(position, padding, source_padding, grids)
+        form, position, padding = self.design.destination, self.position, None
+        if not isinstance(representation, Tokens):
+            return Surroundings(position)
+        if representation.grids == form.grids:
+            if representation.position is not None and representation.channels == form.channels:
+                position = representation.position
+            padding = representation.padding
+        elif form.kind == "tokens":
+            padding = carried_padding(representation, form.grids)
+        return Surroundings(position, padding, representation.padding, representation.grids)
 
     def _check(self, representation: Representation) -> None:
         given, read = form_of(representation), self.design.source
@@ -260,35 +243,31 @@ class Chain(nn.Module):
         self.path = nn.ModuleList(path)
 
     @property
-    def modules_in_order(self) -> tuple[Inverse | LinearInverse, ...]:
-        return tuple(self.path)
-
-    @property
     def header(self) -> InverseHeader:
         """That of the first module, with the chain's own destination."""
-        return replace(self.modules_in_order[0].header, destination=self.destination)
+        return replace(self.path[0].header, destination=self.destination)
 
     @property
     def source(self) -> str:
-        return self.modules_in_order[0].source
+        return self.path[0].source
 
     @property
     def destination(self) -> str:
-        return self.modules_in_order[-1].destination
+        return self.path[-1].destination
 
-    def forward(self, representation: Representation, layout: Tokens | None = None) -> Any:
-        """Images (B, 3, H, W) in [0, 1], or the last representation; layout: see `Inverse.forward`."""
-        return self.intermediate(representation, layout)[self.destination]
+    def forward(self, representation: Representation) -> Any:
+        """Images (B, 3, H, W) in [0, 1], or the last representation."""
+        return self.intermediate(representation)[self.destination]
 
-    def intermediate(self, representation: Representation, layout: Tokens | None = None) -> dict[str, Any]:
+    def intermediate(self, representation: Representation) -> dict[str, Any]:
         """{tap: what the chain makes of it} on the way down; images under "pixels"."""
         results: dict[str, Any] = {}
-        for module in self.modules_in_order:
-            representation = results[module.destination] = module(representation, layout)
+        for module in self.path:
+            representation = results[module.destination] = module(representation)
         return results
 
     def configuration(self) -> dict[str, Any]:
-        return {"path": [described(module) for module in self.modules_in_order]}
+        return {"path": [described(module) for module in self.path]}
 
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Chain:
@@ -307,9 +286,8 @@ class Inverses(Mapping[str, nn.Module]):
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = dict(modules.modules if isinstance(modules, Inverses) else modules)
         headers = [module.header for module in self.modules.values()]
-        self.family, self.target, self.weights_hash = "", "", ""
-        if headers:
-            self.family, self.target, self.weights_hash = headers[0].family, headers[0].target, headers[0].weights_hash
+        names = ("family", "target", "weights_hash")
+        self.family, self.target, self.weights_hash = (getattr(headers[0], n) if headers else "" for n in names)
 
     def module(self, tap: str) -> nn.Module:
         """The stage alone, from this tap to its own destination."""
@@ -347,12 +325,8 @@ def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse
             f"and the next, of {after.source!r}, reads {after.source_form}; fit both for the same taps and "
             "image size."
         )
-    hashes = {module.header.weights_hash for module in (before, after)}
-    if len(hashes) > 1:
-        raise BacksightError(
-            f"The chain breaks at {tap!r}: its modules invert different weights ({' and '.join(hashes)}); fit "
-            "both for one target."
-        )
+    if before.header.weights_hash != after.header.weights_hash:
+        raise BacksightError(f"The chain breaks at {tap!r}: its modules invert different weights; fit both anew.")
 
 
 def header_for(
@@ -365,11 +339,6 @@ def header_for(
     return InverseHeader(
         family, target.name, target.weights, target.weights_hash, source, destination, data, seed, steps
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Of the libraries that decide what an inverse computes."""
-    return {name: version(name) for name in ("backsight", "torch", "timm", "transformers")}
 
 
 # What files say of modules

@@ -222,7 +222,7 @@ class Upsampling(nn.Module):
 
 
 class UpsamplingResidual(nn.Module):
-    """Tokens -> pixels, or tokens of an equal or finer grid where the stage between is of convolutions or pooling."""
+    """Tokens -> pixels, or tokens of an equal or finer grid."""
 
     def __init__(self, design: Design) -> None:
         super().__init__()
@@ -395,14 +395,10 @@ def design_for(
     *,
     positioned: bool = False,
     reduction: Grid | None = None,
-    width: int | None = None,
-    depth: int | None = None,
 ) -> Design:
     """The residual for these two ends and the stage of the target between them (None for direct decoders).
 
-    positioned: whether the destination has a positional code; reduction: pixels a token side, used where it
-    fits the grid; width: channels of the convolutions on the grid, by default three quarters of the source's; depth: at
-    most so many layers of attention, by default as many as the stage has.
+    positioned: whether the destination has a positional code; reduction: pixels a token side, used where it fits.
     Raises BacksightError where there is no module from the one form to the other.
     """
     kind, patch = _kind(source, destination, stage), (1, 1)
@@ -415,12 +411,11 @@ def design_for(
             patch = reduction or patch
     elif kind == "set_upsampling":
         patch = reduction or (8, 8)
-    if width is None:
-        width = min(384, max(64 if kind == "set_upsampling" else 32, source.channels * 3 // 4 // 16 * 16))
+    width = min(384, max(64 if kind == "set_upsampling" else 32, source.channels * 3 // 4 // 16 * 16))
     layers, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
     mixing: Literal["attention", "convolution"] = "convolution" if between in LOCAL_STAGES else "attention"
     if stage is not None and kind in ("encoder", "decoder", "queries", "splitting") and mixing == "attention":
-        layers = max(1, min(stage.depth, depth or stage.depth))
+        layers = max(1, stage.depth)
         heads, hidden = stage.heads or heads, stage.hidden or hidden
     channels = {"decoder": destination.channels, "set_upsampling": width}.get(kind, source.channels)
     heads = _divisor(channels, heads)

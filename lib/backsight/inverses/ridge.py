@@ -27,9 +27,8 @@ SKETCH = 64  # random combinations of the outputs by which these few strengths a
 class RidgeAccumulator:
     """The moments of inputs x and of one or more outputs y, from which ridge solutions and errors follow.
 
-    `update(x, y, …)` adds rows; accumulators of different rows add (`+`); nothing else is kept of the data. All
-    outputs share the Gram matrix of the inputs. Sums are float64, on the device of the rows (on the CPU for mps, which
-    has no float64).
+    `update(x, y, …)` adds rows; nothing else is kept of the data. All outputs share the Gram matrix of the inputs. Sums
+    are float64, on the device of the rows (on the CPU for mps, which has no float64).
     """
 
     def __init__(self) -> None:
@@ -86,16 +85,6 @@ class RidgeAccumulator:
             moved.output_squares[part] = self.square_about(shift, part)
             moved.crosses[part] = self.cross_about(input_shift, shift, part)
         return moved
-
-    def __add__(self, other: RidgeAccumulator) -> RidgeAccumulator:
-        """The moments of the rows of both."""
-        if self.count == 0 or other.count == 0:
-            return self if other.count == 0 else other
-        total = other.about(self.input_shift, self.output_shifts)
-        total.count += self.count
-        for sums, own in zip(total._sums(), self._sums(), strict=True):
-            sums += own
-        return total
 
     def gathered(self) -> RidgeAccumulator:
         """The moments of the rows of all processes of a distributed run, the same on each; alone: these."""

@@ -584,7 +584,7 @@ def modular_guess(inverse: ExactInverse, destination: str, modular: Any) -> Gues
     """
     if not isinstance(modular, Chain):
         return None
-    module = modular.modules_in_order[0]
+    module = modular.path[0]
     walked, step = inverse.model.walk, _step(inverse, destination)
     if module.source != destination or module.destination not in walked.taps:
         return None

@@ -26,8 +26,8 @@ from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.inverses.linear import readable, recorded_batches
 from backsight.inverses.module import Chain, Inverse, Inverses, header_for
+from backsight.inverses.passes import readable, recorded_batches
 from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, Tokens, concatenate
 from backsight.targets.base import Target
@@ -165,12 +165,11 @@ def fit_modular(
             if tap in made and chain_fraction > 0:
                 given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
             wanted = batch.recorded.get(inverse.destination)
-            layout = wanted if isinstance(wanted, Tokens) else None
-            values = inverse.raw(given, layout)
+            values = inverse.raw(given)
             made[inverse.destination] = values.detach()
             loss = _error(values, batch.images if wanted is None else wanted) / inverse.variance
             if (view := views.get(inverse.destination)) is not None and wanted is not None:
-                reconstructed: Any = inverse.wrap(values, given, layout)
+                reconstructed: Any = inverse.wrap(values, given)
                 seen = F.mse_loss(view.raw(reconstructed), view.raw(wanted)) / pixel_variance
                 loss = image_share * seen + (1 - image_share) * loss
             yield tap, loss
@@ -223,9 +222,8 @@ def fit_polish(
             if flowing is None:
                 continue
             inverse, wanted = polished[tap], batch.recorded.get(polished[tap].destination)
-            layout = wanted.index(rows.to(target.device)) if isinstance(wanted, Tokens) else None
-            values = inverse.raw(flowing, layout)
-            flowing = values if wanted is None else inverse.wrap(values, flowing, layout)
+            values = inverse.raw(flowing)
+            flowing = values if wanted is None else inverse.wrap(values, flowing)
         yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
     return _trained(target, images, held_out, polished, losses, settings)
@@ -423,7 +421,7 @@ def _chain_order(target: Target, modules: Inverses) -> list[str]:
             f"These modules invert {modules.target} with the weights {modules.weights_hash}, not {target.name} with "
             f"{target.weights_hash}: fit them for this one."
         )
-    longest = max((Chain(modules.modules, tap).modules_in_order for tap in modules), key=len, default=())
+    longest = max((Chain(modules.modules, tap).path for tap in modules), key=len, default=())
     if not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
             f"The modules of {', '.join(modules)} are no chain down to pixels: give all of one fit_modular()."

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from backsight.data.features import FeatureStore
 from backsight.errors import BacksightError
-from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs, recorded_batches
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
 from backsight.inverses.module import Inverse, Moments, header_for
 from backsight.inverses.networks import design_for
+from backsight.inverses.passes import recorded_batches
 from backsight.inverses.rows import PIXELS, Form, Pair, area, form_of, plan_layout
 from backsight.representation import Tokens
 from backsight.targets.base import Target, seeded
