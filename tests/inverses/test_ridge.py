@@ -59,12 +59,15 @@ def test_errors_from_moments_are_the_errors_of_the_rows_and_the_best_strength_is
     assert by_spectrum.error == pytest.approx(by_cholesky.error)
 
 
-def test_moments_are_the_same_about_any_shift() -> None:
-    x, y = normal(90, 5) + 3, normal(90, 4, seed=1)
-    moments = accumulated(x, y)
-    moved = moments.about(torch.full((5,), -1.0).double(), [torch.full((4,), 2.0).double()])
-    for one, other in zip(moments.solve(0.01), moved.solve(0.01), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+def test_accumulators_add() -> None:
+    x, y, z = normal(90, 5) + 3, normal(90, 4, seed=1), normal(90, 2, seed=2)
+    whole = accumulated(x, y, z, pieces=1)
+    parts = [accumulated(*rows) for rows in zip(x.split(40), y.split(40), z.split(40), strict=True)]
+    total = RidgeAccumulator() + parts[0] + parts[1] + parts[2] + RidgeAccumulator()
+    assert total.count == whole.count
+    for part in (0, 1):
+        for added, expected in zip(total.solve(0.01, part), whole.solve(0.01, part), strict=True):
+            torch.testing.assert_close(added, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_low_rank_is_the_projection_of_the_fitted_values() -> None:

@@ -289,6 +289,11 @@ class Inverses(Mapping[str, nn.Module]):
         names = ("family", "target", "weights_hash")
         self.family, self.target, self.weights_hash = (getattr(headers[0], n) if headers else "" for n in names)
 
+    @property
+    def header(self) -> InverseHeader:
+        """Of the first module: data, seed and versions are the same for all."""
+        return next(iter(self.modules.values())).header
+
     def module(self, tap: str) -> nn.Module:
         """The stage alone, from this tap to its own destination."""
         if tap not in self.modules:

@@ -86,6 +86,16 @@ class RidgeAccumulator:
             moved.crosses[part] = self.cross_about(input_shift, shift, part)
         return moved
 
+    def __add__(self, other: RidgeAccumulator) -> RidgeAccumulator:
+        """The moments of the rows of both."""
+        if self.count == 0 or other.count == 0:
+            return self if other.count == 0 else other
+        total = other.about(self.input_shift, self.output_shifts)
+        total.count += self.count
+        for sums, own in zip(total._sums(), self._sums(), strict=True):
+            sums += own
+        return total
+
     def gathered(self) -> RidgeAccumulator:
         """The moments of the rows of all processes of a distributed run, the same on each; alone: these."""
         state = processes()
