@@ -78,6 +78,8 @@ def test_low_rank_is_the_projection_of_the_fitted_values() -> None:
     assert (left.shape, right.shape) == ((8, 3), (3, 6))
     axes = torch.linalg.svd(fitted, full_matrices=False).Vh[:3]
     torch.testing.assert_close((x - x.mean(0)) @ left @ right, fitted @ axes.T @ axes, rtol=1e-8, atol=1e-8)
+    error = float(((x - x.mean(0)) @ left @ right - (y - y.mean(0))).square().mean())
+    assert moments.mse(left, y.mean(0) - x.mean(0) @ left @ right, right=right) == pytest.approx(error)
     solution = best(moments, moments, [0.2], rank=6)
     torch.testing.assert_close(solution.factors[0] @ solution.factors[1], moments.solve(0.2)[0], rtol=1e-8, atol=1e-8)
 

@@ -178,14 +178,20 @@ class RidgeAccumulator:
         weight = path.weight(alpha)
         return weight, path.output_mean - path.spectrum.mean @ weight
 
-    def mse(self, weight: Tensor, bias: Tensor, part: int = 0) -> float:
-        """Mean squared error, a value, of y = x @ weight (D, E) + bias on the accumulated rows."""
+    def mse(self, weight: Tensor, bias: Tensor, part: int = 0, right: Tensor | None = None) -> float:
+        """Mean squared error, a value, of y = x @ weight (D, E) + bias on the accumulated rows.
+
+        right: (R, E) where the weight is weight (D, R) @ right.
+        """
         x, y = self.input_mean(), self.output_mean(part)
-        explained = (weight * self.cross_about(x, y, part)).sum()
-        fitted = ((self.gram_about(x) @ weight) * weight).sum()
-        offset = (y - x @ weight - bias).square().sum()
-        total = self.square_about(y, part).sum() - 2 * explained + fitted + self.count * offset
-        return max(0.0, float(total)) / (self.count * len(y))
+        cross, fitted = self.cross_about(x, y, part), self.gram_about(x) @ weight
+        if right is None:
+            explained, squares, mean = (weight * cross).sum(), (fitted * weight).sum(), x @ weight
+        else:
+            explained = ((weight.T @ cross) * right).sum()
+            squares, mean = ((weight.T @ fitted) * (right @ right.T)).sum(), (x @ weight) @ right
+        total = self.square_about(y, part).sum() - 2 * explained + squares
+        return max(0.0, float(total + self.count * (y - mean - bias).square().sum())) / (self.count * len(y))
 
     def total_variance(self, center: Tensor, part: int = 0) -> float:
         """Mean squared distance, a value, of the outputs from `center` (E,): the error of a constant."""
@@ -268,18 +274,17 @@ def best(
     rises with the strength), each by one Cholesky factor.
     """
     center, bias = training.input_mean(), training.output_mean(part)
-    if rank is None and len(center) >= WIDE:
+    if len(center) >= WIDE and rank is None:
         alpha, weight = _bisected(training, validation, alphas, part)
-        return Solution(alpha, center, bias, (weight,), validation.mse(weight, bias - center @ weight, part))
-    path = training.path(part)
-    errors = path.errors(validation, alphas, part)
-    number = min(range(len(alphas)), key=errors.__getitem__)
-    alpha = alphas[number]
-    if rank is None:
-        return Solution(alpha, center, bias, (path.weight(alpha),), errors[number])
-    left, right = path.low_rank(alpha, rank)
-    error = validation.mse(left @ right, bias - (center @ left) @ right, part)
-    return Solution(alpha, center, bias, (left, right), error)
+        factors: tuple[Tensor, ...] = (weight,)
+    else:
+        path = training.path(part)
+        errors = path.errors(validation, alphas, part)
+        alpha = alphas[min(range(len(alphas)), key=errors.__getitem__)]
+        factors = (path.weight(alpha),) if rank is None else path.low_rank(alpha, rank)
+    offset = bias - (center @ factors[0] if rank is None else (center @ factors[0]) @ factors[1])
+    error = validation.mse(factors[0], offset, part, None if rank is None else factors[1])
+    return Solution(alpha, center, bias, factors, error)
 
 
 def _bisected(
