@@ -273,8 +273,9 @@ def batches(
     workers: int | Literal["auto"] = "auto",
     steps: int | None = None,
     start: int = 0,
+    raw: bool = False,
 ) -> Iterator[Tensor]:
-    """Batches of float (B, 3, H, W) in [0, 1], read as they are asked for.
+    """Batches of float (B, 3, H, W) in [0, 1], or, raw, as they are kept (uint8 is), read as they are asked for.
 
     images: an ImageSource, or a tensor (N, 3, H, W) of uint8 or of float in [0, 1]. steps=None: one pass, the last
     batch may be smaller. steps=n: batches 0 to n - 1 of an endless stream of epochs, all of full size. shuffle_seed:
@@ -296,7 +297,7 @@ def batches(
         raise SourceError("there are no images to make batches of")
     if workers == "auto":
         workers = paying_workers(len(images) if steps is None else (steps - start) * batch_size)
-    return _batches(images, batch_size, shuffle_seed, workers, steps, start)
+    return _batches(images, batch_size, shuffle_seed, workers, steps, start, raw)
 
 
 def paying_workers(images: int) -> int:
@@ -317,6 +318,7 @@ def _batches(
     workers: int,
     steps: int | None,
     start: int,
+    raw: bool,
 ) -> Iterator[Tensor]:
     number, failed = start, 0
     if steps is not None and number >= steps:
@@ -329,9 +331,14 @@ def _batches(
             raise SourceError(f"none of the {len(images)} images can be read; the last is {path} ({reason})")
         if stack is not None:
             number += 1
-            yield stack.float().div_(255) if stack.dtype == torch.uint8 else stack.float()
+            yield stack if raw else unit_floats(stack)
         if number == steps:
             return
+
+
+def unit_floats(images: Tensor) -> Tensor:
+    """uint8 as float in [0, 1]; what is float is that already."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def read_batches(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
-from backsight.data.images import ImageSource, batches
+from backsight.data.images import ImageSource, batches, unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.module import Chain, Inverse, Inverses, header_for
 from backsight.inverses.passes import readable, recorded_batches
@@ -92,7 +92,8 @@ def fit_direct(
     Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
-    taps, steps = _chosen(target, taps), _steps(STEPS, steps, epochs, images, batch_size)
+    taps = target.taps if taps is None else target.resolve_taps(taps)
+    steps = _steps(STEPS, steps, epochs, images, batch_size)
     settings = Settings("direct", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
     samples = _samples(images, validation, ridge_images, seed)
     inverses, _, _ = untrained(
@@ -144,7 +145,8 @@ def fit_modular(
     for name, value in {"chain_fraction": chain_fraction, "image_share": image_share}.items():
         if not 0 <= value <= 1:
             raise BacksightError(f"{name} is a share from 0 to 1, not {value}.")
-    taps, steps = _chosen(target, taps), _steps(STEPS, steps, epochs, images, batch_size)
+    taps = target.taps if taps is None else target.resolve_taps(taps)
+    steps = _steps(STEPS, steps, epochs, images, batch_size)
     identity = {"chain_fraction": chain_fraction, "image_share": image_share}
     settings = Settings(
         "modular", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, identity
@@ -211,7 +213,7 @@ def fit_polish(
         inverse.residual.requires_grad_(True)
 
     def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator().manual_seed(_mixed(seed, step))
+        generator = _generator(seed, step)
         entries = (torch.randperm(len(batch.images), generator=generator) + step) % len(order)
         rows, flowing = torch.empty(0, dtype=torch.long), None
         for place, tap in reversed(list(enumerate(order))):
@@ -317,44 +319,34 @@ def _stream(target: Target, images: Images, settings: Settings) -> Callable[[int
 
     def read(start: int) -> Iterator[Any]:
         if isinstance(own, FeatureStore):
+            own.check(target)
             return own.passes(size, seed, steps, start=start, taps=taps)
-        return batches(own, size, seed, "auto" if workers is None else workers, steps, start=start)
+        ahead: Any = "auto" if workers is None else workers
+        return ((drawn, None) for drawn in batches(own, size, seed, ahead, steps, start=start, raw=True))
 
     following, stream = -1, read(0)
 
     def batch_at(step: int) -> Batch:
         nonlocal following, stream
-        if step != following:
-            stream = read(step)
-        following, drawn = step + 1, next(stream)
-        shown, recorded = drawn if isinstance(drawn, tuple) else (drawn, None)
-        return _on_device(target, shown, recorded, taps)
+        stream = stream if step == following else read(step)
+        following, (shown, recorded) = step + 1, next(stream)
+        if target.device.type == "cuda" and torch.cuda.is_available():
+            shown = shown.pin_memory()
+        shown = unit_floats(shown.to(target.device, non_blocking=True))
+        if recorded is None:
+            with torch.no_grad(), gpu_autocast(target.device):
+                recorded = target.record(shown, taps)
+        return Batch(shown, {tap: readable(recorded[tap].to(target.device)) for tap in taps})
 
     return batch_at
-
-
-def _on_device(
-    target: Target, images: Tensor, recorded: Mapping[str, Representation] | None, taps: Sequence[str]
-) -> Batch:
-    """The frozen pass, unless a store gave what it makes; queries and tokens without what only `from_tap` may read."""
-    device = target.device
-    if device.type == "cuda" and torch.cuda.is_available():
-        images = images.pin_memory()
-    images = images.to(device, non_blocking=True)
-    if images.dtype == torch.uint8:
-        images = images.float().div_(255)
-    if recorded is None:
-        with torch.no_grad(), gpu_autocast(device):
-            recorded = target.record(images, taps)
-    return Batch(images, {tap: readable(recorded[tap].to(device)) for tap in taps})
 
 
 def _bytes(batch: Batch | None) -> int:
     """Of all tensors."""
     if batch is None:
         return 0
-    held = [tensor for representation in batch.recorded.values() for tensor in vars(representation).values()]
-    return sum(tensor.nbytes for tensor in (batch.images, *held) if isinstance(tensor, Tensor))
+    parts = [batch.images, *(part for held in batch.recorded.values() for part in vars(held).values())]
+    return sum(tensor.nbytes for tensor in parts if isinstance(tensor, Tensor))
 
 
 def _error(values: Tensor, wanted: Tensor | Representation) -> Tensor:
@@ -393,25 +385,21 @@ def _sample(images: Images, count: int, seed: int) -> Sample:
     if isinstance(images, FeatureStore):
         return images.drawn(count, seed)
     size = max(1, min(count, RECORDING_BATCH))
-    drawn = batches(images, size, seed, steps=math.ceil(count / size))
-    return torch.cat([(batch * 255).round().to(torch.uint8) for batch in drawn])[:count]
-
-
-def _chosen(target: Target, taps: str | Sequence[str] | None) -> tuple[str, ...]:
-    return target.taps if taps is None else target.resolve_taps(taps)
+    drawn = torch.cat(list(batches(images, size, seed, steps=math.ceil(count / size), raw=True)))[:count]
+    return drawn if drawn.dtype == torch.uint8 else (drawn * 255).round().to(torch.uint8)
 
 
 def _chain_starts(images: int, taps: int, fraction: float, seed: int, step: int) -> Tensor:
     """(images,) place of the tap at which each image's chain starts; 0 for an image that is in no chain."""
     if taps < 2:
         return torch.zeros(images, dtype=torch.long)
-    generator = torch.Generator().manual_seed(_mixed(seed, step))
+    generator = _generator(seed, step)
     chained = torch.rand(images, generator=generator) < fraction
     return torch.randint(1, taps, (images,), generator=generator) * chained
 
 
-def _mixed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step + 1) % 2**63
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step + 1) % 2**63)
 
 
 def _chain_order(target: Target, modules: Inverses) -> list[str]:
