@@ -7,11 +7,9 @@ import torch
 
 from backsight.errors import BacksightError
 from backsight.measures.hue import (
-    LEAST_COLOUR,
     OUTCOMES,
     Response,
     chroma_kept,
-    hue_distance,
     hue_error,
     hue_of,
     object_chroma,
@@ -20,13 +18,11 @@ from backsight.measures.hue import (
     reversion,
     shares,
 )
-from backsight.plots.colour import outcome_bars, response_curves, reversion_by_depth
-from backsight.plots.grids import hue_shift_grid
 from backsight.representation import Predictions, Tokens
-from backsight.studies.colour import colour_rows, index_rows, null_places, record_colours, shifted_pictures
+from backsight.studies.colour import colour_rows, index_rows, null_places, record_colours
 from backsight.studies.colour_accuracy import accuracy_rows, answer_refusal, average_precisions
 from backsight.studies.colour_targets import prototype_eyes_rows, small_accuracy, told_apart, train_small_vit
-from backsight.studies.recolour import Perturbation, Truth, colour_perturbations, hue_shifts, open_objects, to_rgb
+from backsight.studies.recolour import Perturbation, Truth, colour_perturbations, open_objects, to_rgb
 from backsight.tables.values import METRIC_COLUMNS
 
 
@@ -155,7 +151,6 @@ def test_honest_nulls_have_no_index(population):
     noise = np.random.default_rng(1).normal(0, 0.005, (2, *shown.shape)) @ np.eye(shown.shape[1])
     grey = index_of(population, noise[0] + 1j * noise[1]).index
     assert abs(grey[0]) < 0.05
-    assert LEAST_COLOUR > 0
 
 
 def test_a_constant_picture_pulls_nowhere_however_pale_the_objects_shown_are(population):
@@ -365,23 +360,3 @@ def test_small_targets_are_trained_by_seed_and_set_side_by_side():
 
 
 # ------------------------------------------------------------------------------------------------------- figures
-
-
-def test_figures_are_drawn_from_the_table_alone(table, record):
-    for figure in (
-        response_curves(table, "share_keep"),
-        response_curves(table, "hue_error_shown", category="colour_free"),
-        outcome_bars(table),
-        reversion_by_depth(table),
-    ):
-        assert figure.caption
-        assert figure.description
-        assert figure.axes
-    pictures, made = shifted_pictures(record.target, record.objects, 0, {"retina": lambda t: t.map()}, hue_shifts(6))
-    assert torch.allclose(pictures, made["retina"])
-    grid = hue_shift_grid(pictures, made, [f"{p.hue_shift:.0f}°" for p in hue_shifts(6)])
-    assert grid.shows_images
-    assert len(grid.axes) == 12
-    with pytest.raises(BacksightError, match="share_keep"):
-        response_curves(table, "share_kept")
-    assert hue_distance(np.array([10.0]), 350.0) == 20

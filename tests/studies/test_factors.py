@@ -9,7 +9,6 @@ import torch
 
 from backsight.errors import BacksightError
 from backsight.plots.factors import factor_curves, factor_heatmap
-from backsight.plots.style import COLUMN_WIDTH
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.scenes.render import CLASSES, TEXTURES, render
 from backsight.studies.factors import (
@@ -201,18 +200,6 @@ def test_unknown_taps_and_too_few_scenes_are_refused():
 
 
 # ------------------------------------------------------------------------------------------------------- figures
-
-
-@pytest.mark.parametrize("draw", [factor_heatmap, factor_curves])
-def test_figures_come_from_the_csv_alone(draw, table, tmp_path):
-    table.to_csv(tmp_path / "metrics.csv", index=False)
-    read = pd.read_csv(tmp_path / "metrics.csv")
-    other = pd.DataFrame([{"target": "oracle", "tap": "noise", "measure": "psnr", "value": 3.0}])
-    figure = draw(pd.concat([read, read.assign(target="another"), other]))
-    assert figure.get_size_inches()[0] == COLUMN_WIDTH
-    assert "oracle" in figure.description
-    assert figure.caption
-    figure.savefig(tmp_path / "figure.png")
 
 
 def test_heatmap_prints_every_score_and_makes_the_sure_ones_bold(table):

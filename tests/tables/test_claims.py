@@ -18,7 +18,6 @@ from backsight.tables.claims import (
     findings,
     render_findings,
     verdict,
-    write_findings,
 )
 from backsight.tables.estimates import Estimate, difference, log_ratio
 from backsight.tables.evidence import AS_GOOD, deep_taps, shallowest
@@ -180,11 +179,6 @@ def test_no_result_is_typed(tmp_path: Path) -> None:
     body = text.split("## 1.", 1)[1]
     for unit in (" dB", " degrees", "R²", " accuracy |"):
         assert unit not in body.replace(f"{AS_GOOD} dB", ""), "a number stands in a claim that no run measured"
-
-
-def test_the_same_tables_give_the_same_page(study: Study, tmp_path: Path) -> None:
-    first = write_findings(study.folder, tmp_path / "a.md").read_bytes()
-    assert write_findings(study.folder, tmp_path / "b.md").read_bytes() == first
 
 
 def test_the_command_writes_or_says_what_is_wrong(

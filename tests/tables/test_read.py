@@ -138,24 +138,6 @@ def test_the_reference_is_the_default() -> None:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_the_same_tables_give_the_same_files(study: Study, tmp_path: Path) -> None:
-    def draw(folder: Path) -> dict[str, bytes]:
-        rows = read_study(study.folder).rows(QUALITY)
-        drawn = [
-            StudyFigure("targets", "Targets", targets_by_depth(rows, ["psnr", "hue_error"]), rows),
-            StudyFigure("difference", "Difference", modular_against_direct(rows), rows),
-        ]
-        write_figures(folder, drawn, study)
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    first = draw(tmp_path / "a")
-    assert set(first) == {
-        "captions.md",
-        *(f"{name}.{kind}" for name in ("targets", "difference") for kind in ("png", "svg")),
-    }
-    assert draw(tmp_path / "b") == first
-
-
 def test_every_study_has_figures_and_what_is_absent_is_told(study: Study, tmp_path: Path) -> None:
     said: list[str] = []
     names = [drawn.name for drawn in study_figures(study, scheme=False, say=said.append)]

@@ -224,7 +224,6 @@ def picture_table(
     columns: Mapping[str, np.ndarray],
     captions: Mapping[str, Sequence[str]] | None = None,
     row_labels: Sequence[str] = (),
-    title_size: float = SMALL,
 ) -> ShownFigure:
     """A column of pictures under each title.
 
@@ -239,7 +238,7 @@ def picture_table(
         figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
         grid = figure.subplots(count, len(columns), squeeze=False)
         for column, (title, pictures) in enumerate(columns.items()):
-            grid[0, column].set_title(title, fontsize=title_size)
+            grid[0, column].set_title(title, fontsize=SMALL)
             texts = (captions or {}).get(title, [""] * count)
             for axes, picture, text in zip(grid[:, column], pictures, texts, strict=True):
                 show_picture(axes, picture, text)

@@ -368,13 +368,13 @@ def where(rows: pd.DataFrame) -> str:
     return f"{first['target']} on {first['dataset']}, {first['split']}"
 
 
-def ends(rows: pd.DataFrame, unit: str = "") -> str:
+def ends(rows: pd.DataFrame) -> str:
     """A curve in words: its mean at the first and at the last tap that it has."""
     if rows.empty:
         return "not measured"
     taps = taps_in_order(rows)
     values = rows.groupby("tap")["value"].mean()
-    return f"{values[taps[0]]:.3g}{unit} at {taps[0]}, {values[taps[-1]]:.3g}{unit} at {taps[-1]}"
+    return f"{values[taps[0]]:.3g} at {taps[0]}, {values[taps[-1]]:.3g} at {taps[-1]}"
 
 
 def reach(rows: pd.DataFrame) -> np.ndarray:

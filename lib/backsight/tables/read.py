@@ -158,12 +158,12 @@ def notebook_of(run: str, table: pd.DataFrame, record: Mapping[str, Any] | None 
     return _FIRST_WORDS.get(word, "")
 
 
-def fullest_run(rows: pd.DataFrame, by: Sequence[str] = ("target", "dataset")) -> pd.DataFrame:
+def fullest_run(rows: pd.DataFrame) -> pd.DataFrame:
     """Of several runs on the same target and images, the rows of the one with most seeds, then images; never a mix."""
     if rows.empty:
         return rows
     kept = []
-    for _, group in rows.groupby(list(by), sort=False, dropna=False):
+    for _, group in rows.groupby(["target", "dataset"], sort=False, dropna=False):
         sizes = group.groupby("run")[["seeds", "n"]].max().sort_index()
         best = sizes.sort_values(["seeds", "n"], ascending=False, kind="stable").index[0]
         kept.append(group[group["run"] == best])
