@@ -6,11 +6,10 @@ state too: a training that was interrupted and resumed ends in the same weights,
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import pickle
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,8 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -96,7 +93,7 @@ def train(
     validate() -> {name: number}, the same on all processes, called before the first step, every `validate_every` steps
     (a tenth of the training by default) and at the end. Each module ends with the weights of its own best number, or,
     `together`, all with those of the step whose mean number is best; they may be those that they came with.
-    checkpoint: a safetensors file, written every `checkpoint_every` steps, resumed from where it exists, removed at the
+    checkpoint: a file, written every `checkpoint_every` steps, resumed from where it exists, removed at the
     end; `identity` says what the training is, and a checkpoint of another one is refused.
     Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all
     processes, and the first one writes the checkpoint.
@@ -125,10 +122,15 @@ def train(
     validate_every = validate_every or max(1, steps // 10)
     log_every = max(1, steps // LOGGED_POINTS)
     state, best = _State(), dict[str, Tensor]()
+    random = torch.cuda if device.type == "cuda" else torch  # whose state is kept; dropout draws where the modules are
     path = None if checkpoint is None else Path(checkpoint)
     with seeded(seed, device):
         if path is not None and path.exists():
-            state, best = _load_checkpoint(path, whole, optimizers, identity)
+            content = _load_checkpoint(path, identity, device)
+            state, best = _State(**content["state"]), content["best"]
+            whole.load_state_dict(content["weights"])
+            optimizers.load_state_dict(content["optimizers"])
+            random.set_rng_state(content["random"].cpu())
         started = time.perf_counter() - state.seconds
 
         def log(split: str, numbers: Mapping[str, float]) -> None:
@@ -172,7 +174,14 @@ def train(
                     validated()
                 if path is not None and first and state.step % checkpoint_every == 0 and state.step < steps:
                     state.seconds = time.perf_counter() - started
-                    _save_checkpoint(path, whole, optimizers, state, best, identity)
+                    content = {
+                        "state": asdict(state),
+                        "identity": identity,
+                        "weights": whole.state_dict(),
+                        "best": best,
+                    }
+                    content |= {"optimizers": optimizers.state_dict(), "random": random.get_rng_state()}
+                    _save_checkpoint(path, content)
     whole.load_state_dict(best, strict=False)
     whole.eval()
     processes().wait_for_everyone()
@@ -226,60 +235,29 @@ def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = gradient if by else None
 
 
-def _save_checkpoint(
-    path: Path,
-    whole: nn.Module,
-    optimizers: Optimizers,
-    state: _State,
-    best: Mapping[str, Tensor],
-    identity: Mapping[str, Any],
-) -> None:
+def _save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Written beside it under a name of its own, which a killed training leaves and its resumption writes over."""
-    kinds: dict[str, Mapping[str, Tensor]] = {"weights": whole.state_dict(), "best": best}
-    kinds |= {f"optimizer {number}": moments for number, moments in enumerate(optimizers.moments())}
-    kinds["random"] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        kinds["random"] = {**kinds["random"], "cuda": torch.cuda.get_rng_state()}
-    # No two may share memory.
-    tensors = {
-        f"{kind}/{key}": t.detach().cpu().contiguous().clone() for kind, of in kinds.items() for key, t in of.items()
-    }
-    metadata = {"state": json.dumps(asdict(state)), "identity": json.dumps(identity)}
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata))
+        torch.save(content, temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise BacksightError(f"{path} cannot be written ({error}): choose a folder with space.") from error
 
 
-def _load_checkpoint(
-    path: Path, whole: nn.Module, optimizers: Optimizers, identity: Mapping[str, Any]
-) -> tuple[_State, dict[str, Tensor]]:
-    kinds: dict[str, dict[str, Tensor]] = defaultdict(dict)
+def _load_checkpoint(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                kind, _, key = name.partition("/")
-                kinds[kind][key] = file.get_tensor(name)
-            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
-        there, state = metadata["identity"], _State(**metadata["state"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise BacksightError(f"{path} is a damaged checkpoint, or none ({error}): delete it.") from error
-    here = json.loads(json.dumps(identity))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
+        with path.open("rb") as file:
+            content = torch.load(file, weights_only=True, map_location=device)
+        there = content["identity"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise BacksightError(f"{path} is a damaged checkpoint, or none: delete it.") from error
+    for key in sorted(there.keys() | identity.keys()):
+        if there.get(key) != identity.get(key):
             raise BacksightError(
                 f"The checkpoint {path} belongs to another training ({key} is {there.get(key)} there and "
-                f"{here.get(key)} here): delete it, or name another file."
+                f"{identity.get(key)} here): delete it, or name another file."
             )
-    whole.load_state_dict(kinds["weights"])
-    for number in range(len(optimizers.moments())):
-        optimizers.set_moments(number, kinds[f"optimizer {number}"])
-    torch.set_rng_state(kinds["random"]["cpu"])
-    if "cuda" in kinds["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(kinds["random"]["cuda"])
-    state.history = [tuple(row) for row in state.history]  # type: ignore[misc]
-    return state, kinds["best"]
+    return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,20 +88,17 @@ class Optimizers:
                     parameter.mul_(1 - learning_rate * weight_decay)
                     parameter.add_(step.reshape(parameter.shape), alpha=-learning_rate * scale)
 
-    def moments(self) -> list[dict[str, Tensor]]:
-        """What is remembered of each parameter, in a fixed order."""
-        return list(self._states().values())
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "momenta": list(self.momenta.values()),
+            "adamw": None if self.adamw is None else self.adamw.state_dict(),
+        }
 
-    def set_moments(self, number: int, moments: Mapping[str, Tensor]) -> None:
-        """Put back what `moments` gave, in the memory layout in which the optimizer would have made it."""
-        parameter, state = list(self._states().items())[number]
-        for key, tensor in moments.items():
-            like = parameter.detach() if tensor.shape == parameter.shape else tensor.to(parameter.device)
-            state[key] = torch.empty_like(like).copy_(tensor)
-
-    def _states(self) -> dict[Tensor, dict[str, Tensor]]:
-        groups = [] if self.adamw is None else self.adamw.param_groups
-        return self.momenta | {p: self.adamw.state[p] for group in groups for p in group["params"]}  # type: ignore[union-attr]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for momentum, known in zip(self.momenta.values(), state["momenta"], strict=True):
+            momentum.update(known)
+        if self.adamw is not None:
+            self.adamw.load_state_dict(state["adamw"])
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
