@@ -80,9 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write index.html over the runs in a folder")
     report.add_argument("folder", metavar="FOLDER", type=Path)
-    report.add_argument(
-        "--embed", action="store_true", help="figures inside the page: one large file that can be sent by itself"
-    )
     report.set_defaults(command=_report)
 
     findings = commands.add_parser("findings", help="write what the runs in a folder say of the paper's claims")
@@ -174,7 +171,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from backsight.app.report import write_report
 
-    print(write_report(options.folder, options.embed))
+    print(write_report(options.folder))
     return 0
 
 

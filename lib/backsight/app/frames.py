@@ -41,8 +41,8 @@ _SCENE_SPLIT, _SCENE_SEED = "test", 0  # scenes that no shipped target was train
 class Frame:
     """One row of frames.csv: a picture as it comes back from one tap, or (family "input", tap "pixels") as it goes in.
 
-    file: relative to the run's folder, "" before it is written; picture: its name; shows: what it is, in words;
-    depth: of the tap, None for the input; psnr in dB and ssim against the input, NaN for the input.
+    file: relative to the run's folder, "" before it is written; shows: the picture in words; depth: of the tap, None
+    for the input; psnr in dB and ssim against the input, NaN for the input.
     """
 
     file: str
@@ -75,10 +75,9 @@ def check_pictures(names: Sequence[str]) -> None:
 
 
 def open_pictures(names: Sequence[str], size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) in [0, 1], one for each name, at a target's size.
+    """(B, 3, H, W) in [0, 1], one for each name, at a target's size; BacksightError as check_pictures, and on no name.
 
     Photographs and files: the largest centred crop. Scenes are rendered at that size and have to be square.
-    Raises BacksightError on an unknown or repeated name, and on no name at all.
     """
     import torch
 
@@ -147,26 +146,21 @@ def make_frames(
 
     depths: {tap: depth}; names: of the B pictures; images: (B, 3, H, W) in [0, 1]; reconstructions: {family: {tap:
     (B, 3, H, W)}}. PSNR and SSIM are of the reconstructions themselves, before they are rounded to 8 bits.
-    Raises BacksightError where numbers or shapes of pictures disagree, or a tap has no depth.
     """
     from backsight.measures.pixels import psnr, ssim
 
-    if len(names) != len(images):
-        raise BacksightError(f"{len(names)} names were given for {len(images)} pictures: give one for each.")
     described = [describe_picture(name) for name in names]
     frames: dict[str, list[tuple[Frame, np.ndarray]]] = {
         name: [(Frame("", target, name, shows, INPUT, PIXELS, None, math.nan, math.nan), _pixels(image))]
         for name, shows, image in zip(names, described, images, strict=True)
     }
     for family, taps in reconstructions.items():
-        if missing := [tap for tap in taps if tap not in depths]:
-            raise BacksightError(f"the tap {missing[0]} of {target} has no depth: give the depth of every tap.")
         for tap in sorted(taps, key=lambda tap: depths[tap]):
             scores = zip(psnr(images, taps[tap]).tolist(), ssim(images, taps[tap]).tolist(), strict=True)
-            for name, shows, made, (decibels, similarity) in zip(names, described, taps[tap], scores, strict=True):
+            for name, shows, image, (decibels, similarity) in zip(names, described, taps[tap], scores, strict=True):
                 frame = Frame("", target, name, shows, family, tap, depths[tap], decibels, similarity)
-                frames[name].append((frame, _pixels(made)))
-    return [each for name in names for each in frames[name]]
+                frames[name].append((frame, _pixels(image)))
+    return [frame for name in names for frame in frames[name]]
 
 
 def _pixels(image: Tensor) -> np.ndarray:
@@ -174,27 +168,41 @@ def _pixels(image: Tensor) -> np.ndarray:
     return (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
+def frame_metrics(frames: Iterable[Frame], weights: Mapping[str, str], seed: int) -> list[dict[str, Any]]:
+    """Tidy rows (values.METRIC_COLUMNS) of the PSNR and SSIM of frames; one image each, so without an interval.
+
+    weights: {target: weights}; the column `dataset` holds the picture's name.
+    """
+    from backsight.tables.pool import metrics_row
+
+    rows = []
+    for frame in (frame for frame in frames if not frame.is_input):
+        place: dict[str, Any] = {"tap": frame.tap, "depth": frame.depth, "inverse": frame.family}
+        place |= {"target": frame.target, "weights": weights[frame.target], "dataset": frame.picture, "split": "test"}
+        for measure in ("psnr", "ssim"):
+            rows.append(metrics_row(measure, getattr(frame, measure), math.nan, math.nan, 1, seed, **place))
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 def write_frames(folder: str | Path, frames: Iterable[tuple[Frame, np.ndarray]]) -> list[Frame]:
-    """Write a run's frames, in place of earlier ones: the PNGs, and frames.csv last. Returns them with their files.
+    """Write the frames of a run's folder, in place of earlier ones: the PNGs, and frames.csv last.
 
-    folder: the run's. Raises BacksightError where two frames show the same, or a frame has no input beside it.
+    Returns them with their files.
     """
     folder = Path(folder)
     (folder / FRAME_TABLE).unlink(missing_ok=True)  # first: without its table no half-written set is taken for whole
     shutil.rmtree(folder / FRAMES, ignore_errors=True)
     written: list[Frame] = []
-    files: set[str] = set()
+    taken: set[str] = set()
     for frame, pixels in frames:
-        frame = replace(frame, file=_file(frame, files))
-        files.add(frame.file)
+        frame = replace(frame, file=_file(frame, taken))
+        taken.add(frame.file.lower())
         write_atomically(folder / frame.file, partial(Image.fromarray(pixels).save, optimize=True))
         written.append(frame)
-    _check(written, shown(folder / FRAME_TABLE))
-    table = pd.DataFrame([{name: getattr(frame, name) for name in COLUMNS} for frame in written], columns=COLUMNS)
-    table["depth"] = table["depth"].astype("Int64")
+    table = pd.DataFrame(written, columns=COLUMNS).astype({"depth": "Int64"})
     write_atomically(folder / FRAME_TABLE, lambda temporary: table.to_csv(temporary, index=False, float_format="%.6g"))
     return written
 
@@ -206,102 +214,72 @@ def _file(frame: Frame, taken: set[str]) -> str:
         for part in (frame.target, frame.picture, frame.family, frame.tap)
     )
     stem = f"{FRAMES}/{target}/{'--'.join(rest)}"
-    number = 2
-    name = f"{stem}.png"
-    while name.lower() in {each.lower() for each in taken}:
-        name, number = f"{stem}--{number}.png", number + 1
-    return name
+    names = (f"{stem}{suffix}.png" for suffix in ("", *(f"--{number}" for number in range(2, len(taken) + 3))))
+    return next(name for name in names if name.lower() not in taken)
 
 
 def read_frames(folder: str | Path) -> list[Frame]:
     """The frames of a run, in the order of frames.csv; none where it saved none.
 
     Raises BacksightError, with the line, on a table that cannot be read, lacks columns, names a file that is not there
-    or lies outside the run's folder, or shows a picture without its input.
+    or lies outside the run's folder, or shows a picture twice, in two sizes or without its input.
     """
     folder = Path(folder)
-    path = folder / FRAME_TABLE
-    if not path.is_file():
+    where = shown(folder / FRAME_TABLE)
+    if not (folder / FRAME_TABLE).is_file():
         return []
-    where = shown(path)
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(folder / FRAME_TABLE, dtype=str, keep_default_na=False)
+        if missing := [name for name in COLUMNS if name not in table.columns]:
+            raise ValueError(f"it lacks the columns {', '.join(missing)}")
     except (OSError, ValueError) as error:
-        raise BacksightError(f"{where} cannot be read ({type(error).__name__}): run 00_quickstart again.") from error
-    if missing := [name for name in COLUMNS if name not in table.columns]:
-        raise BacksightError(f"{where} lacks the columns {', '.join(missing)}: run 00_quickstart again.")
-    frames = [_frame(row, f"{where}, line {number}") for number, row in enumerate(table.to_dict("records"), start=2)]
-    for number, frame in enumerate(frames, start=2):
-        inside = PurePosixPath(frame.file)
-        if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".png":
-            raise BacksightError(f"{where}, line {number}: {frame.file!r} is no PNG below the run's folder.")
-        if not (folder / frame.file).is_file():
-            raise BacksightError(f"{where}, line {number}: there is no file {frame.file}: run 00_quickstart again.")
-    _check(frames, where)
-    _check_sizes(folder, frames, where)
+        raise BacksightError(f"{where} cannot be read ({error}): run 00_quickstart again.") from error
+    frames: list[Frame] = []
+    keys: set[tuple[str, str, str, str]] = set()
+    sizes: dict[tuple[str, str], tuple[int, int]] = {}
+    for number, row in enumerate(table.to_dict("records"), start=2):
+        try:
+            frame = _frame(row)
+            size = _size_of(folder, frame.file)
+            key = (frame.target, frame.picture, frame.family, frame.tap)
+            if key in keys:
+                raise ValueError(f"{' / '.join(key)} is there twice")
+            if sizes.setdefault(key[:2], size) != size:
+                raise ValueError(
+                    f"{frame.file} is {size[0]} x {size[1]} pixels, other frames of {frame.picture!r} are not"
+                )
+        except ValueError as error:
+            raise BacksightError(f"{where}, line {number}: {error}: run 00_quickstart again.") from error
+        keys.add(key)
+        frames.append(frame)
+    for frame in frames:
+        if (frame.target, frame.picture, INPUT, PIXELS) not in keys:
+            raise BacksightError(f"{where}: {frame.picture!r} of {frame.target} has no input frame beside it.")
     return frames
 
 
-def _check_sizes(folder: Path, frames: Sequence[Frame], where: str) -> None:
-    """Refuse a file that is no PNG, and a reconstruction of another size than its input."""
-    sizes: dict[tuple[str, str], tuple[int, int]] = {}
-    for number, frame in enumerate(frames, start=2):
+def _frame(row: Mapping[Any, str]) -> Frame:
+    numbers: dict[str, float] = {}
+    for name in ("depth", "psnr", "ssim"):
         try:
-            with Image.open(folder / frame.file, formats=("PNG",)) as image:
-                size = image.size
-        except OSError as error:
-            raise BacksightError(
-                f"{where}, line {number}: {frame.file} cannot be read: run 00_quickstart again."
-            ) from error
-        if sizes.setdefault((frame.target, frame.picture), size) != size:
-            raise BacksightError(
-                f"{where}, line {number}: {frame.file} is {size[0]} x {size[1]} pixels, other frames of "
-                f"{frame.picture!r} are not: run 00_quickstart again."
-            )
-
-
-def _frame(row: Mapping[Any, str], where: str) -> Frame:
-    def number(name: str) -> float:
-        try:
-            return float(row[name]) if row[name] else math.nan
+            numbers[name] = float(row[name] or math.nan)
         except ValueError:
-            raise BacksightError(f"{where}: {name} is {row[name]!r}, not a number.") from None
-
-    depth = number("depth")
-    texts = {name: row[name] for name in ("file", "target", "picture", "shows", "family", "tap")}
-    return Frame(**texts, depth=None if math.isnan(depth) else round(depth), psnr=number("psnr"), ssim=number("ssim"))
-
-
-def _check(frames: Sequence[Frame], where: str) -> None:
-    """Refuse what cannot be shown: two frames of one place, and a reconstruction without its input or depth."""
-    seen: set[tuple[str, str, str, str]] = set()
-    for frame in frames:
-        key = (frame.target, frame.picture, frame.family, frame.tap)
-        if key in seen:
-            raise BacksightError(f"{where}: {' / '.join(key)} is there twice; name each picture once.")
-        seen.add(key)
-    for frame in frames:
-        if frame.is_input:
-            continue
-        if (frame.target, frame.picture, INPUT, PIXELS) not in seen:
-            raise BacksightError(f"{where}: {frame.picture!r} of {frame.target} has no input frame beside it.")
-        if frame.depth is None:
-            raise BacksightError(f"{where}: {frame.family} at {frame.tap} of {frame.target} has no depth.")
+            raise ValueError(f"{name} is {row[name]!r}, not a number") from None
+    depth = None if math.isnan(numbers["depth"]) else round(numbers["depth"])
+    if depth is None and row["family"] != INPUT:
+        raise ValueError(f"{row['family']} at {row['tap']} of {row['target']} has no depth")
+    return Frame(**{name: row[name] for name in COLUMNS if name not in numbers}, **numbers | {"depth": depth})  # type: ignore[arg-type]
 
 
-def frame_metrics(frames: Iterable[Frame], weights: Mapping[str, str], seed: int) -> list[dict[str, Any]]:
-    """Tidy rows (runs.METRIC_COLUMNS) of the PSNR and SSIM of frames; one image each, so without an interval.
-
-    weights: {target: weights}; the column `dataset` holds the picture's name.
-    """
-    from backsight.tables.pool import metrics_row
-
-    rows = []
-    for frame in frames:
-        if frame.is_input:
-            continue
-        place: dict[str, Any] = {"tap": frame.tap, "depth": frame.depth, "inverse": frame.family}
-        place |= {"target": frame.target, "weights": weights[frame.target], "dataset": frame.picture, "split": "test"}
-        for measure in ("psnr", "ssim"):
-            rows.append(metrics_row(measure, getattr(frame, measure), math.nan, math.nan, 1, seed, **place))
-    return rows
+def _size_of(folder: Path, file: str) -> tuple[int, int]:
+    """Width and height of a frame's PNG. Raises ValueError where it is none of the run's."""
+    inside = PurePosixPath(file)
+    if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".png":
+        raise ValueError(f"{file!r} is no PNG below the run's folder")
+    if not (folder / file).is_file():
+        raise ValueError(f"there is no file {file}")
+    try:
+        with Image.open(folder / file, formats=("PNG",)) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read") from error

@@ -1,6 +1,6 @@
-"""The frames of the runs (backsight.app.frames) as the page shows them: one strip of all depths for each picture,
-target and family, with the pictures inside the page, since a page opened from a file may not compute with pictures
-beside it.
+"""The frames of the runs (app.frames) as the page shows them: one strip of all depths for each picture, target and family.
+
+Their pictures are inside the page, since a page opened from a file may not compute with pictures beside it.
 """
 
 import base64
@@ -14,7 +14,7 @@ from PIL import Image
 from backsight.app.frames import FRAME_TABLE, Frame, read_frames
 from backsight.app.report_sources import Source, Traced
 from backsight.errors import BacksightError
-from backsight.plots.style import INVERSE_NAMES, family_colour, inverse_order, target_colour
+from backsight.plots.style import INVERSE_NAMES, inverse_order
 
 LARGEST_SIDE = 256  # pixels of a frame inside the page; larger ones are shown reduced
 PIXELATED_BELOW = 129  # pixels; larger frames are smoothed when the browser scales them
@@ -22,49 +22,45 @@ PIXELATED_BELOW = 129  # pixels; larger frames are smoothed when the browser sca
 
 @dataclass(frozen=True)
 class Step:
-    """One frame of a strip: the picture (a data URI), the tap and, but for the input, its scores."""
+    """One frame of a strip: the picture (a data URI), the tap and its scores."""
 
     image: str
     tap: str
-    psnr: Traced | None
-    ssim: Traced | None
+    psnr: Traced
+    ssim: Traced
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A picture as one family of inverses returns it from every tap of a target; picture, target: places in Play."""
+    """A picture (input: a data URI) as one family of inverses returns it from every tap of a target.
+
+    picture, target: places in Play; reduced: whether frames are shown smaller.
+    """
 
     picture: int
     target: int
     family: str
     title: str
+    input: str
     width: int
     height: int
     pixelated: bool
-    given: Step
+    reduced: bool
     steps: Sequence[Step]
 
 
 @dataclass(frozen=True)
-class Choice:
-    name: str
-    text: str
-    colour: str = ""
-
-
-@dataclass(frozen=True)
 class Play:
-    """What can be chosen, and a strip for every choice that exists. reduced: some frames are shown smaller."""
+    """What can be chosen ({name: words} of pictures and families), and a strip for every choice that exists."""
 
-    pictures: Sequence[Choice]
-    targets: Sequence[Choice]
-    families: Sequence[Choice]
+    pictures: dict[str, str]
+    targets: list[str]
+    families: dict[str, str]
     strips: Sequence[Strip]
-    reduced: bool
 
     @property
-    def target_names(self) -> list[str]:
-        return [choice.name for choice in self.targets]
+    def reduced(self) -> bool:
+        return any(strip.reduced for strip in self.strips)
 
 
 def read_play(folders: Sequence[Path]) -> tuple[Play | None, list[str]]:
@@ -72,7 +68,7 @@ def read_play(folders: Sequence[Path]) -> tuple[Play | None, list[str]]:
 
     folders: of complete runs. None where no run saved frames.
     """
-    found: dict[tuple[str, str, str], list[tuple[Path, Frame, int]]] = {}
+    shown: dict[tuple[str, str, str], list[tuple[Path, Frame, int]]] = {}  # by picture, target and family
     inputs: dict[tuple[Path, str, str], Frame] = {}
     problems = []
     for folder in folders:
@@ -81,47 +77,42 @@ def read_play(folders: Sequence[Path]) -> tuple[Play | None, list[str]]:
         except BacksightError as error:
             problems.append(str(error).rstrip("."))
             continue
-        inputs |= {(folder, frame.picture, frame.target): frame for frame in frames if frame.is_input}
-        new: dict[tuple[str, str, str], list[tuple[Path, Frame, int]]] = {}
+        of_this_run: dict[tuple[str, str, str], list[tuple[Path, Frame, int]]] = {}
         for line, frame in enumerate(frames, start=2):
-            if not frame.is_input:
-                new.setdefault((frame.picture, frame.target, frame.family), []).append((folder, frame, line))
-        found |= new
-    if not found:
+            if frame.is_input:
+                inputs[folder, frame.picture, frame.target] = frame
+            else:
+                key = (frame.picture, frame.target, frame.family)
+                of_this_run.setdefault(key, []).append((folder, frame, line))
+        shown |= of_this_run
+    if not shown:
         return None, problems
-    pictures = {frame.picture: frame.shows for frames in found.values() for _, frame, _ in frames}
-    targets = list(dict.fromkeys(target for _, target, _ in found))
-    families = inverse_order([family for _, _, family in found])
-    order = sorted(found, key=lambda key: (list(pictures).index(key[0]), targets.index(key[1]), families.index(key[2])))
+    pictures = {frame.picture: frame.shows for frames in shown.values() for _, frame, _ in frames}
+    targets = list(dict.fromkeys(target for _, target, _ in shown))
+    families = inverse_order([family for _, _, family in shown])
+    names = list(pictures)
     strips = []
-    reduced = False
-    for picture, target, family in order:
-        steps = sorted(found[picture, target, family], key=lambda each: each[1].depth or 0)
+    for picture, target, family in sorted(
+        shown, key=lambda key: (names.index(key[0]), targets.index(key[1]), families.index(key[2]))
+    ):
+        steps = sorted(shown[picture, target, family], key=lambda step: step[1].depth or 0)
         folder = steps[0][0]
-        given = inputs[folder, picture, target]
-        image, width, height, smaller = _embedded(folder / given.file)
-        reduced |= smaller
+        image, (width, height), reduced = _embedded(folder / inputs[folder, picture, target].file)
         strips.append(
             Strip(
-                picture=list(pictures).index(picture),
+                picture=names.index(picture),
                 target=targets.index(target),
                 family=family,
                 title=f"{picture}: {target}, {INVERSE_NAMES.get(family, family)}",
+                input=image,
                 width=width,
                 height=height,
                 pixelated=max(width, height) < PIXELATED_BELOW,
-                given=Step(image, given.tap, None, None),
-                steps=[_step(*each) for each in steps],
+                reduced=reduced,
+                steps=[_step(*step) for step in steps],
             )
         )
-    play = Play(
-        pictures=[Choice(name, shows) for name, shows in pictures.items()],
-        targets=[Choice(name, name, target_colour(name)) for name in targets],
-        families=[Choice(name, INVERSE_NAMES.get(name, name), family_colour(name)) for name in families],
-        strips=strips,
-        reduced=reduced,
-    )
-    return play, problems
+    return Play(pictures, targets, {name: INVERSE_NAMES.get(name, name) for name in families}, strips), problems
 
 
 def _step(folder: Path, frame: Frame, line: int) -> Step:
@@ -134,14 +125,13 @@ def _step(folder: Path, frame: Frame, line: int) -> Step:
     )
 
 
-def _embedded(path: Path) -> tuple[str, int, int, bool]:
+def _embedded(path: Path) -> tuple[str, tuple[int, int], bool]:
     """A frame as data URI, its width and height in pixels, and whether it was made smaller."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if smaller := max(image.size) > LARGEST_SIDE:
+        if reduced := max(image.size) > LARGEST_SIDE:
             image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             image.save(buffer, "PNG", optimize=True)
             data = buffer.getvalue()
-        width, height = image.size
-    return "data:image/png;base64," + base64.b64encode(data).decode("ascii"), width, height, smaller
+        return "data:image/png;base64," + base64.b64encode(data).decode("ascii"), image.size, reduced

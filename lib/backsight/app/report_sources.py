@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from backsight.project import METRICS
+
 LINE = "line"  # the column that holds a row's line in its CSV file, the header being line 1
 
 
@@ -26,14 +28,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Traced:
-    """A number as the page shows it, with the places it is made of.
-
-    The number is the mean of `column` over `sources`, less the mean over `minus` where there are any; an interval is
-    the least `low` and the largest `high` of the sources.
-    """
+    """A number as the page shows it: the mean of `column` over `sources`, less the mean over `minus`."""
 
     text: str
-    interval: str = ""
+    interval: str = ""  # the least `low` and the largest `high` of the sources
     sources: tuple[Source, ...] = ()
     minus: tuple[Source, ...] = ()
     column: str = "value"
@@ -46,7 +44,6 @@ class CitedFile:
     unit: what a place is called, "line" or "entry"; a row's fields are texts, as they stand in the file.
     """
 
-    name: str
     link: str
     unit: str
     columns: Sequence[str]
@@ -55,7 +52,7 @@ class CitedFile:
 
 @dataclass
 class Ledger:
-    """The files that the page may cite, and the places that it has cited so far."""
+    """The files that the page may cite, by name, and the places that it has cited so far."""
 
     files: Mapping[str, CitedFile]
     cited: dict[str, set[int]] = field(default_factory=dict)
@@ -76,25 +73,27 @@ class Ledger:
         parts = []
         for name in dict.fromkeys(source.file for source in sources):
             places = [str(source.place) for source in sources if source.file == name]
-            listed = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
-            parts.append(f"{name}, {self.files[name].unit}{'s' if len(places) > 1 else ''} {listed}")
+            plural = "s" if len(places) > 1 else ""
+            parts.append(f"{name}, {self.files[name].unit}{plural} {listed(places)}")
         return "; ".join(parts)
 
     def content(self) -> str:
         """The cited rows as JSON that may stand inside a script element: a list of files, in the order of `cite`."""
-        listed: list[dict[str, Any]] = []
+        told: list[dict[str, Any]] = []
         for name, file in self.files.items():
             rows = {str(place): list(file.rows[place]) for place in sorted(self.cited.get(name, ()))}
-            shown = {"name": file.name, "link": file.link, "unit": file.unit, "columns": list(file.columns)}
-            listed.append(shown | {"rows": rows} if rows else {})
-        return json.dumps(listed, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+            about = {"name": name, "link": file.link, "unit": file.unit, "columns": list(file.columns)}
+            told.append(about | {"rows": rows} if rows else {})
+        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def read_lines(path: Path) -> tuple[list[str], dict[int, list[str]]]:
-    """The header of a CSV file and {line on which a row begins: its fields as they stand}. Blank lines are no rows.
-
-    Raises OSError, UnicodeDecodeError or csv.Error where the file cannot be read.
-    """
+    """The header of a CSV file and {line on which a row begins: its fields as they stand}. Blank lines are no rows."""
     rows: dict[int, list[str]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
@@ -107,18 +106,11 @@ def read_lines(path: Path) -> tuple[list[str], dict[int, list[str]]]:
     return header, rows
 
 
-def with_lines(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The table as pandas read it from `path`, with each row's line. Raises ValueError where the two do not agree."""
-    _, rows = read_lines(path)
-    if len(rows) != len(table):
-        raise ValueError(f"{len(rows)} rows by line, {len(table)} in the table")
-    return table.assign(**{LINE: list(rows)})
-
-
-def sources_of(rows: pd.DataFrame, file: str = "metrics.csv") -> tuple[Source, ...]:
+def sources_of(rows: pd.DataFrame) -> tuple[Source, ...]:
     """The sources of tidy rows with the columns `run` and LINE that hold a value; none where a table has no lines."""
     if LINE not in rows or "run" not in rows:
         return ()
-    defined = rows[rows["value"].notna()] if "value" in rows else rows
-    pairs = zip(defined["run"], defined[LINE], strict=True)
-    return tuple(Source(f"{run}/{file}", int(line)) for run, line in pairs)
+    defined = rows[rows["value"].notna()]
+    return tuple(
+        Source(f"{run}/{METRICS}", int(line)) for run, line in zip(defined["run"], defined[LINE], strict=True)
+    )

@@ -125,13 +125,9 @@ def read_study(folder: str | Path) -> Study:
             continue
         if not (place / METRICS).is_file():
             continue
-        try:
-            table = pd.read_csv(place / METRICS, low_memory=False)
-        except (OSError, ValueError) as error:
-            left_out[place.name] = f"its {METRICS} cannot be read ({type(error).__name__})"
-            continue
-        if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
-            left_out[place.name] = f"its {METRICS} lacks the columns {', '.join(missing)}"
+        table, problem = read_metrics(place)
+        if table is None:
+            left_out[place.name] = problem
             continue
         notebooks[place.name] = notebook_of(place.name, table, record)
         seeds = table["seeds"].fillna(1).astype(int) if "seeds" in table else 1
@@ -139,6 +135,17 @@ def read_study(folder: str | Path) -> Study:
     if not tables:
         raise BacksightError(f"{shown(folder)} holds no finished run: make one with `make run` or name another folder.")
     return Study(folder, tables, notebooks, left_out)
+
+
+def read_metrics(folder: Path) -> tuple[pd.DataFrame | None, str]:
+    """The table of a run, or None and why it cannot be used."""
+    try:
+        table = pd.read_csv(folder / METRICS, low_memory=False)
+    except (OSError, ValueError) as error:
+        return None, f"its {METRICS} cannot be read ({type(error).__name__})"
+    if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
+        return None, f"its {METRICS} lacks the columns {', '.join(missing)}"
+    return table, ""
 
 
 def used_columns(rows: pd.DataFrame) -> pd.DataFrame:

@@ -300,22 +300,3 @@ def test_without_javascript_everything_is_there(open_page: OpenPage, url: str) -
         assert strip.is_visible()
     assert page.locator("td.number .from").first.get_attribute("href") == "quality-vit/metrics.csv"
     assert page.locator("td.number .from").first.get_attribute("title") == "quality-vit/metrics.csv, line 2"
-
-
-def test_embedded_it_is_one_file_that_can_be_moved(
-    open_page: OpenPage, requests: list[str], folder: Path, tmp_path: Path
-) -> None:
-    linked = (folder / "index.html").read_bytes()
-    try:
-        moved = tmp_path / "mailed.html"
-        moved.write_bytes(write_report(folder, embed=True).read_bytes())
-    finally:
-        (folder / "index.html").write_bytes(linked)
-    page = open_page(moved.as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
-    page.wait_for_function(
-        "[...document.images].filter(i => i.src && i.loading !== 'lazy').every(i => i.naturalWidth > 0)"
-    )
-    assert [each for each in requests if not each.startswith("data:")] == [moved.as_uri()]
-    page.locator("td.number .from").first.click()
-    assert page.locator("#source td.counted").all_inner_texts() == ["31.84"]
