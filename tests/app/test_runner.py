@@ -15,9 +15,10 @@ import pytest
 from conftest import NotebookWriter
 from safetensors.numpy import save_file
 
+from backsight.app.checks import check_inverses
 from backsight.app.cli import main
 from backsight.app.parameters import command_line_values, preset_values, read_notebook
-from backsight.app.runner import NotebookError, _tidy, check_inverses, check_weights, plan_run, run_plan
+from backsight.app.runner import NotebookError, _tidy, plan_run, run_plan
 from backsight.app.runs import complete_run, open_run, start_run
 from backsight.errors import BacksightError
 from backsight.project import project_root, read_json, write_atomically
@@ -90,12 +91,6 @@ def test_wrong_names_and_types_are_refused(
     assert "\n" not in message
 
 
-def test_comments_document_parameters(write_notebook: NotebookWriter) -> None:
-    parameters = read_notebook(write_notebook(DECLARATIONS)).parameters
-    assert parameters["steps"].comment == "optimiser steps"
-    assert list(parameters)[-2:] == ["out", "seed"]
-
-
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
@@ -161,15 +156,16 @@ def test_bad_input_exits_2_and_writes_nothing(
     (imageless / "notes.txt").write_text("no picture")
     file.write_text("a file")
     for arguments, words in [
-        (["-p", f"images={tmp_path / 'nowhere'}"], "no folder"),
-        (["-p", "images=scene"], "no folder 'scene'"),
-        (["-p", f"images={empty}"], "is empty"),
-        (["-p", f"images={imageless}"], "holds no images"),
-        (["-p", f"images={file}"], "is a file"),
+        (["-p", f"images={tmp_path / 'nowhere'}"], "nowhere"),
+        (["-p", "images="], "images"),  # as from an unset variable of the shell
+        (["-p", f"images={empty}"], str(empty)),
+        (["-p", f"images={imageless}"], "no images"),
+        (["-p", f"images={file}"], str(file)),
         (["-p", "n=0"], "n must be at least 1"),
         (["-p", "steps=-1"], "steps must be at least 1"),
         (["-p", "retrain=scenes-vti"], "nearest: scenes-vit"),
-        (["-p", "seed=-1"], "seed must be at least 0"),
+        (["-p", "seed=-1"], "-1"),
+        (["-p", "seed=18446744073709551616"], "18446744073709551616"),
         (["-p", "families=[linaer]"], "nearest: linear"),
         (["-p", "families=[]"], "families is empty"),
         (["-p", "photograph=chelsae"], "nearest: chelsea"),
@@ -180,6 +176,7 @@ def test_bad_input_exits_2_and_writes_nothing(
     ]:
         assert words in refused(capsys, notebook, "--out", out, *arguments)
     assert "no notebook" in refused(capsys, notebook.with_name("tiney.ipynb"), "--out", out)
+    assert "notebooks/00_quickstart.ipynb" in refused(capsys, tmp_path / "00_quickstart.ipynb", "--out", out)
     assert "cannot write results" in refused(capsys, notebook, "--out", file / "below")
     assert not out.parent.exists()
 
@@ -190,34 +187,6 @@ def test_absent_data_sets_say_what_to_download(write_notebook: NotebookWriter, r
             pytest.skip(f"data/{name} is there")
         with pytest.raises(BacksightError, match=f"download .* data/{name}/"):
             plan_run(write_notebook(f'images = "data/{name}"'))
-
-
-def test_unknown_targets_and_taps_are_refused(
-    write_notebook: NotebookWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    notebook = write_notebook('target = "scenes-vit"\ntaps = "blocks"\nout = ""', "1 + 1")
-    out = tmp_path / "run"
-    assert "scenes-vit" in refused(capsys, notebook, "--out", out, "-p", "target=scenes-vti")
-    assert "blocks.3" in refused(capsys, notebook, "--out", out, "-p", "taps=[block.3]")
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"not weights at all")
-    refused(capsys, notebook, "--out", out, "-p", f"target={broken}")
-    assert not out.exists()
-
-
-def test_inverses_of_another_target_are_refused(tmp_path: Path) -> None:
-    from backsight.inverses.files import FORMAT
-    from backsight.inverses.module import InverseHeader
-
-    header = InverseHeader("linear", "scenes-vit", "shipped", "0123", "norm", "pixels")
-    metadata = {"backsight": json.dumps({"format": FORMAT, "kind": "linear", "header": asdict(header)})}
-    save_file({"weight": np.zeros(1)}, tmp_path / "linear--norm.safetensors", metadata)
-    check_inverses(str(tmp_path), "scenes-vit")
-    with pytest.raises(BacksightError, match=r"are of scenes-vit, not of scenes-detr\."):
-        check_inverses(str(tmp_path), "scenes-detr")
-    (tmp_path / "direct--norm.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(BacksightError, match="direct--norm"):
-        check_inverses(str(tmp_path), "scenes-vit")
 
 
 def _write_inverse(folder: Path, weights_hash: str, seed: int = 0) -> Path:
@@ -240,16 +209,16 @@ def test_inverses_of_other_weights_are_refused(write_notebook: NotebookWriter, t
 
     own = load_target("scenes-vit").weights_hash
     _write_inverse(tmp_path / "own", own, seed=1)
-    check_weights(str(tmp_path / "own"), "scenes-vit")
+    check_inverses(str(tmp_path / "own"), "scenes-vit")
     notebook = write_notebook('target = "scenes-vit"\ninverses = ""\nseed = 0')
     other = _write_inverse(tmp_path / "other", "0123456789abcdef")
     with pytest.raises(BacksightError, match=f"with the weights 0123456789abcdef, but scenes-vit has .* {own}"):
         plan_run(notebook, assignments=[f"inverses={other}"])
     _write_inverse(tmp_path / "seeds" / "0", own)
     _write_inverse(tmp_path / "seeds" / "1", "0123456789abcdef", seed=1)
-    check_weights(str(tmp_path / "seeds"), "scenes-vit", seed=0)
+    check_inverses(str(tmp_path / "seeds"), "scenes-vit", seed=0)
     with pytest.raises(BacksightError, match="other inverses"):
-        check_weights(str(tmp_path / "seeds"), "scenes-vit", seed=1)
+        check_inverses(str(tmp_path / "seeds"), "scenes-vit", seed=1)
 
 
 def test_training_seeds_are_checked_before_the_kernel(write_notebook: NotebookWriter, tmp_path: Path) -> None:
@@ -292,6 +261,7 @@ def test_targets_taps_and_inverses_are_refused_before_the_kernel(
         file.write_bytes(file.read_bytes()[:-1])
     for assignments, words in (
         (["target=scenes-vitt"], "scenes-vit"),
+        (["target="], "target is empty"),
         (["target=vit_base_patch16_225"], "vit_base_patch16_2"),
         (["taps=blocks.99"], "no tap 'blocks.99'; nearest: blocks."),
         (["taps=[norm, block.1]"], "no tap 'block.1'"),
@@ -348,6 +318,9 @@ def test_a_run_is_recorded_and_reused(
     assert main(command) == 0
     assert "reused" in capsys.readouterr().out
     assert (out / "run.json").stat().st_mtime_ns == written
+    (out / "metrics.csv").unlink()  # a run without its results is none
+    assert main(command) == 0
+    assert (out / "metrics.csv").read_text() == "value\n4\n"
 
     # Another run in the same folder, which fails: nothing of the finished one may remain as if it were its own.
     failing = write_notebook(
@@ -372,6 +345,15 @@ def test_a_notebook_that_stops_early_is_not_complete(write_notebook: NotebookWri
     with pytest.raises(NotebookError, match="stopped early"):
         run_plan(plan, say=lambda text: None)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_folder_of_the_user_is_left_alone(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    """Such as the notebooks' own, whose notebook the executed one would replace."""
+    notebook = write_notebook("steps = 1", "steps")
+    before = {path: path.read_bytes() for path in notebook.parent.iterdir()}
+    with pytest.raises(BacksightError, match=notebook.name):
+        plan_run(notebook, out=notebook.parent)
+    assert {path: path.read_bytes() for path in notebook.parent.iterdir()} == before
 
 
 def test_only_the_same_run_is_resumed(

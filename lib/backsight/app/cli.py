@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # of a path that was given: too long, a folder, not to be written
+        print(f"backsight: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("backsight: stopped; the same command resumes.", file=sys.stderr)
         return 130
@@ -113,7 +116,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from backsight.app.runner import check_families, check_images, check_writable
+    from backsight.app.checks import check_families, check_images, check_seeds, check_writable
     from backsight.data.distributed import processes
     from backsight.inverses.families import fit_and_save
     from backsight.project import shown
@@ -122,6 +125,7 @@ def _fit(options: argparse.Namespace) -> int:
     first = processes().is_main_process  # asked before the target is loaded: each process has a GPU of its own
     families = [family.strip() for family in options.families.split(",")]
     check_families(families)
+    check_seeds([options.seed], "--seed")
     check_images(options.images)
     check_writable(options.out)
     target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)

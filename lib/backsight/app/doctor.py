@@ -132,7 +132,7 @@ def _data(root: Path) -> Iterator[Finding]:
 
 
 def _machine(root: Path) -> Iterator[Finding]:
-    from backsight.app.runner import check_writable
+    from backsight.app.checks import check_writable
     from backsight.data.features import outdated_stores
 
     yield Finding("OK", "cores", str(available_cores()))

@@ -1,9 +1,8 @@
 """What a notebook takes: typed parameters, and the values that a preset and the command line give them.
 
-A notebook declares its parameters in the cell tagged `parameters`, one plain literal a line:
+A notebook declares its parameters in the cell tagged `parameters`, one plain literal a line, with a comment:
 
     steps = 1500     # optimiser steps per inverse
-    taps = "blocks"  # "blocks" | "components" | list of module paths
 
 The type is the default's. Everything here happens before a kernel is started.
 """
@@ -43,6 +42,7 @@ _WORDS: Mapping[type, str] = {
     dict: "a mapping",
     NoneType: "none",
 }
+_EXAMPLES: Mapping[Any, str] = {str: '["a", "b"]', int: "[1, 2]", float: "[0.1, 0.2]"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook file as it was read (nbformat 4), the source of its code cells, its declared parameters by name."""
+    """A notebook file as it was read: text (nbformat 4), source of its code cells, declared parameters by name."""
 
     path: Path
     text: str
@@ -81,26 +81,23 @@ def read_notebook(path: str | Path) -> Notebook:
     """Read a notebook and its parameters. Raises BacksightError where it is absent or not a notebook."""
     path = Path(path)
     if not path.is_file():
-        known = sorted({p.name for folder in (path.parent, _notebooks()) for p in folder.glob("*.ipynb")})
-        raise BacksightError(f"no notebook {path}; {nearest(path.name, known)}.")
+        known = {file.name: shown(file) for folder in (_notebooks(), path.parent) for file in folder.glob("*.ipynb")}
+        advice = f"there is {known[path.name]}" if path.name in known else nearest(path.name, sorted(known))
+        raise BacksightError(f"no notebook {path}; {advice}.")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        cells = [(each["cell_type"], "".join(each["source"]), _tags(each)) for each in content["cells"]]
         if content["nbformat"] != 4:
             raise ValueError("not nbformat 4")
+        sources = [(cell, "".join(cell["source"])) for cell in content["cells"]]
+        code = tuple(source for cell, source in sources if cell["cell_type"] == "code")
+        tagged = [source for cell, source in sources if "parameters" in cell["metadata"].get("tags", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BacksightError(f"{path} is not a notebook that can be read ({type(error).__name__}).") from error
-    tagged = [source for _, source, tags in cells if "parameters" in tags]
     if len(tagged) > 1:
         raise BacksightError(f"{path} has {len(tagged)} cells tagged `parameters`; keep one.")
     declared = _declared(tagged[0], path) if tagged else []
-    code = tuple(source for kind, source, _ in cells if kind == "code")
     return Notebook(path, text, code, {parameter.name: parameter for parameter in declared})
-
-
-def _tags(cell: Mapping[str, Any]) -> Sequence[str]:
-    return cell["metadata"].get("tags", [])
 
 
 def _notebooks() -> Path:
@@ -122,23 +119,21 @@ def _declared(source: str, path: Path) -> list[Parameter]:
     parameters = []
     for statement in statements:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                pass
             case ast.Expr(value=ast.Constant()):
                 continue
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                try:
+                    default = ast.literal_eval(value)
+                except ValueError as error:
+                    raise BacksightError(
+                        f"the parameter {name} in {path} has a computed default; write a plain literal."
+                    ) from error
             case _:
                 raise BacksightError(
                     f"line {statement.lineno} of the parameters cell of {path} is not `name = literal`."
                 )
-        try:
-            default = ast.literal_eval(value)
-        except ValueError as error:
-            raise BacksightError(
-                f"the parameter {name} in {path} has a computed default; write a plain literal."
-            ) from error
-        kinds, element = _types(name, default)
         comment = comments.get(statement.end_lineno or statement.lineno, "")
-        parameters.append(Parameter(name, default, kinds, element, comment))
+        parameters.append(Parameter(name, default, *_types(name, default), comment))
     return parameters
 
 
@@ -148,20 +143,11 @@ def _types(name: str, default: Any) -> tuple[tuple[type, ...], type | None]:
         return _KINDS_BY_NAME[name], str
     if default is None:
         return (), None
-    items = {type(item) for item in default} if isinstance(default, list | tuple) else set()
-    element = items.pop() if len(items) == 1 else None
-    return (list if isinstance(default, tuple) else type(default),), element
+    items = {type(item) for item in default} if isinstance(default, list) else set()
+    return (type(default),), items.pop() if len(items) == 1 else None
 
 
-def assigned(assignment: str) -> tuple[str, str]:
-    """Split the command line's name=value."""
-    name, equals, text = assignment.partition("=")
-    if not equals or not name.isidentifier():
-        raise BacksightError(f"-p {assignment!r} is not name=value.")
-    return name, text
-
-
-def known_parameter(notebook: Notebook, name: str, origin: str) -> Parameter:
+def _parameter(notebook: Notebook, name: str, origin: str) -> Parameter:
     """The notebook's parameter of that name. Raises BacksightError with the nearest names otherwise."""
     if name not in notebook.parameters:
         raise BacksightError(
@@ -170,63 +156,46 @@ def known_parameter(notebook: Notebook, name: str, origin: str) -> Parameter:
     return notebook.parameters[name]
 
 
-def parse_text(parameter: Parameter, text: str, origin: str) -> Any:
+def _from_text(parameter: Parameter, text: str, origin: str) -> Any:
     """The value that text on the command line stands for, by the parameter's type. Raises BacksightError."""
     kinds, stripped = parameter.kinds, text.strip()
-    if (NoneType in kinds or not kinds) and stripped.lower() in ("none", "null"):
-        return None
-    if bool in kinds and stripped.lower() in ("true", "false"):
-        return stripped.lower() == "true"
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                number = float(stripped)
-                if kind is float or number.is_integer():  # 1e3 is a whole number too
-                    return check_value(
-                        parameter, int(stripped) if stripped.lstrip("+-").isdigit() else kind(number), origin
-                    )
-            except (ValueError, OverflowError):
-                continue
     if list in kinds and str not in kinds and not stripped.startswith("["):
         stripped = f"[{stripped}]"  # linear,direct as in [linear, direct]
-    bracketed = (list in kinds and stripped.startswith("[")) or (dict in kinds and stripped.startswith("{"))
-    if bracketed or not kinds:
-        try:
-            return check_value(parameter, yaml.safe_load(stripped), origin)
-        except yaml.YAMLError as error:
-            raise _refusal(parameter, text, origin) from error
-    return check_value(parameter, text, origin)
+    value: Any = text
+    try:
+        if not kinds or (list in kinds and stripped.startswith("[")) or (dict in kinds and stripped.startswith("{")):
+            value = yaml.safe_load(stripped)
+            value = None if str(value).lower() == "none" else value
+        elif bool in kinds:
+            value = {"true": True, "false": False}.get(stripped.lower(), text)
+        elif int in kinds:
+            value = int(stripped) if stripped.lstrip("+-").isdigit() else float(stripped)
+            value = int(value) if value == int(value) else value  # 1e3 is a whole number too
+        elif float in kinds:
+            value = float(stripped)
+    except (ValueError, OverflowError, yaml.YAMLError):  # it is refused as the text that it is
+        pass
+    return _checked(parameter, value, origin)
 
 
-def check_value(parameter: Parameter, value: Any, origin: str) -> Any:
+def _checked(parameter: Parameter, value: Any, origin: str) -> Any:
     """The value itself, a whole number as float where a float is due. Raises BacksightError on a wrong type."""
     kinds = parameter.kinds
-    if float in kinds and int not in kinds and type(value) is int:
+    if float in kinds and type(value) is int:
         value = float(value)
     fits = not kinds or type(value) in kinds
     if fits and isinstance(value, list) and parameter.element is not None:
         allowed = (float, int) if parameter.element is float else (parameter.element,)
         fits = all(type(item) in allowed for item in value)
-    if fits and isinstance(value, float):
-        fits = math.isfinite(value)
-    if not fits:
-        raise _refusal(parameter, value, origin)
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        words = [
+            f"a list such as {_EXAMPLES.get(parameter.element, '[...]')}"
+            if kind is list and parameter.element is not None
+            else _WORDS[kind]
+            for kind in kinds
+        ]
+        raise BacksightError(f"{origin}: {parameter.name} takes {' or '.join(words)}, not {value!r}.")
     return value
-
-
-def _refusal(parameter: Parameter, value: Any, origin: str) -> BacksightError:
-    return BacksightError(f"{origin}: {parameter.name} takes {_expected(parameter)}, not {value!r}.")
-
-
-def _expected(parameter: Parameter) -> str:
-    words = []
-    for kind in parameter.kinds:
-        word = _WORDS[kind]
-        if kind is list and parameter.element is not None:
-            example = {str: '["a", "b"]', int: "[1, 2]", float: "[0.1, 0.2]"}.get(parameter.element, "[...]")
-            word = f"a list such as {example}"
-        words.append(word)
-    return " or ".join(words)
 
 
 def preset_path(name: str) -> Path:
@@ -247,7 +216,9 @@ def read_preset(name: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BacksightError(f"{path} is not YAML that can be read ({type(error).__name__}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise BacksightError(f"{path} is not YAML that can be read ({type(error).__name__}{where}).") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict | NoneType) for section in content.values()):
         raise BacksightError(f"{path} must hold one mapping of parameters for each notebook's name.")
     return {str(section): values or {} for section, values in content.items()}
@@ -257,41 +228,34 @@ def preset_values(notebook: Notebook, preset: str) -> dict[str, Any]:
     """What a preset says to one notebook: `common` values that the notebook has, then its own section."""
     sections = read_preset(preset)
     origin = f"preset {preset_path(preset).stem}"
-    known = {p.stem for folder in (notebook.path.parent, _notebooks()) for p in folder.glob("*.ipynb")}
+    known = {file.stem for folder in (notebook.path.parent, _notebooks()) for file in folder.glob("*.ipynb")}
     for section in sections.keys() - known - set(SHARED_SECTIONS):
         # A misspelt section would silently leave this notebook at its defaults.
         if notebook.name not in sections and get_close_matches(section, [notebook.name], cutoff=0.8):
             raise BacksightError(f"{origin}: no notebook is called {section!r}; {nearest(section, sorted(known))}.")
-    values = {
-        name: check_value(notebook.parameters[name], value, origin)
-        for name, value in sections.get("common", {}).items()
-        if name in notebook.parameters
+    common = {name: value for name, value in sections.get("common", {}).items() if name in notebook.parameters}
+    return {
+        str(name): _checked(_parameter(notebook, str(name), origin), value, origin)
+        for name, value in (common | sections.get(notebook.name, {})).items()
     }
-    for name, value in sections.get(notebook.name, {}).items():
-        values[name] = check_value(known_parameter(notebook, str(name), origin), value, origin)
-    return values
 
 
 def command_line_values(notebook: Notebook, assignments: Sequence[str]) -> dict[str, Any]:
     """What name=value arguments say. Raises BacksightError on an unknown or repeated name and a wrong type."""
     values: dict[str, Any] = {}
     for assignment in assignments:
-        name, text = assigned(assignment)
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise BacksightError(f"-p {assignment!r} is not name=value.")
         if name in values:
             raise BacksightError(f"-p {name} is given twice.")
-        values[name] = parse_text(known_parameter(notebook, name, "-p"), text, f"-p {name}")
+        values[name] = _from_text(_parameter(notebook, name, "-p"), text, f"-p {name}")
     return values
 
 
 def describe_parameters(notebook: Notebook, values: Mapping[str, Any]) -> str:
     """One line for each parameter: its value, and the notebook's comment on it."""
-    lines = [
-        f"{parameter.name} = {values.get(parameter.name, parameter.default)!r}"
-        for parameter in notebook.parameters.values()
-    ]
-    width = max((len(line) for line in lines), default=0)
-    commented = [
-        f"  {line:<{width}}  # {parameter.comment}" if parameter.comment else f"  {line}"
-        for line, parameter in zip(lines, notebook.parameters.values(), strict=True)
-    ]
+    lines = {f"{name} = {values[name]!r}": parameter.comment for name, parameter in notebook.parameters.items()}
+    width = max(map(len, lines), default=0)
+    commented = [f"  {line:<{width}}  # {comment}" if comment else f"  {line}" for line, comment in lines.items()]
     return "\n".join([f"{shown(notebook.path)}:", *commented])

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
@@ -23,9 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from backsight.app.checks import IMAGE_SOURCES, check_values, check_writable
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
 from backsight.app.runs import RUN_VARIABLE, code_digest, complete_run, run_folder, start_run
-from backsight.errors import BacksightError, nearest
+from backsight.errors import BacksightError
 from backsight.project import FINISHED, METRICS, PARTIAL_METRICS, STARTED, project_root, read_json, shown
 
 if TYPE_CHECKING:
@@ -35,31 +35,9 @@ _PROGRESS_BAR = re.compile(r"[^\r\n]*\d+%\|[^\r\n]*[\r\n]?|\r")
 
 KERNEL = "python3"  # the kernel of this environment, whatever the notebook's metadata says
 KERNEL_START_SECONDS = 180
-IMAGE_SOURCES = ("scenes", "photographs")
 # Parameters that hold a path; on the command line they are relative to the caller's folder.
 PATHS = ("images", "trained_on", "inverses", "target", "photograph", "results")
-# The least value with a meaning; a notebook's own default is allowed below it (steps = 0: the recipe's number).
-MINIMA: Mapping[str, int] = {
-    "seed": 0,
-    "steps": 1,
-    "n": 1,
-    "train_images": 1,
-    "validation_images": 1,
-    "test_images": 1,
-    "fit_images": 1,
-    "null_images": 1,
-    "evaluate": 1,
-    "batch_size": 1,
-    "scenes": 1,
-}
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# What to fetch when a preset names a data set that is not there; data/README.md says the same at length.
-DOWNLOADS: Mapping[str, str] = {
-    "data/coco": "download the train2017 and val2017 images and the instance annotations of COCO 2017 into "
-    "data/coco/{train2017,val2017,annotations}, as data/README.md says",
-    "data/imagenet": "download ILSVRC 2012 (train and validation) into data/imagenet/{train,val}/<class>/, "
-    "as data/README.md says",
-}
 
 
 class NotebookError(Exception):
@@ -118,210 +96,17 @@ def plan_run(
         values["out"] = shown(folder)
     with chdir(project_root()):  # where the kernel will read relative paths from
         check_values(values, {name: parameter.default for name, parameter in opened.parameters.items()})
-    check_writable(folder)
+    _check_folder(folder)
     return Plan(opened, values, folder)
 
 
 def _relocated(name: str, value: Any) -> Any:
     """A path from the command line as the kernel, which works in the project's folder, has to read it."""
-    if name not in PATHS or not isinstance(value, str) or value in IMAGE_SOURCES:
+    if name not in PATHS or not isinstance(value, str) or not value or value in IMAGE_SOURCES:
         return value
     path = Path(value).expanduser()
     # A target named org/model is also a relative path; it is one only where such a file exists.
     return shown(path.absolute()) if path.exists() else value
-
-
-FEATURES = ("auto", "always", "never")  # families.Features, whose module takes seconds to import
-
-
-def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse values that no notebook can work with: BacksightError, before weights or images are read.
-
-    Relative paths are relative to the working folder.
-    """
-    for name, least in MINIMA.items():
-        value = values.get(name)
-        if isinstance(value, int | float) and value < least and value != defaults.get(name):
-            raise BacksightError(f"{name} must be at least {least}, not {value}.")
-    if isinstance(families := values.get("families"), list):
-        check_families(families)
-    if (features := values.get("features", "auto")) not in FEATURES:
-        raise BacksightError(f"features is {features!r}; it is one of {', '.join(FEATURES)}.")
-    if "seeds" in values:
-        check_seeds(values["seeds"])
-    for name in ("images", "trained_on"):
-        if isinstance(source := values.get(name), str):
-            check_images(source, name)
-    if isinstance(photograph := values.get("photograph"), str):
-        check_photograph(photograph)
-    if isinstance(pictures := values.get("pictures"), list):
-        from backsight.app.frames import check_pictures
-
-        check_pictures(pictures)
-    if isinstance(query := values.get("query"), str) and query:
-        from backsight.app.explorer.view import from_query
-
-        from_query(query)
-    targets = _named_targets(values)
-    inverses = values.get("inverses")
-    if isinstance(inverses, str) and inverses:
-        check_inverses(inverses, values.get("target"), values.get("seeds", ()))
-    _check_targets(targets, values)
-    if isinstance(inverses, str) and inverses and values.get("pretrained", True):
-        for seed in values.get("seeds") or [values.get("seed")]:
-            check_weights(inverses, values.get("target"), seed)
-
-
-def check_families(families: Sequence[Any]) -> None:
-    """Refuse an unknown inverse family, and none."""
-    from backsight.inverses.families import FAMILIES
-
-    if not families:
-        raise BacksightError(f"families is empty; name at least one of {', '.join(FAMILIES)}.")
-    for family in families:
-        if family not in FAMILIES:
-            raise BacksightError(f"no inverse family {family!r} in families; {nearest(str(family), FAMILIES)}.")
-
-
-def check_images(source: str, name: str = "images") -> None:
-    """Refuse an image source that is neither a known name nor a folder with images somewhere inside."""
-    from backsight.data.decode import READABLE, is_image
-
-    if source in IMAGE_SOURCES:
-        return
-    folder = Path(source).expanduser()
-    if not folder.exists():
-        if download := DOWNLOADS.get(source.rstrip("/")):
-            raise BacksightError(f"there is no {source}: {download}.")
-        raise BacksightError(
-            f"{name}: no folder {source!r}; give a folder of images or one of {', '.join(IMAGE_SOURCES)}."
-        )
-    if not folder.is_dir():
-        raise BacksightError(f"{name}: {source} is a file; give the folder that holds the images.")
-    try:
-        if not any(folder.iterdir()):
-            raise BacksightError(f"{name}: the folder {source} is empty.")
-    except OSError as error:
-        raise BacksightError(f"{name}: the folder {source} cannot be read: {error.strerror}.") from error
-    if not any(
-        file.lower().endswith((*READABLE, ".tar")) or is_image(os.path.join(inside, file))
-        for inside, _, files in os.walk(folder, followlinks=True)
-        for file in files
-    ):
-        raise BacksightError(f"{name}: the folder {source} holds no images ({' '.join(READABLE)}).")
-
-
-def check_photograph(photograph: str) -> None:
-    """Refuse a photograph that is neither one of the embedded ones nor a file."""
-    from backsight.scenes.photographs import PHOTOGRAPHS
-
-    if photograph not in PHOTOGRAPHS and not Path(photograph).expanduser().is_file():
-        raise BacksightError(
-            f"no photograph {photograph!r}: give an image file or one of the embedded ones; "
-            f"{nearest(photograph, PHOTOGRAPHS)}."
-        )
-
-
-def _named_targets(values: Mapping[str, Any]) -> list[str]:
-    """The targets that a run reads, less the one that it makes itself."""
-    named = values.get("targets") if isinstance(values.get("targets"), list) else []
-    if "targets" in values and named == []:
-        raise BacksightError("targets is empty; name at least one (`backsight targets` lists them).")
-    targets = [name for name in [values.get("target"), *(named or [])] if isinstance(name, str) and name]
-    if retrained := values.get("retrain"):
-        from backsight.scenes.train import RECIPES
-
-        if retrained not in RECIPES:
-            raise BacksightError(f"retrain: no recipe for {retrained!r}; {nearest(str(retrained), list(RECIPES))}.")
-    return [target for target in targets if target != retrained]
-
-
-def _taps(values: Mapping[str, Any]) -> Any:
-    return "blocks" if values.get("taps") is None else values["taps"]
-
-
-def _check_targets(targets: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Refuse targets, taps and sizes that cannot work, with the target libraries."""
-    if not targets:
-        return
-    from backsight.targets import check_target
-
-    for target in targets:
-        check_target(target, _taps(values), values.get("image_size"), bool(values.get("pretrained", True)))
-
-
-def check_seeds(seeds: Any) -> None:
-    """Refuse training seeds that are no distinct whole numbers from 0."""
-    fine = isinstance(seeds, list) and seeds and all(type(each) is int and each >= 0 for each in seeds)
-    if not fine or len(set(seeds)) < len(seeds):
-        raise BacksightError(f"seeds must be a list of different whole numbers from 0, such as [0, 1, 2], not {seeds}.")
-
-
-def check_inverses(source: str, target: Any, seeds: Sequence[int] = ()) -> None:
-    """Refuse a folder (searched to the bottom) without inverses, with a damaged one, or with none of the target.
-
-    seeds: training seeds of which the target has to have inverses.
-    """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise BacksightError(f"inverses: no folder {source!r}; give the folder of a finished training run.")
-    from backsight.inverses.files import inverse_files, read_header
-
-    files = list(inverse_files(folder))
-    if not files:
-        raise BacksightError(f"inverses: the folder {source} holds no inverses (<family>--<tap>.safetensors).")
-    made = [read_header(path) for path in files]
-    names = sorted({each.target for each in made})
-    if isinstance(target, str) and not Path(target).exists() and target not in names:
-        raise BacksightError(f"inverses: those in {source} are of {', '.join(names)}, not of {target}.")
-    there = sorted({each.seed for each in made if each.target == target and each.weights != "random"})
-    if there and (missing := [seed for seed in seeds if seed not in there]):
-        raise BacksightError(
-            f"inverses: those of {target} in {source} were trained with the seeds {there}, none with {missing}: "
-            "train them with 02_train_inverse, or set seeds to those that are there."
-        )
-
-
-def check_weights(source: str, target: Any, seed: Any = None) -> None:
-    """Refuse inverses that were made for a target of the same name with other weights; seed: whose to judge.
-
-    Only where the target's weights lie in a folder of this machine: to compare them they have to be read.
-    """
-    if not isinstance(target, str):
-        return
-    from backsight.inverses.files import inverse_files, read_header
-
-    files = {path: read_header(path) for path in inverse_files(Path(source).expanduser())}
-    # Inverses of an untrained target may lie beside those of the trained one: they are null models.
-    files = {path: each for path, each in files.items() if each.target == target and each.weights != "random"}
-    if len({each.seed for each in files.values()}) > 1:  # the notebook takes those of its own seed
-        files = {path: each for path, each in files.items() if each.seed == seed}
-    from backsight.targets.load import load_target
-    from backsight.targets.names import resolve
-
-    if not files or resolve(target).checkpoint is None:
-        return
-    weights_hash = load_target(target).weights_hash
-    for path, each in files.items():
-        if each.weights_hash != weights_hash:
-            raise BacksightError(
-                f"inverses: {shown(path)} was made for {target} with the weights {each.weights_hash}, but {target} "
-                f"has the weights {weights_hash} now: give other inverses, or train new ones with 02_train_inverse."
-            )
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a results folder that cannot be made or written; leaves nothing behind."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(0, f"{shown(existing)} is a file")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise BacksightError(f"cannot write results to {shown(folder)}: {error.strerror}; use --out.") from error
 
 
 def run_plan(plan: Plan, fresh: bool = False, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -331,10 +116,8 @@ def run_plan(plan: Plan, fresh: bool = False, verbose: bool = False, say: Callab
     the cells print. Raises NotebookError where a cell fails, BacksightError where the folder is in use.
     """
     name, place = plan.notebook.path.name, shown(plan.folder)
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BacksightError(f"cannot write results to {place}: {error.strerror}.") from error
+    check_writable(plan.folder)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     with _in_charge_of(plan.folder):
         finished, started = read_json(plan.folder / FINISHED), read_json(plan.folder / STARTED)
         if not fresh and _is_complete(finished, plan):
@@ -363,8 +146,20 @@ def _same(record: Mapping[str, Any] | None, plan: Plan) -> bool:
 
 
 def _is_complete(record: Mapping[str, Any] | None, plan: Plan) -> bool:
-    complete = record is not None and record.get("status") == "complete"
-    return complete and _same(record, plan) and plan.executed.is_file()
+    if record is None or record.get("status") != "complete" or not _same(record, plan):
+        return False
+    return all((plan.folder / name).is_file() for name in (plan.executed.name, *record.get("files", ())))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, and one of somebody's that is no run's: a run replaces what it holds."""
+    check_writable(folder)
+    if not folder.is_dir() or (folder / FINISHED).exists() or (folder / STARTED).exists():
+        return
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "log.txt")):
+        raise BacksightError(
+            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty or a new one by --out."
+        )
 
 
 def _changes(record: Mapping[str, Any], plan: Plan) -> str:
@@ -406,7 +201,7 @@ def _kernel_environment(folder: Path) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {name: os.environ.get(name) for name in (RUN_VARIABLE, "MPLBACKEND")}
+    before = dict(os.environ)
     handler = signal.signal(signal.SIGTERM, interrupt)
     os.environ[RUN_VARIABLE] = str(folder)
     os.environ.pop("MPLBACKEND", None)
@@ -414,11 +209,8 @@ def _kernel_environment(folder: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _execute(plan: Plan, verbose: bool) -> None:

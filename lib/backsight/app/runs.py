@@ -81,7 +81,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """System, processor, cores, memory in GiB, threads asked for; the GPU where torch is loaded and sees one."""
+    """Of this machine, memory in GiB; the GPU where torch is loaded and sees one."""
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -249,6 +249,8 @@ def complete_run(folder: Path) -> Path:
         raise BacksightError(f"{shown(folder)} holds no {STARTED}: this run was never opened.")
     if (folder / PARTIAL_METRICS).exists():
         os.replace(folder / PARTIAL_METRICS, folder / METRICS)
+    kept = [folder / METRICS, *(folder / "inverses").rglob("*.safetensors")]
+    record["files"] = sorted(path.relative_to(folder).as_posix() for path in kept if path.is_file())
     started = datetime.fromisoformat(record["started"])
     record["seconds"]["total"] = round((datetime.now(UTC) - started).total_seconds(), 3)
     return write_json(folder / FINISHED, {"status": "complete", **record})
