@@ -456,5 +456,3 @@ def test_a_run_without_table_or_pictures_still_makes_a_page(tmp_path: Path) -> N
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "None of these runs saved pictures." in text
     assert "01_targets.ipynb" in text
-
-

@@ -200,4 +200,6 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise BacksightError(f"cannot write results to {shown(folder)}: {error.strerror}; choose another folder.") from error
+        raise BacksightError(
+            f"cannot write results to {shown(folder)}: {error.strerror}; choose another folder."
+        ) from error

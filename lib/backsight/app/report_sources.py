@@ -111,6 +111,4 @@ def sources_of(rows: pd.DataFrame) -> tuple[Source, ...]:
     if LINE not in rows or "run" not in rows:
         return ()
     defined = rows[rows["value"].notna()]
-    return tuple(
-        Source(f"{run}/{METRICS}", int(line)) for run, line in zip(defined["run"], defined[LINE], strict=True)
-    )
+    return tuple(Source(f"{run}/{METRICS}", int(line)) for run, line in zip(defined["run"], defined[LINE], strict=True))
