@@ -286,8 +286,8 @@ def test_frames_come_back_as_they_were_written(tmp_path: Path) -> None:
         (("file", "../outside.png"), "line 3: '../outside.png' is no PNG below the run's folder"),
         (("file", "frames/none.png"), r"line 3: there is no file frames/none\.png"),
         (("picture", "another"), "'another' of scenes-vit has no input frame"),
-        (("tap", "blocks.0"), "line 4: .*blocks.0"),
-        (("depth", ""), "line 3: .*depth"),
+        (("tap", "blocks.0"), r"line 4: .*blocks\.0"),
+        (("depth", ""), r"line 3: .*depth"),
     ],
 )
 def test_wrong_frames_are_refused_by_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -304,7 +304,7 @@ def test_wrong_frames_are_refused_by_line(tmp_path: Path, change: tuple[str, str
 
 def test_a_frame_of_another_size_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 16)).save(tmp_path / save_frames(tmp_path)[1].file)
-    with pytest.raises(BacksightError, match="line 3: .* 8 x 16 pixels"):
+    with pytest.raises(BacksightError, match=r"line 3: .* 8 x 16 pixels"):
         read_frames(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a notebook's values have to be, judged before its kernel starts: by the parameters' names, at the library's doors.
+"""What a notebook's values have to be, judged before its kernel starts: by name, at the library's doors.
 
 Every check raises BacksightError, names the parameter, and leaves nothing behind. Libraries that take seconds to load
 are imported where a value needs them. Relative paths are relative to the working folder.

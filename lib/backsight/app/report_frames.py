@@ -1,4 +1,4 @@
-"""The frames of the runs (app.frames) as the page shows them: one strip of all depths for each picture, target and family.
+"""The frames of the runs (app.frames) as the page shows them: all depths of each picture, target and family.
 
 Their pictures are inside the page, since a page opened from a file may not compute with pictures beside it.
 """

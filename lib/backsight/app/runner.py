@@ -158,7 +158,8 @@ def _check_folder(folder: Path) -> None:
         return
     if others := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "log.txt")):
         raise BacksightError(
-            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty or a new one by --out."
+            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. "
+            "Give an empty or a new one by --out."
         )
 
 
