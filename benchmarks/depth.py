@@ -53,7 +53,7 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
     settings: dict[str, Any] = {"starts": none, "steps": 0, "ridge_images": BATCH, "progress": False}
     direct, modular = (fit(target, images, **settings).modules for fit in (fit_direct, fit_modular))
     chains = {
-        tap: nn.ModuleList([*(Block(WIDTH, 4, 2.0, qkv_bias=True) for _ in range(place)), direct[taps[0]].residual])
+        tap: nn.Sequential(*(Block(WIDTH, 4, 2.0, qkv_bias=True) for _ in range(place)))
         for place, tap in enumerate(taps)
     }
     for inverse in (*direct.values(), *modular.values()):
@@ -71,11 +71,9 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
 
     def train_chains() -> None:
         for tap, blocks in chains.items():
-            x = recorded[tap].values
-            *inner, last = blocks
-            for block in inner:
-                x = block(x)
-            F.mse_loss(last(x, None), images).backward()
+            values = blocks(recorded[tap].values)
+            made = direct[taps[0]].raw(recorded[taps[0]].replace(values))
+            F.mse_loss(made, images).backward()
 
     def linear() -> None:
         fit_linear(target, images, taps=taps, progress=False)
