@@ -36,6 +36,19 @@ class _Batch:
     def channels(self) -> int:
         return self.values.shape[2]
 
+    @property
+    def signature(self) -> Hashable:
+        """Equal for two representations that the same inverse can read (the batch size does not count)."""
+        return (type(self).__name__.lower(), self.values.shape[1], self.channels)
+
+    def plain(self) -> Self:
+        """What an inverse may read: without context."""
+        return self
+
+    def replace(self, values: Tensor) -> Self:
+        """The same context with other values."""
+        return dataclasses.replace(self, values=values)  # type: ignore[type-var]
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The function on every tensor that travels along."""
 
@@ -51,9 +64,7 @@ class _Batch:
 
     def index(self, which: Index) -> Self:
         """The images `which` of the batch (a number keeps the batch axis)."""
-        if isinstance(which, int):
-            which = [which]
-        rows = which.reshape(1) if isinstance(which, Tensor) and which.ndim == 0 else which
+        rows = [int(which)] if isinstance(which, int) or (isinstance(which, Tensor) and which.ndim == 0) else which
         return self.apply(lambda tensor: tensor if len(tensor) == 1 < self.batch else tensor[rows])
 
     def detach(self) -> Self:
@@ -90,12 +101,11 @@ class Tokens(_Batch):
                 f"Tokens on the grids {self.grids} behind {self.prefix} prefix tokens need values of shape "
                 f"(batch, {self.prefix + area}, channels), not {shape}."
             )
-        codes = {"padding": (self.padding, {(shape[0], area)})}
-        codes["position"] = (self.position, {(1, area, shape[2]), (shape[0], area, shape[2])})
-        for name, (tensor, fitting) in codes.items():
+        one, each = (1, area, shape[2]), (shape[0], area, shape[2])
+        for name, tensor, fitting in (("padding", self.padding, (each[:2],)), ("position", self.position, (one, each))):
             if tensor is not None and tuple(tensor.shape) not in fitting:
                 raise BacksightError(
-                    f"The {name} of tokens {shape} needs the shape {sorted(fitting)[0]}, not {tuple(tensor.shape)}."
+                    f"The {name} of tokens {shape} needs the shape {fitting[0]}, not {tuple(tensor.shape)}."
                 )
 
     @property
@@ -110,18 +120,13 @@ class Tokens(_Batch):
 
     @property
     def signature(self) -> Hashable:
-        """Equal for two representations that the same inverse can read (the batch size does not count)."""
         return ("tokens", self.grids, self.prefix, self.channels)
 
     def plain(self) -> Tokens:
-        """What an inverse may read: without context."""
         return dataclasses.replace(self, context={})
 
     def replace(self, values: Tensor) -> Tokens:
-        """The same grids, padding, position and context with other values.
-
-        A positional code is dropped where the number of channels changes.
-        """
+        """All else as it is; but a positional code is dropped where the number of channels changes."""
         position = self.position if values.shape[2] == self.channels else None
         return dataclasses.replace(self, values=values, position=position)
 
@@ -156,18 +161,8 @@ class Queries(_Batch):
                 f"Queries need values of shape (batch, queries, channels), not {tuple(self.values.shape)}{context}."
             )
 
-    @property
-    def signature(self) -> Hashable:
-        """Equal for two representations that the same inverse can read."""
-        return ("queries", self.values.shape[1], self.channels)
-
     def plain(self) -> Queries:
-        """What an inverse may read: without context."""
         return Queries(self.values)
-
-    def replace(self, values: Tensor) -> Queries:
-        """The same context with other values."""
-        return dataclasses.replace(self, values=values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,23 +227,16 @@ class Predictions(_Batch):
 
     @property
     def signature(self) -> Hashable:
-        """Equal for two representations that the same inverse can read."""
         return ("predictions", self.logits.shape[1], self.channels)
-
-    def plain(self) -> Predictions:
-        """What an inverse may read: all of it."""
-        return self
 
     def replace(self, values: Tensor) -> Predictions:
         """Predictions with these values (B, Q, classes + 4 + cells) in the layout of `values`.
 
         The new logits are those whose probabilities are the values; masks come out at the size of their cells.
         """
-        classes, cells = self.logits.shape[2], self._cells
-        scores, boxes, masks = values.split([classes, 4, math.prod(cells)], dim=-1)
-        logits = (
-            scores.clamp(min=torch.finfo(values.dtype).tiny).log() if self.activation == "softmax" else _logit(scores)
-        )
+        tiny, cells = torch.finfo(values.dtype).tiny, self._cells
+        scores, boxes, masks = values.split([self.logits.shape[2], 4, math.prod(cells)], dim=-1)
+        logits = scores.clamp(min=tiny).log() if self.activation == "softmax" else _logit(scores)
         shaped = None if self.masks is None else _logit(masks).unflatten(-1, cells)
         return Predictions(logits, boxes, self.activation, shaped)
 
@@ -282,7 +270,8 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
 def _joined(name: str, representations: Sequence[Any]) -> Any:
     values = [getattr(each, name) for each in representations]
     if name == "padding" and any(value is not None for value in values):
-        values = [_no_padding(each) if each.padding is None else each.padding for each in representations]
+        whole = [each.patches.new_zeros(each.patches.shape[:2], dtype=torch.bool) for each in representations]
+        values = [none if value is None else value for value, none in zip(values, whole, strict=True)]
     first = values[0]
     if any(value is None for value in values):
         return None
@@ -298,7 +287,3 @@ def _joined(name: str, representations: Sequence[Any]) -> Any:
             return first
         values = [value.expand(each.batch, -1, -1) for value, each in zip(values, representations, strict=True)]
     return torch.cat(values)
-
-
-def _no_padding(tokens: Tokens) -> Tensor:
-    return tokens.patches.new_zeros(tokens.patches.shape[:2], dtype=torch.bool)

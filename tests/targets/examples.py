@@ -185,9 +185,7 @@ def small_detector(model_type: str = "detr", size: tuple[int, int] = (64, 64), *
     with seeded(0):
         config = getattr(transformers, f"{name}Config")(**{"id2label": dict(enumerate(CLASSES)), **settings})
         model = getattr(transformers, f"{name}For{task}")(config)
-    preprocessing = Preprocessing(
-        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size, "bilinear", square=size[0] == size[1]
-    )
+    preprocessing = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size, "bilinear")
     return adapter(scattered(model), f"small {model_type}", preprocessing, "random", CLASSES)
 
 

@@ -11,7 +11,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from backsight.errors import BacksightError
 from backsight.targets import module_target, suggest_taps
 from backsight.targets.axes import Axes, match, moved, readings, squares_found, with_squares
-from backsight.targets.base import seeded
+from backsight.targets.base import Preprocessing, seeded
 from backsight.targets.hooks import Place, observe, playing, recording
 from backsight.targets.vit import TimmTransformer
 
@@ -386,7 +386,7 @@ def test_weights_of_quantised_models_have_a_hash() -> None:
 def vit(**arguments) -> TimmTransformer:
     sizes = {"img_size": 98, "patch_size": 14, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 4}
     model = made(lambda: timm.create_model("vit_tiny_patch16_224", **{**sizes, **arguments}))
-    return TimmTransformer(model, "tiny", "random")
+    return TimmTransformer(model, "tiny", "random", Preprocessing((0.5,) * 3, (0.5,) * 3, model.patch_embed.img_size))
 
 
 def test_a_vit_that_pads_takes_any_size() -> None:

@@ -22,6 +22,10 @@ def _images(batch: int = 2, height: int = 32, width: int = 32, seed: int = 0) ->
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def _usual(model: nn.Module) -> Preprocessing:
+    return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), model.patch_embed.img_size)
+
+
 def _scatter(model: nn.Module) -> nn.Module:
     """Random biases, scales and tokens too, so that no step is an identity by its initial value."""
     generator = torch.Generator().manual_seed(7)
@@ -58,19 +62,19 @@ VITS = {
 def _vit(**changes) -> TimmTransformer:
     with seeded(0):
         model = vision_transformer.VisionTransformer(**{**TINY, **changes})
-    return TimmTransformer(_scatter(model), "tiny", "random")
+    return TimmTransformer(_scatter(model), "tiny", "random", _usual(model))
 
 
 def _deit3() -> TimmTransformer:
     with seeded(0):
         model = timm.create_model("deit3_small_patch16_224", img_size=32, embed_dim=16, depth=2, num_heads=2)
-    return TimmTransformer(_scatter(model), "deit3", "random")
+    return TimmTransformer(_scatter(model), "deit3", "random", _usual(model))
 
 
 def _distilled() -> TimmTransformer:
     with seeded(0):
         model = VisionTransformerDistilled(**TINY)
-    return TimmTransformer(_scatter(model), "distilled", "random")
+    return TimmTransformer(_scatter(model), "distilled", "random", _usual(model))
 
 
 def _detr_config(**changes) -> DetrConfig:

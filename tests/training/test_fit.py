@@ -41,7 +41,8 @@ def _images(count: int = 24, height: int = 32, width: int = 32, seed: int = 0) -
 def vit() -> TimmTransformer:
     with seeded(0):
         model = VisionTransformer(img_size=(16, 40), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
-    return TimmTransformer(model, "tiny-vit", "random")
+    usual = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (16, 40))
+    return TimmTransformer(model, "tiny-vit", "random", usual)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,8 @@ def readings(
         elif 1 in shape and order is None and grid is None:
             continue  # N tokens of one channel: a vector, by another order
         else:
-            for one in [grid] if grid is not None else _grids(count, size, 0 if each == "bcn" and not order else None):
+            largest_prefix = 0 if each == "bcn" and not order else LARGEST_PREFIX
+            for one in [grid] if grid is not None else _grids(count, size, largest_prefix):
                 if (prefix := count - one[0] * one[1]) >= 0:
                     unusual = prefix > USUAL_PREFIX
                     found.append(((unusual, place, one not in _strides(size), prefix), Axes(each, one, prefix)))
@@ -124,14 +125,13 @@ def _fits(grid: Grid, size: Grid) -> bool:
     return abs(grid[0] - grid[1] * size[0] / size[1]) <= 1 or abs(grid[1] - grid[0] * size[1] / size[0]) <= 1
 
 
-def _grids(count: int, size: Grid, largest_prefix: int | None = None) -> list[Grid]:
+def _grids(count: int, size: Grid, largest_prefix: int) -> list[Grid]:
     """Those of the picture's proportions that `count` tokens can make, behind prefix tokens."""
     found = []
     for height in range(1, min(count, size[0]) + 1):
         middle = round(height * size[1] / size[0])
         for width in [height] if size[0] == size[1] else range(max(1, middle - 1), middle + 2):
-            prefix = count - height * width
-            within = 0 <= prefix <= (LARGEST_PREFIX if largest_prefix is None else largest_prefix)
+            within = 0 <= count - height * width <= largest_prefix
             if within and (height, width) != (1, 1) and _fits((height, width), size):
                 found.append((height, width))
     return found
@@ -139,9 +139,9 @@ def _grids(count: int, size: Grid, largest_prefix: int | None = None) -> list[Gr
 
 def _strides(size: Grid) -> set[Grid]:
     """Grids that a stride makes of an image, rounding either way."""
-    strides = range(1, max(size) + 1)
-    up = {(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides}
-    return up | {(max(1, size[0] // stride), max(1, size[1] // stride)) for stride in strides}
+    (height, width), strides = size, range(1, max(size) + 1)
+    up = {(-(-height // stride), -(-width // stride)) for stride in strides}
+    return up | {(max(1, height // stride), max(1, width // stride)) for stride in strides}
 
 
 def with_squares(image: Tensor) -> Tensor:
@@ -163,14 +163,10 @@ def moved(tensor: Tensor, axis: int) -> dict[str, Tensor]:
     """
     images = tensor.movedim(axis, 0).float()
     change = (images[1 : 1 + len(SQUARES)] - images[:1]).abs()
-    if tensor.ndim == 4:
-        sums = {"bchw": change.sum(1), "bhwc": change.sum(3)} if axis == 0 else {}
-    elif tensor.ndim == 3:
-        sums = {"bnc": change.sum(2), "bcn": change.sum(1)} if axis == 0 else {"nbc": change.sum(2)}
-    else:
-        sums = {}
-    flat = {order: each.flatten(1) for order, each in sums.items()}
-    return {o: (each * (each / each.mean(0).clamp(min=1e-30)).square()).cpu() for o, each in flat.items()}
+    batch_first = {3: {"bnc": 2, "bcn": 1}, 4: {"bchw": 1, "bhwc": 3}}.get(tensor.ndim, {})
+    channels = batch_first if axis == 0 else {"nbc": 2} if tensor.ndim == 3 else {}
+    sums = {order: change.sum(place).flatten(1) for order, place in channels.items()}
+    return {order: (s * (s / s.mean(0).clamp(min=1e-30)).square()).cpu() for order, s in sums.items()}
 
 
 def squares_found(axes: Axes, change: Mapping[str, Tensor]) -> tuple[int, bool]:
@@ -197,12 +193,11 @@ def match(tensor: Tensor, intermediate: Tensor) -> Axes | None:
         return None
     grid, shape = (sides[0], sides[1]), tuple(tensor.shape[1:])
     count = grid[0] * grid[1]
-    exact: list[Axes] = [Axes("bchw", grid), Axes("bhwc", grid)] if tensor.ndim == 4 else [Axes("bcn", grid)]
     known = intermediate.flatten(2).transpose(1, 2)
-    for axes, own in zip(
-        exact, [(channels, *grid), (*grid, channels)] if tensor.ndim == 4 else [(channels, count)], strict=True
-    ):
-        if shape == own and _equal(axes.tokens(tensor).values, known):
+    forms: list[tuple[Order, tuple[int, ...]]] = [("bchw", (channels, *grid)), ("bhwc", (*grid, channels))]
+    forms.append(("bcn", (channels, count)))
+    for order, form in forms:
+        if shape == form and _equal((axes := Axes(order, grid)).tokens(tensor).values, known):
             return axes
     if shape[-1] != channels:
         return None

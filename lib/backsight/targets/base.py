@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ class Preprocessing:
     """How a target wants its images, as its own configuration says.
 
     mean, std: of each channel, for images in [0, 1]; size: (H, W); interpolation: of the resizing;
-    crop_fraction: share of the shorter side that the centre crop keeps; square: one fixed square size.
+    crop_fraction: share of the shorter side that the centre crop keeps.
     """
 
     mean: tuple[float, ...]
@@ -62,7 +63,6 @@ class Preprocessing:
     size: Size
     interpolation: str = "bicubic"
     crop_fraction: float = 1.0
-    square: bool = True
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the zero-centred images that the model was trained on."""
@@ -135,9 +135,10 @@ class Target(ABC):
     ) -> dict[str, Representation]:
         """What the hooks have read, in canonical form."""
 
-    @abstractmethod
     def _forward(self, images: Tensor, padding: Tensor | None) -> Tensor | Predictions:
         """The model's own forward pass on normalised images."""
+        self._refuse_padding(padding)
+        return self.model(images)
 
     @abstractmethod
     def _rest(self, tap: str, representation: Any) -> Tensor | Predictions:
@@ -190,8 +191,7 @@ class Target(ABC):
     def from_tap(self, tap: str, representation: Representation, gradient: bool = False) -> Tensor | Predictions:
         """The rest of the forward pass: from the representation at `tap` to the same output as __call__."""
         self._refuse_training()
-        if tap not in self.available_taps:
-            raise BacksightError(self._unknown_tap(tap))
+        self._refuse_unknown(tap)
         with torch.set_grad_enabled(gradient), self._in_precision():
             return _wide(self._rest(tap, representation.to(self.device)))
 
@@ -224,12 +224,12 @@ class Target(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next((t.device for t in (*self.model.parameters(), *self.model.buffers())), torch.device("cpu"))
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights. Where `precision` is "bfloat16" or "float16", products are computed in that."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return dtype_of(self.model)
 
     @contextmanager
     def _in_precision(self) -> Iterator[None]:
@@ -263,37 +263,24 @@ class Target(ABC):
         """
         if tap == PIXELS:
             return -1
-        if tap not in self.available_taps:
-            raise BacksightError(self._unknown_tap(tap))
-        coarse = self.tap_set("blocks")
+        self._refuse_unknown(tap)
+        coarse, every = self.tap_set("blocks"), self.available_taps
         if tap in coarse:
             return coarse.index(tap)
-        position = self.available_taps.index(tap)
-        places = {self.available_taps.index(each): depth for depth, each in enumerate(coarse)}
-        before = max((place for place in places if place < position), default=-1)
-        after = min(place for place in places if place > position)
-        start = places.get(before, -1)
-        return start + (places[after] - start) * (position - before) / (after - before)
+        places = [-1, *(every.index(block) for block in coarse)]
+        return float(np.interp(every.index(tap), places, range(-1, len(coarse))))
 
     def show_taps(self, taps: str | Sequence[str] | None = None) -> pd.DataFrame:
         """What the selected taps (or these) hold: tap, kind, shape, grid, prefix, depth. Runs one random image."""
         import pandas as pd
 
-        image = torch.rand(1, len(self.preprocessing.mean), *self.image_size)
         rows = []
-        for tap, representation in self.record(image, taps).items():
-            grids = representation.grids if isinstance(representation, Tokens) else ()
-            rows.append(
-                {
-                    "tap": tap,
-                    "kind": type(representation).__name__.lower(),
-                    "shape": " × ".join(["B", *map(str, representation.values.shape[1:])]),
-                    "grid": ", ".join(f"{height} × {width}" for height, width in grids),
-                    "prefix": getattr(representation, "prefix", 0),
-                    "depth": self.depth(tap),
-                }
-            )
-        return pd.DataFrame(rows)
+        for tap, held in self.record(torch.rand(1, len(self.preprocessing.mean), *self.image_size), taps).items():
+            kind, shape = type(held).__name__.lower(), " × ".join(["B", *map(str, held.values.shape[1:])])
+            grids, prefix = (held.grids, held.prefix) if isinstance(held, Tokens) else ((), 0)
+            grid = ", ".join(f"{height} × {width}" for height, width in grids)
+            rows.append((tap, kind, shape, grid, prefix, self.depth(tap)))
+        return pd.DataFrame(rows, columns=["tap", "kind", "shape", "grid", "prefix", "depth"])
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         """Tap names in forward order from "blocks", "components", "fine", one name or a list of names.
@@ -304,12 +291,9 @@ class Target(ABC):
             return self.tap_set(taps)
         named = [part.strip() for part in taps.split(",")] if isinstance(taps, str) else list(taps)
         if not named:
-            raise BacksightError(
-                f"No tap of {self.name} is named: give one of {', '.join(TAP_SETS)} or a list of taps."
-            )
+            raise BacksightError(f"No tap of {self.name} is named: give taps, or one of {', '.join(TAP_SETS)}.")
         for tap in named:
-            if tap not in self.available_taps:
-                raise BacksightError(self._unknown_tap(tap))
+            self._refuse_unknown(tap)
         return tuple(tap for tap in self.available_taps if tap in named)
 
     def check_images(self, images: Tensor, padding: Tensor | None = None) -> None:
@@ -331,23 +315,21 @@ class Target(ABC):
                     "give them unnormalised (the target normalises by itself)."
                 )
         self.check_size((images.shape[2], images.shape[3]))
-        if padding is not None and (
-            padding.dtype != torch.bool or padding.shape != (images.shape[0], *images.shape[2:])
-        ):
+        shape = (images.shape[0], *images.shape[2:])
+        if padding is not None and (padding.dtype != torch.bool or padding.shape != shape):
             raise BacksightError(
-                f"The padding needs to be bool of shape {(images.shape[0], *images.shape[2:])}, True = padding, "
-                f"not {padding.dtype} of shape {tuple(padding.shape)}."
+                f"The padding needs to be bool of shape {shape}, True = padding, not {padding.dtype} of shape "
+                f"{tuple(padding.shape)}."
             )
 
     def _prepared(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self._refuse_training()
         self.check_images(images, padding)
-        images = images.to(self.device, self.dtype)
-        padding = None if padding is None else padding.to(self.device)
-        normalised = self.preprocessing.normalise(images)
-        if padding is not None:
-            normalised = normalised.masked_fill(padding[:, None], 0.0)
-        return normalised, padding
+        normalised = self.preprocessing.normalise(images.to(self.device, self.dtype))
+        if padding is None:
+            return normalised, None
+        padding = padding.to(self.device)
+        return normalised.masked_fill(padding[:, None], 0.0), padding
 
     def _refuse_padding(self, padding: Tensor | None) -> None:
         if padding is not None and bool(padding.any()):
@@ -363,16 +345,24 @@ class Target(ABC):
                 "call target.model.eval() first."
             )
 
-    def _unknown_tap(self, tap: str) -> str:
-        return f"{self.name} has no tap {tap!r}; {nearest(tap, self.available_taps)}."
+    def _refuse_unknown(self, tap: str) -> None:
+        if tap not in self.available_taps:
+            raise BacksightError(f"{self.name} has no tap {tap!r}; {nearest(tap, self.available_taps)}.")
 
     def _refuse_order(self, tap: str, previous: str) -> None:
-        if previous != PIXELS and previous not in self.available_taps:
-            raise BacksightError(self._unknown_tap(previous))
-        if tap not in self.available_taps:
-            raise BacksightError(self._unknown_tap(tap))
-        if previous != PIXELS and self.available_taps.index(previous) >= self.available_taps.index(tap):
+        order = [PIXELS, *self.available_taps]
+        for known in {tap, previous} - {PIXELS}:
+            self._refuse_unknown(known)
+        if order.index(previous) >= order.index(tap):
             raise BacksightError(f"In {self.name} the tap {previous!r} does not lie before {tap!r}: swap them.")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 
 
 def _widened(tensor: Tensor) -> Tensor:

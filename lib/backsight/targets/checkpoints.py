@@ -107,10 +107,9 @@ def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    named = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if isinstance(error, FileNotFoundError):
         return "is not there."
-    if named:
+    if named := re.findall(r"GLOBAL ([\w.]+)", str(error)):
         with contextlib.suppress(Exception):  # legacy files cannot be looked into
             named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) or named
         return (
@@ -182,13 +181,9 @@ def misfit(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str:
     carry counters, buffers and further heads without which a model is whole.
     """
     missing, unexpected = sorted(model.keys() - state.keys()), sorted(state.keys() - model.keys())
-    common = sorted(model.keys() & state.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(model[name].shape)}"
-        for name in common
-        if state[name].shape != model[name].shape
-    ]
-    coded = [f"{name} {state[name].dtype}" for name in common if _coded(state[name], model[name])]
+    pairs = [(name, state[name], model[name]) for name in sorted(model.keys() & state.keys())]
+    shapes = [f"{n} {tuple(v.shape)} instead of {tuple(own.shape)}" for n, v, own in pairs if v.shape != own.shape]
+    coded = [f"{name} {value.dtype}" for name, value, own in pairs if _coded(value, own)]
     kinds = {re.sub(r"\.\d+\.", ".#.", name) for name in model}
     deeper = [name for name in unexpected if re.sub(r"\.\d+\.", ".#.", name) in kinds]
     if not missing and not shapes and not coded and not deeper:
@@ -219,10 +214,8 @@ def warn_of_unused(path: Path, names: Sequence[str]) -> None:
 def unique(model: nn.Module) -> dict[str, Tensor]:
     """The state without its second names: a weight that two modules share lies once in a checkpoint."""
     state = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    return {name: state[name] for name in first.values()}
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
 
 
 def _few(names: Sequence[str], count: int = SHOWN) -> str:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = (224, 224)
 RECOMMENDED = "recommended"
 
+_ATTENTION = re.compile(r"(?i)attention|attn")
 _NAME = re.compile(r"(?P<path>[^@\[\]]+)(@(?P<call>\d+))?(?P<given>@in)?(?P<element>(\[[^\[\]]+\])*)")
 
 
@@ -156,7 +157,6 @@ class ModuleTarget(Discovered):
         model = plain(model)
         images = torch.rand(2, len(preprocessing.mean), *preprocessing.size, generator=torch.Generator().manual_seed(0))
         self._survey = surveyed or survey(model, preprocessing, images, output)
-        self._order = {each.place: place for place, each in enumerate(self._survey.seen)}
         self._chosen: dict[str, Seen] = {}
         self._checked: dict[str, str] = {}
         self._hashed: tuple[object, str] | None = None
@@ -168,10 +168,8 @@ class ModuleTarget(Discovered):
             )
 
     def __repr__(self) -> str:
-        height, width = self.image_size
-        return (
-            f"{self.name}, images {height} × {width}, {len(self.taps)} taps\n{self.describe().to_string(index=False)}"
-        )
+        size = " × ".join(map(str, self.image_size))
+        return f"{self.name}, images {size}, {len(self.taps)} taps\n{self.describe().to_string(index=False)}"
 
     def describe(self) -> pd.DataFrame:
         """How each tap is read: tap, module, call, element, shape, axes, grid, prefix, channels, cut.
@@ -184,14 +182,11 @@ class ModuleTarget(Discovered):
         rows = []
         for tap in self.taps:
             seen = self._chosen[tap]
-            row = {
-                "tap": tap,
-                "module": seen.kind,
-                "call": seen.place.call,
-                "element": brackets(seen.place.element) or ALL,
-            }
-            row |= read_as(seen) | {"channels": seen.channels}
-            rows.append(row | {"cut": "yes" if seen.cut else "with its companions" if seen.with_companions else "no"})
+            cut = "yes" if seen.cut else "with its companions" if seen.with_companions else "no"
+            place = {"call": seen.place.call, "element": brackets(seen.place.element) or ALL}
+            rows.append(
+                {"tap": tap, "module": seen.kind, **place, **read_as(seen), "channels": seen.channels, "cut": cut}
+            )
         return pd.DataFrame(rows)
 
     def _put_to_rest(self, model: nn.Module) -> nn.Module:
@@ -206,7 +201,8 @@ class ModuleTarget(Discovered):
     def available_taps(self) -> tuple[str, ...]:
         """What `suggest_taps` lists as a map, tokens or a vector, and all taps that were named since."""
         known = {each.name: each for each in self._survey.seen if each.axes is not None} | self._chosen
-        return tuple(sorted(known, key=lambda tap: self._order[known[tap].place]))
+        order = {each.place: number for number, each in enumerate(self._survey.seen)}
+        return tuple(sorted(known, key=lambda tap: order[known[tap].place]))
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         if taps == RECOMMENDED:
@@ -216,25 +212,20 @@ class ModuleTarget(Discovered):
                 raise BacksightError(
                     f"Nothing can be recommended in {self.name}, for {why}: look at suggest_taps() and name the taps."
                 )
-        elif isinstance(taps, str) and taps in TAP_SETS and (taps, 0) not in self._survey.calls:
-            raise BacksightError(
-                f"{self.name} is a plain module: name its taps one by one, or {RECOMMENDED!r}, not {taps!r}."
-            )
-        named = [part.strip() for part in taps.split(",")] if isinstance(taps, str) else list(taps)
-        if not named:
-            raise BacksightError(f"No tap of {self.name} is named: give a list of taps, or {RECOMMENDED!r}.")
-        for tap in named:
-            if tap not in self._chosen:
-                self._chosen[tap] = self._with_axes(tap, self._named(tap))
-        return tuple(sorted(dict.fromkeys(named), key=lambda tap: self._order[self._chosen[tap].place]))
+        elif isinstance(taps, str) and taps in TAP_SETS:
+            if (taps, 0) not in self._survey.calls:
+                raise BacksightError(
+                    f"{self.name} is a plain module: name its taps one by one, or {RECOMMENDED!r}, not {taps!r}."
+                )
+            taps = [taps]
+        return super().resolve_taps(taps)
+
+    def _refuse_unknown(self, tap: str) -> None:
+        if tap not in self._chosen:
+            self._chosen[tap] = self._with_axes(tap, self._named(tap))
 
     def tap_set(self, name: str) -> tuple[str, ...]:
         return self.taps
-
-    def depth(self, tap: str) -> float:
-        """Place of a tap among the selected ones; "pixels" is -1."""
-        self._refuse_unselected(tap)
-        return -1 if tap == PIXELS else self.taps.index(tap)
 
     def _named(self, tap: str) -> Seen:
         """Which tensor a name means. Raises BacksightError with the reason where it means none."""
@@ -276,9 +267,8 @@ class ModuleTarget(Discovered):
         if parts is None or path == tap:
             return first, None, (), "output"
         keys = [key.strip("'\" ") for key in re.findall(r"\[([^\[\]]+)\]", parts["element"])]
-        element = tuple(int(key) if re.fullmatch(r"\d+", key) else key for key in keys)
-        number = None if parts["call"] is None else int(parts["call"])
-        return first, number, element, "stream" if parts["given"] else "output"
+        element = tuple(int(key) if key.isdigit() else key for key in keys)
+        return first, parts["call"] and int(parts["call"]), element, "stream" if parts["given"] else "output"
 
     def _with_axes(self, tap: str, seen: Seen) -> Seen:
         what = f"{tap} of {self.name} holds a tensor of shape {seen.shape} for 2 images"
@@ -310,13 +300,9 @@ class ModuleTarget(Discovered):
             warnings.warn(
                 f"{what} and is read as {seen.axes.order} on the grid {seen.axes.grid} behind {seen.axes.prefix} "
                 "prefix tokens, which is unusual: declare grids= or axes= where that is wrong.",
-                stacklevel=4,
+                stacklevel=6,
             )
         return seen
-
-    def _refuse_unselected(self, tap: str) -> None:
-        if tap != PIXELS and tap not in self.taps:
-            raise BacksightError(f"{tap!r} is not among the selected taps of {self.name}: {', '.join(self.taps)}.")
 
     # What lies between them.
 
@@ -335,20 +321,20 @@ class ModuleTarget(Discovered):
     def stage(self, tap: str, previous: str) -> Stage:
         """ "blocks" where modules with attention in their name run between the taps, "norm" where only normalisation
         and activations do, else "convolution"."""
-        self._refuse_unselected(tap)
-        self._refuse_unselected(previous)
-        if previous != PIXELS and self.taps.index(previous) >= self.taps.index(tap):
-            raise BacksightError(f"In {self.name} the tap {previous!r} does not run before {tap!r}: swap them.")
+        self._refuse_order(tap, previous)
         start = -1 if previous == PIXELS else self._chosen[previous].order
-        between = [each for number, each in enumerate(self._survey.kinds) if start < number <= self._chosen[tap].order]
-        attention = [each for each in between if _is_attention(*each[:2])]
+        seen = self._chosen[tap]
+        paths = [path for number, (path, _) in enumerate(self._survey.calls) if start < number <= seen.order]
+        between = [(path, self.model.get_submodule(path)) for path in paths]
+        named = [(path, module, f"{path.rpartition('.')[2]} {type(module).__name__}") for path, module in between]
+        attention = [(path, module) for path, module, name in named if _ATTENTION.search(name)]
         if attention:
             outermost = [one for one in attention if not any(one[0].startswith(f"{two[0]}.") for two in attention)]
-            return Stage("blocks", len(outermost), _heads(outermost[0][2], self._chosen[tap].channels), 0)
-        leaves = [(kind, module) for _, kind, module in between if is_leaf(module)]
-        if leaves and all(_keeps_places(kind, module) for kind, module in leaves):
+            return Stage("blocks", len(outermost), _heads(outermost[0][1], seen.channels), 0)
+        leaves = [module for _, module in between if is_leaf(module)]
+        if leaves and all(map(_keeps_places, leaves)):
             return Stage("norm", 1, 0, 0)
-        convolutions = sum("conv" in kind.lower() for kind, _ in leaves)
+        convolutions = sum("conv" in type(module).__name__.lower() for module in leaves)
         return Stage("convolution", max(1, -(-convolutions // 2)), 0, 0)
 
     # Passes.
@@ -367,9 +353,8 @@ class ModuleTarget(Discovered):
         return {tap: tokens.replace(tokens.values.float()) for tap, tokens in recorded.items()}
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Tensor:
-        self._refuse_padding(padding)
         with frozen(self.model):
-            output = self.model(images)
+            output = super()._forward(images, padding)
         if self._survey.output is None:
             return torch.empty(len(images), 0, device=images.device)
         return output_of(output, self._survey.output).float()
@@ -380,8 +365,6 @@ class ModuleTarget(Discovered):
         return cast(Tensor, super().__call__(images, padding, gradient))
 
     def from_tap(self, tap: str, representation: Representation, gradient: bool = False) -> Tensor:
-        if tap not in self._chosen:
-            self.resolve_taps([tap])
         self._refuse_no_output()
         return cast(Tensor, super().from_tap(tap, representation, gradient))
 
@@ -406,7 +389,7 @@ class ModuleTarget(Discovered):
             f"The rest of {self.name} cannot be run from {tap}: its output does not depend on {tap} alone "
             "(a connection goes around it)."
         )
-        if any(each.cut for each in self._survey.seen) and not (seen.cut or seen.with_companions):
+        if not (seen.cut or seen.with_companions) and any(each.cut for each in self._survey.seen):
             return around
         # Autograd sees no path through detached or discrete steps: whether the image still matters is tried out.
         one, shape = tokens.detach().index(0), (1, len(self.preprocessing.mean), *self.image_size)
@@ -427,7 +410,7 @@ class ModuleTarget(Discovered):
         return self._with(model, None)
 
     def _with(self, model: nn.Module, surveyed: Survey | None) -> ModuleTarget:
-        grids, axes = ({tap: d[tap] for tap in self.taps if tap in d} for d in (self._grids, self._axes))
+        grids, axes = ({tap: said[tap] for tap in self.taps if tap in said} for said in (self._grids, self._axes))
         return ModuleTarget(model, self.taps, self.preprocessing, grids, axes, self._output, self.name, surveyed)
 
     def select(self, taps: str | Sequence[str]) -> Self:
@@ -468,15 +451,10 @@ def module_target(
     """
     if preprocess is None:
         size = image_size or DEFAULT_SIZE
-        preprocess = Preprocessing((0.0,) * 3, (1.0,) * 3, size, square=size[0] == size[1])
+        preprocess = Preprocessing((0.0,) * 3, (1.0,) * 3, size)
     elif image_size is not None:
-        preprocess = replace(preprocess, size=image_size, square=image_size[0] == image_size[1])
+        preprocess = replace(preprocess, size=image_size)
     return ModuleTarget(module, taps, preprocess, grids, axes, output, name)
-
-
-def _is_attention(path: str, kind: str) -> bool:
-    name = f"{path.rpartition('.')[2]} {kind}".lower()
-    return "attention" in name or "attn" in name
 
 
 def _heads(module: nn.Module, channels: int) -> int:
@@ -486,7 +464,7 @@ def _heads(module: nn.Module, channels: int) -> int:
     return next(each for each in range(heads, 0, -1) if channels % each == 0)
 
 
-def _keeps_places(kind: str, module: nn.Module) -> bool:
+def _keeps_places(module: nn.Module) -> bool:
     """Normalisation, activations and what does nothing."""
     activation = type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, nn.MultiheadAttention)
-    return activation or "norm" in kind.lower() or isinstance(module, nn.Identity | nn.Dropout)
+    return activation or "norm" in type(module).__name__.lower() or isinstance(module, nn.Identity | nn.Dropout)

@@ -50,42 +50,45 @@ class Place:
     side: Literal["output", "input", "stream"] = "output"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """A float tensor that a module returns.
 
-    cut: of the pass; used: the output knows of it; same: a number that equal tensors of one pass share (a block and the
-    container that ends with it), -1 where no path leads from the images to it; value: None unless it was to be kept, or
-    where the model has written into it since.
+    value: None unless it was to be kept, or where the model has written into it since; cut: of the pass; used: the
+    output knows of it; same: a number that equal tensors of one pass share (a block and the container that ends with
+    it), -1 where no path leads from the images to it. edge, clock (autograd's) and version are of the pass.
     """
 
     element: Element
     shape: tuple[int, ...]
-    cut: bool
+    value: Tensor | None
+    edge: Edge | None
+    clock: int
+    version: int
+    cut: bool = False
     same: int = -1
     used: bool = False
-    value: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """A module's call in a pass: its path, class and number; cut: are all that it returns, taken together, one; given:
-    its first argument, where that is a float tensor; began: how many calls had ended when it began."""
+    """A module's call in a pass: its path, class and number; given: its first argument, where that is a float tensor;
+    began: how many calls had ended when it began; cut: are all that it returns, taken together, one."""
 
     path: str
     kind: str
     number: int
-    found: tuple[Found, ...]
-    cut: bool = False
+    found: list[Found]
     given: Found | None = None
     began: int = 0
+    cut: bool = False
 
 
 @dataclass(frozen=True)
 class Observation:
     """calls: in the order in which they end; reason: why no cuts could be found from the images on, or ""."""
 
-    calls: tuple[Call, ...]
+    calls: list[Call]
     reason: str = ""
 
 
@@ -270,12 +273,16 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep
 
 def _observed(
     model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool, inside: bool | None = None
-) -> tuple[tuple[Call, ...], bool]:
+) -> tuple[list[Call], bool]:
     """(calls, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
-    seen: list[tuple[str, str, int, list[_Read], _Read | None, int]] = []
+    calls: list[Call] = []
     counts: Counter[str] = Counter()
-    given_to: list[tuple[_Read | None, int]] = []  # of the calls that have not ended
+    given_to: list[tuple[Found | None, int]] = []  # of the calls that have not ended
     starts: list[Tensor] = []
+
+    def seen(element: Element, tensor: Tensor, keep: bool = keep) -> Found:
+        value, version = (tensor.detach(), tensor._version) if keep else (None, 0)
+        return Found(element, tuple(tensor.shape), value, _edge(tensor), torch.autograd._get_sequence_nr(), version)
 
     def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         first = given[0] if given else next(iter(named.values()), None)
@@ -284,12 +291,12 @@ def _observed(
             torch.set_grad_enabled(True)  # until the end of the no_grad around it
             starts.append(first.detach().requires_grad_(True).clone())
             given = (starts[0], *given[1:])
-        given_to.append((_Read.of((), given[0] if given else first, False) if plain else None, len(seen)))
+        given_to.append((seen((), given[0] if given else first, False) if plain else None, len(calls)))
         return given, named
 
     def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
-        read = [_Read.of(element, tensor, keep) for element, tensor in tensors_in(output)]
-        seen.append((path, type(module).__name__, counts[path], read, *given_to.pop()))
+        found = [seen(element, tensor) for element, tensor in tensors_in(output)]
+        calls.append(Call(path, type(module).__name__, counts[path], found, *given_to.pop()))
         counts[path] += 1
 
     with torch.set_grad_enabled(inside is not None), watching(model, look, enter):
@@ -299,39 +306,16 @@ def _observed(
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
     numbers: dict[Edge | None, int] = {None: -1}
-    for *_, read, given, _ in seen:
-        for one in (*read, given):
-            if one is not None:
-                numbers.setdefault(one.edge, len(numbers) - 1)
-
-    def found(one: _Read) -> Found:
-        value = one.value if one.value is not None and one.value._version == one.version else None
-        cut, used = graph.is_cut(one.edge, one.clock), graph.knows(one.edge)
-        return Found(one.element, one.shape, cut, numbers[one.edge], used, value)
-
-    calls = []
-    for path, kind, number, read, given, began in seen:
-        together = graph.all_pass({one.edge for one in read if one.edge is not None}, read[0].clock if read else 0)
-        entering = None if given is None else found(given)
-        calls.append(Call(path, kind, number, tuple(map(found, read)), together, entering, began))
-    return tuple(calls), bool(starts) and graph.knows(_edge(starts[0]))
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A tensor as a hook has seen it; clock: autograd's, then."""
-
-    element: Element
-    shape: tuple[int, ...]
-    edge: Edge | None
-    clock: int
-    value: Tensor | None
-    version: int
-
-    @classmethod
-    def of(cls, element: Element, tensor: Tensor, keep: bool) -> _Read:
-        value, version = (tensor.detach(), tensor._version) if keep else (None, 0)
-        return cls(element, tuple(tensor.shape), _edge(tensor), torch.autograd._get_sequence_nr(), value, version)
+    for call in calls:
+        edges = {found.edge for found in call.found if found.edge is not None}
+        call.cut = graph.all_pass(edges, call.found[0].clock if call.found else 0)
+        for found in [*call.found, *([] if call.given is None else [call.given])]:
+            found.cut, found.used = graph.is_cut(found.edge, found.clock), graph.knows(found.edge)
+            found.same = numbers.setdefault(found.edge, len(numbers) - 1)
+            found.edge = None  # which would keep the whole graph
+            if found.value is not None and found.value._version != found.version:
+                found.value = None
+    return calls, bool(starts) and graph.knows(_edge(starts[0]))
 
 
 def _edge(tensor: Tensor) -> Edge | None:

@@ -168,7 +168,8 @@ def explained(source: Source, what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """Its first words, in one line."""
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
 
 
 def checked_preprocessing(
@@ -180,5 +181,4 @@ def checked_preprocessing(
             f"The preprocessing of {source.name} says mean {means}, std {stds} and size {size} for images of "
             f"{channels} channels: give mean and std of {channels} positive values and a size in its configuration."
         )
-    square = size[0] == size[1]
-    return Preprocessing(means, stds, (int(size[0]), int(size[1])), interpolation, crop, square)
+    return Preprocessing(means, stds, (int(size[0]), int(size[1])), interpolation, crop)

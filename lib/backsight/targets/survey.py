@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backsight.errors import BacksightError
 from backsight.targets.axes import SQUARES, Axes, moved, readings, squares_found, with_squares
-from backsight.targets.base import Preprocessing, Size
+from backsight.targets.base import Preprocessing, Size, device_of, dtype_of
 from backsight.targets.hooks import Call, Element, Found, Place, element_of, frozen, observe, tensors_in, watching
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ class Seen:
         return "map" if "h" in self.axes.order else "tokens"
 
     @property
+    def is_picture(self) -> bool:
+        return self.form in ("map", "tokens") and not self.constant
+
+    @property
     def channels(self) -> int:
         return cast(Axes, self.axes).channels(self.shape)
 
@@ -76,15 +80,13 @@ class Seen:
 class Survey:
     """What the passes of a model have shown: every call's tensors, in the order in which the calls end.
 
-    calls: {(path, number): what the call returned, in words}; kinds: (path, class, module) of every call; output: the
-    model's own, None where it is none for several images; flops: of the whole pass, of one image; reason: why no cuts
-    could be found, or "".
+    calls: {(path, number): what the call returned, in words}; output: the model's own, None where it is none for
+    several images; flops: of the whole pass, of one image; reason: why no cuts could be found, or "".
     """
 
     size: Size
     seen: tuple[Seen, ...]
     calls: Mapping[tuple[str, int], str] = field(default_factory=dict)
-    kinds: tuple[tuple[str, str, nn.Module], ...] = ()
     output: Element | None = None
     flops: float = 0.0
     reason: str = ""
@@ -129,11 +131,8 @@ def suggest_taps(
             f"suggest_taps needs float images (batch, channels, height, width) in [0, 1], or (height, width), not "
             f"{images.dtype} of shape {tuple(images.shape)}."
         )
-    if preprocess is None:
-        preprocess = Preprocessing(
-            (0.0,) * images.shape[1], (1.0,) * images.shape[1], (images.shape[2], images.shape[3])
-        )
-    found = survey(model, preprocess, images, output)
+    channels, size = images.shape[1], (images.shape[2], images.shape[3])
+    found = survey(model, preprocess or Preprocessing((0.0,) * channels, (1.0,) * channels, size), images, output)
     chosen = {each.name for each in recommended(found)}
     alias = _aliases(found)
     rows = []
@@ -147,14 +146,10 @@ def suggest_taps(
 
 def read_as(seen: Seen) -> dict[str, Any]:
     shape = " × ".join("B" if axis == seen.axis else str(size) for axis, size in enumerate(seen.shape))
-    axes = seen.axes
-    grid = "" if axes is None else f"{axes.grid[0]} × {axes.grid[1]}"
-    return {
-        "shape": shape,
-        "axes": "" if axes is None else axes.order,
-        "grid": grid,
-        "prefix": axes.prefix if axes else 0,
-    }
+    if seen.axes is None:
+        return {"shape": shape, "axes": "", "grid": "", "prefix": 0}
+    grid = " × ".join(map(str, seen.axes.grid))
+    return {"shape": shape, "axes": seen.axes.order, "grid": grid, "prefix": seen.axes.prefix}
 
 
 def recommended(found: Survey) -> list[Seen]:
@@ -163,15 +158,8 @@ def recommended(found: Survey) -> list[Seen]:
     What modules are given counts where no module with parts returns a cut.
     """
     alias = _aliases(found)
-    on_grid = [
-        each
-        for each in found.seen
-        if each.cut
-        and each.place.module
-        and each.form in ("map", "tokens")
-        and not each.constant
-        and each.name not in alias
-    ]
+    on_grid = [each for each in found.seen if each.cut and each.is_picture and each.name not in alias]
+    on_grid = [each for each in on_grid if each.place.module]
     composites = {each.place.module for each in on_grid if not each.leaf and each.place.side == "output"}
     cuts = [each for each in on_grid if each.place.side == "output" or not composites]
     last = {cast(Axes, each.axes).grid: each.name for each in cuts}
@@ -187,11 +175,13 @@ def recommended(found: Survey) -> list[Seen]:
 def _aliases(found: Survey) -> dict[str, str]:
     """{name: the name to prefer} of tensors that several modules return: a repeated block, else the outermost one; a
     place that is a cut before one that is none."""
-    kinds = Counter((_parent(path), kind) for path, kind in {(path, kind) for path, kind, _ in found.kinds})
+    modules = {(each.place.module, each.kind) for each in found.seen}
+    kinds = Counter((path.rpartition(".")[0], kind) for path, kind in modules)
 
     def preference(seen: Seen) -> tuple[bool, bool, int, int]:
         path = seen.place.module
-        repeated = not seen.leaf and path.rpartition(".")[2].isdigit() and kinds[_parent(path), seen.kind] > 1
+        parent, _, name = path.rpartition(".")
+        repeated = not seen.leaf and name.isdigit() and kinds[parent, seen.kind] > 1
         depth = path.count(".")
         return not seen.cut, not repeated, -depth if repeated else depth, len(seen.place.element)
 
@@ -203,16 +193,11 @@ def _aliases(found: Survey) -> dict[str, str]:
     return {each.name: best[same] for same, group in groups.items() for each in group if each.name != best[same]}
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
 # Two passes, seen from every module.
 
 
 def seen_in(calls: Sequence[Call], model: nn.Module) -> list[Seen]:
     """Every float tensor that a module returns, and those that it is given and none returns, in forward order."""
-    modules = dict(model.named_modules())
     runs = Counter(call.path for call in calls)
     returned = {found.same for call in calls for found in call.found}
     seen: list[Seen] = []
@@ -220,7 +205,7 @@ def seen_in(calls: Sequence[Call], model: nn.Module) -> list[Seen]:
         base = call.path if runs[call.path] == 1 else f"{call.path}@{call.number}"
 
         def one(name: str, side: Any, found: Found, order: float = order, call: Call = call) -> Seen:
-            place, leaf = Place(call.path, call.number, found.element, side), is_leaf(modules[call.path])
+            place, leaf = Place(call.path, call.number, found.element, side), is_leaf(model.get_submodule(call.path))
             flags = (found.cut, call.cut and side == "output", found.same, found.used)
             axis = 0 if found.shape[:1] == (2,) else None
             return Seen(name, place, call.kind, order, leaf, found.shape, *flags, axis, axis is None, value=found.value)
@@ -240,8 +225,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     every image, and where on a grid a tensor holds which part of the picture.
     Raises BacksightError where a pass fails.
     """
-    device = next((each.device for each in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), images.dtype)
+    device, dtype = device_of(model), dtype_of(model)
     size, first = (images.shape[2], images.shape[3]), images[:1]
     noise = torch.rand(first.shape, generator=torch.Generator().manual_seed(1)).to(images)
     two, ten = torch.cat([images, first.flip(3)])[:2], torch.cat([with_squares(first), noise])
@@ -268,18 +252,11 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     for each in reversed(seen.values()):  # what a module is given costs no more than what follows
         cost = min(each.flops, named[-1].flops) if named else each.flops
         named.append(replace(each, name=_short(each, seen.values()), flops=cost))
-    modules = dict(model.named_modules())
-    kinds = tuple((call.path, call.kind, modules[call.path]) for call in observation.calls)
+    # What a module is given is a tap only where it is a representation, and not the picture itself.
+    given = {each.name for each in named if each.form in ("map", "tokens") and cast(Axes, each.axes).grid != size}
+    taps = tuple(each for each in reversed(named) if each.place.side == "output" or each.name in given)
     answered = chosen[0] if chosen[0] == (ALL,) or chosen[0] in answers else None
-    return Survey(
-        size,
-        tuple(each for each in reversed(named) if _is_tap(each, size)),
-        words,
-        kinds,
-        answered,
-        flops,
-        observation.reason,
-    )
+    return Survey(size, taps, words, answered, flops, observation.reason)
 
 
 def _second_pass(
@@ -311,14 +288,10 @@ def _second_pass(
 
 def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
     """How a tensor of two images is to be read, by the same tensor of the second pass."""
-    axis = None
-    if len(seen.shape) == tensor.ndim:
-        changed = [
-            place for place, sides in enumerate(zip(seen.shape, tensor.shape, strict=True)) if len(set(sides)) > 1
-        ]
-        if len(changed) == 1 and seen.shape[changed[0]] == 2 and tensor.shape[changed[0]] == len(SQUARES) + 2:
-            axis = changed[0]
-    if axis is None:
+    pairs, grown = list(zip(seen.shape, tensor.shape, strict=False)), (2, len(SQUARES) + 2)
+    changed = [place for place, (before, after) in enumerate(pairs) if before != after]
+    axis = changed[0] if len(changed) == 1 and pairs[changed[0]] == grown else None
+    if axis is None or len(seen.shape) != tensor.ndim:
         split = bool(seen.shape) and tensor.ndim > 0 and tensor.shape[0] * 2 == seen.shape[0] * (len(SQUARES) + 2)
         return replace(seen, axis=None, split=split, constant=tuple(tensor.shape) == seen.shape)
     if tensor.select(axis, 0).equal(tensor.select(axis, -1)):
@@ -337,13 +310,6 @@ def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
     return replace(seen, axis=axis, axes=options[0] if options else None)
 
 
-def _is_tap(seen: Seen, size: Size) -> bool:
-    """What a module is given is one only where it is a representation, and not the picture itself."""
-    if seen.place.side == "output":
-        return True
-    return seen.form in ("map", "tokens") and seen.axes is not None and seen.axes.grid != size
-
-
 def _short(seen: Seen, among: Any) -> str:
     """Without the element, for the one of a call's tensors that is meant where nothing is said."""
     here = replace(seen.place, element=())
@@ -356,7 +322,7 @@ def chosen_of(found: Sequence[Seen]) -> Seen:
     cuts = [each for each in found if each.cut]
     if len(cuts) == 1:
         return cuts[0]
-    return next((each for each in found if each.form in ("map", "tokens") and not each.constant), found[0])
+    return next((each for each in found if each.is_picture), found[0])
 
 
 def _output_element(found: Any, wanted: str | int | None, name: str) -> Element | None:
@@ -395,14 +361,14 @@ def _explained(model: nn.Module, size: Size) -> Iterator[None]:
     except Exception as error:
         where = _where(model, error.__traceback__)
         place = f"{type(model).__name__}{f' in {where}' if where else ''}"
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if "does not require grad" in str(error):
             raise BacksightError(
                 f"The forward pass of {place} takes gradients by itself (autograd), and a target is recorded frozen, "
                 f"without them: wrap that step in torch.enable_grad() with tensors that require them ({reason})."
             ) from error
-        part = next((n for n in ("vision_model", "visual", "vision_tower", "image_encoder") if hasattr(model, n)), None)
-        hint = f" If it takes text too, give its .{part}." if part else ""
+        parts = [name for name in ("vision_model", "visual", "vision_tower", "image_encoder") if hasattr(model, name)]
+        hint = f" If it takes text too, give its .{parts[0]}." if parts else ""
         raise BacksightError(
             f"The forward pass of {place} fails on images of {size} (height, width): {reason}.{hint}"
         ) from error

@@ -32,7 +32,9 @@ from backsight.targets.axes import Axes, match, readings
 from backsight.targets.base import PIXELS, Preprocessing, Size, Stage
 from backsight.targets.discovered import Discovered
 from backsight.targets.hooks import observe, recording
+from backsight.targets.names import reason
 from backsight.targets.survey import Seen, Survey, seen_in
+from backsight.targets.vit import block_sizes
 
 LOOKED_AT = 2  # images in an observed pass: with two, a batch axis is told from others
 NUMBERED_AT_THE_TOP = re.compile(r"(?i)(block|stage|layer|level|cell|mixed)\w*\d\w*")
@@ -51,7 +53,7 @@ class _Tap:
     """
 
     name: str
-    seen: tuple[Seen, ...]
+    seen: list[Seen]
     blocks: tuple[str, ...]
     final: bool
     featured: bool
@@ -108,22 +110,20 @@ class TimmIntermediates(Discovered):
 
     def _find(self) -> _Found:
         """Every tap, in forward order, and how it is read at the model's own size; from two passes."""
-        size = self.image_size
-        images = torch.randn(LOOKED_AT, len(self.preprocessing.mean), *size, generator=torch.Generator().manual_seed(0))
+        size, images = self.image_size, self._noise(self.image_size)
         try:
-            calls = observe(self.model, self.model, images.to(self.device, self.dtype), keep=True).calls
+            calls = observe(self.model, self.model, images, keep=True).calls
             known = self._intermediates(images)
         except PASS_ERRORS as error:
-            raise BacksightError(f"{self.name} cannot be a target: {_reason(error)}.") from error
+            raise BacksightError(f"{self.name} cannot be a target: {reason(error)}.") from error
         seen = seen_in(calls, self.model)
-        taps = _candidates(self.model, seen, len(calls))
-        chosen = dict(zip([tap.name for tap in taps], _read([tap.seen for tap in taps], known, size), strict=True))
-        read = {name: each for name, each in chosen.items() if each is not None}
+        taps = _candidates(self.model, seen)
+        read = _read({tap.name: tap.seen for tap in taps}, known, size)
         # Of several pictures behind the last block only the last is a tap: what the pooling reads.
         finals = [tap.name for tap in taps if tap.final and tap.name in read]
         flat = {name for name in finals if read[name].form == "vector"}
         left_out = flat | set([name for name in finals if name not in flat][:-1])
-        kept = [tap for tap in taps if tap.name in read and tap.name not in left_out]
+        kept = [tap for tap in taps if tap.name in read.keys() - left_out]
         # A stage that only permutes what its last block returns holds the same tokens: timm's own name is kept.
         for before, after in pairwise(kept):
             if not after.blocks and _permutes(read[before.name], read[after.name]):
@@ -133,45 +133,44 @@ class TimmIntermediates(Discovered):
         for tap in taps:
             pending += tap.blocks
             if tap in kept and tap.name not in left_out:
-                found[tap.name] = replace(tap, blocks=tuple(pending))
+                found[tap.name] = replace(tap, blocks=tuple(pending), seen=[])
                 pending = []
         if not found:
             raise BacksightError(
                 f"{self.name} cannot be a target: no module of this {type(self.model).__name__} returns a picture "
                 "through which everything goes that its output knows of the image."
             )
-        survey = Survey(size, tuple(_without_value(each) for each in seen))
+        survey = Survey(size, tuple(replace(each, value=None) for each in seen))
         axes = {name: cast(Axes, read[name].axes) for name in found}
-        return _Found(survey, {name: _without_value(read[name]) for name in found}, found, {size: axes}, {})
+        return _Found(survey, {name: replace(read[name], value=None) for name in found}, found, {size: axes}, {})
+
+    def _noise(self, size: Size) -> Tensor:
+        shape = (LOOKED_AT, len(self.preprocessing.mean), *size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
 
     def _intermediates(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return self.model.forward_intermediates(
-                images.to(self.device, self.dtype), norm=False, output_fmt="NCHW", intermediates_only=True
-            )
+            return self.model.forward_intermediates(images, norm=False, output_fmt="NCHW", intermediates_only=True)
 
     def _axes_at(self, size: Size) -> Mapping[str, Axes]:
         """Raises BacksightError, with the reason, where the model does not take images of this size."""
         axes, refused = self._found.axes, self._found.refused
         if size not in axes and size not in refused:
-            shape = (LOOKED_AT, len(self.preprocessing.mean), *size)
-            images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
-            places = {tap: seen.place for tap, seen in self._chosen.items()}
+            images, places = self._noise(size), {tap: seen.place for tap, seen in self._chosen.items()}
             try:
                 with torch.no_grad(), recording(self.model, places) as there:
                     self.model(images)
                 values = {
-                    tap: replace(s, value=there[tap], shape=tuple(there[tap].shape)) for tap, s in self._chosen.items()
+                    tap: [replace(seen, value=there[tap], shape=tuple(there[tap].shape))]
+                    for tap, seen in self._chosen.items()
                 }
-                read = dict(
-                    zip(values, _read([(s,) for s in values.values()], self._intermediates(images), size), strict=True)
-                )
-                if lacking := [tap for tap, each in read.items() if each is None]:
+                read = _read(values, self._intermediates(images), size)
+                if lacking := [tap for tap in values if tap not in read]:
                     refused[size] = f"{lacking[0]} holds no picture then"
                 else:
-                    axes[size] = {tap: cast(Axes, cast(Seen, each).axes) for tap, each in read.items()}
+                    axes[size] = {tap: cast(Axes, seen.axes) for tap, seen in read.items()}
             except PASS_ERRORS as error:
-                refused[size] = _reason(error)
+                refused[size] = reason(error)
         if size in refused:
             raise BacksightError(
                 f"{self.name} does not take images of {size} (height, width): {refused[size]}; "
@@ -195,18 +194,14 @@ class TimmIntermediates(Discovered):
 
     def tap_set(self, name: str) -> tuple[str, ...]:
         """ "fine" is "blocks": what lies inside a block differs from one architecture to the next."""
-        taps = self.available_taps
+        taps, final = self.available_taps, {tap: found.final for tap, found in self._found.taps.items()}
         if name != "components":
             return taps
         # A norm behind the last block belongs to no stage, but a projection to other channels is a component.
-        *_, last = [tap for tap in taps if not self._found.taps[tap].final] or [taps[0]]
-        inner = [t for t in taps[1:] if not self._found.taps[t].final or self._form(t)[:2] != self._form(last)[:2]]
-        ends = [
-            t
-            for t, after in zip(inner, [*inner[1:], ""], strict=True)
-            if not after or self._form(t) != self._form(after)
-        ]
-        return (taps[0], *ends)
+        *_, last = [tap for tap in taps if not final[tap]] or [taps[0]]
+        inner = [tap for tap in taps[1:] if not final[tap] or self._form(tap)[:2] != self._form(last)[:2]]
+        ends = [tap for tap, after in pairwise(inner) if self._form(tap) != self._form(after)]
+        return (taps[0], *ends, *inner[-1:])
 
     def _form(self, tap: str) -> tuple[Grid, int, int]:
         """Grid, channels and prefix tokens at the model's own size."""
@@ -227,7 +222,7 @@ class TimmIntermediates(Discovered):
         start = 0 if previous == PIXELS else order.index(previous) + 1
         blocks = [block for each in order[start : order.index(tap) + 1] for block in self._found.taps[each].blocks]
         modules = [self.model.get_submodule(block) for block in blocks]
-        heads, hidden = max((_block_sizes(module) for module in modules), default=(0, 0))
+        heads, hidden = max(map(block_sizes, modules), default=(0, 0))
         if previous == PIXELS:
             return Stage("patch_embedding", len(blocks), heads, hidden)
         if not blocks:
@@ -235,10 +230,6 @@ class TimmIntermediates(Discovered):
             return Stage("norm", 0, 0, 0) if same else Stage("convolution", 1, 0, 0)
         attends = heads or any(ATTENTION.search(type(part).__name__) for each in modules for part in each.modules())
         return Stage("blocks" if attends else "convolution", len(blocks), heads, hidden)
-
-    def _forward(self, images: Tensor, padding: Tensor | None) -> Tensor:
-        self._refuse_padding(padding)
-        return self.model(images)
 
     def _randomised(self) -> nn.Module:
         return self._build()
@@ -257,38 +248,22 @@ def _signature(model: nn.Module) -> str:
     return repr(parts)
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") if str(error) else type(error).__name__
-
-
-def _without_value(seen: Seen) -> Seen:
-    return replace(seen, value=None)
-
-
 # How a tensor is read
 
 
-def _read(taps: Sequence[Sequence[Seen]], known: Sequence[Tensor], size: Size) -> list[Seen | None]:
-    """Of each tap the first tensor that is a picture, with its axes; None where there is none."""
-    matched = [_first(seen, lambda each: _match_any(each, known)) for seen in taps]
-    read = []
-    for index, seen in enumerate(taps):
+def _read(taps: Mapping[str, Sequence[Seen]], known: Sequence[Tensor], size: Size) -> dict[str, Seen]:
+    """Of each tap the first tensor that is a picture, with its axes; those that have one."""
+    values = [[(each, each.value) for each in seen if each.value is not None] for seen in taps.values()]
+    pairs = [((each, match(value, other)) for each, value in pair for other in known) for pair in values]
+    matched = [next((replace(each, axes=axes) for each, axes in pair if axes is not None), None) for pair in pairs]
+    read = {}
+    for index, (tap, seen) in enumerate(taps.items()):
         # A block has the axes of its stage, which follows; what lies behind the last stage those before it.
         around = [each for each in (*matched[index + 1 :], *reversed(matched[:index])) if each is not None]
-        read.append(matched[index] or _first(seen, lambda each, around=around: guess(each.shape, around, size)))  # type: ignore[misc]
+        guesses = [replace(each, axes=guess(each.shape, around, size)) for each in seen if matched[index] is None]
+        if chosen := matched[index] or next((each for each in guesses if each.axes is not None), None):
+            read[tap] = chosen
     return read
-
-
-def _first(seen: Sequence[Seen], reader: Callable[[Seen], Axes | None]) -> Seen | None:
-    for each in seen:
-        if (axes := reader(each)) is not None:
-            return replace(each, axes=axes)
-    return None
-
-
-def _match_any(seen: Seen, known: Sequence[Tensor]) -> Axes | None:
-    found = (None if seen.value is None else match(seen.value, each) for each in known)
-    return next((axes for axes in found if axes is not None), None)
 
 
 def guess(shape: Sequence[int], around: Sequence[Seen], size: Size) -> Axes | None:
@@ -301,7 +276,6 @@ def guess(shape: Sequence[int], around: Sequence[Seen], size: Size) -> Axes | No
     likely = [axes for axes in readings(shape, 0, size) if axes.grid != (1, 1)]
     if len(shape) == 4:
         forms, orders = [(axes.grid, channels) for _, axes, channels in nearby], [axes.order for _, axes, _ in nearby]
-        likely = [axes for axes in likely if _keeps_aspect(axes.grid, size)]
         return max(likely, key=lambda a: ((a.grid, a.channels(shape)) in forms, a.order in orders[:1]), default=None)
     grids = dict.fromkeys(axes.grid for _, axes, _ in nearby if axes.grid != (1, 1))
     known = [each[0] for grid in grids if (each := [a for a in readings(shape, 0, size, grid=grid) if a.prefix <= 16])]
@@ -310,11 +284,6 @@ def guess(shape: Sequence[int], around: Sequence[Seen], size: Size) -> Axes | No
     # By the shape alone, channels before tokens are not believed: PiT's class token has as many channels as a grid
     # could have tokens.
     return next((axes for axes in likely if axes.order == "bnc"), None)
-
-
-def _keeps_aspect(grid: Grid, size: Size) -> bool:
-    """Has the grid the proportions of the image, to a cell? (MobileViT's tokens in patches have not.)"""
-    return abs(grid[0] * size[1] - grid[1] * size[0]) <= max(size)
 
 
 def _permutes(one: Seen, other: Seen) -> bool:
@@ -328,24 +297,14 @@ def _permutes(one: Seen, other: Seen) -> bool:
 # What is a tap
 
 
-@dataclass(frozen=True)
-class _Output:
-    """What a module that runs once returns, as far as it is a cut; tensors: their numbers in the observed pass."""
-
-    path: str
-    order: float
-    seen: tuple[Seen, ...]
-    tensors: tuple[int, ...]
-
-
-def _candidates(model: nn.Module, seen: Sequence[Seen], calls: int) -> list[_Tap]:
+def _candidates(model: nn.Module, seen: Sequence[Seen]) -> list[_Tap]:
     """Cuts that may be taps, in forward order.
 
     A module that runs several times in a pass is none: its name would not say which of its outputs is meant.
     """
     outputs = list(_outputs(seen))
     ends = {each.place.module: each.order for each in seen if each.place.side == "output"}
-    cut = {each.path for each in outputs}
+    cut = {found[0].place.module for found in outputs}
     parts = {path for path in ends if _is_part(model, path)}
     blocks = {path for path in parts & cut if not any(_inside(other, path) for other in parts & cut)}
     # Parts that are no cuts, as CaiT's class attention beside the tokens: no taps, but they count as depth.
@@ -357,33 +316,30 @@ def _candidates(model: nn.Module, seen: Sequence[Seen], calls: int) -> list[_Tap
     units = blocks or featured or cut
     inner = [order for path, order in ends.items() if any(path == unit or _inside(path, unit) for unit in units)]
     begin, end = (min(inner), max(inner)) if inner else (0, 0)
-    entering = [each.order for each in outputs if each.order < begin][-1:]
-    groups: dict[tuple[int, ...], list[_Output]] = {}
-    for each in outputs:
-        groups.setdefault(each.tensors, []).append(each)
+    entering = [found[0].order for found in outputs if found[0].order < begin][-1:]
+    groups: dict[tuple[int, ...], dict[str, list[Seen]]] = {}  # by the tensors: {path: what it returns}
+    for found in outputs:
+        groups.setdefault(tuple(each.same for each in found), {})[found[0].place.module] = found
 
     taps, last = [], -1.0
     for group in groups.values():
-        order, names = group[0].order, [each.path for each in group]
-        is_stem = any(each.order in entering for each in group)
-        of_block = any(name in blocks | stages for name in names)
-        final = order > end and not of_block
+        orders = [found[0].order for found in group.values()]
+        is_stem, of_block = any(order in entering for order in orders), bool(group.keys() & (blocks | stages))
+        final = orders[0] > end and not of_block
         if not (is_stem or final or of_block):
             continue
-        module = min(group, key=lambda each: (each.path not in featured, each.path not in blocks, each.path.count(".")))
-        name = module.path
-        if is_stem and not final and name not in blocks | stages and hasattr(model, "patch_embed"):
-            name = "patch_embed"
+        path = min(group, key=lambda path: (path not in featured, path not in blocks, path.count(".")))
+        stem = is_stem and not final and path not in blocks | stages and hasattr(model, "patch_embed")
         # A block's last activation returns its tensor before the block itself has ended.
-        ended = tuple(unit for unit in blocks | beside if last < ends[unit] <= group[-1].order)
-        taps.append(_Tap(name, module.seen, ended, final, module.path in featured))
-        last = group[-1].order
+        ended = tuple(unit for unit in blocks | beside if last < ends[unit] <= orders[-1])
+        used = [each for each in group[path] if each.used or len(group[path]) == 1]
+        taps.append(_Tap("patch_embed" if stem else path, used, ended, final, path in featured))
+        last = orders[-1]
     return taps
 
 
-def _outputs(seen: Sequence[Seen]) -> Iterator[_Output]:
-    """For each module that runs once: the first tensor that is a cut, or, where only all of them together are one, all
-    that the output knows of."""
+def _outputs(seen: Sequence[Seen]) -> Iterator[list[Seen]]:
+    """For each module that runs once: the first tensor that is a cut, or, where only all together are one, all."""
     by_module: dict[str, list[Seen]] = {}
     for each in seen:
         if each.place.side == "output":
@@ -393,10 +349,9 @@ def _outputs(seen: Sequence[Seen]) -> Iterator[_Output]:
         # What does not come from the images (same: -1) is the same in every pass.
         together = [e for e in returned if (e.with_companions and e.same >= 0 if single is None else e.same == single)]
         found = list({each.same: each for each in reversed(together)}.values())[::-1]
-        if not found or not path or any(each.place.call for each in returned):
-            continue  # the model itself returns its output, which is no representation
-        used = [each for each in found if each.used] if len(found) > 1 else found
-        yield _Output(path, found[0].order, tuple(used), tuple(each.same for each in found))
+        # The model itself returns its output, which is no representation.
+        if found and path and not any(each.place.call for each in returned):
+            yield found
 
 
 def _is_part(model: nn.Module, path: str) -> bool:
@@ -426,19 +381,3 @@ def _featured(model: Any) -> set[str]:
 
 def _inside(path: str, other: str) -> bool:
     return path.startswith(f"{other}.")
-
-
-# What a block is made of
-
-
-def _heads(module: nn.Module) -> list[int]:
-    """Attention heads, as its modules call them."""
-    named = (getattr(each, name, None) for each in module.modules() for name in ("num_heads", "heads"))
-    return [each for each in named if isinstance(each, int)]
-
-
-def _block_sizes(module: nn.Module) -> tuple[int, int]:
-    """(attention heads, MLP width), 0 where a block says neither, and the largest where it says several."""
-    layers = [getattr(each, "fc2", None) for each in module.modules()]
-    widths = [getattr(each, "in_features", getattr(each, "in_channels", 0)) for each in layers]
-    return max(_heads(module), default=0), max((each for each in widths if isinstance(each, int)), default=0)

@@ -28,7 +28,7 @@ from backsight.targets.hooks import Place
 class TimmTransformer(Target):
     """A timm VisionTransformer. Its output is logits (B, K), or pooled features where it has no head.
 
-    preprocessing: default that of the model's own configuration. Warns where the patches leave a strip of pixels out.
+    Warns where the patches leave a strip of pixels out.
     """
 
     kind = "classifier"
@@ -36,22 +36,15 @@ class TimmTransformer(Target):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         name: str,
         weights: str,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Preprocessing,
         classes: Sequence[str] | None = None,
         taps: str | Sequence[str] = "blocks",
     ) -> None:
-        from timm.models.vision_transformer import VisionTransformer
-
-        if not isinstance(model, VisionTransformer):
-            raise BacksightError(
-                f"{name} is a {type(model).__name__}, not one of timm's VisionTransformers: "
-                "use module_target() for other models."
-            )
         self._halves = [_half_step(block) for block in model.blocks]
-        super().__init__(model, name, preprocessing or _preprocessing(model), weights, classes, taps)
+        super().__init__(model, name, preprocessing, weights, classes, taps)
         height, width = (side % cell for side, cell in zip(self.image_size, self.reduction, strict=True))
         if (height or width) and not self.model.patch_embed.dynamic_img_pad:
             warnings.warn(
@@ -70,24 +63,21 @@ class TimmTransformer(Target):
             taps += [f"blocks.{index}.attn", f"blocks.{index}"] if halves else [f"blocks.{index}"]
         return (*taps, *(() if isinstance(self.model.norm, nn.Identity) else ("norm",)))
 
-    def _half_step_refusal(self) -> str:
-        index = self._halves.index(None)
-        return (
-            f"blocks.{index} of {self.name} is a {type(self.model.blocks[index]).__name__}, in which attention and MLP "
-            "do not follow one another: there is no state between them"
-        )
-
     def tap_set(self, name: str) -> tuple[str, ...]:
         if name == "components":
             return ("patch_embed", f"blocks.{len(self.model.blocks) - 1}")
-        if name == "fine" and None in self._halves:
-            raise BacksightError(f'{self._half_step_refusal()}, so use taps="blocks".')
+        if name == "fine":
+            self._refuse_unknown("blocks.0.attn")
         return self._taps_with(halves=name == "fine")
 
-    def _unknown_tap(self, tap: str) -> str:
+    def _refuse_unknown(self, tap: str) -> None:
         if tap.endswith(".attn") and None in self._halves:
-            return f"{self._half_step_refusal()}, so {tap!r} is not a tap."
-        return super()._unknown_tap(tap)
+            index = self._halves.index(None)
+            raise BacksightError(
+                f"{tap} is no tap: blocks.{index} of {self.name} is a {type(self.model.blocks[index]).__name__}, in "
+                'which attention and MLP do not follow one another, so use taps="blocks".'
+            )
+        super()._refuse_unknown(tap)
 
     @property
     def reduction(self) -> Size:
@@ -95,20 +85,15 @@ class TimmTransformer(Target):
         return down, across
 
     def check_size(self, size: Size) -> None:
-        embedding = self.model.patch_embed
+        embedding, (down, across) = self.model.patch_embed, self.reduction
         if not self.model.dynamic_img_size:
-            if tuple(size) != tuple(embedding.img_size):
-                raise BacksightError(
-                    f"{self.name} takes images of exactly {tuple(embedding.img_size)} (height, width), "
-                    f"not {tuple(size)}."
-                )
-            return
-        down, across = self.reduction
-        if min(size) < 1 or (not embedding.dynamic_img_pad and (size[0] % down or size[1] % across)):
-            raise BacksightError(
-                f"{self.name} takes images whose height is a multiple of {down} and whose width is a multiple of "
-                f"{across}, not {tuple(size)}."
-            )
+            own = tuple(embedding.img_size)
+            fits, allowed = tuple(size) == own, f"exactly {own} (height, width)"
+        else:
+            fits = embedding.dynamic_img_pad or not (size[0] % down or size[1] % across)
+            allowed = f"a height that is a multiple of {down} and a width that is a multiple of {across}"
+        if not fits or min(size) < 1:
+            raise BacksightError(f"{self.name} takes images of {allowed}, not {tuple(size)}.")
 
     def stage(self, tap: str, previous: str) -> Stage:
         self._refuse_order(tap, previous)
@@ -116,7 +101,7 @@ class TimmTransformer(Target):
         start = -1 if previous == PIXELS else order.index(previous)
         steps = order[start + 1 : order.index(tap) + 1]
         depth = math.ceil(sum(step.startswith("blocks.") for step in steps) / 2)
-        heads, hidden = _block_sizes(self.model.blocks[0], self.model.embed_dim)
+        heads, hidden = block_sizes(self.model.blocks[0])
         if previous == PIXELS:
             return Stage("patch_embedding", depth, heads, hidden)
         return Stage("blocks" if depth else "norm", depth, heads, hidden)
@@ -125,10 +110,8 @@ class TimmTransformer(Target):
         return {tap: self._place(tap) for tap in taps}
 
     def _place(self, tap: str) -> Place:
-        if tap == "patch_embed":
-            return Place("blocks.0", side="input")
         if not tap.endswith(".attn"):
-            return Place(tap)
+            return Place("blocks.0", side="input") if tap == "patch_embed" else Place(tap)
         inner, _ = self._halves[_block_index(tap)]  # type: ignore[misc]
         return Place(f"{tap.removesuffix('.attn')}.{inner}", side="input")
 
@@ -138,17 +121,10 @@ class TimmTransformer(Target):
         grid: Grid = tuple(self.model.patch_embed.dynamic_feat_size(images.shape[2:]))
         return {tap: Tokens(seen[tap], (grid,), self.model.num_prefix_tokens) for tap in taps}
 
-    def _forward(self, images: Tensor, padding: Tensor | None) -> Tensor:
-        self._refuse_padding(padding)
-        return self.model(images)
-
     def _rest(self, tap: str, representation: Any) -> Tensor:
         prefix, channels = self.model.num_prefix_tokens, self.model.embed_dim
-        if (
-            not isinstance(representation, Tokens)
-            or representation.channels != channels
-            or representation.prefix != prefix
-        ):
+        fits = isinstance(representation, Tokens) and representation.prefix == prefix
+        if not fits or representation.channels != channels:
             raise BacksightError(
                 f"{tap} of {self.name} holds tokens of {channels} channels behind {prefix} prefix tokens, "
                 f"not a representation {representation.signature}."
@@ -192,20 +168,12 @@ def _half_step(block: Any) -> tuple[str, Callable[[Any, Tensor], Tensor]] | None
     return None
 
 
-def _block_sizes(block: Any, width: int) -> tuple[int, int]:
-    """(attention heads, MLP width) of a block."""
-    if hasattr(block, "in_split"):  # the parallel blocks keep [MLP, query, key, value] widths
-        return int(block.num_heads), int(block.in_split[0])
-    attention = block.attns[0].attn if hasattr(block, "attns") else block.attn
-    mlp = block.ffns[0].mlp if hasattr(block, "ffns") else block.mlp
-    final = getattr(mlp, "fc2", None)
-    return int(attention.num_heads), int(getattr(final, "in_features", 4 * width))
-
-
-def _preprocessing(model: Any) -> Preprocessing:
-    from timm.data import resolve_model_data_config
-
-    data = resolve_model_data_config(model)
-    height, width = model.patch_embed.img_size or data["input_size"][1:]
-    crop = float(data["crop_pct"])
-    return Preprocessing(data["mean"], data["std"], (height, width), data["interpolation"], crop, height == width)
+def block_sizes(block: nn.Module) -> tuple[int, int]:
+    """(attention heads, MLP width) of any block, 0 where it says neither, and the largest where it says several."""
+    modules = list(block.modules())
+    heads = [getattr(module, name, 0) for module in modules for name in ("num_heads", "heads")]
+    layers = [getattr(module, "fc2", None) for module in modules]
+    widths = [getattr(layer, "in_features", getattr(layer, "in_channels", 0)) for layer in layers]
+    widths += [module.in_split[0] for module in modules if hasattr(module, "in_split")]  # [MLP, query, key, value]
+    largest, widest = (max([0, *(n for n in sizes if isinstance(n, int))]) for sizes in (heads, widths))
+    return largest, widest
