@@ -95,19 +95,18 @@ def list_targets() -> list[dict[str, str]]:
     """
     rows = []
     for name in dict.fromkeys([*shipped_names(), *SHIPPED]):
-        kind, status, needs = "shipped", "missing", "notebooks/01_targets.ipynb"
+        row = ("shipped", "missing", "notebooks/01_targets.ipynb")
         if name in shipped_names():
             try:
                 detector = resolve(name).config.get("model_type") in DETECTORS
-                kind, status, needs = "detector" if detector else "classifier", "ready", ""
+                row = ("detector" if detector else "classifier", "ready", "")
             except BacksightError as error:
-                status, needs = "damaged", str(error)
-        rows.append({"name": name, "kind": kind, "status": status, "needs": needs})
+                row = ("shipped", "damaged", str(error))
+        rows.append((name, *row))
     for name in USUAL:
         kind = "detector" if any(word in name for word in ("detr", "yolos", "mask2former")) else "classifier"
-        status, needs = ("ready", "") if is_local(name) else ("to fetch", "its weights, once")
-        rows.append({"name": name, "kind": kind, "status": status, "needs": needs})
-    return rows
+        rows.append((name, kind, *(("ready", "") if is_local(name) else ("to fetch", "its weights, once"))))
+    return [dict(zip(("name", "kind", "status", "needs"), row, strict=True)) for row in rows]
 
 
 def _size(size: int | Size) -> Size:
@@ -304,9 +303,7 @@ def _timm_classes(source: Source, model: Any) -> tuple[str, ...] | None:
 
     settings = source.config.get("pretrained_cfg") or {}
     labels = source.config.get("classes") or source.config.get("label_names") or settings.get("label_names")
-    if labels or "arguments" in source.config:
-        return tuple(map(str, labels)) if labels and len(labels) == model.num_classes else None
-    subset = infer_imagenet_subset(model) if model.num_classes > 0 else None
-    if subset is None:
-        return None
-    return tuple(map(ImageNetInfo(subset).index_to_description, range(model.num_classes)))
+    if not labels and "arguments" not in source.config and model.num_classes > 0:
+        subset = infer_imagenet_subset(model)
+        labels = ImageNetInfo(subset).label_descriptions() if subset else None
+    return tuple(map(str, labels)) if labels and len(labels) == model.num_classes else None

@@ -121,7 +121,7 @@ def _known(source: Source) -> Source:
     if not timm.models.is_model(base):
         known = [*SHIPPED, *USUAL, *timm.list_models()]
         raise BacksightError(f"There is no target {named!r}; {nearest(named, known)} (`backsight targets` lists them).")
-    tags = [known for known in timm.list_pretrained(f"{base}*") if known.startswith(f"{base}.")]
+    tags = timm.list_pretrained(f"{base}.*")
     if tag and named not in tags:
         raise BacksightError(f"timm has no weights {named}; there are: {', '.join(tags) or 'none'}.")
     return source
@@ -137,7 +137,7 @@ def is_local(name: str) -> bool:
     import timm
     from huggingface_hub import constants, file_download
 
-    if (weights_folder() / name).is_dir() and checkpoint_in(weights_folder() / name):
+    if checkpoint_in(weights_folder() / name):
         return True
     repository = (name.partition(":")[2] or name).partition("@")[0]
     if "/" not in name:
