@@ -28,7 +28,7 @@ from backsight.training.fit import fit_modular
 FULL = os.environ.get("SIZE") == "full"
 STEPS = 40 if FULL else 10
 RECORDING_BATCH = 32
-MEMORY_IMAGES, MEMORY_SHARD = 128, 2**23
+MEMORY_IMAGES = 128
 FEATURE_BYTES = 8 * 65 * 128 * 4  # of an image: eight taps of scenes-vit
 
 Batch = tuple[Tensor, Mapping[str, Representation]]
@@ -127,9 +127,7 @@ def _growth(count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
         before = _kibibytes("VmRSS")
-        record_features(
-            target, images, folder=Path(folder), batch_size=RECORDING_BATCH, shard_bytes=MEMORY_SHARD, progress=False
-        )
+        record_features(target, images, folder=Path(folder), batch_size=RECORDING_BATCH, progress=False)
         return (_kibibytes("VmHWM") - before) * 1024
 
 
@@ -139,11 +137,11 @@ def _kibibytes(field: str) -> int:
 
 
 def memory() -> list[Row]:
-    """Growth of the peak with four times the images: a shard or two, however many they are."""
+    """Growth of the peak with four times the images: a batch or two, however many they are."""
     count = MEMORY_IMAGES * (4 if FULL else 1)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         few, many = pool.map(_growth, [count, 4 * count], chunksize=1)
-    case = f"scenes-vit, {4 * count} images after {count}, shards of {MEMORY_SHARD // 2**20} MiB"
+    case = f"scenes-vit, {4 * count} images after {count}"
     more = 3 * count * FEATURE_BYTES
     return [
         compare(

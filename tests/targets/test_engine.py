@@ -33,7 +33,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def store(vit: Target, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return record_features(vit, images, folder=tmp_path_factory.mktemp("store"), shard_bytes=200_000, progress=False)
+    return record_features(vit, images, folder=tmp_path_factory.mktemp("store"), progress=False)
 
 
 def test_inverses_from_a_store_are_those_from_the_images(vit: Target, images: Tensor, store: FeatureStore) -> None:

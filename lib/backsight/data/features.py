@@ -1,12 +1,12 @@
 """The feature store: what a frozen target makes of the images, recorded once on disk and read as often as needed.
 
-    images ──► target ──► taps ──► float16 and one scale an image ──► shard-00000.safetensors, shard-00001 …
+    images ──► target ──► taps ──► float16 and one scale an image ──► one file a tap, a row an image; images.bin;
                                                                        index.json, "complete" at the end
-    store.passes(…) ◄── float32 ◄── rows of the mapped shards, read ahead in a thread
+    store.passes(…) ◄── float32 ◄── rows of the mapped files, read ahead in a thread
 
 A store's folder is named by a key of what decides about a representation (weights, preprocessing, taps, images), so
-that every run finds it again. Each shard holds the images of one range of indices: a recording that was killed goes on
-at the first shard that is not whole, and ends in the same bytes. To free the space, delete the folder.
+that every run finds it again. Rows are only ever appended: a recording that was killed goes on at the first batch that
+is not whole in every file, and ends in the same bytes. To free the space, delete the folder.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, fields
-from itertools import islice
+from functools import cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageError, ImageSource, batches, index_batches, paying_workers, read_batches
 from backsight.errors import BacksightError, SourceError
-from backsight.project import cache_folder, read_json, shown, write_atomically, write_json
+from backsight.project import cache_folder, read_json, shown, write_json
 from backsight.representation import Predictions, Queries, Representation, Tokens
 
-FORMAT = 2  # part of the key: raise it whenever shards are written, or representations made, in another way
-SHARD_BYTES = 256 * 2**20
+FORMAT = 3  # part of the key: raise it whenever files are written, or representations made, in another way
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Tokens, Queries, Predictions)}
 Recorded = dict[str, Representation]
 Index = dict[str, Any]  # what index.json holds
+Part = tuple[str, Sequence[int]]  # type and shape of a row
 
 
 class Recordable(Protocol):
@@ -67,37 +67,35 @@ class FeatureStore:
 
     It stands where an ImageSource does (name, split, size, skipped, len, image(i), subset): `batches(store, …)` gives
     the batches of the images it was recorded from. An image that could not be read keeps its index, as in its source,
-    and is left out of every batch. taps: in forward order; errors: {tap: relative RMS error of half precision}; bytes:
-    of all shards. Raises BacksightError where the folder holds no complete store, or on reading a damaged shard.
+    and is left out of every batch. taps: in forward order; bytes: of all files; errors: {tap: relative RMS error of
+    half precision}, of the first image, as record_features finds it. Raises BacksightError where the folder holds no
+    complete store, or on reading a damaged file.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        index = read_json(self.folder / "index.json")
-        if index is None or index.get("status") != "complete" or index.get("format") != FORMAT:
+        index = read_json(self.folder / "index.json") or {}
+        if index.get("status") != "complete" or index.get("format") != FORMAT:
             raise BacksightError(
                 f"{shown(self.folder)} holds no complete feature store of this version: call record_features with the "
-                "same arguments again; it goes on from the last whole shard."
+                "same arguments again; it goes on from the last whole batch."
             )
         self.name, self.split, self.size = index["name"], index["split"], tuple(index["size"])
-        self.target, self.weights_hash, self.errors = index["target"], index["weights_hash"], index["errors"]
-        self._forms: dict[str, dict[str, Any]] = index["forms"]
+        self.target, self.weights_hash = index["target"], index["weights_hash"]
+        self.errors: dict[str, float] = {}
+        self._forms, self._parts, self._images = index["forms"], index["parts"], index["images"]
         self.taps = tuple(self._forms)
-        self._shards, self._shard_images = index["shards"], index["shard_images"]
-        self.bytes = sum(shard["bytes"] for shard in self._shards)
-        self._missing = {i: (path, reason) for shard in self._shards for i, path, reason in shard["missing"]}
+        self.bytes = self._images * sum(map(_row_bytes, self._parts.values()))
+        self._missing = {i: (path, reason) for i, path, reason in index["missing"]}
         self.skipped = list(self._missing.values())
-        self._own = np.arange(index["images"])  # the images of this view of the store
-        self._open: dict[int, dict[str, np.ndarray]] = {}
-
-    def __repr__(self) -> str:
-        return f"FeatureStore({self.target}, {len(self.taps)} taps, {len(self)} images, {shown(self.folder)})"
+        self._own = np.arange(self._images)  # the images of this view of the store
+        self._open: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._own)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # another process maps the shards for itself
+        return {**self.__dict__, "_open": {}}  # another process maps the files for itself
 
     def subset(self, which: slice | np.ndarray) -> FeatureStore:
         """These images of the store, in this order; nothing is copied."""
@@ -149,16 +147,11 @@ class FeatureStore:
         taps = self._known(taps)
         stream = index_batches(len(self), batch_size, shuffle_seed, endless=steps is not None, start=start)
         readable = (chosen for chosen in stream if not self._missing.keys() >= set(self._own[chosen].tolist()))
-        wanted = readable if steps is None else islice(readable, max(0, steps - start))
-        with ThreadPoolExecutor(1, "read ahead") as reader:
-            waiting = None
-            for chosen in wanted:
-                following = reader.submit(self._rows, chosen, taps)
-                if waiting is not None:
-                    yield self._widened(waiting.result(), taps)
-                waiting = following
-            if waiting is not None:
-                yield self._widened(waiting.result(), taps)
+        wanted = islice(readable, None if steps is None else max(0, steps - start))
+        with ThreadPoolExecutor(1) as reader:
+            reading = (reader.submit(self._rows, chosen, taps) for chosen in wanted)
+            for rows, _ in pairwise(chain(reading, [None])):  # the pair is there when its second is submitted
+                yield self._widened(rows.result(), taps)  # type: ignore[union-attr]
 
     def _known(self, taps: Sequence[str] | None) -> Sequence[str]:
         if unknown := set(taps or ()) - set(self.taps):
@@ -166,49 +159,40 @@ class FeatureStore:
         return self.taps if taps is None else taps
 
     def _rows(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str]) -> dict[str, np.ndarray]:
-        """The images' rows of the shards, by numpy: torch's threads would take the cores that the training needs."""
+        """The images' rows of the files, by numpy: torch's threads would take the cores that the training needs."""
         places = np.array([i for i in self._own[np.asarray(indices, dtype=int)].tolist() if i not in self._missing])
         if not len(places):
             raise BacksightError(f"None of the {len(indices)} images asked for is in {shown(self.folder)}.")
         names = [f"{tap}/{part}" for tap in taps for part in self._forms[tap]["parts"]]
-        numbers, rows = places // self._shard_images, places % self._shard_images
-        shards = {number: np.flatnonzero(numbers == number) for number in np.unique(numbers).tolist()}
-        order = np.argsort(np.concatenate(list(shards.values())))
-
-        def gathered(name: str) -> np.ndarray:
-            pieces = [self._shard(number)[name][rows[which]] for number, which in shards.items()]
-            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)[order]
-
-        return {name: gathered(name) for name in ("images", *names, *(f"{name}/scale" for name in names))}
+        return {name: self._mapped(name)[places] for name in ("images", *names, *(f"{name}/scale" for name in names))}
 
     def _widened(self, rows: Mapping[str, np.ndarray], taps: Sequence[str]) -> tuple[Tensor, Recorded]:
         tensors = {name: torch.from_numpy(values).float() for name, values in rows.items()}
-        images = tensors["images"]
         recorded: Recorded = {}
         for tap in taps:
             form = self._forms[tap]
             parts = {part: _scaled(tensors[f"{tap}/{part}"], tensors[f"{tap}/{part}/scale"]) for part in form["parts"]}
             if form["positioned"]:
-                position = next(iter(self._open.values()))[f"{tap}/position"]
-                parts["position"] = torch.from_numpy(position.copy())
-            recorded[tap] = KINDS[form["kind"]](**parts, **_tuples(form["settings"]))
-        return images.div_(255) if rows["images"].dtype == np.uint8 else images, recorded
+                parts["position"] = torch.from_numpy(np.load(self.folder / f"{tap}-position.npy"))
+            settings = {  # JSON made lists of the grids
+                name: tuple(map(tuple, value)) if isinstance(value, list) else value
+                for name, value in form["settings"].items()
+            }
+            recorded[tap] = KINDS[form["kind"]](**parts, **settings)
+        return tensors["images"].div_(255 if rows["images"].dtype == np.uint8 else 1), recorded
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
-        """The shard's arrays, mapped: what is read of them comes from the disk, or from the system's cache of it."""
-        if number not in self._open:
-            path, size = self.folder / self._shards[number]["file"], self._shards[number]["bytes"]
+    def _mapped(self, name: str) -> np.ndarray:
+        """A file's rows: what is read of them comes from the disk, or from the system's cache of it."""
+        if name not in self._open:
+            path, (kind, shape) = self.folder / _file(name), self._parts[name]
             try:
-                if _size(path) != size:
-                    raise OSError(f"{max(_size(path), 0)} of {size} bytes")
-                with safe_open(path, framework="pt") as file:
-                    self._open[number] = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-            except (OSError, SafetensorError) as error:
+                self._open[name] = np.asarray(np.memmap(path, kind, "r", shape=(self._images, *shape)))
+            except (OSError, ValueError) as error:  # gone, or too short
                 raise BacksightError(
-                    f"The shard {shown(path)} of a feature store is missing or damaged ({error}): delete this file, "
-                    "and record_features records it again."
+                    f"The file {shown(path)} of a feature store is missing or damaged ({error}): call record_features "
+                    "again, which mends it."
                 ) from error
-        return self._open[number]
+        return self._open[name]
 
 
 def features_or_images(
@@ -229,7 +213,6 @@ def record_features(
     folder: Path | str | None = None,
     *,
     batch_size: int = 32,
-    shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> FeatureStore:
     """Record what the target makes of the images, or find it where it was recorded before.
@@ -237,42 +220,44 @@ def record_features(
     images: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1]; they are kept beside the features. taps: as
     `load_target` takes them, default the target's own. folder: of the stores, default "features" in the cache folder;
     each store has a folder of its own there. Numbers are kept to 11 binary digits of their own, `store.errors` says
-    what that costs; contexts (a detector's memory) are not kept. shard_bytes: of one file; recording holds about twice
-    as many in memory.
+    what that costs; contexts (a detector's memory) are not kept.
 
-    A recording that was killed, or whose disk was full, goes on from its last whole shard; one that another process is
+    A recording that was killed, or whose disk was full, goes on from its last whole batch; one that another process is
     writing is waited for. Raises StoreError where the disk is too small, before anything is written, or the folder
     cannot be written; BacksightError on features that are not finite or not of one form; SourceError without images.
     """
     taps = target.taps if taps is None else target.resolve_taps(taps)
     first = target.record(next(batches(images, 1)), taps)
-    index = _index(target, images, first, batch_size, shard_bytes)
-    identity = [
-        FORMAT,
-        target.name,
-        target.weights_hash,
-        asdict(target.preprocessing),
-        index["forms"],
-        images_digest(images),
-    ]
+    forms = {tap: _form(representation) for tap, representation in first.items()}
+    if isinstance(images, Tensor):
+        name, split, size, kind = None, None, images.shape[2:], "uint8" if images.dtype == torch.uint8 else "float32"
+    else:
+        name, split, size, kind = images.name, images.split, images.size, "uint8"
+    parts: dict[str, Part] = {"images": (kind, [3, *size])}
+    for tap, form in forms.items():
+        for part, shape in form["parts"].items():
+            parts |= {f"{tap}/{part}": ("float16", shape), f"{tap}/{part}/scale": ("float32", [])}
+    index: Index = {
+        **{"format": FORMAT, "status": "recording", "target": target.name, "weights_hash": target.weights_hash},
+        **{"name": name, "split": split, "size": list(size), "images": len(images), "missing": []},
+        **{"forms": forms, "parts": parts},
+    }
+    identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), forms, images_digest(images)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    name = "-".join(filter(None, (target.name, index["name"], index["split"], key)))
-    place = Path(folder or cache_folder() / "features") / re.sub(r"[^\w.-]+", "-", name)
+    label = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (target.name, name, split, key))))
+    place = Path(folder or cache_folder() / "features") / label
     try:
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
-        if (size := index["row_bytes"] * len(images)) > (
-            free := shutil.disk_usage(existing).free
-        ) and existing != place:
-            raise OSError(f"it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        free, needed = shutil.disk_usage(existing).free, len(images) * sum(map(_row_bytes, parts.values()))
+        if needed > free and existing != place:
+            raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):
-            index = read_json(place / "index.json") or index
-            whole = [shard for shard in index["shards"] if _size(place / shard["file"]) == shard["bytes"]]
-            if index["status"] != "complete" or len(whole) < len(index["shards"]):
-                _record(
-                    target, images, place, index | {"status": "recording", "shards": whole}, first, batch_size, progress
-                )
-    except (OSError, SafetensorError) as error:
+            known = read_json(place / "index.json")
+            rows = min(_size(place / _file(name)) // _row_bytes(part) for name, part in parts.items()) if known else 0
+            if known is None or known["status"] != "complete" or rows < len(images):
+                _record(target, images, place, known or index, first, min(rows, len(images)), batch_size, progress)
+    except OSError as error:
         raise StoreError(
             f"The feature store {shown(place)} cannot be written ({error}): make space, or set BACKSIGHT_CACHE to "
             "another folder; the next call goes on from there."
@@ -281,38 +266,13 @@ def record_features(
     _, kept = store.read(next([i] for i in range(len(store)) if i not in store._missing))
     for tap, representation in first.items():  # what is in no key, as a user's code, shows in the first image
         values = representation.values.float().cpu()
-        if (kept[tap].values - values).norm() > 0.01 * values.norm():
+        store.errors[tap] = float((kept[tap].values - values).norm() / values.norm().clamp(min=1e-30))
+        if store.errors[tap] > 0.01:
             raise BacksightError(
                 f"{target.name} gives other features at {tap} than when {shown(place)} was recorded, with the same "
                 "weights: its code or its settings have changed; delete this folder."
             )
     return store
-
-
-def _index(
-    target: Recordable, images: ImageSource | Tensor, first: Recorded, batch_size: int, shard_bytes: int
-) -> Index:
-    """Of a store without shards; shard_images: whole batches, where there is room for one."""
-    forms = {tap: _form(representation) for tap, representation in first.items()}
-    source = None if isinstance(images, Tensor) else images
-    size = images.shape[2:] if isinstance(images, Tensor) else images.size
-    numbers = sum(math.prod(shape) for form in forms.values() for shape in form["parts"].values())
-    row_bytes = 2 * numbers + 3 * math.prod(size) * (images.element_size() if isinstance(images, Tensor) else 1)
-    count = max(1, shard_bytes // row_bytes)
-    return {
-        "format": FORMAT,
-        "status": "recording",
-        "target": target.name,
-        "weights_hash": target.weights_hash,
-        "name": source and source.name,
-        "split": source and source.split,
-        "size": list(size),
-        "images": len(images),
-        "row_bytes": row_bytes,
-        "shard_images": count - count % batch_size if count > batch_size else count,
-        "forms": forms,
-        "shards": [],
-    }
 
 
 def _record(
@@ -321,66 +281,52 @@ def _record(
     place: Path,
     index: Index,
     first: Recorded,
+    rows: int,
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Write the shards that are not there, and then the index as complete."""
-    for stray in place.glob(".[!l]*"):  # of a process that was killed as it wrote; .lock stays
-        stray.unlink()
-    done = {shard["file"]: shard for shard in index["shards"]}
-    number, size = len(images), index["shard_images"]
-    starts = {f"shard-{start // size:05}.safetensors": start for start in range(0, number, size)}
-    lists = {
-        file: np.split(own := np.arange(start, min(start + size, number)), range(batch_size, len(own), batch_size))
-        for file, start in starts.items()
-        if file not in done
-    }
-    wanted = [indices for parts in lists.values() for indices in parts]
-    left = sum(map(len, wanted))
-    stream = read_batches(images, wanted, paying_workers(left))
-    with tqdm(total=left, desc=f"features of {target.name}", unit="image", leave=False, disable=not progress) as bar:
-        for file, parts in lists.items():
-            shard: Index = {"file": file, "missing": [], "lost": {}}
-            pieces = []
-            for indices in parts:
-                read, failures = next(stream)
-                shard["missing"] += failures
-                if failures:  # an image that could not be read is a black one, which nobody asks for
-                    whole = torch.zeros(len(indices), 3, *index["size"], dtype=torch.uint8)
-                    if read is not None:
-                        whole[~np.isin(indices, [failure[0] for failure in failures])] = read
-                    read = whole
-                pieces.append(_stored(target, read, first, index["forms"], shard["lost"]))
-                bar.update(len(indices))
-            tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            tensors |= {f"{tap}/position": code for tap, each in first.items() if (code := _position(each)) is not None}
-            write_atomically(place / file, lambda path, tensors=tensors: _save(tensors, path))
-            done[file] = shard | {"bytes": _size(place / file)}
-            index["shards"] = [done[each] for each in sorted(done)]
-            write_json(place / "index.json", index)
-    if sum(len(shard["missing"]) for shard in index["shards"]) == number:
-        raise SourceError(f"none of the {number} images can be read")
-    sums = {tap: np.sum([shard["lost"][tap] for shard in index["shards"]], axis=0) for tap in index["forms"]}
-    errors = {tap: math.sqrt(lost / max(whole, 1e-300)) for tap, (lost, whole) in sums.items()}
-    write_json(place / "index.json", index | {"status": "complete", "errors": errors})
+    """Append what is missing behind the first `rows`, in the same batches, and then write the index as complete."""
+    start = rows if rows == len(images) else rows - rows % batch_size
+    index |= {"status": "recording", "missing": [entry for entry in index["missing"] if entry[0] < start]}
+    write_json(place / "index.json", index)
+    for tap, representation in first.items():
+        if (code := _position(representation)) is not None:
+            np.save(place / f"{tap}-position.npy", code.numpy())
+    left = list(index_batches(len(images), batch_size, None, endless=False, start=math.ceil(start / batch_size)))
+    stream = read_batches(images, left, paying_workers(len(images) - start))
+    with (
+        ExitStack() as opened,
+        tqdm(total=len(images) - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,
+    ):
+        files = {name: opened.enter_context(open(place / _file(name), "ab")) for name in index["parts"]}
+        for name, file in files.items():
+            file.truncate(start * _row_bytes(index["parts"][name]))
+        for indices, (read, failures) in zip(left, stream, strict=True):
+            whole = read
+            if failures:  # an image that could not be read is a black one, which nobody asks for
+                index["missing"] += failures
+                write_json(place / "index.json", index)  # before its row
+                whole = torch.zeros(len(indices), 3, *index["size"], dtype=torch.uint8)
+                if read is not None:
+                    whole[~np.isin(indices, [failure[0] for failure in failures])] = read
+            assert whole is not None
+            for name, values in _stored(target, whole, first, index["forms"]).items():
+                files[name].write(values.cpu().contiguous().numpy().data)
+                files[name].flush()  # a kill then costs no more than this batch
+            bar.update(len(indices))
+    if len(index["missing"]) == len(images):
+        raise SourceError(f"none of the {len(images)} images can be read")
+    write_json(place / "index.json", index | {"status": "complete"})
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
-
-
-def _stored(
-    target: Recordable, images: Tensor | None, first: Recorded, forms: Mapping[str, Any], lost: dict[str, list[float]]
-) -> dict[str, Tensor]:
-    """{name in a shard: (B, …)} of a batch; to lost, {tap: [squared error, squared norm]}, it adds its own.
+def _stored(target: Recordable, images: Tensor, first: Recorded, forms: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{name of a part: (B, …)} of a batch.
 
     Raises BacksightError for what a store does not keep: padding, numbers that are not finite, and a form or a
     positional code that changes with the image.
     """
-    assert images is not None
-    stored = {"images": images}
-    unit = images.float().div(255) if images.dtype == torch.uint8 else images.float()
+    unit = images.float().div(255 if images.dtype == torch.uint8 else 1)
+    stored = {"images": images if images.dtype == torch.uint8 else unit}
     for tap, representation in target.record(unit, tuple(forms)).items():
         position, known = _position(representation), _position(first[tap])
         alike = position is None or known is None or torch.allclose(position, known, rtol=1e-5, atol=1e-6)
@@ -390,15 +336,10 @@ def _stored(
                 "cannot hold: leave this tap out."
             )
         for part in forms[tap]["parts"]:
-            values = getattr(representation, part).float().cpu().contiguous()
-            norm = values.double().square().sum().item()
-            if not math.isfinite(norm):
+            values = getattr(representation, part).float().cpu()
+            if not values.isfinite().all():
                 raise BacksightError(f"The features of {target.name} at {tap} are not finite: look at its weights.")
-            halves, scale = halved(values)
-            stored |= {f"{tap}/{part}": halves, f"{tap}/{part}/scale": scale}
-            error = (_scaled(halves.float(), scale) - values).double().square().sum().item()
-            before = lost.get(tap, (0.0, 0.0))
-            lost[tap] = [before[0] + error, before[1] + norm]
+            stored[f"{tap}/{part}"], stored[f"{tap}/{part}/scale"] = halved(values)
     return stored
 
 
@@ -421,20 +362,13 @@ def _scaled(values: Tensor, scale: Tensor) -> Tensor:
 def _form(representation: Representation) -> dict[str, Any]:
     """All of a representation but its numbers and its context; parts: {name: shape of one image's numbers}."""
     named = {entry.name: getattr(representation, entry.name) for entry in fields(representation)}
-    settings = {
-        name: value for name, value in named.items() if name != "context" and isinstance(value, int | str | tuple)
-    }
+    settings = {name: value for name, value in named.items() if isinstance(value, int | str | tuple)}
     return {
         "kind": type(representation).__name__,
         "parts": {n: list(v.shape[1:]) for n, v in named.items() if isinstance(v, Tensor) and n != "position"},
         "positioned": named.get("position") is not None,
         "settings": json.loads(json.dumps(settings)),  # as they come back from the index
     }
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of lists, which JSON makes of tuples, as tuples again."""
-    return {name: tuple(map(tuple, value)) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _position(representation: Representation) -> Tensor | None:
@@ -449,8 +383,16 @@ def outdated_stores() -> list[Path]:
     return [path.parent for path in indices if (read_json(path) or {}).get("format") != FORMAT]
 
 
+def _file(part: str) -> str:
+    return part.replace("/", "-") + ".bin"
+
+
+def _row_bytes(part: Part) -> int:
+    return np.dtype(part[0]).itemsize * math.prod(part[1])
+
+
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    return path.stat().st_size if path.is_file() else 0
 
 
 def images_digest(images: ImageSource | Tensor) -> str:
@@ -462,11 +404,12 @@ def images_digest(images: ImageSource | Tensor) -> str:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
     digest.update(repr([images.name, images.split, images.size, images.interpolation, images.crop_fraction]).encode())
-    states: dict[str, tuple[int, int]] = {}  # of a tar shard once, however many images it holds
+
+    @cache  # a tar shard is looked at once, however many images it holds
+    def state(file: Path) -> tuple[int, int]:
+        return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (-1, -1)
+
     for entry in images.entries:
-        file = entry.path if entry.member is None else entry.member.shard
-        if file not in states:
-            state = Path(file).stat() if Path(file).is_file() else None
-            states[file] = (state.st_size, state.st_mtime_ns) if state else (-1, -1)
-        digest.update(repr((entry.id, *states[file])).encode())
+        file = Path(entry.path if entry.member is None else entry.member.shard)
+        digest.update(repr((entry.id, *state(file))).encode())
     return digest.hexdigest()

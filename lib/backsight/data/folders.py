@@ -12,7 +12,7 @@ part val is the test split.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,6 @@ from backsight.errors import SourceError
 
 SPLITS = ("train", "validation", "test")
 _PLAIN = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}  # shares of the range of hashes
-_VALIDATION_FROM = 0.9
 _WORD = "(train|validation|val|test)(?:ing|id|idate)?"
 _SPLIT_FOLDER = re.compile(_WORD + r"[-_]?((?:19|20)\d\d)?", re.IGNORECASE)  # train, Valid, testing, val2017
 _SPLIT_SHARD = re.compile(rf"(?:^|[^a-z]){_WORD}[^a-z]")  # train-0000.tar, imagenet1k-validation-07.tar
@@ -51,6 +50,18 @@ class Entry(NamedTuple):
     member: Member | None = None
 
 
+class Part(NamedTuple):
+    """A declared part of a data set, or that share of it whose names hash into [low, high)."""
+
+    name: str = ""
+    low: float = 0.0
+    high: float = 1.0
+
+    def holds(self, name: str) -> bool:
+        fraction = int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48  # the same on every machine
+        return self.low <= fraction < self.high
+
+
 @dataclass
 class Found:
     """What a source has of a split. skipped: [(path, reason)]."""
@@ -60,67 +71,73 @@ class Found:
     classes: tuple[str, ...] = ()
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def annotate(self, files: Mapping[str, tuple[str, Path]], annotations: Path, folder: Path, part: "Part") -> None:
-        """Add files, {path in the folder: (id, path)}, with the objects that a COCO file has of them."""
+    def add(self, folder: Path, files: Mapping[str, Entry], annotations: Path | None, part: Part) -> None:
+        """Add files of a folder, {path in it: entry}, with the objects that a COCO file, where one is given, has."""
+        if annotations is None:
+            self.entries += files.values()
+            return
         source = Annotations(annotations)
         if self.classes not in ((), source.classes):
             raise SourceError(f"{annotations} lists other categories than the other part: open one split at a time")
         self.classes = source.classes
         self.skipped += source.notes
         records = source.match(list(files))
-        for name, (id, path) in files.items():
+        for name, entry in files.items():
             if name in records:
-                self.entries.append(Entry(id, str(path), objects=ImageObjects(source, records[name], str(path))))
+                self.entries.append(entry._replace(objects=ImageObjects(source, records[name], entry.path)))
             else:
-                self.skipped.append((str(path), f"{annotations.name} does not list it"))
+                self.skipped.append((entry.path, f"{annotations.name} does not list it"))
         for name in sorted(source.images.keys() - {record["file_name"] for record in records.values()}):
             if part.holds(_stem(name)) and not (folder / name).exists():
                 self.skipped.append((str(folder / name), f"listed in {annotations.name}, but not on disk"))
 
+    def search(self, folder: Path) -> list[str]:
+        """Image files below a folder as sorted relative paths; those that cannot be read are skipped.
 
-class Part(NamedTuple):
-    """A declared part of a data set, or that share of it whose names hash into [low, high)."""
-
-    name: str = ""
-    low: float = 0.0
-    high: float = 1.0
-
-    def holds(self, name: str) -> bool:
-        if (self.low, self.high) == (0, 1):
-            return True
-        fraction = int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48  # the same on every machine
-        return self.low <= fraction < self.high
+        Raises SourceError where there is none.
+        """
+        paths: list[str] = []
+        others: Counter[str] = Counter()
+        for path, child in _files(folder):
+            extension = os.path.splitext(path)[1].lower()
+            if not child.is_file():
+                if extension in READABLE:
+                    self.skipped.append((child.path, "no regular file, or a link to nothing"))
+            elif extension in READABLE or (extension not in _NO_IMAGES and is_image(child.path)):
+                paths.append(path)
+            else:
+                others[extension or "no extension"] += 1
+                if extension in _UNREADABLE:
+                    self.skipped.append((child.path, f"{extension} is not supported: convert it to PNG or JPEG"))
+        if not paths:
+            kinds = ", ".join(f"{kind} ({number})" for kind, number in others.most_common(5)) or "nothing"
+            raise SourceError(f"the folder {folder} holds no images, only {kinds}: images are {' '.join(READABLE)}")
+        return sorted(paths)
 
 
 def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
     """The images of a split, with masks those of COCO's annotations. Raises SourceError."""
     if not root.is_dir():
         raise SourceError(f"there is no folder {root}: give the folder that holds the images")
-    children = _children(root)
-    shards = sorted(root / child.name for child in children if child.name.lower().endswith(".tar"))
-    for base in (root, root / "images"):
-        if base.is_dir() and (declared := _declared(base)):
-            return _split_folders(root, base, declared, split or "test", masks)
-    if shards:
-        return _tar_shards(root, shards, split)
-    found = Found(split or "all")
-    paths, found.skipped = listed(root)
-    part = Part("", *_PLAIN.get(found.split, (0.0, 1.0)))
-    files = {path: (path, root / path) for path in paths if part.holds(path)}
-    if not files:
-        raise SourceError(
-            f"split {split!r} of {root} is empty: its {len(paths)} images are cut 8:1:1 by a hash of their names; add "
-            "images, sort them into train/, val/ and test/, or open it with split='all'"
-        )
-    annotations = sorted((root / "annotations").glob("instances_*.json"))
-    if masks and len(annotations) == 1:
-        found.annotate(files, annotations[0], root, part)
+    if base := next((base for base in (root, root / "images") if base.is_dir() and _declared(base)), None):
+        found = _split_folders(root, base, _declared(base), split or "test", masks)
+    elif shards := [root / child.name for child in _children(root) if child.name.lower().endswith(".tar")]:
+        found = _tar_shards(root, shards, split)
     else:
-        found.entries = [Entry(id, str(path)) for id, path in files.values()]
+        found = Found(split or "all")
+        part = Part("", *_PLAIN.get(found.split, (0.0, 1.0)))
+        files = {path: Entry(path, str(root / path)) for path in found.search(root) if part.holds(path)}
+        annotations = [*(root / "annotations").glob("instances_*.json")]
+        found.add(root, files, annotations[0] if masks and len(annotations) == 1 else None, part)
+    if not found.entries:
+        raise SourceError(
+            f"split {found.split!r} of {root} holds no image: add images, or choose another split (without declared "
+            "ones, images are cut 8:1:1 by a hash of their names; split='all' has them all)"
+        )
     return found
 
 
-def _parts(declared: Iterable[str], split: str) -> list[Part]:
+def _parts(declared: Iterable[str], split: str, root: Path) -> list[Part]:
     """The parts that make up a split; declared: which of train, val, validation and test there are."""
     place = {name: name for name in declared}
     if "val" in place:
@@ -128,8 +145,13 @@ def _parts(declared: Iterable[str], split: str) -> list[Part]:
     if split == "all":
         return [Part(place[name]) for name in SPLITS if name in place]
     if "train" in place and "validation" not in place and split != "test":
-        return [Part(place["train"], *((0.0, _VALIDATION_FROM) if split == "train" else (_VALIDATION_FROM, 1.0)))]
-    return [Part(place[split])] if split in place else []
+        return [Part(place["train"], *((0.0, 0.9) if split == "train" else (0.9, 1.0)))]
+    if split not in place:
+        raise SourceError(
+            f"{root} has neither images nor shards for split {split!r} (it has {', '.join(declared)}): add "
+            f"{'val' if split == 'test' else 'train'}, or unpack the zip file and the annotations of COCO there"
+        )
+    return [Part(place[split])]
 
 
 def _declared(base: Path) -> dict[str, str]:
@@ -149,8 +171,8 @@ def _split_folders(root: Path, base: Path, declared: dict[str, str], split: str,
     found = Found(split, skipped=_stray(base))
     annotations: dict[str, Path] = {}
     for part, name in declared.items():
-        usual = [root / "annotations" / f"instances_{stem}.json" for stem in (name, part)]
-        for path in (base / name / "_annotations.coco.json", *reversed(usual)):
+        usual = [root / "annotations" / f"instances_{stem}.json" for stem in (part, name)]
+        for path in (base / name / "_annotations.coco.json", *usual):
             if path.is_file():
                 annotations[part] = path
     coco = bool(annotations) or any(name[-4:].isdigit() for name in declared.values())
@@ -162,36 +184,24 @@ def _split_folders(root: Path, base: Path, declared: dict[str, str], split: str,
         unlabelled = bool(found.classes) and not classes.get("test", True)  # ImageNet's own test images
     if unlabelled:
         declared = {part: name for part, name in declared.items() if part != "test"}
-    parts = _parts(declared, split)
-    if not parts:
-        raise SourceError(
-            f"{root} has no folder for split {split!r} (it has {', '.join(declared.values())}): add "
-            f"{'val' if split == 'test' else 'train'}/, or unpack the zip file and the annotations of COCO there"
-        )
-    for part in parts:
+    numbers = {name: index for index, name in enumerate(found.classes)}
+    for part in _parts(declared, split, root):
         folder = base / declared[part.name]
-        paths, unread = listed(folder)
-        found.skipped += unread
-        if not coco:
-            numbers = {name: index for index, name in enumerate(found.classes)}
-            found.entries += [
-                Entry(f"{folder.name}/{path}", str(folder / path), numbers.get(path.split("/")[0]))
-                for path in paths
-                if part.holds(path)
-            ]
-            continue
-        files = {path: (_stem(path), folder / path) for path in paths if part.holds(_stem(path))}
-        if masks and part.name not in annotations:
+        if masks and coco and part.name not in annotations:
             raise SourceError(
                 f"masks need annotations/instances_{folder.name}.json in {root}, which is missing: unpack COCO's "
                 "annotations there, or open it with masks=False"
             )
-        if masks:
-            found.annotate(files, annotations[part.name], folder, part)
+        paths = found.search(folder)
+        if coco:
+            files = {path: Entry(_stem(path), str(folder / path)) for path in paths if part.holds(_stem(path))}
         else:
-            found.entries += [Entry(id, str(path)) for id, path in files.values()]
-    if not found.entries:
-        raise SourceError(f"split {split!r} of {root} holds no image: add images, or choose another split")
+            files = {
+                path: Entry(f"{folder.name}/{path}", str(folder / path), numbers.get(path.split("/")[0]))
+                for path in paths
+                if part.holds(path)
+            }
+        found.add(folder, files, annotations[part.name] if masks and coco else None, part)
     return found
 
 
@@ -201,7 +211,7 @@ def _class_folders(folder: Path) -> set[str]:
     return {name for name in names if _children(folder / name)}
 
 
-def _tar_shards(root: Path, paths: Sequence[Path], split: str | None) -> Found:
+def _tar_shards(root: Path, paths: Iterable[Path], split: str | None) -> Found:
     shards: dict[str, list[Path]] = {}
     for path in paths:
         word = _SPLIT_SHARD.search(path.name.lower())
@@ -214,17 +224,11 @@ def _tar_shards(root: Path, paths: Sequence[Path], split: str | None) -> Found:
         if labels["train"] is not None and labels["test"] is None:
             del shards["test"]  # ImageNet's own test images come without classes
     plain = Part("", *_PLAIN.get(found.split, (0.0, 1.0)))
-    parts = [plain] if "" in shards else _parts(shards, found.split)
-    if not parts:
-        add = "val-*.tar" if found.split == "test" else "train-*.tar"
-        raise SourceError(f"{root} has no shards for split {found.split!r} (it has {', '.join(shards)}): add {add}")
-    for part in parts:
+    for part in [plain] if "" in shards else _parts(shards, found.split, root):
         for shard, members in zip(shards[part.name], index_shards(shards[part.name], READABLE), strict=True):
             for member in members:
                 if part.holds(id := f"{shard.stem}/{member.name}"):
                     found.entries.append(Entry(id, f"{shard}::{member.name}", member.label, member=member))
-    if not found.entries:
-        raise SourceError(f"split {found.split!r} of {root} holds no image: add shards, or choose another split")
     return found
 
 
@@ -260,27 +264,3 @@ def _files(
             yield from _files(folder, path, above | {real})
         else:
             yield path, child
-
-
-def listed(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """Image files below a folder as sorted relative paths, and (path, reason) of those that cannot be read.
-
-    Raises SourceError where there is none.
-    """
-    paths: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    others: Counter[str] = Counter()
-    for path, child in _files(folder):
-        extension = os.path.splitext(path)[1].lower()
-        if not child.is_file():
-            skipped += [(child.path, "no regular file, or a link to nothing")] if extension in READABLE else []
-        elif extension in READABLE or (extension not in _NO_IMAGES and is_image(child.path)):
-            paths.append(path)
-        else:
-            others[extension or "no extension"] += 1
-            if extension in _UNREADABLE:
-                skipped.append((child.path, f"{extension} is not supported: convert it to PNG or JPEG"))
-    if not paths:
-        kinds = ", ".join(f"{extension} ({number})" for extension, number in others.most_common(5)) or "nothing"
-        raise SourceError(f"the folder {folder} holds no images, only {kinds}: images are {' '.join(READABLE)}")
-    return sorted(paths), sorted(skipped)

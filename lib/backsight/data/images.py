@@ -8,7 +8,7 @@ never lost silently.
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -53,6 +53,7 @@ class Generated:
     to_size: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class ImageSource(Dataset[dict[str, Any]]):
     """Images of one split at one size; made by `open_images`.
 
@@ -64,21 +65,15 @@ class ImageSource(Dataset[dict[str, Any]]):
     raises ImageError for a file that cannot be read; iteration, `batches` and `tensor` go on without it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        size: Size,
-        entries: Sequence[Entry],
-        interpolation: str = "bicubic",
-        crop_fraction: float = 1.0,
-        classes: tuple[str, ...] = (),
-        skipped: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        self.name, self.split, self.size, self.classes = name, split, size, classes
-        self.entries, self.interpolation, self.crop_fraction = entries, interpolation, crop_fraction
-        self._skipped = dict(skipped)
-        self._warned = False
+    name: str
+    split: str
+    size: Size
+    entries: Sequence[Entry]
+    interpolation: str = "bicubic"
+    crop_fraction: float = 1.0
+    classes: tuple[str, ...] = ()
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _warned: bool = field(default=False, init=False)
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -116,13 +111,9 @@ class ImageSource(Dataset[dict[str, Any]]):
         part.entries = self.entries[which]
         return part
 
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        return list(self._skipped.items())
-
     def skip(self, failures: Sequence[tuple[str, str]]) -> None:
         """Put files on the list of what cannot be read; the first one met while reading is warned about."""
-        self._skipped.update(failures)
+        self.skipped += [failure for failure in failures if failure not in self.skipped]
         if failures and not self._warned:
             self._warned = True
             _warn(self.name, failures, " (others as they are met; `.skipped` lists them all)")
@@ -191,11 +182,9 @@ def open_images(
         module, function = GENERATORS[name].split(":")
         made: Generated = getattr(import_module(module), function)(split, count, seed, max(size), options)
         found = Found(made.split)
-        if masks and made.annotations:
-            files = {path.name: (id, path) for id, path in made.files.items()}
-            found.annotate(files, made.annotations, made.annotations.parent, Part())
-        else:
-            found.entries = [Entry(id, str(path)) for id, path in made.files.items()]
+        files = {path.name: Entry(id, str(path)) for id, path in made.files.items()}
+        annotations = made.annotations if masks else None
+        found.add(annotations.parent if annotations else Path(), files, annotations, Part())
         crop_fraction = 1.0 if made.to_size else crop_fraction
     elif not (root := Path(source).expanduser()).exists():
         raise SourceError(f"there is no folder {root}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
@@ -220,16 +209,13 @@ def _wanted(target_or_size: Preprocessed | int | Size) -> tuple[Size, str, float
             kinds = ", ".join(Image.Resampling.__members__).lower()
             raise SourceError(f"the target's interpolation {preprocessing.interpolation!r} is none of {kinds}")
         return preprocessing.size, preprocessing.interpolation, preprocessing.crop_fraction
-    sides: Any = (target_or_size, target_or_size) if isinstance(target_or_size, int) else target_or_size
-    if not (
-        isinstance(sides, tuple | list)
-        and len(sides) == 2
-        and all(isinstance(side, int) and side > 0 for side in sides)
-    ):
+    sides: Any = (target_or_size,) * 2 if isinstance(target_or_size, int) else target_or_size
+    fits = isinstance(sides, tuple | list) and [isinstance(side, int) and side > 0 for side in sides] == [True, True]
+    if not fits:
         raise SourceError(
             f"{sides!r} is neither a target nor a size, (height, width) in pixels or one side of a square"
         )
-    return (int(sides[0]), int(sides[1])), "bicubic", 1.0
+    return (sides[0], sides[1]), "bicubic", 1.0
 
 
 def _warn(source: str, failures: Sequence[tuple[str, str]], remark: str) -> None:
@@ -286,9 +272,7 @@ def batches(
     Raises SourceError where nothing can be read. Random state outside is not touched.
     """
     if batch_size < 1 or start < 0 or (steps is not None and steps < 0):
-        raise SourceError(
-            f"batch_size {batch_size}, steps {steps} and start {start}: sizes begin at 1, the others at 0"
-        )
+        raise SourceError(f"batch_size {batch_size}, steps {steps}, start {start}: sizes begin at 1, the others at 0")
     if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3 or images.dtype == torch.int64):
         raise SourceError(
             f"images are {images.dtype} of shape {tuple(images.shape)}; they are (N, 3, H, W), uint8 or float in [0, 1]"
@@ -389,8 +373,9 @@ def index_batches(
         return np.random.default_rng([shuffle_seed, epoch]).permutation(number)
 
     if not endless:
+        indices = order(0)
         for first in range(start * batch_size, number, batch_size):
-            yield order(0)[first : first + batch_size]
+            yield indices[first : first + batch_size]
         return
     epoch, offset = divmod(start * batch_size, number)
     waiting = order(epoch)[offset:]
