@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from backsight import load_target
-from backsight.data import distributed
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear_pairs
@@ -239,10 +238,3 @@ def test_running_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> Non
     deviation = torch.stack([values[:, 0].std(0, unbiased=False), grid.std(0, unbiased=False)])
     torch.testing.assert_close(moments.deviation, deviation)
     assert moments.variance == pytest.approx(float((deviation[0].square() + 4 * deviation[1].square()).mean()) / 5)
-
-
-def test_alone_average_changes_nothing() -> None:
-    numbers = torch.rand(3)
-    kept = numbers.clone()
-    distributed.average([numbers])
-    assert torch.equal(numbers, kept)
