@@ -30,8 +30,10 @@ from backsight.exact.inverse import ExactInverse, ExactModel, exact_inverses
 from backsight.exact.solver import Settings
 from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
-from backsight.studies.exact import measure_chain, measure_half_steps, measure_roots, modular_guess, recorded_truth
-from backsight.studies.roots import RootChoosing, Search
+from backsight.studies.continuation import Search
+from backsight.studies.exact import measure_chain, measure_half_steps
+from backsight.studies.roots import RootChoosing, recorded_truth
+from backsight.studies.second_roots import find_roots, modular_guess, root_rows
 from backsight.targets import Target, load_target
 
 FULL = os.environ.get("SIZE") == "full"
@@ -61,19 +63,18 @@ def fitted(name: str, count: int, tap: str) -> RootChoosing:
 
 
 def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
-    """Of a study's tidy table, the columns that tell its rows apart in words; of quantiles the median."""
+    """Of a study's tidy table, the columns that tell its rows apart in words."""
     yield Row("exact", case, "images", float(table["n"].max()), "1", *NONE)
     for _, row in table.iterrows():
-        measure, quantile = row["measure"], row["quantile"]
-        if pd.isna(row["value"]) or not (pd.isna(quantile) or quantile == 0.5):
+        measure = row["measure"]
+        if pd.isna(row["value"]):
             continue
-        parts = [measure.replace("_", " ")]
-        parts += ["median"] if not pd.isna(quantile) else []
+        distance = measure in ("other_distance", "nearest_other")
+        parts = [measure.replace("_", " "), *(["median"] if distance else [])]
         if measure.startswith(("lost_", "survived")) or (measure == "error_back" and not pd.isna(row["rule"])):
             parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
         elif not pd.isna(row["rule"]) and "right" in measure and row["step"] == row["tap"]:
             parts.append(f"rule: {row['rule']}")
-        distance = "distance" in measure or measure.startswith("nearest")
         unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS or distance else "share"
         yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
 
@@ -103,15 +104,9 @@ def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: 
     folder = shipped_inverses(target)
     modular = load(folder, target).get("modular", {}).get(step) if folder is not None else None
     guess = modular_guess(inverse, step, modular)
-    table = measure_roots(
-        inverse,
-        step,
-        truth,
-        guesses={} if guess is None else {"modular": guess},
-        examples=examples,
-        search=Search(rounds=curves),
-        **QUIET,
-    )
+    guesses = {} if guess is None else {"modular": guess}
+    found = find_roots(inverse, step, truth, guesses, examples, Search(rounds=curves), **QUIET)
+    table = root_rows(target, [found])
     yield from rows_of(f"{name}, roots of {step}, {examples} examples, {curves} rounds of curves", table)
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from targets.examples import small_detector, small_timm
@@ -18,7 +19,6 @@ from backsight.exact.starts import StagedStart, fit_prior
 from backsight.inverses.linear import fit_linear
 from backsight.plots.exact import (
     chain_figure,
-    distances_figure,
     half_step_figure,
     roots_figure,
     rules_figure,
@@ -27,24 +27,24 @@ from backsight.plots.exact import (
 from backsight.representation import Tokens
 from backsight.studies import exact as study
 from backsight.studies.exact import (
-    ALL_TOKENS,
-    FATES,
-    ONE_TOKEN,
-    RANDOM_MOVE,
-    TRUE_STREAM,
-    find_roots,
-    foldable_steps,
     follow_chain,
     measure_chain,
     measure_exactness,
     measure_half_steps,
-    measure_roots,
-    modular_guess,
-    recorded_truth,
-    second_root_pictures,
+    outcomes_of,
     where_exactness_ends,
 )
-from backsight.studies.roots import RootChoosing, StepReport, wilson_interval
+from backsight.studies.roots import RootChoosing, cases_of, judged, recorded_truth
+from backsight.studies.second_roots import (
+    FoundRoots,
+    find_roots,
+    foldable_steps,
+    modular_guess,
+    root_rows,
+    second_root_pictures,
+)
+from backsight.studies.tidy_rows import wilson_interval
+from backsight.tables.names import ALL_TOKENS, FATES, ONE_TOKEN, RANDOM_MOVE, TRUE_STREAM
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
@@ -118,6 +118,10 @@ def value(table, measure: str, **where: object) -> float:  # type: ignore[no-unt
     return float(rows["value"].iloc[0])
 
 
+def rows_of(found: FoundRoots):  # type: ignore[no-untyped-def]
+    return root_rows(small_timm("ViT"), [found])
+
+
 def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None:
     truth = recorded_truth(usual, images_of(usual, 3))
     alone = measure_half_steps(usual, truth, **QUIET)
@@ -131,10 +135,10 @@ def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None
     assert value(chain, "error", step=None) < 1e-10
     assert value(chain, "survived", step="blocks.0.attn") == 1
     for step in foldable_steps(usual):
-        roots = measure_roots(usual, step, truth, examples=2, **QUIET)
+        roots = rows_of(find_roots(usual, step, truth, examples=2, **QUIET))
         assert value(roots, "roots") == 1
         assert value(roots, "several_roots") == value(roots, "negative_determinant") == 0
-        assert value(roots, "truth_found_images") == value(roots, "complete") == 1
+        assert value(roots, "truth_found") == value(roots, "complete") == 1
         assert value(roots, "tokens_right", rule="most usual") == 1
         assert math.isnan(value(roots, "nearest_other"))
 
@@ -150,7 +154,7 @@ def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> N
     assert rows["value"].tolist() == [1.0]
     with pytest.raises(BacksightError, match="nearest"):
         measure_half_steps(usual, truths[0], steps=["blocks.7"], **QUIET)
-    with pytest.raises(BacksightError, match="own truth"):
+    with pytest.raises(ValueError, match="own truth"):
         measure_half_steps([usual, other], truths[:1], **QUIET)
 
 
@@ -159,10 +163,10 @@ def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None
     alone = measure_half_steps(inverse, truth, inverse.settings, steps=[LAST], **QUIET)
     assert value(alone, "another_root") == 1
     assert value(alone, "tokens_right") == 0
-    record = follow_chain(inverse, truth, **QUIET)
-    assert record.outcomes["fate"].tolist() == ["another_root"] * 2
-    assert record.outcomes["lost_at"].tolist() == [LAST] * 2
-    assert set(record.table["step"]) == {LAST}  # a wrong image is followed no further
+    table = follow_chain(inverse, truth, **QUIET)
+    assert outcomes_of(table)["fate"].tolist() == ["another_root"] * 2
+    assert outcomes_of(table)["lost_at"].tolist() == [LAST] * 2
+    assert set(table["step"]) == {LAST}  # a wrong image is followed no further
     chain = measure_chain(inverse, truth, **QUIET)
     assert [value(chain, fate) for fate in FATES] == [0, 1, 0, 0]
     assert value(chain, "lost_another_root", step=LAST) == 1
@@ -176,21 +180,17 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
     """Reports that say what they are told: the accounting reads them alone."""
     truth = recorded_truth(usual, images_of(usual, 5))
 
-    def told(inverse: ExactInverse, trace: object, *others: object) -> list[StepReport]:
-        reports, count = judged(inverse, trace, *others), len(trace.values)
-        if trace.destination != HALF and count == 5:
-            error = torch.tensor([1e-9, 0.3, 0.3, 0.3, float("nan")], dtype=torch.float64)
-            another = torch.tensor([False, True, False, False, False])
-            solved = torch.tensor([True, True, False, True, False])
-            solution = replace(reports[0].solution, solved=solved)
-            return [replace(reports[0], error=error, another_root=another, solution=solution)]
-        return reports
+    def told(inverse: ExactInverse, trace: object, *others: object) -> pd.DataFrame:
+        table, count = judged(inverse, trace, *others), len(trace.values)
+        if trace.destination == HALF or count < 5:
+            return table
+        error, another = [1e-9, 0.3, 0.3, 0.3, math.nan], [False, True, False, False, False]
+        return table.assign(error=error, another_root=another, solved=[True, True, False, True, False])
 
-    judged = study.judged
     monkeypatch.setattr(study, "judged", told)
-    record = follow_chain(usual, truth, **QUIET)
-    assert record.outcomes["fate"].tolist() == ["back", "another_root", "unsolved", "error_grown", "unsolved"]
-    assert record.outcomes["lost_at"].tolist()[1:] == [HALF] * 4
+    outcomes = outcomes_of(follow_chain(usual, truth, **QUIET))
+    assert outcomes["fate"].tolist() == ["back", "another_root", "unsolved", "error_grown", "unsolved"]
+    assert outcomes["lost_at"].tolist()[1:] == [HALF] * 4
     chain = measure_chain(usual, truth, **QUIET)
     assert [value(chain, fate) for fate in FATES] == pytest.approx([0.2, 0.2, 0.4, 0.2])
     assert value(chain, "survived", step="blocks.1") == 1
@@ -210,23 +210,23 @@ def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: 
     assert others.tolist() == list(range(2 * tokens))
     distance = (found.roots.x[root] - found.truth[others]).norm(dim=1)
     assert torch.allclose(distance, torch.full_like(distance, SECOND / 2), rtol=1e-6)  # the middle root, 0
-    table = measure_roots(inverse, LAST, truth, examples=1, **QUIET)
+    table = rows_of(found)
     assert value(table, "roots") == 3
     assert value(table, "several_roots") == 1
     length = found.truth.norm(dim=1)
-    assert value(table, "nearest_other", quantile=0.5) == pytest.approx(
-        float(np.quantile((SECOND / 2 / length).numpy(), 0.5)), rel=1e-6
-    )
-    assert value(table, "nearest_other_in_deviations", quantile=0.9) == pytest.approx(
-        SECOND / 2 / found.deviation, rel=1e-6
-    )
+    assert value(table, "nearest_other") == pytest.approx(float(np.median(SECOND / 2 / length)), rel=1e-6)
     # The start leads to the upper root; the usual tokens are at the lower one, and the shortest is the middle one.
     assert value(table, "tokens_right", rule="staged start") == 0
     assert value(table, "tokens_right", rule="nearest to the staged start") == 0
     assert value(table, "tokens_right", rule="shortest") == 0
     assert value(table, "images_right", rule="most usual") == 1
-    guessed = measure_roots(inverse, LAST, truth, guesses={"told": lambda y: truth[HALF].values[: y.batch]}, **QUIET)
-    assert value(guessed, "tokens_right_several", rule="told start") == 1
+    names = [
+        label.get_text()
+        for label in rules_figure(table.assign(study="roots", weights="shipped")).axes[0].get_yticklabels()
+    ]
+    assert names[-1] == "most usual"
+    guessed = rows_of(find_roots(inverse, LAST, truth, {"told": lambda y: truth[HALF].values[: y.batch]}, **QUIET))
+    assert value(guessed, "tokens_right", rule="told start") == 1
     assert value(guessed, "tokens_right", rule="nearest to the told start") == 1
 
 
@@ -234,12 +234,12 @@ def test_what_roots_are_of_is_refused_where_they_cannot_be_listed(usual: ExactIn
     truth = recorded_truth(usual, images_of(usual, 1))
     assert foldable_steps(usual) == ["blocks.0", "blocks.1"]
     with pytest.raises(BacksightError, match="mixes tokens"):
-        measure_roots(usual, "blocks.1.attn", truth, **QUIET)
+        find_roots(usual, "blocks.1.attn", truth, **QUIET)
     with pytest.raises(BacksightError, match="no half-step"):
-        measure_roots(usual, "blocks.3", truth, **QUIET)
+        find_roots(usual, "blocks.3", truth, **QUIET)
     single = {tap: each.replace(each.values.float()) for tap, each in truth.items()}
-    with pytest.raises(BacksightError, match="round-off"):
-        measure_roots(usual, "blocks.1", single, **QUIET)
+    with pytest.raises(ValueError, match="float32"):
+        find_roots(usual, "blocks.1", single, **QUIET)
     assert modular_guess(usual, "blocks.1", None) is None
 
 
@@ -255,10 +255,10 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
     def blind(representation: Tokens) -> Tensor:
         return torch.full((representation.batch, 3, *size), 0.5)
 
-    shown = second_root_pictures(
-        inverse, LAST, truth, images, {"linear": {HALF: decoder}, "modular": {HALF: blind}}, examples=1, **QUIET
-    )
-    assert (shown.tap, shown.destination) == (HALF, LAST)
+    case, found = cases_of(inverse, truth)[0], find_roots(inverse, LAST, truth, examples=1, **QUIET)
+    families = {"linear": {HALF: decoder}, "modular": {HALF: blind}}
+    shown = second_root_pictures(case, found, images, families, **QUIET)
+    assert set(shown.metrics["tap"]) == {HALF}
     for picture in (TRUE_STREAM, ONE_TOKEN, ALL_TOKENS):
         assert value(shown.metrics, "residual_largest", picture=picture) < 1e-10
     tokens = truth[LAST].values.shape[1]
@@ -275,16 +275,16 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
         expected + 20 * math.log10(tokens - 1), abs=1e-3
     )
     assert shown.metrics[shown.metrics["picture"] == RANDOM_MOVE]["measure"].ne("residual").all()
-    figure = second_root_figure(shown)
+    figure = second_root_figure(shown.images, shown.pictures, shown.reached, shown.metrics)
     assert figure.shows_images
     assert figure.caption
     assert all(bool(each.all()) for each in shown.reached.values())
     lost = {**shown.reached, ONE_TOKEN: torch.zeros(len(shown.images), dtype=torch.bool)}
-    drawn = second_root_figure(replace(shown, reached=lost))
+    drawn = second_root_figure(shown.images, shown.pictures, lost, shown.metrics)
     marks = [axes.get_xlabel() for axes in drawn.axes if axes.get_xlabel() == "–"]
     assert marks == ["–"] * 2 * len(shown.images[:4]), "a picture of no solution is not shown, for either family"
     with pytest.raises(BacksightError, match="decoded by all"):
-        second_root_pictures(inverse, LAST, truth, images, {"linear": {}}, examples=1, **QUIET)
+        second_root_pictures(case, found, images, {"linear": {}}, **QUIET)
 
 
 def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactInverse) -> None:
@@ -303,10 +303,9 @@ def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactI
     last = inverse.model.walk.between(LAST, HALF)[0]
     with torch.no_grad():
         streams[LAST] = truth[LAST].replace(last(half))
-    shown = second_root_pictures(
-        inverse, LAST, streams, images_of(usual, 2), {"linear": {"blocks.0": grey}}, examples=1, **QUIET
-    )
-    assert shown.tap == "blocks.0"
+    case, found = cases_of(inverse, streams)[0], find_roots(inverse, LAST, streams, examples=1, **QUIET)
+    shown = second_root_pictures(case, found, images_of(usual, 2), {"linear": {"blocks.0": grey}}, **QUIET)
+    assert set(shown.metrics["tap"]) == {"blocks.0"}
     for picture in (ONE_TOKEN, ALL_TOKENS):
         assert value(shown.metrics, "reached", picture=picture) == 1
         assert value(shown.metrics, "residual_largest", picture=picture) < 1e-9
@@ -333,10 +332,8 @@ def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None
     target: Target = small_timm("ViT")
     shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
     families = {"linear": fit_linear(target, shown, taps=["patch_embed", "blocks.0"], progress=False)}
-    made = measure_exactness(
-        target, families, tap="blocks.0", n=2, n_chain=3, n_roots=1, n_pictures=1, fit_images=10, stages=1, examples=1,
-        curves=0, seeds=(0, 1), oracle=False, **QUIET,
-    )  # fmt: skip
+    counts = {"n": 2, "n_chain": 3, "n_roots": 1, "fit_images": 10, "examples": 1, "curves": 0}
+    made = measure_exactness(target, families, tap="blocks.0", seeds=(0, 1), **counts, **QUIET)
     metrics = made.metrics
     assert set(metrics["study"]) == {"half_step", "chain", "roots"}  # no second root: no picture of one
     assert made.second_roots == {}
@@ -346,30 +343,13 @@ def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None
     assert set(chain.loc[chain["seeds"] == 2, "n"]) <= {0, 2}
     for _, part in chain[chain["measure"].isin(FATES)].groupby("seeds"):
         assert part["value"].sum() == pytest.approx(1)
-    assert len(made.reach) == len(target.taps)
     # The small target's own weights are random as well: the others are named as trained here, to have both.
     named = metrics.assign(weights=np.where(metrics["seeds"] == 1, "shipped", "random"))
     for figure in (half_step_figure(named), roots_figure(named), chain_figure(named)):
         assert "trained" in figure.caption
         assert "n = " in figure.caption
         assert figure.description
-    with pytest.raises(BacksightError, match="second root"):
-        distances_figure(named)
     with pytest.raises(BacksightError, match="nothing to choose"):
         rules_figure(named)
     with pytest.raises(BacksightError, match="step"):
         chain_figure(named.drop(columns="step"))
-
-
-def test_figures_of_distances_and_rules_draw_the_constructed_answer(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
-    table = measure_roots(inverse, LAST, truth, examples=1, **QUIET).assign(study="roots", weights="shipped")
-    drawn = distances_figure(table)
-    line = drawn.axes[0].lines[0]
-    assert line.get_label() == LAST
-    distance = value(table, "nearest_other_in_deviations", quantile=0.5)
-    assert np.allclose(line.get_xdata(), distance)
-    assert f"{distance:.3g} at {LAST}" in drawn.description
-    rules = rules_figure(table)
-    names = [label.get_text() for label in rules.axes[0].get_yticklabels()]
-    assert names[-1] == "most usual"

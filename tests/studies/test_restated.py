@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
-from backsight.exact.inverse import exact_inverses
 from backsight.exact.map import Noise, fit_map_tap
 from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
@@ -24,14 +24,14 @@ from backsight.studies.layers import pairs_of_one_form
 from backsight.studies.recolour import Perturbation, open_objects
 from backsight.studies.restated import (
     Restated,
+    add_depth_rows,
     colour_follow,
     cross_pairs,
-    depth_rows,
     hue_shift_kept,
     measure_restated,
 )
+from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.values import METRIC_COLUMNS
-from backsight.tables.verdicts import ANSWERS, QUESTIONS, verdicts
 from backsight.targets import Target
 
 SIZE = 32
@@ -109,8 +109,15 @@ def made_tables() -> dict[tuple[str, str], dict[str, np.ndarray]]:
     }
 
 
+def depth_table(seed: int = 0) -> pd.DataFrame:
+    rows = TidyRows(SimpleNamespace(depth=["near", "far"].index), {}, seed)
+    add_depth_rows(rows, made_tables(), ["near", "far"])
+    return rows.table()
+
+
 def test_depth_costs_are_paired_and_exact() -> None:
-    table = pd.DataFrame(depth_rows(made_tables(), ["near", "far"]))
+    table = depth_table(seed=3)
+    assert table["seed"].eq(3).all()
     assert not table["inverse"].str.startswith("null_").any()
     at = table.set_index(["measure", "tap", "inverse", "against", "of"])["value"]
     assert at["depth_cost", "far", "map", "near", "psnr"] == pytest.approx(-2)
@@ -118,8 +125,6 @@ def test_depth_costs_are_paired_and_exact() -> None:
     assert at["depth_cost", "far", "modular", "near", "hue_error"] == pytest.approx(20)
     assert at["depth_cost_recovered", "far", "map", "modular", "psnr"] == pytest.approx(1.0)  # 28 again, as at near
     assert at["depth_cost_recovered", "far", "map", "modular", "hue_error"] == pytest.approx(0.75)
-    assert at["depth_cost_spared", "far", "map", "modular", "psnr"] == pytest.approx(0.8)
-    assert at["depth_cost_spared", "far", "map", "modular", "hue_error"] == pytest.approx(0.75)
     assert at["psnr_difference", "near", "map", "modular", "psnr"] == pytest.approx(2)
     assert at["psnr_difference", "far", "map", "modular", "psnr"] == pytest.approx(10)
     assert at["psnr_difference", "far", "map", "linear", "psnr"] == pytest.approx(8)
@@ -128,114 +133,10 @@ def test_depth_costs_are_paired_and_exact() -> None:
 
 
 def test_where_nothing_was_lost_no_share_of_it_is_told() -> None:
-    table = pd.DataFrame(depth_rows(made_tables(), ["near", "far"]))
+    table = depth_table()
     row = table[(table["measure"] == "depth_cost_recovered") & (table["against"] == "linear")].iloc[0]
     assert math.isnan(row["value"])
     assert "loses nothing" in row["note"]
-
-
-# ----------------------------------------------------------------------------------------------------------- verdicts
-
-
-def made_row(measure: str, low: float, high: float, **columns: Any) -> dict[str, Any]:
-    common = {"target": "t", "tap": "far", "depth": 5.0, "inverse": "map", "n": 9, "seeds": 1, "of": None}
-    return common | {"measure": measure, "value": (low + high) / 2, "low": low, "high": high} | columns
-
-
-def made_metrics(
-    gain: tuple[float, float], cost: tuple[float, float] = (-1.0, -0.5), measure: str = "psnr"
-) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            made_row(f"{measure}_difference", *gain, against="modular", of=measure),
-            made_row(f"{measure}_difference", 50.0, 60.0, against="linear", of=measure),
-            made_row("depth_cost", *cost, against="near", of=measure),
-            made_row("depth_cost", -90.0, -80.0, against="near", of=measure, inverse="modular"),
-            made_row("misfit", 1.0, 1.4),
-        ]
-    )
-
-
-def made_stability(**gains: tuple[float, float]) -> pd.DataFrame:
-    names = {"int8": "int8", "tenth": "gaussian 0.1", "one": "gaussian 1"}
-    return pd.DataFrame(
-        [made_row("psnr_difference", *gain, against="modular", noise=names[name]) for name, gain in gains.items()]
-    )
-
-
-@pytest.mark.parametrize(
-    ("gain", "cost", "noisy", "answer"),
-    [
-        ((6, 8), (-9, -3.01), {}, "lost"),
-        ((6, 8), (-9, -3.0), {}, "non-linearly coded"),  # on the border it is not lost
-        ((-1, 1), (-9, -4), {}, "lost"),
-        ((0.5, 8), (-1, 0), {}, "cannot tell"),  # on the border there is no gain
-        ((0.51, 8), (-1, 0), {}, "non-linearly coded"),
-        ((-2, -1), (-1, 0), {}, "cannot tell"),
-        ((6, 8), (-1, 0), {"tenth": (0.5, 2.9)}, "fragile"),
-        ((6, 8), (-1, 0), {"tenth": (0.5, 3.0)}, "non-linearly coded"),  # half of it is left
-        ((6, 8), (-1, 0), {"int8": (-3.0, -1.0), "tenth": (4, 5)}, "fragile"),
-        ((6, 8), (-1, 0), {"tenth": (0.0, 5.0)}, "cannot tell"),
-        ((6, 8), (-1, 0), {"int8": (5, 6), "tenth": (4, 5)}, "non-linearly coded"),
-        ((6, 8), (-1, 0), {"one": (-1, 0)}, "non-linearly coded"),  # not a small noise
-        ((6, 8), (-9, -4), {"tenth": (-1, 0)}, "lost"),
-    ],
-)
-def test_every_verdict_and_its_borders(gain: Any, cost: Any, noisy: dict[str, Any], answer: str) -> None:
-    found = verdicts(made_metrics(gain, cost), made_stability(**noisy) if noisy else None)
-    assert found["answer"].tolist() == [answer]
-    assert found["answer"].isin(ANSWERS).all()
-    assert found["question"].tolist() == ["detail"]
-    assert found["n"].tolist() == [9]
-
-
-def test_a_verdict_shows_the_interval_that_decided() -> None:
-    lost = verdicts(made_metrics((6, 8), (-9, -4))).iloc[0]
-    assert (lost["low"], lost["high"]) == (-9, -4)
-    assert "part of it is coded" in lost["note"]
-    assert "misfit" in lost["note"]
-    fragile = verdicts(made_metrics((6, 8)), made_stability(int8=(5, 6), tenth=(0.5, 2.0))).iloc[0]
-    assert (fragile["low"], fragile["high"]) == (0.5, 2.0)
-    assert "gaussian 0.1" in fragile["measured"]
-    coded = verdicts(made_metrics((6, 8))).iloc[0]
-    assert (coded["low"], coded["high"]) == (6, 8)
-
-
-def test_a_search_that_did_not_end_need_not_mean_lost() -> None:
-    metrics = made_metrics((6, 8), (-9, -4))  # of a misfit of 1.2
-    assert verdicts(metrics, met=1.2)["answer"].tolist() == ["lost"]
-    unended = verdicts(metrics, met=1.1).iloc[0]
-    assert unended["answer"] == "non-linearly coded"
-    assert "lost or not found" in unended["note"]
-    assert verdicts(made_metrics((-1, 1), (-9, -4)), met=1.1)["answer"].tolist() == ["cannot tell"]
-
-
-def test_of_errors_less_is_better() -> None:
-    found = verdicts(made_metrics((-30, -20), (5, 10), "hue_error")).iloc[0]
-    assert (found["answer"], found["low"], found["high"]) == ("non-linearly coded", 20, 30)
-    assert verdicts(made_metrics((20, 30), (5, 10), "hue_error"))["answer"].tolist() == ["cannot tell"]
-    assert verdicts(made_metrics((-30, -20), (15.1, 40), "hue_error"))["answer"].tolist() == ["lost"]
-
-
-def test_another_layers_state_is_judged_over_all_pairs() -> None:
-    def told(gain: tuple[float, float], loss: tuple[float, float]) -> str:
-        rows = [
-            made_row("cross_psnr_difference", *gain, against="modular", tap=None),
-            made_row("cross_psnr_difference", 1, 2, against="modular", source_tap="far", target_tap="near"),
-            made_row("cross_loss", *loss, tap=None, against=None),
-        ]
-        found = verdicts(pd.DataFrame(rows))
-        assert found["question"].tolist() == [QUESTIONS["cross_psnr"].name]
-        return str(found["answer"].iloc[0])
-
-    assert told((1, 2), (1, 2)) == "non-linearly coded"
-    assert told((1, 2), (3.1, 9)) == "lost"
-    assert told((-1, 2), (1, 2)) == "cannot tell"
-
-
-def test_verdicts_need_a_gain() -> None:
-    with pytest.raises(BacksightError, match="no gain of MAP"):
-        verdicts(made_metrics((6, 8)).query("measure == 'depth_cost'"))
 
 
 # ------------------------------------------------------------------------------------------------- a tiny target
@@ -256,10 +157,9 @@ def pictures() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def study(target: Target, pictures: Tensor) -> Restated:
+def study(target: Target) -> Restated:
     linear = dict(fit_linear(target, open_images("scenes", "train", SIZE, 40), taps=TAPS, progress=False))
     del linear["patch_embed"]
-    exact = exact_inverses(target, pictures, ["blocks.0", "blocks.1"], count=40, stages=1)
     return measure_restated(
         target,
         {0: {"linear": linear}},
@@ -270,9 +170,7 @@ def study(target: Target, pictures: Tensor) -> Restated:
         hue_images=2,
         shifts=(120.0, 180.0),
         map_settings=QUICK,
-        exact=exact,
         cross_images=3,
-        stage_images=2,
         fitted=10,
         checked=0,
         texture_images=120,
@@ -291,7 +189,7 @@ def value_of(metrics: pd.DataFrame, measure: str, **where: Any) -> float:
 def test_the_table_is_tidy(study: Restated) -> None:
     metrics = study.metrics
     assert list(metrics.columns)[: len(METRIC_COLUMNS)] == list(METRIC_COLUMNS)
-    keys = ["tap", "inverse", "measure", "against", "of", "hue_shift", "source_tap", "target_tap", "band"]
+    keys = ["tap", "inverse", "measure", "against", "of", "hue_shift", "source_tap", "target_tap"]
     assert not metrics.duplicated(keys).any()
     assert metrics["target"].nunique() == 1
     told = metrics.dropna(subset=["value", "low", "high"])
@@ -343,21 +241,6 @@ def test_of_a_half_turn_the_slope_alone_is_told(study: Restated) -> None:
     )
 
 
-def test_a_block_undoes_itself_and_no_change_is_as_far_as_the_block_goes(study: Restated, target: Target) -> None:
-    metrics = study.metrics
-    for tap in ("blocks.0", "blocks.1"):
-        own = {"source_tap": tap, "target_tap": tap}
-        assert value_of(metrics, "stage_solved", inverse="exact", **own) == 1
-        assert value_of(metrics, "stage_error", inverse="exact", **own) < 1e-4
-        assert value_of(metrics, "stage_nearer", inverse="exact", **own) == 1
-    images = torch.stack([item["image"] for item in open_images("scenes", "test", SIZE, 3)])[:2].float() / 255
-    recorded = target.record(images, ["blocks.0", "blocks.1"])
-    behind, before = (recorded[tap].values.double().flatten(1) for tap in ("blocks.1", "blocks.0"))
-    found = value_of(metrics, "stage_error", inverse="null_unchanged", source_tap="blocks.1", target_tap="blocks.0")
-    # The median of two images is their mean.
-    assert found == pytest.approx(float(((behind - before).norm(dim=1) / before.norm(dim=1)).mean()), rel=1e-4)
-
-
 def test_pairs_reach_two_places(target: Target) -> None:
     taps = list(target.tap_set("fine"))
     recorded = target.record(torch.rand(1, 3, SIZE, SIZE), taps)
@@ -372,7 +255,6 @@ def test_pairs_reach_two_places(target: Target) -> None:
     [
         ({"n": 1}, "n from 2"),
         ({"cross_images": 1}, "cross_images 0 or from 2"),
-        ({"families": {}}, "at least one training seed"),
         ({"shifts": (360.0,)}, "Hue shifts"),
         ({"families": {0: {"linear": {}}}}, "No tap of"),
     ],
@@ -403,14 +285,14 @@ def test_maps_that_are_there_are_not_fitted_again(
 ) -> None:
     families = {0: {"linear": dict(fit_linear(target, pictures, taps=["blocks.0"], progress=False))}}
     held_out = open_images("scenes", "validation", SIZE, 10)
-    asked = {"calibration": held_out, "n": 2, "hue_images": 0, "cross_images": 0, "stage_images": 0}
+    asked = {"calibration": held_out, "n": 2, "hue_images": 0, "cross_images": 0}
     asked |= {"map_settings": QUICK, "fitted": 10, "checked": 0, "texture_images": 0, "progress": False}
     fitted = measure_restated(target, families, ["blocks.0"], "scenes", **asked)
     one = fit_map_tap(
         target, "blocks.0", families[0]["linear"]["blocks.0"], held_out, Noise("float32"), QUICK, 10, checked=0
     )
     monkeypatch.setattr("backsight.studies.restated.fit_map_tap", None)
-    given = measure_restated(target, families, ["blocks.0"], "scenes", maps={"blocks.0": [one]}, **asked)
+    given = measure_restated(target, families, ["blocks.0"], "scenes", maps={"blocks.0": one}, **asked)
     pd.testing.assert_frame_equal(given.metrics, fitted.metrics)
 
 

@@ -15,18 +15,9 @@ from backsight.exact.solver import Settings, solve
 from backsight.exact.starts import StagedStart
 from backsight.exact.steps import Step
 from backsight.studies.amplification import amplification, chain_amplification
-from backsight.studies.roots import (
-    RootChoosing,
-    Search,
-    TokenMap,
-    judged,
-    polished,
-    signs,
-    step_roots,
-    table_of,
-    token_roots,
-    wilson_interval,
-)
+from backsight.studies.continuation import Search, TokenMap, polished, signs, step_roots, token_roots
+from backsight.studies.roots import RootChoosing, judged
+from backsight.studies.tidy_rows import wilson_interval
 
 PLAIN = Settings(restarts=0)
 ZERO = 1.9150080481545  # the outer roots of x = 2 tanh x lie on either side of 0
@@ -130,7 +121,7 @@ def test_another_root_is_told_from_the_right_one_and_from_an_error_that_grew(sig
     for scale in (1.0, 1.01):
         y = x.replace(scale * x.values.square())
         trace = inverse.trace(y, "blocks.1.attn")
-        table = table_of(judged(inverse, trace, y, {"blocks.1.attn": x}))
+        table = judged(inverse, trace, y, {"blocks.1.attn": x})
         assert table["solved"].all()
         assert table["another_root"].tolist() == [met] * 3
         assert (table["error"] > 1e-3).all() == (met or scale > 1)

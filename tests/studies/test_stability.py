@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.exact.map import Noise, noisy
 from backsight.exact.solver import Linearised
 from backsight.studies.lanczos import (
-    Noise,
-    crossing,
+    colour_share,
+    detail_radius,
+    detail_share,
     least_seen,
-    noise_gain,
-    noisy,
     recoverable,
     relative_size,
-    reliability,
     spectrum,
 )
+from backsight.studies.uncertainty import reliability
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -50,8 +50,6 @@ def test_directions_above_the_noise_are_counted() -> None:
     assert math.isclose(float(found.values.amax()), 1.0, rel_tol=1e-6)
     few = spectrum(linearised(with_values(values, 40)), steps=2, probes=2)
     assert bool(recoverable(few, 1e-6).isnan().all())  # two products do not reach the small ones
-    with pytest.raises(BacksightError, match="from 0"):
-        recoverable(found, -1.0)
 
 
 def test_a_full_run_of_products_gives_the_singular_values() -> None:
@@ -71,15 +69,6 @@ def test_what_shows_least_is_found() -> None:
     assert torch.allclose(left, (1 / (1 + values[[-1, -2]] ** 2))[:, None].expand(2, 2), rtol=1e-3)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e-2])
-def test_noise_grows_as_the_singular_values_say(size: float) -> None:
-    values = torch.logspace(0, -2, 24, dtype=torch.float64)
-    inverse = torch.linalg.inv(with_values(values, 24))
-    found = noise_gain(lambda y: (y.flatten(1) @ inverse).view_as(y), normal(3, 4, 6), size, probes=64)
-    wanted = float(values.pow(-2).mean().sqrt())
-    assert torch.allclose(found, torch.full((3,), wanted, dtype=torch.float64), rtol=0.1)
-
-
 def test_the_noise_is_measured() -> None:
     values = normal(4, 30, 20)
     disturbed = noisy(values, Noise("gaussian", 0.05), torch.Generator().manual_seed(0))
@@ -87,32 +76,47 @@ def test_the_noise_is_measured() -> None:
     assert 1e-8 < relative_size(values, values.float()) < 6e-8
 
 
-def test_the_crossing_lies_where_the_lines_meet() -> None:
-    sigmas = [1e-4, 1e-3, 1e-2, 1e-1]
-    exact = [-20 * math.log10(sigma) for sigma in sigmas]
-    assert math.isclose(crossing(sigmas, [30.0] * 4, exact), 10**-1.5, rel_tol=1e-9)
-    assert crossing(sigmas, [100.0] * 4, exact) == 0.0
-    assert crossing(sigmas, [1.0] * 4, exact) == math.inf
-    for wrong in ([1e-3, 1e-4, 1e-2, 1e-1], [0.0, 1e-3, 1e-2, 1e-1]):
-        with pytest.raises(BacksightError, match="ascending"):
-            crossing(wrong, [1.0] * 4, exact)
-
-
 def test_a_right_uncertainty_is_called_right_and_a_wrong_one_wrong() -> None:
     deviation = 0.05 + normal(8, 16, 12, seed=1).abs()
     error = deviation[:, None] * normal(8, 3, 16, 12, seed=2)
     right = reliability(deviation, error)
-    assert right.calibration_error < 0.05
-    assert abs(right.coverage - 0.95) < 0.01
-    assert right.correlation > 0.3
+    value, low, high = right.calibration_error["map"]
+    assert value < 0.05
+    assert low <= value + 1e-3
+    assert value - 1e-3 <= high
+    assert abs(float(right.coverage["map"].mean()) - 0.95) < 0.01
     assert right.table["n"].sum() == error.numel()
     assert bool((right.table["predicted"].diff().dropna() > 0).all())
     half = reliability(deviation / 2, error)
-    assert abs(half.calibration_error - 1.0) < 0.1
-    assert abs(half.coverage - 0.673) < 0.02
-    blind = reliability(torch.full_like(deviation, float(error.square().mean().sqrt())), error)
-    assert abs(blind.correlation) < 0.05
-    with pytest.raises(BacksightError, match="one shape"):
-        reliability(deviation[:, :4], error)
-    with pytest.raises(BacksightError, match="above 0"):
-        reliability(0 * deviation, error)
+    assert abs(half.calibration_error["map"][0] - 1.0) < 0.1
+    assert abs(float(half.coverage["map"].mean()) - 0.673) < 0.02
+
+
+def test_a_constant_deviation_is_judged_where_the_map_says() -> None:
+    deviation = torch.where(torch.arange(64) < 32, 0.1, 0.3).expand(10, 64, 64)
+    found = reliability(deviation, deviation[:, None] * normal(10, 3, 64, 64, seed=8))
+    constant = 0.05**0.5
+    assert found.constant == pytest.approx(constant, rel=1e-4)
+    assert found.calibration_error["map"][0] < 0.02
+    off = (abs(0.1 - constant) + abs(0.3 - constant)) / 2 / constant
+    assert found.calibration_error["null_constant"][0] == pytest.approx(off, rel=0.02)
+    # 1.96 constants are 4.38 and 1.461 of the true deviations.
+    within = (math.erf(4.383 / 2**0.5) + math.erf(1.461 / 2**0.5)) / 2
+    assert float(found.coverage["null_constant"].mean()) == pytest.approx(within, abs=0.005)
+
+
+def test_shares_of_colour_and_detail() -> None:
+    grey = normal(2, 1, 16, 12, seed=9).expand(2, 3, 16, 12)
+    tint = normal(2, 1, 16, 12, seed=9) * torch.tensor([1.0, -1.0, 0.0])[:, None, None]
+    assert torch.allclose(colour_share(grey), torch.zeros(2, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(colour_share(tint), torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert float(colour_share(normal(20, 3, 16, 12)).mean()) == pytest.approx(2 / 3, abs=0.02)
+    down = torch.arange(16)[:, None].expand(16, 12)
+    slow, fast = (torch.cos(2 * torch.pi * down * cycles / 16).expand(1, 3, 16, 12) for cycles in (1, 6))
+    images = 0.5 + 0.3 * slow + 0.05 * fast
+    assert detail_radius(images) == pytest.approx(1 / 16)
+    assert float(detail_share(slow, 1 / 16)) == pytest.approx(0, abs=1e-9)
+    assert float(detail_share(fast, 1 / 16)) == pytest.approx(1)
+    assert float(detail_share(0.3 * slow + 0.05 * fast, 1 / 16)) == pytest.approx(0.0025 / 0.0925, rel=1e-4)
+    with pytest.raises(BacksightError, match="no detail"):
+        detail_radius(torch.full((2, 3, 8, 8), 0.3))

@@ -6,7 +6,7 @@ to right the way goes back, from the deepest half-step to the first.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,10 @@ from backsight.plots.style import (
     COLUMN_WIDTH,
     INVERSE_NAMES,
     NORMAL,
-    NULL_COLOUR,
     ShownFigure,
     depth_colours,
+    draw_band,
+    draw_bars,
     legend_above,
     legend_line,
     name_taps,
@@ -48,24 +49,6 @@ from backsight.tables.names import (
     UNSOLVED,
 )
 
-
-class SecondRoots(Protocol):
-    """What `second_root_figure` reads of the study's record of the same name."""
-
-    @property
-    def metrics(self) -> pd.DataFrame: ...
-    @property
-    def images(self) -> torch.Tensor: ...
-    @property
-    def pictures(self) -> Mapping[str, Mapping[str, torch.Tensor]]: ...
-    @property
-    def reached(self) -> Mapping[str, torch.Tensor]: ...
-    @property
-    def tap(self) -> str: ...
-    @property
-    def destination(self) -> str: ...
-
-
 FATE_COLOURS: Mapping[str, str] = {
     BACK: "#0173b2",
     ANOTHER_ROOT: "#de8f05",
@@ -73,11 +56,19 @@ FATE_COLOURS: Mapping[str, str] = {
     ERROR_GROWN: "#cc78bc",
 }
 FATE_NAMES: Mapping[str, str] = {
-    BACK: "back (error ≤ 1e-5)",
+    BACK: f"back (error ≤ {RIGHT:g})",
     ANOTHER_ROOT: "another exact root",
     UNSOLVED: "not solved",
     ERROR_GROWN: "error grown",
 }
+# Of whole chains, solved together.
+WHOLE_COLOURS: Mapping[str, str] = {
+    BACK: FATE_COLOURS[BACK],
+    ANOTHER_ROOT: FATE_COLOURS[ANOTHER_ROOT],
+    NEARBY: "#56b4e9",
+    LOST: FATE_COLOURS[UNSOLVED],
+}
+WHOLE_NAMES: Mapping[str, str] = {**FATE_NAMES, NEARBY: f"near (error ≤ {NEAR:g})", LOST: "lost"}
 UNTRAINED = "random"
 DASHES = (0, (3, 1.5))
 
@@ -175,19 +166,20 @@ def roots_figure(metrics: pd.DataFrame) -> ShownFigure:
         "complete": ("signs sum to 1 (none known missing)", "#949494", "^"),
     }
     rows = _rows(metrics, "roots", *shares, "roots")
-    steps = _order(rows)[::-1]
+    weights, steps = _weights(rows), _order(rows)[::-1]
     with styled_figure(COLUMN_WIDTH, 2.9) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-        for number, name in enumerate(_weights(rows)):
-            trained = name != UNTRAINED
-            for place, (measure, (_, colour, marker)) in enumerate(shares.items()):
-                shift = 0.13 * (place - (len(shares) - 1) / 2) + 0.05 * number
-                part = rows[(rows["measure"] == measure) & (rows["weights"] == name)]
-                _points(left, part, steps, shift, trained, colour, marker)
-            part = rows[(rows["measure"] == "roots") & (rows["weights"] == name)]
-            _points(right, part, steps, 0.12 * (number - 0.5), trained, "#000000", "o")
-        left.set_ylim(-0.03, 1.03)
-        left.set_ylabel("share of tokens")
+        drawn = [(left, name, colour, marker) for name, (_, colour, marker) in shares.items()]
+        drawn.append((right, "roots", "#000000", "o"))
+        for number, name in enumerate(weights):
+            open_marks = {"linestyle": DASHES, "markerfacecolor": "white"} if name == UNTRAINED else {}
+            for place, (axes, measure, colour, marker) in enumerate(drawn):
+                at = rows[(rows["measure"] == measure) & (rows["weights"] == name)].set_index("step").reindex(steps)
+                shift = 0.13 * (place - 1.5) + 0.05 * number if axes is left else 0.12 * (number - 0.5)
+                draw_bars(
+                    axes, np.arange(len(steps)) + shift, at, color=colour, marker=marker, linewidth=0.9, **open_marks
+                )
+        left.set(ylim=(-0.03, 1.03), ylabel="share of tokens")
         right.set_ylabel("roots found of a token, mean")
         right.set_ylim(bottom=0.9)
         for axes in (left, right):
@@ -195,7 +187,7 @@ def roots_figure(metrics: pd.DataFrame) -> ShownFigure:
             axes.set_xlim(-0.5, len(steps) - 0.5)
         handles = [legend_line(label, color=c, marker=m, linestyle="none") for label, c, m in shares.values()]
         handles.append(legend_line("trained", color="#000000", marker="o"))
-        if UNTRAINED in _weights(rows):
+        if UNTRAINED in weights:
             handles.append(legend_line("untrained", color="#000000", marker="o", linestyle=DASHES, mfc="white"))
         legend_above(figure, handles, 3)
         figure.supxlabel("MLP half-step (stream behind it), deep → shallow", fontsize=NORMAL)
@@ -210,168 +202,82 @@ def roots_figure(metrics: pd.DataFrame) -> ShownFigure:
     return figure
 
 
-def _points(
-    axes: Axes, rows: pd.DataFrame, steps: Sequence[str], shift: float, trained: bool, colour: str, marker: str
-) -> None:
-    at = rows.set_index("step").reindex(list(steps))
-    style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 2, "elinewidth": 0.8, "markersize": 4}
-    style |= {"linewidth": 0.9} if trained else {"linewidth": 0.9, "linestyle": DASHES, "markerfacecolor": "white"}
-    axes.errorbar(np.arange(len(steps)) + shift, at["value"], reach(at), **style)
-
-
-def distances_figure(metrics: pd.DataFrame) -> ShownFigure:
-    """How far other roots lie from the truth: share of roots up to a distance, in deviations of the stream.
-
-    Left the nearest other root of a token, right all of them; one line a half-step, with its band. Dashed at √2: two
-    unrelated tokens of the stream.
-    """
-    panels = {
-        "nearest_other_in_deviations": "nearest other root of a token",
-        "other_distance_in_deviations": "all other roots",
-    }
-    rows = _rows(metrics, "roots", *panels)
-    rows = rows[rows["value"].notna() & rows["quantile"].notna() & (rows["weights"] != UNTRAINED)]
-    if rows.empty:
-        raise BacksightError("No token has a second root in this table: there is no distance to draw.")
-    colours = depth_colours(_order(rows), end=0.9)
-    unrelated = {"color": NULL_COLOUR, "linestyle": (0, (5, 3)), "linewidth": 0.9}
-    with styled_figure(COLUMN_WIDTH, 2.7) as figure:
-        grid = figure.subplots(1, 2, sharex=True, sharey=True)
-        for axes, (measure, title) in zip(grid, panels.items(), strict=True):
-            for step, colour in colours.items():
-                line = rows[(rows["measure"] == measure) & (rows["step"] == step)].sort_values("quantile")
-                axes.plot(line["value"], line["quantile"], color=colour, label=step)
-                band = line[["quantile", "low", "high"]].to_numpy(float).T
-                axes.fill_betweenx(*band, color=colour, alpha=0.15, linewidth=0)
-            axes.axvline(2**0.5, **unrelated)
-            axes.set_xscale("log")
-            axes.set_title(title, loc="left")
-            axes.set_xlabel("distance from the truth (deviations of the stream)")
-        grid[0].set_ylabel("share of roots")
-        grid[0].set_ylim(0, 1)
-        handles = [legend_line(step, color=colour) for step, colour in colours.items()]
-        legend_above(figure, [*handles, legend_line("two unrelated tokens", **unrelated)], 7)
-        figure.caption = (
-            "How far other exact roots lie from the true token, trained weights. A deviation is the root mean square "
-            f"distance of the stream's tokens from their mean. {_counted(rows)}, bands."
-        )
-        middle = rows[(rows["quantile"] == 0.5) & (rows["measure"] == "nearest_other_in_deviations")]
-        figure.description = "Distribution of distances. " + _told(middle, "median distance of the nearest other root")
-    return figure
-
-
 def rules_figure(metrics: pd.DataFrame) -> ShownFigure:
     """How often each rule picks the truth among the roots of a token; trained weights, a colour a half-step.
 
-    Counted are tokens with several roots. Half-steps of which fewer than one token in fifty has several roots are left
-    out: nothing has to be chosen there.
+    Half-steps of which fewer than one token in fifty has several roots are left out: nothing has to be chosen there.
     """
-    rows = _rows(metrics, "roots", "tokens_right_several")
-    rows = rows[(rows["weights"] != UNTRAINED) & rows["rule"].notna() & rows["value"].notna()]
-    often = _rows(metrics, "roots", "several_roots")
-    often = often[(often["weights"] != UNTRAINED) & (often["value"] > 0.02)]
-    rows = rows[rows["step"].isin(often["step"])]
+    rows = _rows(metrics, "roots", "tokens_right", "several_roots")
+    rows = rows[(rows["weights"] != UNTRAINED) & rows["value"].notna()]
+    often = rows.loc[(rows["measure"] == "several_roots") & (rows["value"] > 0.02), "step"]
+    rows = rows[(rows["measure"] == "tokens_right") & rows["step"].isin(often)]
     if rows.empty:
         raise BacksightError("No half-step of this table has tokens with several roots: there is nothing to choose.")
     colours = depth_colours(_order(rows), end=0.9)
     rules = list(rows.groupby("rule", sort=False)["value"].mean().sort_values().index)
     with styled_figure(COLUMN_WIDTH, 2.9) as figure:
         axes = figure.subplots()
-        told = []
         for number, (step, colour) in enumerate(colours.items()):
-            at = rows[rows["step"] == step]
-            told.append(f"{step}: {', '.join(f'{r.rule} {r.value:.3g}' for r in at.itertuples())}.")
-            at = at.set_index("rule").reindex(rules)
+            at = rows[rows["step"] == step].set_index("rule").reindex(rules)
             y = np.arange(len(rules)) + 0.18 * (number - (len(colours) - 1) / 2)
             style = {"color": colour, "marker": "osD^vP"[number % 6], "linestyle": "none", "elinewidth": 0.8}
             axes.errorbar(at["value"], y, xerr=reach(at), label=step, capsize=2, **style)
         starts = [rule.endswith("start") and "nearest" not in rule for rule in rules]
         names = [f"Newton from the {rule}" if start else rule for rule, start in zip(rules, starts, strict=True)]
         axes.set_yticks(range(len(rules)), names)
-        axes.set(xlim=(-0.02, 1.02), xlabel="share of tokens with several roots where the rule picks the truth")
+        axes.set(xlim=(-0.02, 1.02), xlabel="share of tokens of which the rule picks the truth")
         figure.legend(loc="outside upper center", ncols=min(6, len(colours)))
         figure.caption = (
             "Which rule picks the true token without knowing it. Starts: where Newton's method ends; the others choose "
             f"among all roots that were found. {_counted(rows)}."
+        )
+        told = (
+            f"{step}: {', '.join(f'{r.rule} {r.value:.3g}' for r in rows[rows['step'] == step].itertuples())}."
+            for step in colours
         )
         figure.description = "Share right by rule. " + " ".join(told)
     return figure
 
 
 def chain_figure(metrics: pd.DataFrame) -> ShownFigure:
-    """The fate of images on the way back: which share is still right behind each half-step, and where it was lost why.
-
-    Above: the shares that survive, one line for each weights and rule, with bands. Below: for trained weights, a panel
-    a rule, the share lost first at each half-step, by reason.
-    """
+    """The fate of images on the way back. Above: which share is still right behind each half-step, with bands; below:
+    for trained weights, the share lost first at each half-step, by reason."""
     rows = _rows(metrics, "chain", "survived", *(f"lost_{fate}" for fate in FATES[1:]))
-    # Rows are in the order of the chain, from the deepest half-step back.
-    steps = list(dict.fromkeys(rows["step"]))
-    kinds = list(dict.fromkeys(zip(rows["weights"], rows["rule"], strict=True)))
-    trained = [kind for kind in kinds if kind[0] != UNTRAINED]
-    colours = dict(zip(trained, ["#0173b2", "#029e73", "#882255", "#56b4e9"] * 3, strict=False))
-    with styled_figure(COLUMN_WIDTH, 2.0 * (1 + 0.8 * len(trained)) + 1.0) as figure:
-        ratios = [1.0, *[0.75] * len(trained)]
-        grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-        handles = []
-        x = np.arange(len(steps) + 1) - 0.5
-        for weights, rule in kinds:
-            kind = (weights, rule)
-            part = rows[(rows["weights"] == weights) & (rows["rule"] == rule) & (rows["measure"] == "survived")]
-            at = part.set_index("step").reindex(steps)
-            style: dict[str, Any] = {"color": colours.get(kind, "#000000")}
-            style["linestyle"] = DASHES if weights == UNTRAINED else "-"
-            # Before the first half-step every image is right.
-            value, low, high = (np.concatenate([[1.0], at[name].to_numpy(float)]) for name in ("value", "low", "high"))
-            grid[0].plot(x, value, marker="o", markersize=3, **style)
-            grid[0].fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-            handles.append(legend_line(f"{_words(weights)}, {rule}", **style))
-        grid[0].set_ylim(-0.03, 1.03)
-        grid[0].set_ylabel("share still right")
-        grid[0].legend(handles=handles, loc="best")
-        top = max(0.05, float(rows.loc[rows["measure"] != "survived", "value"].max()))
-        for axes, (weights, rule) in zip(grid[1:], trained, strict=True):
-            bottom = np.zeros(len(steps))
-            for fate in FATES[1:]:
-                at = rows[(rows["weights"] == weights) & (rows["rule"] == rule) & (rows["measure"] == f"lost_{fate}")]
-                value = at.set_index("step").reindex(steps)["value"].fillna(0).to_numpy(float)
-                axes.bar(range(len(steps)), value, 0.7, bottom, color=FATE_COLOURS[fate], linewidth=0)
-                bottom += value
-            axes.set_ylim(0, min(1.02, 1.15 * top))
-            axes.set_ylabel("share lost here")
-            axes.set_title(f"{_words(weights)}, {rule}", loc="left")
-        _steps_below(grid[-1], steps)
-        for axes in grid:
-            axes.grid(False, axis="x")
-        _fate_legend(figure, rows)
-        grid[-1].set_xlabel("stream behind the half-step that is inverted, deep → shallow")
-        figure.caption = (
-            "Above: images that are still right (error ≤ 1e-5) behind each half-step of the chain. Below: where the "
-            f"others were lost first, and to what. {_counted(rows[rows['measure'] == 'survived'])}."
-        )
-        ends = rows[(rows["measure"] == "survived") & (rows["step"] == steps[-1])]
-        figure.description = (
-            "Survival along the chain. Right at its end: "
-            + ", ".join(
-                f"{_words(r.weights)}, {r.rule} {r.value:.3g} [{r.low:.3g}, {r.high:.3g}]" for r in ends.itertuples()
+    steps = list(dict.fromkeys(rows["step"]))  # in the order of the chain, from the deepest half-step back
+    survived, lost = rows[rows["measure"] == "survived"], rows[rows["measure"] != "survived"]
+    with styled_figure(COLUMN_WIDTH, 4.6) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 0.75])
+        for weights in _weights(rows):
+            style = {"color": "#000000", "linestyle": DASHES} if weights == UNTRAINED else {"color": "#0173b2"}
+            start = pd.DataFrame(
+                {"value": 1.0, "low": 1.0, "high": 1.0}, index=[0]
+            )  # before the first every one is right
+            at = survived[survived["weights"] == weights].set_index("step").reindex(steps)
+            at = pd.concat([start, at[["value", "low", "high"]]])
+            draw_band(
+                above, np.arange(len(at)) - 0.5, at, 0.12, marker="o", markersize=3, label=_words(weights), **style
             )
-            + "."
+        above.set(ylim=(-0.03, 1.03), ylabel="share still right")
+        above.legend(loc="best")
+        bottom, trained = np.zeros(len(steps)), lost[lost["weights"] != UNTRAINED]
+        for fate in FATES[1:]:
+            at = trained[trained["measure"] == f"lost_{fate}"].drop_duplicates("step").set_index("step")
+            value = at.reindex(steps)["value"].fillna(0).to_numpy(float)
+            below.bar(range(len(steps)), value, 0.7, bottom, color=FATE_COLOURS[fate], linewidth=0)
+            bottom += value
+        below.set(ylim=(0, min(1.02, 1.15 * max(0.05, bottom.max()))), ylabel="share lost here, trained")
+        _steps_below(below, steps)
+        above.grid(False, axis="x")
+        _fate_legend(figure, rows)
+        below.set_xlabel("stream behind the half-step that is inverted, deep → shallow")
+        figure.caption = (
+            f"Above: images still right (error ≤ {RIGHT:g}) behind each half-step of the chain. Below: where the "
+            f"others were lost first, and to what. {_counted(survived)}."
         )
+        ends = survived[survived["step"] == steps[-1]]
+        told = (f"{_words(r.weights)} {r.value:.3g} [{r.low:.3g}, {r.high:.3g}]" for r in ends.itertuples())
+        figure.description = f"Survival along the chain. Right at its end: {', '.join(told)}."
     return figure
-
-
-WHOLE_COLOURS: Mapping[str, str] = {
-    BACK: FATE_COLOURS[BACK],
-    ANOTHER_ROOT: FATE_COLOURS[ANOTHER_ROOT],
-    NEARBY: "#56b4e9",
-    LOST: FATE_COLOURS[UNSOLVED],
-}
-WHOLE_NAMES: Mapping[str, str] = {
-    BACK: FATE_NAMES[BACK],
-    ANOTHER_ROOT: FATE_NAMES[ANOTHER_ROOT],
-    NEARBY: f"near (error ≤ {NEAR:g})",
-    LOST: "lost",
-}
 
 
 def whole_chain_figure(metrics: pd.DataFrame, outcomes: pd.DataFrame) -> ShownFigure:
@@ -429,35 +335,42 @@ def whole_chain_pictures(images: torch.Tensor, pictures: Mapping[str, torch.Tens
     return figure
 
 
-def second_root_figure(shown: SecondRoots) -> ShownFigure:
+def second_root_figure(
+    images: torch.Tensor,
+    pictures: Mapping[str, Mapping[str, torch.Tensor]],
+    reached: Mapping[str, torch.Tensor],
+    metrics: pd.DataFrame,
+) -> ShownFigure:
     """Four images as rows: the input, and for each family the true stream decoded beside streams with other roots.
 
-    Under the pictures: PSNR to the picture of the true stream (dB).
+    images: (N, 3, H, W); pictures: {stream: {family: (N, 3, H, W)}}; reached: {stream: (N,) bool} whether there is such
+    a stream; metrics: of `SecondRoots`. Under the pictures: PSNR to the picture of the true stream (dB).
     """
     names = {TRUE_STREAM: "true stream", ONE_TOKEN: "1 token", ALL_TOKENS: "all tokens", RANDOM_MOVE: "null: random"}
     # Images of which there is something to see come first.
-    seen = sum(shown.reached[name].int() for name in (ONE_TOKEN, ALL_TOKENS))
+    seen = sum(reached[name].int() for name in (ONE_TOKEN, ALL_TOKENS))
     lines = torch.argsort(-torch.as_tensor(seen), stable=True)[:4]
-    columns, captions = {"input": shown.images[lines].numpy()}, {}
-    for family, true in shown.pictures[TRUE_STREAM].items():
+    columns, captions = {"input": images[lines].numpy()}, {}
+    for family, true in pictures[TRUE_STREAM].items():
         for name, label in names.items():
             above = INVERSE_NAMES.get(family, family) + ":" if name == TRUE_STREAM else " " * len(columns)
-            made = shown.pictures[name][family][lines].numpy().copy()
+            made = pictures[name][family][lines].numpy().copy()
             scores = decibels(true[lines].numpy(), made)
-            reached = shown.reached[name][lines].tolist()
-            made[~np.array(reached)] = 1.0
+            has = reached[name][lines].tolist()
+            made[~np.array(has)] = 1.0
             title = f"{above}\n{label}"
             columns[title] = made
-            told = [f"{score:.1f} dB" if there else "–" for score, there in zip(scores, reached, strict=True)]
+            told = [f"{score:.1f} dB" if is_one else "–" for score, is_one in zip(scores, has, strict=True)]
             captions[title] = [""] * len(told) if name == TRUE_STREAM else told
     figure = picture_table(columns, captions)
+    destination, tap = metrics["step"].iloc[0], metrics["tap"].iloc[0]
     figure.caption = (
-        f"Streams that lead to the very same {shown.destination}, decoded at {shown.tap}: the true one, one with "
+        f"Streams that lead to the very same {destination}, decoded at {tap}: the true one, one with "
         "the farthest second root of one token, one with second roots of all tokens that have one; null: the same "
         "tokens moved as far in a random direction. In dB: PSNR to the picture of the true stream. –: no token has "
-        f"another root, or no stream at {shown.tap} was found that leads there (such images come last)."
+        f"another root, or no stream at {tap} was found that leads there (such images come last)."
     )
-    between = shown.metrics[shown.metrics["measure"] == "psnr_between"]
+    between = metrics[metrics["measure"] == "psnr_between"]
     told = ", ".join(f"{r.inverse}, {r.picture} {r.value:.1f} dB" for r in between.itertuples())
-    figure.description = f"Pictures of second roots of {shown.destination}. PSNR to the true stream's picture: {told}."
+    figure.description = f"Pictures of second roots of {destination}. PSNR to the true stream's picture: {told}."
     return figure

@@ -2,49 +2,35 @@
 
     spectrum(linearised)                    how strongly each direction of the picture shows at a tap: Lanczos on JᵀJ
     recoverable(spectrum, sigma)            how many directions show more strongly than noise of the size σ
+    recoverable_directions(target, tap, …)  the same of a tap, with the images' own Gaussian of patches as prior
     least_seen(linearised)                  the directions that show least: what an error looks like
-    noise_gain(inverse, y, sizes)           how much an inverse amplifies noise, measured
-    crossing(sigmas, decoder, exact)        the noise from which on a trained decoder beats an exact solve
-    reliability(predicted, actual)          whether a predicted uncertainty means what it says, and its number
+    colour_share, detail_share (patterns)   what such directions are made of
+    relative_size(values, disturbed)        how large a noise was
 
 The derivative is asked for products alone (`backsight.exact.solver.Linearised`), so that nothing grows with the square
 of an image.
 
 Sources: Golub & Meurant, Matrices, Moments and Quadrature (2010), ch. 7, and Ubaru, Chen & Saad, SIAM J. Matrix Anal.
 38 (2017) (spectral densities by Lanczos quadrature); Halko, Martinsson & Tropp, SIAM Review 53 (2011) (subspace
-iteration); Levi et al., Sensors 22 (2022) (expected normalised calibration error of a regression's uncertainty).
+iteration).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import KINDS, Noise, noisy
-from backsight.exact.solver import Linearised, conjugate_gradients, dot
+from backsight.exact.map import pixel_forward
+from backsight.exact.solver import Linearised, conjugate_gradients
+from backsight.exact.starts import Embedding
+from backsight.inverses.rows import patchify
+from backsight.targets.base import Target
 
-__all__ = [
-    "KINDS",
-    "Noise",
-    "Reliability",
-    "Spectrum",
-    "crossing",
-    "least_seen",
-    "noise_gain",
-    "noisy",
-    "recoverable",
-    "relative_size",
-    "reliability",
-    "spectrum",
-]
-
-NORMAL_95 = 1.959964  # deviations on either side that hold 95 % of a normal distribution
+DETAIL = 0.1  # share of the images' own power above the radius from which on frequencies count as detail
 
 
 def relative_size(values: Tensor, disturbed: Tensor) -> float:
@@ -111,8 +97,6 @@ def recoverable(found: Spectrum, sigma: float) -> Tensor:
     NaN where σ is below the least value that the products reached: what lies there, a null space say, is not told apart
     from what lies a little higher (take more steps, or leave a known null space out of the columns).
     """
-    if sigma < 0:
-        raise BacksightError(f"A noise has a size from 0, not {sigma}.")
     count = found.dimensions * (found.weights * (found.values > sigma**2)).sum(-1).mean(0)
     reached = found.values.amin(-1).amin(0) <= sigma**2
     whole = found.values.shape[-1] >= found.dimensions
@@ -134,8 +118,8 @@ def least_seen(
     def operator(direction: Tensor) -> Tensor:
         return here.transposed(here.product(direction)) + direction
 
-    def orthonormal(each: Tensor) -> Tensor:
-        return torch.linalg.qr(each.flatten(2).permute(1, 2, 0))[0].permute(2, 0, 1).reshape(each.shape)
+    def orthonormal(rows: Tensor) -> Tensor:
+        return torch.linalg.qr(rows.flatten(2).permute(1, 2, 0))[0].permute(2, 0, 1).reshape(rows.shape)
 
     block = orthonormal(block)
     for _ in range(iterations):
@@ -147,83 +131,85 @@ def least_seen(
     return turned, (1 / left.clamp(min=1.0)).T
 
 
-# How noise grows
+# How many a tap shows
 
 
-def noise_gain(inverse: Callable[[Tensor], Tensor], y: Tensor, size: float, probes: int = 8, seed: int = 0) -> Tensor:
-    """(B,) root mean square of |g(y + e) − g(y)| / |e| over white noise e of the given size (absolute).
+def recoverable_directions(
+    target: Target,
+    tap: str,
+    images: Tensor,
+    prior_images: Tensor,
+    patch: tuple[int, int],
+    sigmas: Sequence[float],
+    scale: float,
+    embedding: Embedding | None = None,
+    steps: int = 60,
+    probes: int = 2,
+    seed: int = 0,
+) -> tuple[dict[float, Tensor], int, int]:
+    """({σ: (B,) directions}, dimensions of an image, dimensions that the embedding passes on).
 
-    For a linear inverse ‖g‖_F / √columns whatever the size; a model's exact inverse, where it is one, amplifies alike
-    only as long as the noise stays within its linear range, and an infinite or undefined value is one that left it.
+    A direction counts where one deviation of the images along it (Gaussian of patches, measured on prior_images) moves
+    the tap's values by more than the noise: σ · scale in each. The same prior at every tap, so that taps compare; what
+    a rank-deficient patch embedding drops is left out of the quadrature and counts as lost at every σ. NaN where the
+    products did not reach down to σ.
     """
-    generator = torch.Generator(device=y.device).manual_seed(seed)
-    clean, total = inverse(y).double(), torch.zeros(len(y), dtype=torch.float64)
-    for _ in range(probes):
-        noise = size * torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-        moved = inverse(y + noise).double() - clean
-        total += dot(moved, moved) / dot(noise, noise)
-    return (total / probes).sqrt()
+    patches = patchify(prior_images, patch).flatten(0, 1).double()
+    away = patches - patches.mean(0)
+    values, vectors = torch.linalg.eigh(away.T @ away / len(away))
+    factor = vectors * values.clamp(min=1e-6 * float(values.mean())).sqrt()
+    if embedding is not None and embedding.patch == patch and embedding.rank < len(embedding.matrix):
+        shown = torch.linalg.svd(factor.T @ embedding.matrix.double(), full_matrices=False)[0][:, : embedding.rank]
+        factor = factor @ shown
+    factor = factor.to(images)
+    height, width = images.shape[-2:]
+    grid = (height // patch[0], width // patch[1])
+    forward, at = pixel_forward(target, tap, patch, grid), patchify(images, patch)
+    here = Linearised(lambda w: forward(at + w @ factor.T) / scale, at.new_zeros(len(at), at.shape[1], factor.shape[1]))
+    found = spectrum(here, steps, probes, seed)
+    return {sigma: recoverable(found, sigma) for sigma in sigmas}, at[0].numel(), found.dimensions
 
 
-def crossing(sigmas: Sequence[float], decoder: Sequence[float], exact: Sequence[float]) -> float:
-    """The least σ from which on the decoder's score is the higher one, by interpolation in log σ.
+# What a pattern is made of
 
-    sigmas: ascending, above 0; decoder, exact: scores (PSNR, dB). 0 where the decoder is ahead at all of them,
-    infinite where it is behind at the last.
+
+def colour_share(patterns: Tensor) -> Tensor:
+    """(…,) share of a pattern's energy (…, 3, H, W) that is not grey; white noise: 2/3.
+
+    The axes are orthonormal ((R+G+B)/√3 and what is left), so that the shares of grey and of colour sum to 1.
     """
-    lengths = {len(sigmas), len(decoder), len(exact)}
-    if len(lengths) != 1 or not sigmas or min(sigmas) <= 0 or list(sigmas) != sorted(sigmas):
-        raise BacksightError("crossing() takes ascending sigmas above 0 and as many scores of either inverse.")
-    ahead = [a - b for a, b in zip(decoder, exact, strict=True)]
-    behind = [number for number, each in enumerate(ahead) if not each > 0]
-    if not behind:
-        return 0.0
-    last = behind[-1]
-    if last == len(sigmas) - 1:
-        return math.inf
-    share = -ahead[last] / (ahead[last + 1] - ahead[last])
-    low, high = math.log(sigmas[last]), math.log(sigmas[last + 1])
-    return math.exp(low + share * (high - low))
+    total = patterns.double().square().sum((-3, -2, -1))
+    grey = 3 * patterns.double().mean(-3).square().sum((-2, -1))
+    return 1 - grey / total.clamp(min=1e-300)
 
 
-# Whether an uncertainty means what it says
+def _radii(height: int, width: int) -> Tensor:
+    """(H, W) cycles a pixel."""
+    return (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt().double()
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability curve and its numbers.
+def _power(patterns: Tensor) -> Tensor:
+    """(…, H, W) of (…, 3, H, W), over the channels."""
+    return torch.fft.fft2(patterns.double()).abs().square().sum(-3)
 
-    table: a row a bin of equally many pixels, by predicted deviation: `predicted` and `actual` root mean square, `n`;
-    calibration_error: mean over bins of |actual − predicted| / predicted (0 is perfect); coverage: share of errors
-    within 1.96 predicted deviations (0.95 of normal errors of the right size); correlation: of ranks, predicted with
-    actual: whether the map says where.
+
+def detail_radius(images: Tensor, share: float = DETAIL) -> float:
+    """Spatial frequency (cycles a pixel) above which the images (N, 3, H, W) have this share of their power.
+
+    Their means are left out. Raises BacksightError where every image is of one colour.
     """
+    power = _power(images - images.mean((-2, -1), keepdim=True)).sum(0).flatten()
+    if float(power.sum()) <= 1e-12 * images.numel():
+        raise BacksightError("Images of one colour have no detail to compare with: give other ones.")
+    radii, order = _radii(*images.shape[-2:]).flatten().sort()
+    # All frequencies of one radius count together.
+    above = power.sum() - torch.cumsum(power[order], 0)
+    distinct = torch.cat([radii[1:] > radii[:-1] + 1e-9, torch.ones(1, dtype=torch.bool)])
+    return float(radii[distinct & (above <= share * power.sum())][0])
 
-    table: pd.DataFrame
-    calibration_error: float
-    coverage: float
-    correlation: float
 
-
-def reliability(predicted: Tensor, error: Tensor, bins: int = 10) -> Reliability:
-    """predicted: deviations above 0; error: what went wrong, of the same shape, or with one more axis behind the first
-    (channels: (B, 3, H, W) beside (B, H, W)) that share a prediction. Raises BacksightError on other shapes."""
-    if error.ndim == predicted.ndim + 1 and error[:, 0].shape == predicted.shape:
-        predicted = predicted[:, None].expand_as(error)
-    if error.shape != predicted.shape or not bool((predicted > 0).all()):
-        raise BacksightError(
-            f"reliability() takes deviations above 0 and errors of one shape, not {tuple(predicted.shape)} and "
-            f"{tuple(error.shape)}."
-        )
-    deviation, away = predicted.flatten().double(), error.flatten().double()
-    order = deviation.argsort()
-    rows = []
-    for p, a in zip(deviation[order].chunk(bins), away[order].chunk(bins), strict=True):
-        rows.append(
-            {"predicted": float(p.square().mean().sqrt()), "actual": float(a.square().mean().sqrt()), "n": len(p)}
-        )
-    table = pd.DataFrame(rows)
-    off = float(((table["actual"] - table["predicted"]).abs() / table["predicted"]).mean())
-    coverage = float((away.abs() <= NORMAL_95 * deviation).double().mean())
-    ranks = torch.stack([each.argsort().argsort().double() for each in (deviation, away.abs())])
-    return Reliability(table, off, coverage, float(torch.corrcoef(ranks)[0, 1]))
+def detail_share(patterns: Tensor, radius: float) -> Tensor:
+    """(…,) share of a pattern's energy (…, 3, H, W) at spatial frequencies above the radius (cycles a pixel)."""
+    power = _power(patterns)
+    high = _radii(*patterns.shape[-2:]) > radius + 1e-9
+    return (power * high).sum((-2, -1)) / power.sum((-2, -1)).clamp(min=1e-300)

@@ -3,15 +3,21 @@
     with Uncertainty.fitted(…) -> inverse, uncertainty      the fit of an inverse also measures the shares of its clues
     uncertainty.deviation(representation, prior, solution)  (B, H, W) root mean square error expected of a pixel
 
+    reliability(deviation, error)                          whether it means what it says, and its number
+
 Sources: Tarantola, Inverse Problem Theory (2005), 3.2.3 (posterior covariance); Papandreou & Yuille, NIPS 2010 (perturb
-and optimise); McCullagh & Nelder, Generalized Linear Models (1989), ch. 8 (regression of variances).
+and optimise); McCullagh & Nelder, Generalized Linear Models (1989), ch. 8 (regression of variances); Levi et al.,
+Sensors 22 (2022) (expected normalised calibration error of a regression's uncertainty).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
@@ -20,9 +26,12 @@ from backsight.exact.map import MapInverse, fit_map_tap
 from backsight.exact.posterior import Gaussian, Likelihood, MapSolution, whitened
 from backsight.exact.solver import Linearised, conjugate_gradients, dot
 from backsight.representation import Representation
+from backsight.tables.names import MAP, NULL_CONSTANT
 
 AROUND = 5  # pixels, side of the window that clues of an error are taken over
 ROUNDS = 8  # of the reweighted fit
+NORMAL_95 = 1.959964  # deviations on either side that hold 95 % of a normal distribution
+RESAMPLES = 300  # of the bootstrap of a calibration
 
 
 def posterior_samples(
@@ -120,3 +129,56 @@ class Uncertainty:
 
 def _around(images: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(images, AROUND, 1, AROUND // 2, count_include_pad=False)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of a MAP inverse, beside one constant deviation of the same mean variance.
+
+    table: a row a bin of equally many pixels, by predicted deviation: `bin`, `predicted` and `actual` root mean square,
+    `n`; calibration_error: {inverse: (value, low, high)} mean over these bins of |actual − predicted| / predicted (0 is
+    perfect; a constant that is right on average is off wherever errors are rightly said to be small or large);
+    coverage: {inverse: (N,)} share of errors within 1.96 predicted deviations (0.95 of normal errors).
+    """
+
+    table: pd.DataFrame
+    constant: float
+    calibration_error: Mapping[str, tuple[float, float, float]]
+    coverage: Mapping[str, Tensor]
+
+
+def reliability(deviation: Tensor, error: Tensor, seed: int = 0, bins: int = 10) -> Reliability:
+    """deviation: (N, H, W) above 0; error: (N, C, H, W). Intervals: images are drawn anew."""
+    predicted, count = deviation[:, None].expand_as(error).double(), len(error)
+    constant = float(predicted.square().mean().sqrt())
+    label = torch.empty(error.numel(), dtype=torch.long)
+    for number, part in enumerate(predicted.flatten().argsort(stable=True).chunk(bins)):
+        label[part] = number
+    cell = (torch.arange(count).repeat_interleave(error[0].numel()) * bins + label).numpy()
+    number, variance, square = (
+        np.bincount(cell, weights, count * bins).reshape(count, bins)
+        for weights in (None, predicted.square().flatten().numpy(), error.double().square().flatten().numpy())
+    )
+
+    def in_bins(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, actual), each (K, bins), of images that count as often as weights (K, N) say."""
+        drawn = weights @ number
+        drawn = np.where(drawn > 0, drawn, np.nan)
+        return np.sqrt(weights @ variance / drawn), np.sqrt(weights @ square / drawn)
+
+    def errors(said: np.ndarray, actual: np.ndarray) -> np.ndarray:
+        """(2, K) of MAP and of the constant."""
+        return np.stack([np.nanmean(np.abs(actual - one) / one, axis=1) for one in (said, constant)])
+
+    said, actual = in_bins(np.ones((1, count)))
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+    low, high = np.nanquantile(errors(*in_bins(drawn)), [0.025, 0.975], axis=1)
+    intervals = zip(errors(said, actual)[:, 0].tolist(), low.tolist(), high.tolist(), strict=True)
+    table = pd.DataFrame(
+        {"bin": range(bins), "predicted": said[0], "actual": actual[0], "n": number.sum(0).astype(int)}
+    )
+    within = {
+        name: (error.double().abs() <= NORMAL_95 * size).double().flatten(1).mean(1)
+        for name, size in ((MAP, predicted), (NULL_CONSTANT, constant))
+    }
+    return Reliability(table, constant, dict(zip(within, intervals, strict=True)), within)

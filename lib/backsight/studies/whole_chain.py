@@ -12,9 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -29,13 +27,11 @@ from backsight.exact.posterior import MapSettings
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation
-from backsight.studies.roots import map_base, wilson_interval
+from backsight.studies.roots import map_base, relative_error
+from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
 from backsight.tables.names import CHAIN_FATES as FATES
-from backsight.tables.pool import bootstrap_statistic, metrics_row, pooled_rows
 from backsight.targets.base import Target
-
-__all__ = ["FATES", "NEAR", "WholeChains", "measure_whole_chains"]
 
 EMBEDDING = "embedding"  # the true first stream, decoded in the same way: what there is to get back
 SHOWN = 4
@@ -45,13 +41,12 @@ SHOWN = 4
 class WholeChains:
     """metrics: tidy rows, METRIC_COLUMNS and `study` ("whole"), `seeds`; outcomes: a row a tap, start and image: fate,
     error_start, error, residual, iterations, passes, seconds_map, seconds, psnr by inverse; images (k, 3, H, W);
-    pictures: {tap: {inverse: (k, 3, H, W)}}; histories: {tap: (steps + 1, N) relative residuals}."""
+    pictures: {tap: {inverse: (k, 3, H, W)}}."""
 
     metrics: pd.DataFrame
     outcomes: pd.DataFrame
     images: Tensor
     pictures: dict[str, dict[str, Tensor]]
-    histories: dict[str, Tensor]
 
 
 def measure_whole_chains(
@@ -79,7 +74,6 @@ def measure_whole_chains(
     Raises BacksightError where a tap's chain does not reach an affine patch embedding.
     """
     pictures = torch.cat(list(batches(images, 64)))
-    source = {} if isinstance(images, Tensor) else {"dataset": images.name, "split": images.split}
     model = ExactModel.of(target)
     first = target.available_taps[0]
     linear = families.get("linear", {}).get(first)
@@ -92,61 +86,34 @@ def measure_whole_chains(
                 f"affine patch embedding; exactness ends at {inverse.reached}: leave {tap} out of the whole chains."
             )
     held_out = next(batches(calibration, fitted))
-    rows: list[dict[str, Any]] = []
-    frames, shown, histories = [], {}, {}
-    total = len(inverses) * (len(pictures) + min(null_images, len(pictures)))
+    dataset, split = (None, None) if isinstance(images, Tensor) else (images.name, images.split)
+    rows = TidyRows.about(target, dataset, split, seed, study="whole")
+    frames, shown = [], {}
+    few = min(null_images, len(pictures)) if len(pictures) > 1 else 0
+    total = len(inverses) * (len(pictures) + few)
     with tqdm(total=total, desc=f"whole chains of {target.name}", leave=False, disable=not progress) as bar:
         for tap, inverse in inverses.items():
-            effort = map_settings or MapSettings()
-            fit = fit_map_tap(
-                target, tap, map_base(families, tap), held_out, Noise("float32"), effort, fitted, checked=0, seed=seed
-            )
+            base, effort = map_base(families, tap), map_settings or MapSettings()
+            fit = fit_map_tap(target, tap, base, held_out, Noise("float32"), effort, fitted, checked=0, seed=seed)
             parts = []
-            for at in torch.arange(len(pictures)).split(batch_size):
-                part = pictures[at]
+            for part in pictures.split(batch_size):
                 began = time.perf_counter()
                 _, solution, _ = fit.solve(target.record(part, [tap])[tap])
                 start = fit.pictures(solution.z)
                 spent = (time.perf_counter() - began) / len(part)
-                parts.append(_followed(inverse, part, start, families, settings, spent))
+                parts.append((start, *_followed(inverse, part, start, families, settings, spent)))
                 bar.update(len(part))
-            whole = _Part.joined(parts)
-            frames.append(whole.table.assign(tap=tap, start=MAP))
-            shown[tap] = {name: each[:SHOWN] for name, each in whole.pictures.items()}
-            histories[tap] = whole.history
-            tables = {MAP: whole.table}
-            few = min(null_images, len(pictures))
-            if few and len(pictures) > 1:
-                swapped = whole.starts.roll(1, 0)[:few]
-                null = _followed(inverse, pictures[:few], swapped, families, settings, 0.0)
-                frames.append(null.table.assign(tap=tap, start=NULL_SHUFFLED))
-                tables[NULL_SHUFFLED] = null.table
+            starts, tables, made = zip(*parts, strict=True)
+            outcomes = {MAP: pd.concat(tables, ignore_index=True)}
+            shown[tap] = {name: torch.cat([part[name] for part in made])[:SHOWN] for name in made[0]}
+            if few:
+                swapped = torch.cat(starts).roll(1, 0)[:few]
+                outcomes[NULL_SHUFFLED], _ = _followed(inverse, pictures[:few], swapped, families, settings, 0.0)
                 bar.update(few)
-            place = {"target": target.name, "weights": target.weights, **source, "tap": tap, "study": "whole"}
-            rows += _rows(tables, {**place, "depth": target.depth(tap)}, seed)
-    outcomes = pd.concat(frames, ignore_index=True)
-    return WholeChains(pd.DataFrame(rows).assign(step=None), outcomes, pictures[:SHOWN], shown, histories)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Of some images: table a row each; pictures by inverse; history (steps + 1, B); starts (B, 3, H, W)."""
-
-    table: pd.DataFrame
-    pictures: dict[str, Tensor]
-    history: Tensor
-    starts: Tensor
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Part]) -> _Part:
-        """Histories of different length go on with their last value."""
-        longest = max(len(part.history) for part in parts)
-        histories = [
-            torch.cat([part.history, part.history[-1:].expand(longest - len(part.history), -1)]) for part in parts
-        ]
-        table = pd.concat([part.table for part in parts], ignore_index=True).assign(image=lambda t: range(len(t)))
-        pictures = {name: torch.cat([part.pictures[name] for part in parts]) for name in parts[0].pictures}
-        return cls(table, pictures, torch.cat(histories, dim=1), torch.cat([part.starts for part in parts]))
+            for start, table in outcomes.items():
+                frames.append(table.assign(image=range(len(table)), tap=tap, start=start))
+            _add_rows(rows, tap, outcomes)
+    return WholeChains(rows.table("seeds", "step"), pd.concat(frames, ignore_index=True), pictures[:SHOWN], shown)
 
 
 def _followed(
@@ -156,50 +123,32 @@ def _followed(
     families: Mapping[str, Mapping[str, Reconstruct]],
     settings: JointSettings | None,
     spent: float,
-) -> _Part:
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """(a row an image, pictures by inverse) of the search from the start (B, 3, H, W)."""
     model, tap = inverse.model, inverse.source
     target, embedding, first = model.target, model.embedding, model.target.available_taps[0]
     assert embedding is not None
-    truth, history = target.record(images.double(), [first, tap]), []
-    begun, there = embedding.stream(start.double()), truth[first].values
-    solution = solve_joint(
-        inverse.steps,
-        model.single.between(tap, first),
-        truth[tap].values,
-        begun,
-        len(embedding.prefix),
-        settings,
-        lambda _, residual: history.append(residual.clone()),
-    )
-    solved, error = solution.solved, (solution.x - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)
+    truth = target.record(images.double(), [first, tap])
+    begun, end = embedding.stream(start.double()), truth[first]
+    single = model.single.between(tap, first)
+    solution = solve_joint(inverse.steps, single, truth[tap].values, begun, len(embedding.prefix), settings)
+    error = relative_error(solution.x, end.values)
     fates = [
         BACK if off <= RIGHT else ANOTHER_ROOT if done else NEARBY if off <= NEAR else LOST
-        for done, off in zip(solved.tolist(), error.tolist(), strict=True)
+        for done, off in zip(solution.solved.tolist(), error.tolist(), strict=True)
     ]
-    single = truth[tap].replace(truth[tap].values.float())
-    end = truth[first]
+    given = truth[tap].replace(truth[tap].values.float())
     pictures = {
-        **{name: made[tap](single) for name, made in families.items() if tap in made},
+        **{name: made[tap](given) for name, made in families.items() if tap in made},
         MAP: start.clamp(0, 1).float(),
         EXACT: decoded(inverse, end.replace(solution.x)),
         EMBEDDING: decoded(inverse, end),
     }
-    table = pd.DataFrame(
-        {
-            "image": range(len(images)),
-            "fate": fates,
-            "error_start": ((begun - there).flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1)).tolist(),
-            "error": error.tolist(),
-            "residual": solution.residual.tolist(),
-            "iterations": solution.iterations.tolist(),
-            "passes": solution.passes.tolist(),
-            "seconds_map": spent,
-            "seconds": solution.seconds / len(images),
-            **{f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()},
-        }
-    )
-    last = solution.residual[None]
-    return _Part(table, pictures, torch.stack(history) if history else last, start)
+    columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes")}
+    columns |= {"error_start": relative_error(begun, end.values).tolist(), "error": error.tolist(), "fate": fates}
+    columns |= {f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()}
+    table = pd.DataFrame({**columns, "seconds_map": spent, "seconds": solution.seconds / len(images)})
+    return table, pictures
 
 
 def decoded(inverse: ExactInverse, embedded: Representation) -> Tensor:
@@ -208,27 +157,16 @@ def decoded(inverse: ExactInverse, embedded: Representation) -> Tensor:
     return first(embedded)
 
 
-def _rows(tables: Mapping[str, pd.DataFrame], place: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
-    rows = []
-    for start, table in tables.items():
-        count, name = len(table), EXACT if start == MAP else start
-        of = {**place, "inverse": name}
+def _add_rows(rows: TidyRows, tap: str, outcomes: Mapping[str, pd.DataFrame]) -> None:
+    for start, table in outcomes.items():
+        name = EXACT if start == MAP else start
         for fate in FATES:
-            hits = int((table["fate"] == fate).sum())
-            rows.append(metrics_row(fate, hits / count, *wilson_interval(hits, count), count, seed, seeds=1, **of))
+            rows.share((table["fate"] == fate).to_numpy(float), fate, tap, name)
         for measure in ("error_start", "error", "residual"):
-            values = table[measure].to_numpy(float)
-            rows.append(metrics_row(measure, *_median(values, seed), count, seed, seeds=1, **of))
+            rows.median(table[measure].to_numpy(float), measure, tap, name)
         for measure in ("iterations", "passes", "seconds"):
-            rows += pooled_rows(table[measure].to_numpy(float), measure, seed, **of)
-    table = tables[MAP]
-    rows += pooled_rows(table["seconds_map"].to_numpy(float), "seconds", seed, **{**place, "inverse": MAP})
+            rows.pooled(table[measure].to_numpy(float), measure, tap, name)
+    table = outcomes[MAP]
+    rows.pooled(table["seconds_map"].to_numpy(float), "seconds", tap, MAP)
     for column in table.columns[table.columns.str.startswith("psnr_")]:
-        inverse = column.removeprefix("psnr_")
-        rows += pooled_rows(table[column].to_numpy(float), "psnr", seed, **{**place, "inverse": inverse})
-    return rows
-
-
-def _median(values: np.ndarray, seed: int) -> tuple[float, float, float]:
-    low, high = bootstrap_statistic(lambda drawn: float(np.median(values[drawn])), len(values), seed)
-    return float(np.median(values)), low, high
+        rows.pooled(table[column].to_numpy(float), "psnr", tap, column.removeprefix("psnr_"))

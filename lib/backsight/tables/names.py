@@ -7,8 +7,9 @@ from types import MappingProxyType
 # Families whose inverse speaks for a layer, and whose inverse reads another image's features: the first that is there.
 LEADING_FAMILIES = ("modular", "direct", "linear")
 SHUFFLED_FAMILIES = ("modular", "linear", "direct")
-MAP, EXACT = "map", "exact"
+MAP, EXACT, STEADIED = "map", "exact", "steadied"
 NULL_MEAN, NULL_SHUFFLED, NULL_GUESS, NULL_SAME = "null_mean", "null_shuffled", "null_guess", "null_unchanged"
+NULL_CONSTANT, NULL_RANDOM = "null_constant", "null_random"
 LOWER_IS_BETTER = ("hue_error", "lost", "invented")
 ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
 
