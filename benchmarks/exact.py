@@ -71,9 +71,9 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
             continue
         distance = measure in ("other_distance", "nearest_other")
         parts = [measure.replace("_", " "), *(["median"] if distance else [])]
-        if measure.startswith(("lost_", "survived")) or (measure == "error_back" and not pd.isna(row["rule"])):
+        if measure.startswith(("lost_", "survived")) or measure == "error_back":
             parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
-        elif not pd.isna(row["rule"]) and "right" in measure and row["step"] == row["tap"]:
+        elif not pd.isna(row.get("rule")):
             parts.append(f"rule: {row['rule']}")
         unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS or distance else "share"
         yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
@@ -90,11 +90,9 @@ def half_steps(name: str, inverse: ExactInverse, truth: Truth, settings: Setting
         yield from rows_of(f"{name}, {step} alone, {words}", table)
 
 
-def chain(
-    name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str, oracle: bool = False
-) -> Iterator[Row]:
+def chain(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str) -> Iterator[Row]:
     """From the tap to where exactness ends; how every image fared, and where it was lost first."""
-    table = measure_chain(inverse, truth, settings, oracle=oracle, **QUIET)
+    table = measure_chain(inverse, truth, settings, **QUIET)
     yield from rows_of(f"{name}, {inverse.source} to {inverse.reached}, {words}", table)
 
 
@@ -166,9 +164,6 @@ def main() -> Iterator[Row]:
 
     for tap in ("blocks.4", "blocks.3"):
         yield from chain("scenes-vit", last.at(tap), some(few), CHOOSING, threads)
-    for tap in ("blocks.5", "blocks.4"):
-        words = f"the root nearest to the truth, {threads}"
-        yield from chain("scenes-vit", last.at(tap), some(few), CHOOSING, words, oracle=True)
     for tap in ("blocks.5", "blocks.0"):
         yield from folded("scenes-vit", last, tap, some(max(1, few // 2)), 8 if FULL else 2, 1)
     yield from chain("scenes-vit", last, some(many), CHOOSING, threads)

@@ -323,5 +323,3 @@ def test_figures_refuse_what_they_cannot_draw(study: Restated) -> None:
         detail_by_depth(pd.concat([study.metrics, study.metrics.assign(target="other")]))
     with pytest.raises(BacksightError, match="no cross_psnr"):
         cross_figure(study.metrics[study.metrics["measure"] == "psnr"])
-    with pytest.raises(BacksightError, match="no pictures of modular"):
-        restated_pictures(study.images, {})

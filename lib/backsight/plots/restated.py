@@ -1,14 +1,14 @@
 """Figures of the study's questions restated, from the table and pictures of `restated.measure_restated`."""
 
-import re
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.plots.cross_layer import draw_matrix, short_tap
@@ -20,6 +20,7 @@ from backsight.plots.style import (
     NULL_COLOUR,
     SMALL,
     ShownFigure,
+    draw_band,
     ends,
     inverse_order,
     is_null,
@@ -44,13 +45,9 @@ SHOWN = ("modular", MAP)
 
 
 def _rows(metrics: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Rows of a measure at every tap; of hue shifts the mean over them; of no noise and no pair of taps."""
-    needed = ("target", "tap", "depth", "inverse", "measure", "value", "low", "high", "n", "seeds")
-    if missing := [column for column in needed if column not in metrics.columns]:
-        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give metrics of measure_restated.")
+    """Rows of a measure at every tap; of hue shifts the mean over them, and of no pair of taps."""
     rows = metrics[(metrics["measure"] == measure) & metrics["tap"].notna() & metrics["value"].notna()]
-    for column in ("hue_shift", "noise", "source_tap"):
-        rows = rows[rows[column].isna()] if column in rows else rows
+    rows = rows[rows["hue_shift"].isna() & rows["source_tap"].isna()]
     return one_target(rows).sort_values("depth", kind="stable")
 
 
@@ -58,11 +55,11 @@ def _line(axes: Axes, rows: pd.DataFrame, name: str, taps: Sequence[str], shift:
     """A line with its band; nulls dashed, without."""
     line, look = rows[rows["inverse"] == name], look_of(name)
     x = np.array([taps.index(tap) for tap in line["tap"]]) + shift
-    axes.plot(x, line["value"], **look.line)
-    if not name.startswith("null_"):
-        low, high = (line[end].to_numpy(float) for end in ("low", "high"))
-        axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
-        axes.vlines(x, low, high, color=look.colour, linewidth=0.8)
+    if name.startswith("null_"):
+        axes.plot(x, line["value"], **look.line)
+    else:
+        draw_band(axes, x, line, 0.13, **look.line)
+        axes.vlines(x, line["low"], line["high"], color=look.colour, linewidth=0.8)
     return legend_line(NAMES.get(name, look.label), **look.line)
 
 
@@ -88,7 +85,7 @@ def _curves(
             _without_far_nulls(axes, rows)
             if measure in WHOLE:
                 axes.axhline(WHOLE[measure], color="#000000", linewidth=0.7)
-            axes.set_title(_in_two_lines(measure_name(measure)), fontsize=NORMAL)
+            axes.set_title(fill(measure_name(measure), 24), fontsize=NORMAL)
             name_taps(axes, taps)
             axes.set_xlim(-0.25, len(taps) - 0.75)
         figure.supxlabel("tap, shallow → deep", fontsize=NORMAL)
@@ -111,17 +108,6 @@ def _without_far_nulls(axes: Axes, rows: pd.DataFrame) -> None:
         axes.set_ylim(-0.06 * most, 1.3 * most)
         text = f"↑ nulls: {least:.0f} to {rows.loc[null, 'value'].max():.0f}"
         axes.text(0.5, 0.97, text, transform=axes.transAxes, ha="center", va="top", fontsize=SMALL, color=NULL_COLOUR)
-
-
-def _in_two_lines(title: str) -> str:
-    """Broken before a bracket or in the middle, where it would run into the next panel's."""
-    if len(title) <= 24:
-        return title
-    if "(" in title:
-        return title.replace(" (", "\n(", 1)
-    spaces = [found.start() for found in re.finditer(" ", title)]
-    middle = min(spaces, key=lambda place: abs(place - len(title) / 2)) if spaces else 0
-    return f"{title[:middle]}\n{title[middle + 1 :]}" if spaces else title
 
 
 def detail_by_depth(metrics: pd.DataFrame) -> ShownFigure:
@@ -154,11 +140,10 @@ def hue_kept_by_depth(metrics: pd.DataFrame) -> ShownFigure:
     metrics: of `measure_restated`, one target's; several shifts count as their mean.
     """
     figure, tables = _curves(metrics, list(WHOLE), 2.3)
-    shifts: list[float] = sorted(metrics["hue_shift"].dropna().unique()) if "hue_shift" in metrics else []
-    turned = ", ".join(f"{shift:g}°" for shift in shifts)
+    turned = ", ".join(f"{shift:g}°" for shift in sorted(metrics["hue_shift"].dropna().unique()))
     counts = "; ".join(f"{measure_name(m)}: {sample_size(rows[~is_null(rows)])}" for m, rows in tables.items())
     figure.caption = (
-        f"The same scenes, their main object turned by {turned or 'no'} of hue and nothing else changed; thin black: a "
+        f"The same scenes, their main object turned by {turned} of hue and nothing else changed; thin black: a "
         f"perfect inverse; dashed: nulls; 95 % intervals. {counts}."
     )
     return figure
@@ -170,8 +155,6 @@ def cross_figure(metrics: pd.DataFrame) -> ShownFigure:
     metrics: of `measure_restated`, one target's. Outlined: each tap's own inverse; empty: too far apart, or not of one
     form. Raises BacksightError where neither the modular inverse nor MAP has a matrix.
     """
-    if "source_tap" not in metrics:
-        raise BacksightError("the table lacks the column source_tap: give metrics of measure_restated.")
     rows = one_target(metrics[(metrics["measure"] == "cross_psnr") & metrics["source_tap"].notna()])
     panels = {name: rows[rows["inverse"] == name] for name in SHOWN if (rows["inverse"] == name).any()}
     if not panels:
@@ -205,15 +188,12 @@ def cross_figure(metrics: pd.DataFrame) -> ShownFigure:
     return figure
 
 
-def restated_pictures(images: Any, pictures: Mapping[str, Mapping[str, Any]]) -> ShownFigure:
+def restated_pictures(images: Tensor, pictures: Mapping[str, Mapping[str, Tensor]]) -> ShownFigure:
     """Three images down, taps across; of each image a row of the modular inverse and of MAP, with the PSNR.
 
-    images: (k, 3, H, W); pictures: {inverse: {tap: (k, 3, H, W)}}, of `Restated`. Raises BacksightError where neither
-    is there.
+    images: (k, 3, H, W); pictures: {inverse: {tap: (k, 3, H, W)}}, of `Restated`.
     """
     chosen = [name for name in SHOWN if pictures.get(name)]
-    if not chosen:
-        raise BacksightError(f"there are no pictures of {', '.join(SHOWN)}; there are {', '.join(pictures)}.")
     inputs = as_pictures(images, "images")[:3]
     made = {
         name: {tap: as_pictures(values, f"{name} at {tap}")[: len(inputs)] for tap, values in pictures[name].items()}

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
+from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.plots.grids import as_pictures, bare, decibels, show_picture
@@ -42,19 +43,15 @@ FORMATS = ("float32", "float16", "bfloat16", "int8")
 ALLOWED = -0.1  # dB that MAP may lie below the best trained decoder
 SIZE = "effective noise σ, relative to the deviation of the tap's values"
 MARKERS = "os^Dv<>"
-KINDS_OF_SHARE: Mapping[str, str] = MappingProxyType(
-    {"fragile_colour_share": "colour", "fragile_detail_share": "detail", "fragile_background_share": "background"}
-)
+KINDS_OF_SHARE = MappingProxyType({"fragile_colour_share": "colour", "fragile_detail_share": "detail"})
 _AS_PREDICTED: Mapping[str, Any] = MappingProxyType({"color": "#000000", "linewidth": 0.7, "linestyle": (0, (5, 2))})
 
 
-def _rows(metrics: pd.DataFrame, measure: str, by_noise: bool = True) -> pd.DataFrame:
-    if missing := [name for name in ("tap", "depth", "inverse", "noise", "sigma", "seeds") if name not in metrics]:
-        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give the metrics of 11_exact.")
-    rows = rows_of(metrics, measure)
+def _rows(metrics: pd.DataFrame, *measures: str, by_noise: bool = True) -> pd.DataFrame:
+    rows = rows_of(metrics, measures)
     rows = rows[rows["tap"].notna() & (rows["sigma"].notna() | (not by_noise))]
     if rows.empty:
-        raise BacksightError(f"the table has no {measure}: measure_stability writes it.")
+        raise BacksightError(f"the table has no {' or '.join(measures)}: measure_stability writes it.")
     return rows.sort_values(["depth", "sigma"], kind="stable")
 
 
@@ -159,7 +156,6 @@ def recoverable_by_depth(metrics: pd.DataFrame) -> ShownFigure:
     rows = _rows(metrics, "recoverable")
     taps, sigmas = taps_in_order(rows), sorted(set(rows.loc[rows["value"].notna(), "sigma"]))
     labels = {"dimensions": "all of a picture", "dimensions_embedded": "what the embedding passes on"}
-    limits = {name: metrics.loc[metrics["measure"] == name, "value"] for name in labels}
     with styled_figure(COLUMN_WIDTH, 2.8) as figure:
         axes = figure.subplots()
         handles = []
@@ -167,11 +163,11 @@ def recoverable_by_depth(metrics: pd.DataFrame) -> ShownFigure:
             at = rows[rows["sigma"] == sigma]
             draw_band(axes, at["tap"].map(taps.index), at, 0.15, color=colour, marker="o")
             handles.append(legend_line(f"σ = {sigma:g}", color=colour, marker="o"))
-        for (name, values), dashes in zip(limits.items(), ((6, 2), (2, 1.5)), strict=True):
-            if len(values) and (name == "dimensions" or values.iloc[0] < limits["dimensions"].iloc[0]):
-                style = {"color": NULL_COLOUR, "linestyle": (0, dashes)}
-                axes.axhline(values.iloc[0], linewidth=1, **style)
-                handles.append(legend_line(f"{labels[name]}: {values.iloc[0]:.0f}", **style))
+        for (name, label), dashes in zip(labels.items(), ((6, 2), (2, 1.5)), strict=True):
+            limit = metrics.loc[metrics["measure"] == name, "value"].iloc[0]
+            style = {"color": NULL_COLOUR, "linestyle": (0, dashes)}
+            axes.axhline(limit, linewidth=1, **style)
+            handles.append(legend_line(f"{label}: {limit:.0f}", **style))
         name_taps(axes, taps)
         if bool((rows["value"].dropna() > 0).all()):
             axes.set_yscale("log")  # a few hundred of many thousands, at deep taps
@@ -190,9 +186,9 @@ def recoverable_by_depth(metrics: pd.DataFrame) -> ShownFigure:
 
 def amplification_by_step(metrics: pd.DataFrame) -> ShownFigure:
     """How much inverting half-steps amplifies an error: each alone, in the worst direction, and all on the way."""
-    known = [name for name in ("mean", "largest", "chain") if f"amplification_{name}" in set(metrics["measure"])]
-    rows = pd.concat([_rows(metrics, f"amplification_{name}", by_noise=False) for name in known or ["mean"]])
-    deepest = rows["against"].dropna().unique() if "against" in rows else []
+    known = ("mean", "largest", "chain")
+    rows = _rows(metrics, *(f"amplification_{name}" for name in known), by_noise=False)
+    deepest = rows["against"].dropna().unique()
     steps = list(dict.fromkeys(rows.loc[rows["measure"] == "amplification_mean", "step"]))
     looks = {
         "mean": ("#0173b2", "o", "white noise (root mean square)"),
@@ -226,13 +222,11 @@ def amplification_by_step(metrics: pd.DataFrame) -> ShownFigure:
     return figure
 
 
-def reliability_curves(reliability: pd.DataFrame, metrics: pd.DataFrame | None = None) -> ShownFigure:
-    """Actual against predicted deviation, one panel a tap, one line a noise; a constant would be one predicted value.
+def reliability_curves(reliability: pd.DataFrame, metrics: pd.DataFrame) -> ShownFigure:
+    """Actual against predicted deviation, one panel a tap, one line a noise; a constant is one predicted value.
 
     metrics: for the calibration errors of MAP and of the constant, in the description.
     """
-    if missing := [name for name in ("tap", "noise", "sigma", "predicted", "actual", "n") if name not in reliability]:
-        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give the reliability of 11_exact.")
     taps = taps_in_order(reliability)
     noises = depth_colours(list(dict.fromkeys(reliability.sort_values("sigma")["noise"])), "plasma", 0.85)
     looks = {
@@ -247,12 +241,10 @@ def reliability_curves(reliability: pd.DataFrame, metrics: pd.DataFrame | None =
             for noise, look in looks.items():
                 at = reliability[(reliability["tap"] == tap) & (reliability["noise"] == noise)].sort_values("bin")
                 axes.plot(at["predicted"], at["actual"], **look)
-                if "constant" in at and len(at):
-                    overall = np.sqrt(np.average(at["actual"] ** 2, weights=at["n"]))
-                    cross = {"color": look["color"], "markersize": 6, "markeredgewidth": 1.5}
-                    axes.plot(at["constant"].iloc[0], overall, "x", **cross)
-            axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), title=tap)
-            axes.set_aspect("equal")
+                overall = np.sqrt(np.average(at["actual"] ** 2, weights=at["n"]))
+                cross = {"color": look["color"], "markersize": 6, "markeredgewidth": 1.5}
+                axes.plot(at["constant"].iloc[0], overall, "x", **cross)
+            axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), title=tap, aspect="equal")
         figure.supxlabel("predicted deviation of a pixel (range 0 to 1)", fontsize=NORMAL)
         figure.supylabel("actual error (root mean square)", fontsize=NORMAL)
         handles = [legend_line(noise, **look) for noise, look in looks.items()]
@@ -263,21 +255,16 @@ def reliability_curves(reliability: pd.DataFrame, metrics: pd.DataFrame | None =
             "Bins of equally many pixels by predicted deviation of the MAP inverse; on the dashed line it means what "
             "it says. A constant deviation is one cross: it cannot say where."
         )
-        figure.description = "Reliability of predicted deviations. "
-        if metrics is not None:
-            errors = metrics["measure"] == "calibration_error"
-            told = [
-                f"{r.inverse} {r.value:.2f} at {r.tap}, {r.noise}"
-                for r in metrics[errors & metrics["inverse"].isin(["map", "null_constant"])].itertuples()
-            ]
-            figure.description += f"Calibration errors: {'; '.join(told)}." if told else ""
+        errors = rows_of(metrics, "calibration_error").itertuples()
+        told = "; ".join(f"{r.inverse} {r.value:.2f} at {r.tap}, {r.noise}" for r in errors)
+        figure.description = f"Reliability of predicted deviations. Calibration errors: {told}."
     return figure
 
 
 def uncertainty_pictures(
-    images: Any,
-    pictures: Mapping[tuple[str, str], Mapping[str, Any]],
-    deviations: Mapping[tuple[str, str], tuple[Any, Any]],
+    images: Tensor,
+    pictures: Mapping[tuple[str, str], Mapping[str, Tensor]],
+    deviations: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
 ) -> ShownFigure:
     """Image, MAP reconstruction, predicted deviation and actual error, at the first noise of at most four taps.
 
@@ -287,27 +274,25 @@ def uncertainty_pictures(
     inputs = as_pictures(images, "images")[:2]
     first = {tap: (tap, noise) for tap, noise in reversed(list(pictures))}
     jobs = [job for job in pictures if job in first.values()][:4]
-    if not jobs:
-        raise BacksightError("there are no pictures: measure_stability keeps some of each tap and noise.")
     rows = [(job, number) for job in jobs for number in range(len(inputs))]
     tall = min((COLUMN_WIDTH - 0.75) / 4.3 * inputs.shape[2] / inputs.shape[3], 8 / len(rows))
+    correlated = []
     with styled_figure(COLUMN_WIDTH, (tall + 0.12) * len(rows) + 0.3) as figure:
         grid = figure.subplots(len(rows), 4, squeeze=False)
-        for line, (job, number) in enumerate(rows):
+        for line, (job, number) in zip(grid, rows, strict=True):
             made = as_pictures(pictures[job]["map"], f"map at {job[0]}")[: len(inputs)]
-            maps = [np.asarray(values)[: len(inputs)] for values in deviations[job]]
-            scale = Normalize(0, max(float(np.quantile(np.stack(maps), 0.995)), 1e-6))
-            show_picture(grid[line, 0], inputs[number])
-            show_picture(grid[line, 1], made[number], f"{decibels(inputs, made)[number]:.1f} dB")
-            for axes, values in zip(grid[line, 2:], maps, strict=True):
+            maps = np.stack([np.asarray(values)[: len(inputs)] for values in deviations[job]])
+            scale = Normalize(0, max(float(np.quantile(maps, 0.995)), 1e-6))
+            show_picture(line[0], inputs[number])
+            show_picture(line[1], made[number], f"{decibels(inputs, made)[number]:.1f} dB")
+            for axes, values in zip(line[2:], maps, strict=True):
                 drawn = axes.imshow(values[number], norm=scale, cmap="magma", interpolation="nearest")
                 bare(axes)
-            if number == len(inputs) - 1:
-                beside = list(grid[line - number : line + 1, 2:].flat)
-                bar = figure.colorbar(drawn, ax=beside, shrink=0.85, pad=0.01, aspect=12 * len(inputs))
-                bar.outline.set_visible(False)
+            bar = figure.colorbar(drawn, ax=list(line[2:]), shrink=0.85, pad=0.01, aspect=12)
+            bar.outline.set_visible(False)
             if number == 0:
-                grid[line, 0].set_ylabel(f"{job[0]}\n{job[1]}", fontsize=SMALL)
+                line[0].set_ylabel(f"{job[0]}\n{job[1]}", fontsize=SMALL)
+                correlated.append(f"{job[0]} at {job[1]}: {np.corrcoef(*maps.reshape(2, -1))[0, 1]:.2f}")
         titles = ("image", "most probable (MAP)", "predicted deviation", "actual error")
         for axes, title in zip(grid[0], titles, strict=True):
             axes.set_title(title, fontsize=NORMAL)
@@ -315,76 +300,59 @@ def uncertainty_pictures(
             "What the MAP inverse expects to get wrong, and what it got wrong: root mean square over the channels, one "
             "scale for each tap and noise."
         )
-        correlated = []
-        for job in jobs:
-            said, wrong = (np.asarray(values).ravel() for values in deviations[job])
-            correlated.append(f"{job[0]} at {job[1]}: {np.corrcoef(said, wrong)[0, 1]:.2f}")
-        figure.description = (
-            f"Grid of {len(rows)} rows, {len(jobs)} taps and noises. Correlation of predicted and actual error: "
-            f"{'; '.join(correlated)}."
-        )
+        figure.description = f"Correlation of predicted and actual error: {'; '.join(correlated)}."
         figure.shows_images = True
     return figure
 
 
 def fragile_directions(
     metrics: pd.DataFrame,
-    images: Any,
-    directions: Mapping[str, tuple[Any, Any]],
-    random_directions: Mapping[str, Any] | None = None,
+    images: Tensor,
+    directions: Mapping[str, tuple[Tensor, Tensor]],
+    random_directions: Mapping[str, Tensor],
 ) -> ShownFigure:
     """What cannot be known: least-seen directions as pictures, and what they are made of beside random ones.
 
     images: (k, 3, H, W), the first one is shown; directions, random_directions: of `Stability`; at most four taps.
     """
-    shares = metrics[metrics["measure"].isin(list(KINDS_OF_SHARE)) & metrics["tap"].isin(list(directions))]
-    if shares.empty or not directions:
-        raise BacksightError("the table has no fragile shares at the taps of the directions: give those of one study.")
+    shares = rows_of(metrics, list(KINDS_OF_SHARE))
     taps = taps_in_order(shares)
     chosen = [taps[i] for i in np.unique(np.linspace(0, len(taps) - 1, min(4, len(taps))).round().astype(int))]
-    kinds = [measure for measure in KINDS_OF_SHARE if measure in set(shares["measure"])]
     count = min(3, *(len(directions[tap][0]) for tap in chosen))
-    columns = 1 + count + (random_directions is not None)
-    above_height = (min(1.3, (COLUMN_WIDTH - 0.6) / columns) + 0.18) * len(chosen)
+    above_height = (min(1.3, (COLUMN_WIDTH - 0.6) / (2 + count)) + 0.18) * len(chosen)
     styles = {
         "map": ("least-seen directions", {"color": "#000000", "marker": "o"}),
         "map_error": ("what MAP got wrong", {"color": "#b2182b", "marker": "D"}),
         "null_random": (INVERSE_NAMES["null_random"], look_of("null_random").line | {"marker": "_"}),
     }
     with styled_figure(COLUMN_WIDTH, above_height + 2.75) as figure:
-        halves: Any = figure.subfigures(2, 1, height_ratios=[above_height + 0.2, 2.5])
-        above, below = halves
-        for line, tap in zip(above.subplots(len(chosen), columns, squeeze=False), chosen, strict=True):
+        above, below = figure.subfigures(2, 1, height_ratios=[above_height + 0.2, 2.5])
+        for line, tap in zip(above.subplots(len(chosen), 2 + count, squeeze=False), chosen, strict=True):
             patterns, left = (np.asarray(values) for values in directions[tap])
             cells = [(as_pictures(images, "images")[0], "image")]
             cells += [(_as_picture(patterns[k]), f"{100 * left[k]:.0f} % left") for k in range(count)]
-            if random_directions is not None:
-                cells.append((_as_picture(np.asarray(random_directions[tap])[0]), "random"))
+            cells.append((_as_picture(np.asarray(random_directions[tap])[0]), "random"))
             for axes, (picture, text) in zip(line, cells, strict=True):
                 show_picture(axes, picture, text)
             line[0].set_ylabel(tap, fontsize=SMALL)
-        present: dict[str, Line2D] = {}
-        for axes, measure in zip(panels_of(below, len(kinds), len(kinds), sharey=True), kinds, strict=True):
-            for number, (name, (label, style)) in enumerate(styles.items()):
+        for axes, (measure, title) in zip(panels_of(below, 2, 2, sharey=True), KINDS_OF_SHARE.items(), strict=True):
+            for number, (name, (_, style)) in enumerate(styles.items()):
                 at = shares[(shares["measure"] == measure) & (shares["inverse"] == name)]
                 at = at.assign(x=at["tap"].map(taps.index)).sort_values("x")
-                if len(at):
-                    draw_bars(axes, at["x"] + 0.1 * (number - 1), at, **style)
-                    present[name] = legend_line(label, **style)
+                draw_bars(axes, at["x"] + 0.1 * (number - 1), at, **style)
             name_taps(axes, taps)
-            axes.set(title=KINDS_OF_SHARE[measure], ylim=(-0.03, 1.03))
+            axes.set(title=title, ylim=(-0.03, 1.03))
             axes.margins(x=0.1)
         below.axes[0].set_ylabel("share of energy")
-        legend_above(below, list(present.values()), 3, handlelength=2.8)
+        legend_above(below, [legend_line(label, **style) for label, style in styles.values()], 3, handlelength=2.8)
         figure.caption = (
             "Directions that the tap shows least, and the share of the prior's variance left in them, at the least "
-            "noise; below, the share of their energy that is colour, fine detail (frequencies above which images have "
-            f"10 % of their power), or outside the object. {_counted(shares[shares['inverse'] == 'map'])}."
+            "noise; below, the share of their energy that is colour, or fine detail (frequencies above which images "
+            f"have 10 % of their power). {_counted(shares[shares['inverse'] == 'map'])}."
         )
         told = (
             f"{KINDS_OF_SHARE[str(r.measure)]} at {r.tap}: {r.value:.2f} ({styles[str(r.inverse)][0]})"
             for r in shares.itertuples()
-            if r.inverse in styles
         )
         figure.description = "Shares of energy: " + "; ".join(told) + "."
         figure.shows_images = True

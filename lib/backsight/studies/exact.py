@@ -46,8 +46,7 @@ from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ANOTHER_ROOT, BACK, ERROR_GROWN, EXACT, FATES, RIGHT, UNSOLVED
 from backsight.targets.base import PIXELS, Target
 
-USUAL_ROOT, NEAREST_TO_TRUTH = "most usual root", "root nearest to the truth"
-COLUMNS = ("step", "to", "rule", "seeds")
+COLUMNS = ("step", "to", "seeds")
 ALONE = Settings(restarts=0, newton=20)
 
 
@@ -169,21 +168,15 @@ def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> lis
 
 
 def _taken_back(
-    inverse: ExactInverse, tokens: Tokens, case: Case, images: Tensor, to: str, oracle: bool = False
+    inverse: ExactInverse, tokens: Tokens, case: Case, images: Tensor, to: str
 ) -> tuple[pd.DataFrame, Tensor]:
-    """(`judged` rows with the column image, values at `to`) of tokens of these images (numbers) of a case, in batches.
-
-    oracle: with the roots nearest to the truth.
-    """
+    """(`judged` rows with the column image, values at `to`) of tokens of these images (numbers) of a case."""
     tables, values = [], []
     for part in torch.arange(len(images)).split(inverse.batch_size):
         truth = {name: stream.index(images[part]) for name, stream in case.streams.items()}
-        one = inverse
-        if oracle:
-            one = RootChoosing.of(inverse, truth={name: stream.values for name, stream in truth.items()}, curves=2)
         here = tokens.index(part)
-        trace = one.trace(here, to)
-        table = judged(one, trace, here, truth)
+        trace = inverse.trace(here, to)
+        table = judged(inverse, trace, here, truth)
         tables.append(table.assign(image=images[part].numpy()[table["sample"].to_numpy()]))
         values.append(trace.values)
     return pd.concat(tables, ignore_index=True), torch.cat(values)
@@ -236,17 +229,11 @@ def _add_outcomes(rows: TidyRows, outcomes: Sequence[pd.DataFrame], tap: str, **
 
 
 def follow_chain(
-    inverse: ExactInverse,
-    truth: Truth,
-    settings: Settings | None = None,
-    *,
-    oracle: bool = False,
-    progress: bool = True,
+    inverse: ExactInverse, truth: Truth, settings: Settings | None = None, progress: bool = True
 ) -> pd.DataFrame:
     """The way of every image from the tap of the inverse to where exactness ends: a row an image and step (`judged`).
 
-    An image is followed, tap by tap, as long as it is right. oracle: the root nearest to the truth is kept where a step
-    folds.
+    An image is followed, tap by tap, as long as it is right.
     """
     case, one = cases_of(inverse, truth)[0], inverse.at(inverse.source, settings)
     alive, streams = torch.arange(case.count), case.streams[one.source]
@@ -254,7 +241,7 @@ def follow_chain(
     for tap, before in tqdm(_spans(one), desc="chain", leave=False, disable=not progress):
         if not len(alive):
             break
-        table, values = _taken_back(one.at(tap), streams, case, alive, before, oracle)
+        table, values = _taken_back(one.at(tap), streams, case, alive, before)
         tables.append(table)
         right = torch.tensor((table.groupby("image")["error"].last() <= RIGHT).to_numpy())
         alive = alive[right]
@@ -267,12 +254,11 @@ def measure_chain(
     truth: Truth | Sequence[Truth],
     settings: Settings | None = None,
     *,
-    oracle: bool = False,
     dataset: str = "scenes",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The chain in tidy rows, the column `rule` says which roots are kept; see `follow_chain`.
+    """The chain in tidy rows, see `follow_chain`.
 
     Without a step, of the whole way: back, another_root, unsolved, error_grown (of images, sum 1), the medians and
     costs of `measure_half_steps`, tokens_right and tokens_right_lost (of the images that are not back). With a step:
@@ -281,10 +267,9 @@ def measure_chain(
     """
     cases = cases_of(inverse, truth)
     first = cases[0].inverse
-    tables = [follow_chain(case.inverse, case.streams, settings, oracle=oracle, progress=progress) for case in cases]
+    tables = [follow_chain(case.inverse, case.streams, settings, progress) for case in cases]
     outcomes = [outcomes_of(table) for table in tables]
-    rule = NEAREST_TO_TRUTH if oracle else USUAL_ROOT
-    rows, tap = TidyRows.about(first.model.target, dataset, "test", seed, rule=rule), first.source
+    rows, tap = TidyRows.about(first.model.target, dataset, "test", seed), first.source
     _add_outcomes(rows, outcomes, tap)
     lost = np.where(_fate(outcomes, BACK) == 0, _column(outcomes, "right_tokens"), np.nan)
     rows.pooled(lost, "tokens_right_lost", tap, EXACT)

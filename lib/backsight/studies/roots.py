@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, Trace, solve_step
-from backsight.exact.solver import Score, Settings, Solution
+from backsight.exact.solver import Settings, Solution
 from backsight.exact.steps import Step
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Representation, Tokens
@@ -32,42 +31,28 @@ Truth = Mapping[str, Representation]
 class RootChoosing(ExactInverse):
     """An exact inverse that follows tokens along curves where no start solves them, or where a root is doubted.
 
-    curves: rounds of curves through known roots; truth: {stream: (B, n, c)}, an oracle: the root nearest to the truth
-    is kept, which no inverse can do; near: {stream: (B, n, c)} guesses that are tried first.
+    near: {stream: (B, n, c)} guesses that are tried first.
     """
 
-    curves: int = 0
-    truth: Mapping[str, Tensor] | None = None
     near: Mapping[str, Tensor] = {}
 
     @classmethod
-    def of(cls, inverse: ExactInverse, settings: Settings | None = None, **how: Any) -> RootChoosing:
-        """The same inverse, looking for roots as the attributes `how` say."""
-        kept = {name: getattr(inverse, name) for name in HOW if isinstance(inverse, RootChoosing)}
+    def of(
+        cls, inverse: ExactInverse, settings: Settings | None = None, near: Mapping[str, Tensor] | None = None
+    ) -> RootChoosing:
+        """The same inverse, looking for roots."""
         made = cls(inverse.model, inverse.source, None, inverse.completion, settings or inverse.settings)
         made.batch_size = inverse.batch_size
         made.starts, made.degrees, made.priors = inverse.starts, inverse.degrees, inverse.priors
-        for name, value in {**kept, **how}.items():
-            setattr(made, name, value)
+        made.near = getattr(inverse, "near", {}) if near is None else near
         return made
 
     def at(self, tap: str, settings: Settings | None = None) -> RootChoosing:
-        return RootChoosing.of(super().at(tap, settings), **{name: getattr(self, name) for name in HOW})
+        return RootChoosing.of(super().at(tap, settings), near=self.near)
 
     def starts_of(self, step: Step, y: Tensor, last: Tensor | None) -> list[Tensor]:
         starts = super().starts_of(step, y, last)
         return [self.near[step.source], *starts] if step.source in self.near else starts
-
-    def choice(self, step: Step, y: Tensor) -> tuple[Score | None, Tensor | None]:
-        score, usual = super().choice(step, y)
-        if score is None or self.truth is None or step.source not in self.truth:
-            return score, usual
-        truth = self.truth[step.source].flatten(0, 1)
-
-        def distance(x: Tensor, which: Tensor) -> Tensor:
-            return (x[:, 0] - truth[which]).norm(dim=1) / truth[which].norm(dim=1)
-
-        return distance, torch.full_like(truth[:, 0], RIGHT)
 
     def solve(
         self, step: Step, y: Tensor, square: Tensor | None = None, last: Tensor | None = None, stripped: bool = False
@@ -87,8 +72,7 @@ class RootChoosing(ExactInverse):
         if not len(at):
             return solution
         starts = [start.flatten(0, 1)[at] for start in self.starts_of(step, y, last)]
-        rounds = 0 if score is None else self.curves
-        roots = token_roots(tokens, flat[at], starts, Search(tolerance=self.settings.tolerance, rounds=rounds))
+        roots = token_roots(tokens, flat[at], starts, Search(tolerance=self.settings.tolerance, rounds=0))
         scores = roots.residual if score is None else score(roots.x[:, None], at[roots.token])
         best = roots.best(scores)
         has = best >= 0
@@ -98,9 +82,6 @@ class RootChoosing(ExactInverse):
         seconds = solution.seconds + time.perf_counter() - began
         solved_images = residual <= self.settings.tolerance
         return replace(solution, x=x.view_as(y), residual=residual, solved=solved_images, seconds=seconds)
-
-
-HOW = ("curves", "truth", "near")
 
 
 def map_base(families: Mapping[str, Mapping[str, Reconstruct]], tap: str) -> Reconstruct:
