@@ -311,7 +311,9 @@ def second_root_pictures(
         if name != RANDOM_MOVE:
             residual = _residual(case.inverse, tap, found.step, x, case.streams[found.step].values)[kept]
             largest = float(residual.max()) if len(residual) else math.nan
-            rows.one((largest, math.nan, math.nan), "residual_largest", tap, EXACT, len(residual), picture=name)
+            rows.one(
+                (largest, math.nan, math.nan), "residual_largest", tap, EXACT, len(residual), seeds=1, picture=name
+            )
         at = case.streams[tap].replace(x.float())
         made = {family: taps[tap](at).detach().clamp(0, 1).float() for family, taps in families.items()}
         pictures[name] = made
