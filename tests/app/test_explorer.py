@@ -16,12 +16,13 @@ from targets.examples import small_timm
 
 from backsight.app.explorer import View, Workbench
 from backsight.app.explorer.hue_loss import hue_loss_figure, hue_rows, lost_from
+from backsight.app.explorer.judging import hue_in_words
 from backsight.app.explorer.latest import Latest
 from backsight.app.explorer.page import Page
 from backsight.app.explorer.pictures import in_folder, keep_upload, subject
-from backsight.app.explorer.seeing import Depth, _refuse_another_form, hue_in_words
+from backsight.app.explorer.seeing import Depth, _refuse_another_form
 from backsight.app.explorer.serve import command, free_port
-from backsight.app.explorer.view import carried, from_json, from_query
+from backsight.app.explorer.view import carried, from_query
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
 from backsight.tables.values import METRIC_COLUMNS
@@ -54,7 +55,7 @@ def test_a_view_survives_a_link_and_a_pngs_metadata() -> None:
     view = View(DETR, "linear", "decoder.layers.1", "scene 7", -45.0, 0.5, "image", (3, 1), (9, 8), 0.25, removed=(2,))
     assert from_query(view.to_query()) == view
     assert from_query("?" + view.to_query() + "&voila-theme=dark") == view  # others' entries are passed over
-    assert from_json(view.to_json()) == view
+    assert json.loads(view.to_json())["hue_shift"] == -45
     assert View().to_query() == ""
     assert from_query("") == View()
     assert view.erased == (1, 3)
@@ -306,8 +307,6 @@ def test_only_the_newest_request_is_computed() -> None:
     assert latest.wait(10)
     latest.close()
     assert done == [19]  # the first was given up between its steps, the others never began
-    assert latest.finished == 1
-    assert latest.dropped == 19
     assert busy[0] is True
     assert busy[-1] is False
 
@@ -398,12 +397,13 @@ def test_errors_are_sentences_and_the_page_goes_on(page: Page) -> None:
 
 
 def test_dragging_never_queues_up_stale_pictures(page: Page) -> None:
-    before = page._latest.finished
+    drawn: list[Any] = []
+    page.rows[0].strip.observe(drawn.append, "depths")
     for value in range(-180, 181, 15):
         page.hue.value = value
     assert page.wait()
     assert page.view.hue_shift == 180
-    assert page._latest.finished - before < 10  # of 24; the others were dropped
+    assert len(drawn) < 10  # of 24; the others were dropped
     assert page.seen is not None
     assert page.seen.view.hue_shift == 180
 
@@ -426,7 +426,7 @@ def test_the_exported_python_writes_the_exported_png(
     exec(page.view.to_python(), {})
     assert np.array_equal(png((tmp_path / "view.png").read_bytes()), png(exported))
     texts = Image.open(io.BytesIO(exported)).text  # type: ignore[attr-defined]
-    assert from_json(texts["backsight"]) == page.view
+    assert json.loads(texts["backsight"])["erased"] == [3]
     assert len(json.loads(texts["measures"])) == 2
 
 

@@ -38,7 +38,7 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
         if isinstance(value, int | float) and value < 1 and value != defaults.get(name):
             raise BacksightError(f"{name} must be at least 1, not {value}.")
     if isinstance(values.get("seed"), int):
-        check_seeds([values["seed"]], "seed")
+        check_seed(values["seed"])
     if "seeds" in values:
         check_seeds(values["seeds"])
     if isinstance(families := values.get("families"), list):
@@ -79,9 +79,14 @@ def check_seeds(seeds: Any, name: str = "seeds") -> None:
     """Refuse seeds that are no distinct whole numbers from 0."""
     fine = isinstance(seeds, list) and seeds and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in seeds)
     if not fine or len(set(seeds)) < len(seeds):
-        kind = "a list of different whole numbers from 0, such as [0, 1, 2]" if name == "seeds" else "at least 0"
-        said = seeds if name == "seeds" else seeds[0]
-        raise BacksightError(f"{name} must be {kind} (and below 2^63), not {said}.")
+        raise BacksightError(
+            f"{name} must be a list of different whole numbers from 0, such as [0, 1, 2], and below 2^63, not {seeds}."
+        )
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise BacksightError(f"{name} must be a whole number from 0 and below 2^63, not {seed}.")
 
 
 def check_families(families: Sequence[Any], name: str = "families") -> None:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backsight.errors import BacksightError
@@ -34,28 +34,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run one notebook, strictly")
+    def command(function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        """A sub-command of the function's name."""
+        added = commands.add_parser(function.__name__.strip("_"), help=text)
+        added.set_defaults(command=function)
+        return added
+
+    run = command(_run, "run one notebook, strictly")
     run.add_argument("notebook", metavar="NOTEBOOK", type=Path)
     run.add_argument("-f", dest="preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
-    run.add_argument(
-        "-p",
-        dest="assignments",
-        metavar="name=value",
-        action="append",
-        default=[],
-        help="one parameter; lists as in -p 'families=[linear, direct]'",
-    )
+    lists = "one parameter; lists as in -p 'families=[linear, direct]'"
+    run.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help=lists)
     run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
     run.add_argument("--check", action="store_true", help="only check and show the parameters")
     run.add_argument("--fresh", action="store_true", help="run again even where an equal run is finished")
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
-    run.set_defaults(command=_run)
 
-    plan = commands.add_parser("plan", help="list the runs of a preset, with the seconds that they last took")
+    plan = command(_plan, "list the runs of a preset, with the seconds that they last took")
     plan.add_argument("preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
-    plan.set_defaults(command=_plan)
 
-    fit = commands.add_parser("fit", help="fit inverses without a notebook, also under `accelerate launch`")
+    fit = command(_fit, "fit inverses without a notebook, also under `accelerate launch`")
     fit.add_argument("target", metavar="TARGET", help="anything that load_target takes")
     fit.add_argument("images", metavar="IMAGES", help="scenes, a folder, a COCO or ImageNet root")
     fit.add_argument("out", metavar="OUT", type=Path, help="where the inverses go; 03_quality takes it as `inverses`")
@@ -68,27 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--features", default="auto", choices=("auto", "always", "never"), help="record them on disk")
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--random-weights", action="store_true", help="of the target, for a control")
-    fit.set_defaults(command=_fit)
 
-    explore = commands.add_parser("explore", help="open the explorer alone in a browser (loopback only)")
+    explore = command(_explore, "open the explorer alone in a browser (loopback only)")
     explore.add_argument("--port", type=int, default=0, help="default: any free one")
     explore.add_argument("--no-browser", action="store_true", help="only say the address")
-    explore.set_defaults(command=_explore)
 
-    targets = commands.add_parser("targets", help="list what can be inverted here and now")
-    targets.set_defaults(command=_targets)
+    command(_targets, "list what can be inverted here and now")
+    command(_doctor, "check the installation")
 
-    doctor = commands.add_parser("doctor", help="check the installation")
-    doctor.set_defaults(command=_doctor)
-
-    report = commands.add_parser("report", help="write index.html over the runs in a folder")
+    report = command(_report, "write index.html over the runs in a folder")
     report.add_argument("folder", metavar="FOLDER", type=Path)
-    report.set_defaults(command=_report)
 
-    findings = commands.add_parser("findings", help="write what the runs in a folder say of the paper's claims")
+    findings = command(_findings, "write what the runs in a folder say of the paper's claims")
     findings.add_argument("folder", metavar="FOLDER", type=Path, help="holds the runs, such as results/reference")
     findings.add_argument("page", metavar="PAGE", type=Path, help="the Markdown file to write, such as FINDINGS.md")
-    findings.set_defaults(command=_findings)
     return parser
 
 
@@ -116,7 +107,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from backsight.app.checks import check_families, check_images, check_seeds, check_writable
+    from backsight.app.checks import check_families, check_images, check_seed, check_writable
     from backsight.data.distributed import processes
     from backsight.inverses.families import fit_and_save
     from backsight.project import shown
@@ -125,22 +116,13 @@ def _fit(options: argparse.Namespace) -> int:
     first = processes().is_main_process  # asked before the target is loaded: each process has a GPU of its own
     families = [family.strip() for family in options.families.split(",")]
     check_families(families)
-    check_seeds([options.seed], "--seed")
+    check_seed(options.seed, "--seed")
     check_images(options.images)
     check_writable(options.out)
     target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)
-    files = fit_and_save(
-        target,
-        options.images,
-        families,
-        options.out,
-        train_images=options.train_images,
-        validation_images=options.validation_images,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        features=options.features,
-        seed=options.seed,
-    )
+    names = ("train_images", "validation_images", "steps", "batch_size", "features", "seed")
+    arguments = {name: getattr(options, name) for name in names}
+    files = fit_and_save(target, options.images, families, options.out, **arguments)
     if first:
         print(f"{len(files)} inverses in {shown(options.out)}")
     return 0

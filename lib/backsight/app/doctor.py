@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,13 +39,7 @@ def locked_versions(lock: Path) -> dict[str, str]:
 def examine() -> list[Finding]:
     """Every check, in the order in which trouble is best mended. Raises BacksightError outside a project."""
     root = project_root()
-    checks: tuple[Callable[[Path], Iterator[Finding]], ...] = (
-        _versions,
-        _operators,
-        _kernel,
-        _data,
-        _machine,
-    )
+    checks = (_versions, _operators, _kernel, _data, _machine)
     return [finding for check in checks for finding in check(root)]
 
 
@@ -58,12 +52,11 @@ def _versions(root: Path) -> Iterator[Finding]:
             installed = "absent"
         if installed.partition("+")[0] != version:
             differing.append(f"{name} {installed} instead of {version}")
-    if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        listed = ", ".join(differing[:5])
-        yield Finding("FAIL", "packages", f"{listed}{more}; run `make clean-venv install`.")
-    else:
+    if not differing:
         yield Finding("OK", "packages", "as in requirements.lock")
+        return
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    yield Finding("FAIL", "packages", f"{', '.join(differing[:5])}{more}; run `make clean-venv install`.")
 
 
 def _operators(root: Path) -> Iterator[Finding]:
@@ -124,11 +117,10 @@ def _data(root: Path) -> Iterator[Finding]:
     except BacksightError as error:
         yield Finding("FAIL", "photographs", str(error))
     for name in ("coco", "imagenet"):
-        present = (root / "data" / name).is_dir()
-        text = (
-            f"data/{name} is there" if present else f"no data/{name}; only the paper preset needs it (data/README.md)"
-        )
-        yield Finding("OK" if present else "NOTE", name, text)
+        if (root / "data" / name).is_dir():
+            yield Finding("OK", name, f"data/{name} is there")
+        else:
+            yield Finding("NOTE", name, f"no data/{name}; only the paper preset needs it (data/README.md)")
 
 
 def _machine(root: Path) -> Iterator[Finding]:

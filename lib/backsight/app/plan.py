@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from backsight.app.checks import check_families, check_seeds
 from backsight.app.parameters import preset_path, read_preset
-from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import FAMILIES, SOLVED
+from backsight.errors import BacksightError
+from backsight.inverses.families import SOLVED
 from backsight.project import FINISHED, project_root, read_json, results_root
 
 MEASURED = "results/reference/seconds.csv"  # columns: preset, run, seconds, machine
@@ -29,23 +30,18 @@ def graph_runs(preset: str) -> pd.DataFrame:
     graph = read_preset(preset).get("graph") or {}
     try:
         targets = {name: (entry["quality"], entry.get("studies", [])) for name, entry in graph["targets"].items()}
-        seeds, families, once = [int(seed) for seed in graph["seeds"]], list(graph["families"]), list(graph["once"])
+        seeds, families, once = list(graph["seeds"]), list(graph["families"]), list(graph["once"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BacksightError(
             f"The section `graph` of the preset {preset} is incomplete or not of its form ({error}): it needs targets "
             "(each with quality), families, seeds and once."
         ) from error
-    for family in families:
-        if family not in FAMILIES:
-            raise BacksightError(
-                f"{preset}: no inverse family {family!r} in graph.families; {nearest(str(family), FAMILIES)}."
-            )
-        if family in SOLVED:
-            raise BacksightError(
-                f"{preset}: {family!r} is solved for every image and never trained: leave it out of graph.families."
-            )
-    if any(seed < 0 for seed in seeds):
-        raise BacksightError(f"{preset}: graph.seeds are whole numbers from 0, not {seeds}.")
+    check_families(families, f"{preset}: graph.families")
+    if solved := [family for family in families if family in SOLVED]:
+        raise BacksightError(
+            f"{preset}: {solved[0]!r} is solved for every image and never trained: leave it out of graph.families."
+        )
+    check_seeds(seeds, f"{preset}: graph.seeds")
     runs = [(notebook.partition("_")[2], notebook, "", ()) for notebook in once]
     for target, (sources, studies) in targets.items():
         name = folder_name(target)

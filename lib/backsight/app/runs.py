@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -48,19 +48,10 @@ if TYPE_CHECKING:
 
 RUN_VARIABLE = "BACKSIGHT_RUN"
 
+# What can change a number.
 RECORDED_PACKAGES = (
-    "backsight",
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "scipy",
-    "pandas",
-    "pillow",
-    "scikit-image",
-    "papermill",
+    *("backsight", "torch", "torchvision", "timm", "transformers", "accelerate"),
+    *("numpy", "scipy", "pandas", "pillow", "scikit-image", "papermill"),
 )
 
 
@@ -69,43 +60,34 @@ def run_folder(out: str | Path, notebook: str) -> Path:
     return project_root() / out if str(out) else results_root() / notebook
 
 
-def describe_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
-def describe_hardware() -> dict[str, Any]:
+def _hardware() -> dict[str, Any]:
     """Of this machine, memory in GiB; the GPU where torch is loaded and sees one."""
     torch = sys.modules.get("torch")
-    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     threads = os.environ.get("OMP_NUM_THREADS")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processors[0] if processors else platform.processor() or platform.machine(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": int(threads) if threads and threads.isdecimal() else None,
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None,
     }
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def describe_commit() -> dict[str, Any]:
+def _commit() -> dict[str, Any]:
     """The project's commit and whether tracked files differ from it; None where git or a commit is absent."""
 
     def git(*arguments: str) -> str:
@@ -113,10 +95,8 @@ def describe_commit() -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
 
@@ -162,10 +142,7 @@ class Run:
     def note_weights(self, target: Any) -> None:
         """Record which weights the results come from: target.name, target.weights, target.weights_hash."""
         with self._record() as record:
-            record.setdefault("weights", {})[target.name] = {
-                "weights": target.weights,
-                "hash": target.weights_hash,
-            }
+            record.setdefault("weights", {})[target.name] = {"weights": target.weights, "hash": target.weights_hash}
 
     def save_metrics(self, frame: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
         """Save the run's tidy table (as metrics.partial.csv until the run is complete) and return it.
@@ -182,7 +159,7 @@ class Run:
         return table
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
-        """Save figures/<name>.png, 150 dots per inch, without the writer's name: equal figures are equal files."""
+        """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
         return write_atomically(
             self.figures / f"{name}.png",
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
@@ -191,7 +168,7 @@ class Run:
     def finish(self) -> None:
         """Declare the run complete; under `backsight run` the runner does that, after checking every cell."""
         with self._record() as record:
-            record["hardware"] = describe_hardware()
+            record["hardware"] = _hardware()  # now torch is loaded and sees the GPU
         if not self.in_runner:
             complete_run(self.folder)
 
@@ -221,23 +198,21 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
     identity: what must be equal for an earlier run to be reused or resumed, "notebook" and "parameters" among it.
     resumed: whether an interrupted run of the same identity goes on (only recorded).
     """
+    record = {
+        **identity,
+        "seed": identity["parameters"].get("seed"),
+        "resumed": resumed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        **_commit(),
+        "hardware": _hardware(),
+        "weights": {},
+        "seconds": {},
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).unlink(missing_ok=True)
-        write_json(
-            folder / STARTED,
-            {
-                **identity,
-                "seed": identity["parameters"].get("seed"),
-                "resumed": resumed,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": describe_versions(),
-                **describe_commit(),
-                "hardware": describe_hardware(),
-                "weights": {},
-                "seconds": {},
-            },
-        )
+        write_json(folder / STARTED, record)
     except OSError as error:
         raise BacksightError(f"cannot write results to {shown(folder)}: {error.strerror}.") from error
 

@@ -13,6 +13,7 @@ latest.py   the thread that computes the newest request and drops the others
 serve.py    the page alone, by voila
 """
 
+from importlib import import_module
 from typing import Any
 
 __all__ = ["Page", "View", "Workbench", "explore"]
@@ -21,8 +22,6 @@ _HOMES = {"Page": "page", "View": "view", "Workbench": "seeing", "explore": "pag
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name not in _HOMES:
         raise AttributeError(f"module 'backsight.app.explorer' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(import_module(f"backsight.app.explorer.{_HOMES[name]}"), name)

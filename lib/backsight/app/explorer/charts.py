@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from backsight.app.explorer.seeing import HUE_KEPT, HUE_OF_A_GUESS, Answer, Hue, Seen
+from backsight.app.explorer.judging import HUE_KEPT, HUE_OF_A_GUESS, Answer, Hue
+from backsight.app.explorer.seeing import Seen
 from backsight.plots.style import FAMILY_COLOURS
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 380, 190, 46, 34, 10
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 380, 190, 46, 8, 34, 10
 INPUT_COLOUR = "#949494"
+OTHER_COLOUR = "#cc78bc"  # of a family that has none of its own
 
 
 def measures_table(seen: Seen) -> str:
     """PSNR, SSIM, hue error, and the object's colour in both pictures."""
     error = seen.measures["hue_error"]
-    hue = "this picture has no hue" if math.isnan(error) else f"{error:.1f}°"
     of = "of the object" if seen.mask is not None else "of coloured pixels"
     rows = [
         ("PSNR", f"{seen.measures['psnr']:.1f} dB"),
         ("SSIM", f"{seen.measures['ssim']:.3f}"),
-        (f"hue error {of}", hue),
+        (f"hue error {of}", "this picture has no hue" if math.isnan(error) else f"{error:.1f}°"),
     ]
     if seen.hues is not None:
         rows += [("object, input", _swatch(seen.hues[0])), ("object, reconstruction", _swatch(seen.hues[1]))]
@@ -37,27 +38,21 @@ def _swatch(hue: Hue) -> str:
 
 def answers_table(seen: Seen) -> str:
     """What the model says of the input and of the reconstruction, side by side."""
-    given, made = seen.answers
-    if given.boxes or made.boxes or not given.classes:
-        rows = "".join(
-            f"<tr><td>{name}</td><td>{escape(answer.in_words())}</td></tr>"
-            for name, answer in (("input", given), ("reconstruction", made))
-        )
-        return (
-            f"<h2>What {escape(seen.view.target)} finds</h2><table class='backsight-answers'>{_wrapping(rows)}</table>"
-        )
-    rows = "".join(
-        f"<tr><td>{_likely(given, place)}</td><td>{_likely(made, place)}</td></tr>"
-        for place in range(len(given.classes))
-    )
-    return (
-        f"<h2>What {escape(seen.view.target)} says</h2><table class='backsight-answers'>"
-        f"<tr><th>of the input</th><th>of the reconstruction</th></tr>{rows}</table>"
-    )
-
-
-def _wrapping(rows: str) -> str:
-    return rows.replace("<td>", "<td style='white-space: normal; vertical-align: top'>")
+    before, after = seen.answers
+    if before.boxes or after.boxes or not before.classes:
+        wide = "<td style='white-space: normal; vertical-align: top'>"
+        answers = (("input", before), ("reconstruction", after))
+        verb = "finds"
+        rows = [f"<tr>{wide}{name}</td>{wide}{escape(answer.in_words())}</td></tr>" for name, answer in answers]
+    else:
+        verb = "says"
+        rows = ["<tr><th>of the input</th><th>of the reconstruction</th></tr>"]
+        rows += [
+            f"<tr><td>{_likely(before, place)}</td><td>{_likely(after, place)}</td></tr>"
+            for place in range(len(before.classes))
+        ]
+    title = f"<h2>What {escape(seen.view.target)} {verb}</h2>"
+    return f"{title}<table class='backsight-answers'>{''.join(rows)}</table>"
 
 
 def _likely(answer: Answer, place: int) -> str:
@@ -68,47 +63,69 @@ def _likely(answer: Answer, place: int) -> str:
     return f"{escape(name)} {probability:.0%} {bar}"
 
 
+def _x(share: float) -> float:
+    """Pixels of a share of the horizontal axis, from the left."""
+    return LEFT + (WIDTH - LEFT - RIGHT) * share
+
+
+def _y(share: float) -> float:
+    """Pixels of a share of the vertical axis, from below."""
+    return TOP + (HEIGHT - BOTTOM - TOP) * (1 - share)
+
+
+def _line(points: Iterable[tuple[float, float]], colour: str, dash: str = "") -> str:
+    """A line through points, both coordinates shares of the axes."""
+    joined = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in points)
+    return f"<polyline points='{joined}' fill='none' stroke='{colour}' stroke-width='2' stroke-dasharray='{dash}'/>"
+
+
+def _level(share: float, label: str, kind: str = "axis") -> str:
+    """A horizontal line with its label at the left (an axis) or above its right end."""
+    line = f"<line class='{kind}' x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{_y(share):.1f}' y2='{_y(share):.1f}'/>"
+    x, y = (LEFT - 5, _y(share) + 4) if kind == "axis" else (WIDTH - RIGHT, _y(share) - 4)
+    return f"{line}<text x='{x}' y='{y:.1f}' text-anchor='end'>{label}</text>"
+
+
+def _below(share: float, label: str, anchor: str = "middle", y: int = HEIGHT - 17) -> str:
+    return f"<text x='{_x(share):.1f}' y='{y}' text-anchor='{anchor}'>{label}</text>"
+
+
+def _chart(title: str, said: str, axis: str, *parts: str) -> str:
+    """said: the whole chart in words, for a screen reader."""
+    return (
+        f"<h2>{title}</h2><svg class='backsight-chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' "
+        f"aria-label='{escape(said, quote=True)}'>{''.join(parts)}{_below(0.5, axis, y=HEIGHT - 3)}</svg>"
+    )
+
+
 def hue_chart(curve: Mapping[str, float], chosen: str, family: str, hues: int) -> str:
     """Mean hue error by depth, with the error of a guess and the bound from which a hue counts as kept."""
     taps = list(curve)
-    known = [(i, tap, error) for i, (tap, error) in enumerate(curve.items()) if not math.isnan(error)]
+    known = [
+        (place / max(1, len(taps) - 1), tap, error)
+        for place, (tap, error) in enumerate(curve.items())
+        if not math.isnan(error)
+    ]
     if not known:
         return ""
-    places = max(1, len(taps) - 1)
-
-    def x(index: float) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * index / places
-
-    def y(error: float) -> float:
-        return TOP + (HEIGHT - BOTTOM - TOP) * (1 - min(error, 120) / 120)
-
-    colour = FAMILY_COLOURS.get(family, "#cc78bc")
-    line = " ".join(f"{x(i):.1f},{y(error):.1f}" for i, _, error in known)
+    colour = FAMILY_COLOURS.get(family, OTHER_COLOUR)
+    points = [(x, min(error, 120) / 120) for x, _, error in known]
     dots = "".join(
-        f"<circle cx='{x(i):.1f}' cy='{y(error):.1f}' r='{6 if tap == chosen else 3.5}' fill='{colour}'>"
+        f"<circle cx='{_x(x):.1f}' cy='{_y(y):.1f}' r='{6 if tap == chosen else 3.5}' fill='{colour}'>"
         f"<title>{escape(tap)}: {error:.0f}°</title></circle>"
-        for i, tap, error in known
+        for (x, y), (_, tap, error) in zip(points, known, strict=True)
     )
-    ticks = "".join(
-        f"<line class='axis' x1='{LEFT}' x2='{WIDTH - 8}' y1='{y(v):.1f}' y2='{y(v):.1f}'/>"
-        f"<text x='{LEFT - 5}' y='{y(v) + 4:.1f}' text-anchor='end'>{v}°</text>"
-        for v in (0, 30, 60, 90, 120)
-    )
-    guess = (
-        f"<line class='guess' x1='{LEFT}' x2='{WIDTH - 8}' y1='{y(HUE_OF_A_GUESS):.1f}' y2='{y(HUE_OF_A_GUESS):.1f}'/>"
-        f"<text x='{WIDTH - 8}' y='{y(HUE_OF_A_GUESS) - 4:.1f}' text-anchor='end'>a guess</text>"
-    )
-    ends = (
-        f"<text x='{LEFT}' y='{HEIGHT - 16}'>{escape(taps[0])}</text>"
-        f"<text x='{WIDTH - 8}' y='{HEIGHT - 16}' text-anchor='end'>{escape(taps[-1])}</text>"
-        f"<text x='{(LEFT + WIDTH) / 2:.0f}' y='{HEIGHT - 3}' text-anchor='middle'>depth</text>"
-    )
-    said = "; ".join(f"{tap} {error:.0f}" for _, tap, error in known)
-    return (
-        f"<h2>Hue error, mean over {hues} hues</h2>"
-        f"<svg class='backsight-chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='Hue error in degrees by "
-        f"depth, kept up to {HUE_KEPT:.0f}: {escape(said, quote=True)}'>{ticks}{guess}"
-        f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='2'/>{dots}{ends}</svg>"
+    return _chart(
+        f"Hue error, mean over {hues} hues",
+        f"Hue error in degrees by depth, kept up to {HUE_KEPT:.0f}: "
+        + "; ".join(f"{tap} {error:.0f}" for _, tap, error in known),
+        "depth",
+        *(_level(degrees / 120, f"{degrees}°") for degrees in (0, 30, 60, 90, 120)),
+        _level(HUE_OF_A_GUESS / 120, "a guess", "guess"),
+        _line(points, colour),
+        dots,
+        _below(0, escape(taps[0]), "start"),
+        _below(1, escape(taps[-1]), "end"),
     )
 
 
@@ -120,36 +137,22 @@ def spectrum_chart(spectra: Sequence[tuple[float, float, float]], family: str) -
     powers = [math.log10(power) for octave in shown for power in octave[1:]]
     low, high = math.floor(min(powers)), math.ceil(max(powers))
     first, last = math.log2(shown[0][0]), math.log2(shown[-1][0])
+    shares = [(math.log2(octave[0]) - first) / (last - first) for octave in shown]
 
-    def x(frequency: float) -> float:
-        return LEFT + (WIDTH - LEFT - 14) * (math.log2(frequency) - first) / (last - first)
+    def curve(index: int, colour: str, dash: str = "") -> str:
+        heights = [(math.log10(octave[index]) - low) / max(high - low, 1) for octave in shown]
+        return _line(zip(shares, heights, strict=True), colour, dash)
 
-    def y(power: float) -> float:
-        return TOP + (HEIGHT - BOTTOM - TOP) * (1 - (math.log10(power) - low) / max(high - low, 1))
-
-    colour = FAMILY_COLOURS.get(family, "#cc78bc")
-    lines = ""
-    for index, stroke, dash in ((1, INPUT_COLOUR, "6 3"), (2, colour, "")):
-        points = " ".join(f"{x(octave[0]):.1f},{y(octave[index]):.1f}" for octave in shown)
-        lines += (
-            f"<polyline points='{points}' fill='none' stroke='{stroke}' stroke-width='2' stroke-dasharray='{dash}'/>"
-        )
-    step = max(1, math.ceil((high - low) / 4))
-    ticks = "".join(
-        f"<line class='axis' x1='{LEFT}' x2='{WIDTH - 14}' y1='{y(10.0**v):.1f}' y2='{y(10.0**v):.1f}'/>"
-        f"<text x='{LEFT - 5}' y='{y(10.0**v) + 4:.1f}' text-anchor='end'>10"
-        f"<tspan dy='-4' font-size='8'>{v}</tspan></text>"
-        for v in range(low, high + 1, step)
-    )
-    marks = "".join(
-        f"<text x='{x(octave[0]):.1f}' y='{HEIGHT - 18}' text-anchor='middle'>{octave[0]:.3g}</text>"
-        for octave in shown
-    )
-    lost = "; ".join(f"at {f:.3g} cycles {made / given:.0%} of the power" for f, given, made in shown)
-    return (
-        "<h2>Spectrum</h2>"
-        f"<svg class='backsight-chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='Power of the "
-        f"reconstruction by spatial frequency: {lost}'>{ticks}{lines}{marks}"
-        f"<text x='{(LEFT + WIDTH) / 2:.0f}' y='{HEIGHT - 3}' text-anchor='middle'>cycles an image (dashed: input)"
-        "</text></svg>"
+    return _chart(
+        "Spectrum",
+        "Power of the reconstruction by spatial frequency: "
+        + "; ".join(f"at {f:.3g} cycles {after / before:.0%} of the power" for f, before, after in shown),
+        "cycles an image (dashed: input)",
+        *(
+            _level((power - low) / max(high - low, 1), f"10<tspan dy='-4' font-size='8'>{power}</tspan>")
+            for power in range(low, high + 1, max(1, math.ceil((high - low) / 4)))
+        ),
+        curve(1, INPUT_COLOUR, "6 3"),
+        curve(2, FAMILY_COLOURS.get(family, OTHER_COLOUR)),
+        *(_below(share, f"{octave[0]:.3g}") for share, octave in zip(shares, shown, strict=True)),
     )

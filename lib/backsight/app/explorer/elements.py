@@ -3,10 +3,16 @@
 Their JavaScript and the page's style lie in browser/; they ask no other host for anything.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import traitlets
+from torch import Tensor
+
+from backsight.app.explorer.pictures import as_png
 
 BROWSER = Path(__file__).resolve().parent / "browser"
 
@@ -31,6 +37,13 @@ class Picture(anywidget.AnyWidget):
     mode = traitlets.Unicode("erased").tag(sync=True)
     boxes: traitlets.List = traitlets.List().tag(sync=True)
     queries = traitlets.Bool(False).tag(sync=True)
+
+    def show(self, image: Tensor, **traits: Any) -> None:
+        """Put the image (1, 3, H, W) and the traits into the page at once."""
+        with self.hold_sync():
+            self.set_trait("png", as_png(image[0], enlarged=True))
+            for name, value in traits.items():
+                self.set_trait(name, value)
 
 
 class Strip(anywidget.AnyWidget):

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from backsight.app.explorer.judging import HUE_KEPT, HUE_OF_A_GUESS, HUES
 from backsight.app.explorer.pictures import Subject, subject
-from backsight.app.explorer.seeing import HUE_KEPT, HUE_OF_A_GUESS, HUES, Bench, Workbench
+from backsight.app.explorer.seeing import Bench, Workbench
 from backsight.app.explorer.view import View
 from backsight.measures.structure import hue_errors, mean_hue
 from backsight.plots.style import COLUMN_WIDTH, ShownFigure, styled_figure, target_colour
@@ -28,34 +29,21 @@ def hue_rows(workbench: Workbench, targets: Sequence[str], scenes: int, seed: in
     rows: list[dict[str, Any]] = []
     for name in targets:
         bench = workbench.bench(name)
-        shown = [
-            subject(View(target=name, picture=f"scene {scene}", hue_shift=360.0 * hue / HUES), bench.target.image_size)
-            for scene in range(scenes)
-            for hue in range(HUES)
+        views = [
+            View(picture=f"scene {scene}", hue_shift=360.0 * i / HUES) for scene in range(scenes) for i in range(HUES)
         ]
-        rows += [
-            row
-            for family, tap, values in _errors(bench, shown, scenes)
-            for row in metrics_rows(
-                values,
-                "hue_error",
-                seed,
-                target=name,
-                weights=bench.target.weights,
-                dataset="scenes",
-                split="test",
-                tap=tap,
-                depth=bench.target.depth(tap),
-                inverse=family,
-            )
-        ]
+        shown = [subject(view, bench.target.image_size) for view in views]
+        place = {"target": name, "weights": bench.target.weights, "dataset": "scenes", "split": "test"}
+        for family, tap, values in _errors(bench, shown, scenes):
+            tap_of = {"tap": tap, "depth": bench.target.depth(tap), "inverse": family}
+            rows += metrics_rows(values, "hue_error", seed, **place, **tap_of)
     return rows
 
 
 def _errors(bench: Bench, shown: Sequence[Subject], scenes: int) -> Iterator[tuple[str, str, np.ndarray]]:
     """(family, tap, (scenes,) mean error over hues), of every family, and of the null."""
-    images = torch.cat([each.image for each in shown])
-    masks = torch.cat([each.mask for each in shown if each.mask is not None])
+    images = torch.cat([one.image for one in shown])
+    masks = torch.cat([one.mask for one in shown if one.mask is not None])
     true = mean_hue(images, masks)
     recorded = bench.target.record(images)
     null = "modular" if "modular" in bench.families else next(iter(bench.families))

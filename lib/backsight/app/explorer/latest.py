@@ -26,17 +26,12 @@ class Latest(Generic[Request]):
         self._steps, self._failed, self._busy = steps, failed, busy
         self._condition = threading.Condition()
         self._waiting: list[Request] = []
-        self._working = False
-        self._closed = False
-        self.finished = 0  # requests computed to their end
-        self.dropped = 0  # requests given up for a newer one, begun or not
-        self._thread = threading.Thread(target=self._run, name="backsight explorer", daemon=True)
-        self._thread.start()
+        self._working = self._closed = False
+        threading.Thread(target=self._run, name="backsight explorer", daemon=True).start()
 
     def submit(self, request: Request) -> None:
         """Ask for this instead of whatever is waiting or being computed; returns at once."""
         with self._condition:
-            self.dropped += len(self._waiting)
             self._waiting[:] = [request]
             self._condition.notify_all()
 
@@ -62,10 +57,10 @@ class Latest(Generic[Request]):
                 self._working = True
             self._busy(True)
             try:
-                complete = self._compute(request)
-                with self._condition:
-                    self.finished += complete
-                    self.dropped += not complete
+                for _ in self._steps(request):
+                    with self._condition:
+                        if self._waiting or self._closed:
+                            break
             except Exception as error:  # whatever it was, the page must say it and live on
                 self._failed(request, error)
             with self._condition:
@@ -74,10 +69,3 @@ class Latest(Generic[Request]):
                 self._condition.notify_all()
             if idle:
                 self._busy(False)
-
-    def _compute(self, request: Request) -> bool:
-        for _ in self._steps(request):
-            with self._condition:
-                if self._waiting or self._closed:
-                    return False
-        return True

@@ -8,9 +8,6 @@ strip of all depths, then the curve of hues, and lets go of it as soon as there 
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 import re
 import threading
 import time
@@ -22,24 +19,19 @@ from html import escape
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from backsight.app.explorer import charts, pictures
-from backsight.app.explorer.elements import Drop, Frame, Picture, Strip
+from backsight.app.explorer import pictures
+from backsight.app.explorer.elements import Drop, Frame
 from backsight.app.explorer.latest import Latest
-from backsight.app.explorer.seeing import ERROR_RANGE, HUES, Answer, Bench, Depth, Seen, Workbench, hue_in_words
+from backsight.app.explorer.row import MODES, Row, classed
+from backsight.app.explorer.seeing import Bench, Seen, Workbench
 from backsight.app.explorer.view import View, from_query
 from backsight.errors import BacksightError
-from backsight.plots.style import INVERSE_NAMES
 from backsight.project import available_cores, results_root, shown, write_atomically
 from backsight.targets import SHIPPED
 
-ENLARGED = 256  # pixels a side of the pictures that are sent: enough that a picture saved from the page is of use
 SMALL_MODEL = 20e6  # parameters up to which one thread is as fast as two, and leaves a core to the browser
-MODES = {"erase": "erased", "shuffle": "shuffled", "swap": "swapped"}
 NO_TARGET = "(none)"
 OWN_INVERSE = "(its own)"
 
@@ -52,83 +44,6 @@ def explore(query: str = "", fit_images: int = 2000) -> Page:
     page = Page(Workbench(fit_images))
     page.open(query)
     return page
-
-
-class Row:
-    """What is seen of one target: four pictures, the strip, and the details."""
-
-    def __init__(self, clicked: Callable[[Any, dict[str, Any], Any], None] | None) -> None:
-        self.given, self.made, self.difference, self.errors = (Picture() for _ in range(4))
-        self.strip = Strip()
-        self.heading = widgets.HTML()
-        self.sentence = _html("backsight-sentence")
-        self.measures, self.answers, self.spectrum, self.hue = (widgets.HTML() for _ in range(4))
-        grid = widgets.Box([self.given, self.made, self.difference, self.errors])
-        grid.add_class("backsight-pictures")
-        details = widgets.Box([self.hue, self.measures, self.spectrum, self.answers])
-        details.add_class("backsight-details")
-        self.box = widgets.VBox([self.heading, grid, self.sentence, self.strip, details])
-        self.box.add_class("backsight-row")
-        if clicked is not None:
-            self.given.on_msg(clicked)
-            self.strip.on_msg(clicked)
-
-    def show(self, seen: Seen, bench: Bench, clickable: bool, removed: Sequence[int]) -> None:
-        view = seen.view
-        reader = view.inverse_tap or seen.tap
-        inverse = f"{INVERSE_NAMES.get(view.family, view.family)} inverse of {reader}"
-        self.heading.value = (
-            f"<h2>{escape(view.target)}, {escape(seen.tap)} "
-            f"<span class='backsight-soft'>read by the {escape(inverse)}</span></h2>"
-        )
-        self.strip.chosen = seen.tap
-        with self.given.hold_sync():
-            rows, columns = bench.grid
-            self.given.rows, self.given.columns = (rows, columns) if clickable else (0, 0)
-            self.given.queries = clickable and bench.target.kind == "detector"
-            self.given.marks = {name: list(getattr(view, name)) for name in MODES.values()} if clickable else {}
-            self.given.boxes = _boxes(seen.answers[0], removed)
-            _put(
-                self.given,
-                seen.image,
-                "Input",
-                seen.what,
-                f"Input: {seen.what}. The model finds {seen.answers[0].in_words()}.",
-            )
-        psnr = f"{seen.measures['psnr']:.1f} dB"
-        with self.made.hold_sync():
-            self.made.boxes = _boxes(seen.answers[1], ())
-            found = seen.answers[1].in_words()
-            said = f"Reconstruction from {seen.tap} by the {inverse}; PSNR {psnr}. The model finds {found}."
-            _put(self.made, seen.reconstruction, "Reconstruction", f"from {seen.tap}, {psnr}", said)
-        with self.difference.hold_sync():
-            said = f"Absolute difference of input and reconstruction, mean {float(seen.difference.mean()):.3f}"
-            _put(self.difference, seen.difference, "Difference", "absolute, black = equal", said)
-        with self.errors.hold_sync():
-            worst = float(seen.errors.max())
-            row, column = divmod(int(seen.errors.argmax()), seen.errors.shape[1])
-            said = f"RMS error of each patch; the worst, {worst:.2f}, in row {row + 1}, column {column + 1}"
-            words = f"RMS of each patch, at most {worst:.2f} (yellow: {ERROR_RANGE} and more)"
-            _put(self.errors, _coloured(seen.errors), "Error by patch", words, said)
-        self.measures.value = charts.measures_table(seen)
-        self.answers.value = charts.answers_table(seen)
-        self.spectrum.value = charts.spectrum_chart(seen.spectra, view.family)
-
-    def show_depths(self, depths: Sequence[Depth], chosen: str) -> None:
-        self.strip.depths = [
-            {
-                "tap": depth.tap,
-                "png": _address(depth.image),
-                "score": f"{depth.psnr:.1f} dB",
-                "hue": "" if math.isnan(depth.hue_error) else f"hue {depth.hue_error:.0f}°",
-            }
-            for depth in depths
-        ]
-        self.strip.chosen = chosen
-
-    def show_hues(self, curve: dict[str, float], chosen: str, family: str) -> None:
-        self.sentence.value = f"<p><strong>{escape(hue_in_words(curve))}</strong></p>"
-        self.hue.value = charts.hue_chart(curve, chosen, family, HUES)
 
 
 class Page:
@@ -145,8 +60,7 @@ class Page:
         self._quiet: set[int] = set()  # threads that set controls themselves
         self._build()
         self._latest = Latest(self._steps, self._failed, self._show_busy)
-        self.box = widgets.VBox([self.frame, self.header, self.message, self._columns()])
-        self.box.add_class("backsight-page")
+        self.box = classed(widgets.VBox([self.frame, self.header, self.message, self._columns()]), "page")
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         shown = self.box._repr_mimebundle_(**options)
@@ -163,8 +77,8 @@ class Page:
             "<p class='backsight-soft'>Choose a depth: the picture is rebuilt from what the model holds there. "
             "Turn the object's hue, and see from which layer on the picture no longer follows.</p>"
         )
-        self.message = _html("")
-        self.status = _html("backsight-status")
+        self.message = widgets.HTML()
+        self.status = classed(widgets.HTML(), "status")
         self.rows = (Row(self._heard), Row(None))
         self.rows[1].box.layout.display = "none"
 
@@ -177,7 +91,7 @@ class Page:
         self.play = widgets.Play(
             min=0, max=7, interval=500, repeat=True, show_repeat=False, description="Play the depths"
         )
-        self.tap = _html("backsight-tap")
+        self.tap = classed(widgets.HTML(), "tap")
         widgets.jslink((self.play, "value"), (self.depth, "value"))
         self.inverse_tap = widgets.Dropdown(description="read with", options=[(OWN_INVERSE, "")])
         self.compare = widgets.Dropdown(description="Compare", options=[(NO_TARGET, ""), *((n, n) for n in SHIPPED)])
@@ -203,22 +117,22 @@ class Page:
         self.export = widgets.Button(description="Export PNG", tooltip="the pictures, with this view in the file")
         self.link = widgets.Button(description="Copy link")
         self.copy = widgets.Button(description="Copy Python")
-        self.code = widgets.Textarea(layout=widgets.Layout(width="100%", height="15rem"), disabled=True)
-        self.code.add_class("backsight-code")
+        code = widgets.Textarea(layout=widgets.Layout(width="100%", height="15rem"), disabled=True)
+        self.code = classed(code, "code")
 
-        plain = {
-            self.target: "target",
-            self.family: "family",
-            self.inverse_tap: "inverse_tap",
-            self.compare: "compare",
-            self.picture: "picture",
-            self.hue: "hue_shift",
-            self.saturation: "saturation",
-            self.region: "region",
-            self.swap_picture: "swap_picture",
-            self.noise: "noise",
+        self._plain = {  # controls of one field of the view each
+            "target": self.target,
+            "family": self.family,
+            "inverse_tap": self.inverse_tap,
+            "compare": self.compare,
+            "picture": self.picture,
+            "hue_shift": self.hue,
+            "saturation": self.saturation,
+            "region": self.region,
+            "swap_picture": self.swap_picture,
+            "noise": self.noise,
         }
-        for control, name in plain.items():
+        for name, control in self._plain.items():
             control.observe(self._changing(name), "value")
         self.depth.observe(self._depth_changed, "value")
         self.other.observe(self._other_target, "value")
@@ -243,28 +157,25 @@ class Page:
             [
                 _group("Picture", self.picture, self.drop, self.folder),
                 _group("Patches: click on the input", self.mode, self.swap_picture, self.clear),
-                _group("Keep", _wrapped(self.reset, self.export, self.link, self.copy)),
+                _group("Keep", classed(widgets.HBox([self.reset, self.export, self.link, self.copy]), "actions")),
             ]
         )
-        for place, controls in (("first", first), ("second", second)):
-            controls.add_class("backsight-controls")
-            controls.add_class(f"backsight-{place}")
         lines = widgets.Accordion([self.code], titles=("Python that reproduces this view",), selected_index=None)
-        views = widgets.VBox([self.status, self.rows[0].box, self.rows[1].box, lines])
-        views.add_class("backsight-views")
-        columns = widgets.Box([first, views, second])
-        columns.add_class("backsight-columns")
-        return columns
+        views = widgets.VBox([self.status, *(row.box for row in self.rows), lines])
+        columns = [
+            classed(first, "controls", "first"),
+            classed(views, "views"),
+            classed(second, "controls", "second"),
+        ]
+        return classed(widgets.Box(columns), "columns")
 
     # -------------------------------------------------------------------------------------------- from controls to view
 
     def open(self, query: str) -> None:
         """Look at the view of a link's query. A query that cannot be read is answered with a sentence."""
-        try:
+        view = self.view
+        with self._refusals():
             view = from_query(query)
-        except BacksightError as error:
-            self._say(str(error))
-            view = self.view
         self.look(view)
 
     def look(self, view: View) -> None:
@@ -287,15 +198,12 @@ class Page:
         self.box.close()
 
     def _apply(self, **changes: Any) -> None:
-        try:
+        with self._refusals():
             view = replace(self.view, **changes)
-        except BacksightError as error:
-            self._say(str(error))
-            return
-        if view != self.view:
-            self._say("")
-            moves_from = self._laid_out if "target" in changes and self._moves_from is None else self._moves_from
-            self._ask(view, moves_from)
+            if view != self.view:
+                self._say("")
+                moves_from = self._laid_out if "target" in changes and self._moves_from is None else self._moves_from
+                self._ask(view, moves_from)
 
     def _changing(self, name: str) -> Callable[[Any], None]:
         def changed(change: Any) -> None:
@@ -318,15 +226,14 @@ class Page:
             self._apply(target=name)
 
     def _open_folder(self, change: Any) -> None:
-        if not (folder := change["new"].strip()):
-            return
-        try:
-            found = pictures.in_folder(folder)
-        except BacksightError as error:
-            self._say(str(error))
-            return
-        self._offer(found)
-        self._apply(picture=found[0])
+        if folder := change["new"].strip():
+            with self._refusals():
+                self._take(pictures.in_folder(folder))
+
+    def _take(self, names: Sequence[str]) -> None:
+        """Offer the pictures, and look at the first."""
+        self._offer(names)
+        self._apply(picture=names[0])
 
     def _offer(self, names: Sequence[str]) -> None:
         """Put pictures at the head of both lists."""
@@ -340,33 +247,20 @@ class Page:
         """A message from an element of the browser."""
         kind = message.get("kind")
         if kind == "patch":
-            self._mark(int(message["patch"]), bool(message["on"]))
+            name, patch = MODES[self.mode.value], {int(message["patch"])}
+            cells = set(getattr(self.view, name))
+            self._apply(**{name: tuple(cells | patch if message["on"] else cells - patch)})
         elif kind == "query":
-            query = int(message["query"])
-            self._apply(removed=tuple(set(self.view.removed) ^ {query}))
+            self._apply(removed=tuple(set(self.view.removed) ^ {int(message["query"])}))
         elif kind == "tap":
             self._apply(tap=str(message["tap"]))
         elif kind == "file":
-            self._take_file(str(message["name"]), bytes(buffers[0]) if buffers else b"")
+            with self._refusals():
+                self._take([pictures.keep_upload(str(message["name"]), bytes(buffers[0]) if buffers else b"")])
         elif kind in ("refused", "copied"):
             self._say(str(message["text"]))
         elif kind == "opened":
             self.open(str(message["query"]))
-
-    def _mark(self, patch: int, on: bool) -> None:
-        name = MODES[self.mode.value]
-        cells = set(getattr(self.view, name))
-        cells = cells | {patch} if on else cells - {patch}
-        self._apply(**{name: tuple(cells)})
-
-    def _take_file(self, name: str, content: bytes) -> None:
-        try:
-            kept = pictures.keep_upload(name, content)
-        except BacksightError as error:
-            self._say(str(error))
-            return
-        self._offer([kept])
-        self._apply(picture=kept)
 
     # ---------------------------------------------------------------------------------------------------- in the thread
 
@@ -389,21 +283,18 @@ class Page:
         self.frame.query = view.to_query()
         self.code.value = view.to_python()
         yield
-        other = None
+        views = [view]
         if view.compare:
             second = self.workbench.bench(view.compare, self._show_status)
-            other = self.workbench.place(view, view.compare)
-            self.rows[1].show(self.workbench.see(other), second, False, ())
+            views.append(self.workbench.place(view, view.compare))
+            self.rows[1].show(self.workbench.see(views[1]), second, False, ())
         self.rows[1].box.layout.display = "" if view.compare else "none"
         yield
-        shown_rows = [(self.rows[0], view, seen.tap)]
-        if other is not None:
-            shown_rows.append((self.rows[1], other, other.tap))
-        for row, each, tap in shown_rows:
-            row.show_depths(self.workbench.strip(each), tap)
+        for row, shown_view in zip(self.rows, views, strict=False):
+            row.show_depths(self.workbench.strip(shown_view), shown_view.tap)
             yield
-        for row, each, tap in shown_rows:
-            row.show_hues(self.workbench.hues(each), tap, each.family)
+        for row, shown_view in zip(self.rows, views, strict=False):
+            row.show_hues(self.workbench.hues(shown_view), shown_view.tap, shown_view.family)
             yield
         self._show_status(f"Computed in {milliseconds:.0f} ms.")
 
@@ -442,10 +333,9 @@ class Page:
             _select(self.picture, view.picture)
             _select(self.swap_picture, view.swap_picture)
             _select(self.compare, view.compare)
-            self.hue.value, self.saturation.value = round((view.hue_shift + 180) % 360 - 180), min(view.saturation, 2)
-            if view.hue_shift == 180:
-                self.hue.value = 180
-            self.region.value, self.noise.value = view.region, min(view.noise, 3)
+            self.hue.value = 180 if view.hue_shift == 180 else round((view.hue_shift + 180) % 360 - 180)
+            self.saturation.value, self.noise.value = min(view.saturation, 2), min(view.noise, 3)
+            self.region.value = view.region
             if self._laid_out is not None and self._laid_out.target == view.target:
                 _select(self.family, view.family)
                 _select(self.inverse_tap, view.inverse_tap)
@@ -458,11 +348,8 @@ class Page:
 
     def _failed(self, request: tuple[View, View | None], error: Exception) -> None:
         view, _ = request
-        if isinstance(error, BacksightError):
-            said = str(error)
-        else:
-            said = f"This view could not be computed ({type(error).__name__}: {error}). Reset brings the page back."
-        self._say(said)
+        said = f"This view could not be computed ({type(error).__name__}: {error}). Reset brings the page back."
+        self._say(str(error) if isinstance(error, BacksightError) else said)
         self._show_status("Not computed.")
         before = self._laid_out
         if before is not None and view.target != before.target:  # a target that could not be loaded
@@ -485,16 +372,21 @@ class Page:
 
     # ---------------------------------------------------------------------------------------------------- what is said
 
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """An error that a user can mend is said at the head of the page, and the block left."""
+        try:
+            yield
+        except BacksightError as error:
+            self._say(str(error))
+
     def _say(self, text: str, unless_said: bool = False) -> None:
         """A sentence at the head of the page; "" takes it away. unless_said: an empty one leaves an earlier one."""
         if text or not unless_said:
             self.message.value = f"<div class='backsight-message' role='alert'>{escape(text)}</div>" if text else ""
 
     def _show_busy(self, busy: bool) -> None:
-        if busy:
-            self.status.add_class("backsight-busy")
-        else:
-            self.status.remove_class("backsight-busy")
+        (self.status.add_class if busy else self.status.remove_class)("backsight-busy")
 
     def _show_status(self, text: str) -> None:
         self.status.value = f"<span role='status'>{escape(text)}</span>"
@@ -507,44 +399,24 @@ class Page:
     def _export(self, _: Any) -> None:
         """The PNG of the view: kept in results and handed to the browser."""
         self._latest.wait(60)  # the thread must not use the workbench meanwhile
-        view = self.view
-        try:
-            content = self.workbench.png(view)
-        except BacksightError as error:
-            self._say(str(error))
-            return
-        tap = re.sub(r"[^\w.-]+", "-", view.tap)
-        target = re.sub(r"[^\w.-]+", "-", view.target)
-        name = f"{target}-{tap}-{datetime.now():%Y%m%d-%H%M%S-%f}.png"
-        kept = results_root() / "08_explorer" / "exports" / name
-        write_atomically(kept, lambda temporary: temporary.write_bytes(content))
-        self.frame.send({"kind": "download", "name": name}, [content])
-        self._say(f"Exported to {shown(kept)}; the lines of Python below write the same file.")
+        with self._refusals():
+            content = self.workbench.png(self.view)
+            place = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in (self.view.target, self.view.tap))
+            name = f"{place}-{datetime.now():%Y%m%d-%H%M%S-%f}.png"
+            kept = results_root() / "08_explorer" / "exports" / name
+            write_atomically(kept, lambda temporary: temporary.write_bytes(content))
+            self.frame.send({"kind": "download", "name": name}, [content])
+            self._say(f"Exported to {shown(kept)}; the lines of Python below write the same file.")
 
 
 # ----------------------------------------------------------------------------------------------------- small parts
 
 
-def _html(name: str) -> widgets.HTML:
-    element = widgets.HTML()
-    if name:
-        element.add_class(name)
-    return element
-
-
 def _group(title: str, *controls: widgets.Widget) -> widgets.VBox:
-    group = widgets.VBox([widgets.HTML(f"<h2>{title}</h2>"), *controls])
-    group.add_class("backsight-group")
     for control in controls:
         if hasattr(control, "layout") and not isinstance(control, widgets.Box):
             control.layout.width = "auto"
-    return group
-
-
-def _wrapped(*buttons: widgets.Widget) -> widgets.HBox:
-    box = widgets.HBox(list(buttons))
-    box.add_class("backsight-actions")
-    return box
+    return classed(widgets.VBox([widgets.HTML(f"<h2>{title}</h2>"), *controls]), "group")
 
 
 def _select(control: widgets.Dropdown, value: str) -> None:
@@ -559,44 +431,3 @@ def _share_cores(bench: Bench | None = None) -> None:
     """One thread for a small model (or none yet): as fast, and it leaves a core to the browser."""
     size = 0 if bench is None else sum(parameter.numel() for parameter in bench.target.model.parameters())
     torch.set_num_threads(1 if size < SMALL_MODEL else available_cores())
-
-
-def _put(element: Picture, image: Tensor, title: str, caption: str, alt: str) -> None:
-    element.title, element.caption, element.alt = title, caption, alt
-    element.png = _png(image[0])
-
-
-def _png(image: Tensor) -> bytes:
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    factor = max(1, ENLARGED // max(pixels.shape[:2]))
-    file = io.BytesIO()
-    Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def _address(image: Tensor) -> str:
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _coloured(errors: np.ndarray) -> Tensor:
-    """(1, 3, rows, columns): the errors in the colours of cividis, from 0 to ERROR_RANGE."""
-    from matplotlib import colormaps
-
-    colours = colormaps["cividis"](np.clip(errors / ERROR_RANGE, 0, 1))[..., :3]
-    return torch.from_numpy(colours).permute(2, 0, 1)[None].float()
-
-
-def _boxes(answer: Answer, removed: Sequence[int]) -> list[dict[str, Any]]:
-    return [
-        {
-            "query": box.query,
-            "label": f"{box.label} {box.probability:.0%}",
-            "says": f"query {box.query}, {box.label}, {box.probability:.0%}",
-            "removed": box.query in removed,
-            **dict(zip("xywh", (round(side, 4) for side in box.place), strict=True)),
-        }
-        for box in answer.boxes
-    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from backsight.data.decode import READABLE, ImageError, read_rgb
 from backsight.errors import BacksightError
 from backsight.project import project_root, results_root, shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS, photograph
-from backsight.scenes.render import CLASS_NAMES, Scene, SceneOptions, render
+from backsight.scenes.render import CLASS_NAMES, SceneOptions, render
 from backsight.studies.recolour import Perturbation, perturb
 
 SCENES = 12  # offered in the list; any number can be named
 LARGEST_FILE = 64 * 2**20  # bytes
+ENLARGED = 256  # pixels a side of a picture that is sent or exported: enough that it is of use outside the page
 LARGEST_SIDE = 20_000  # pixels: what a person photographs, and not a bomb
 # One large object, so that its colour can be seen, and others beside it.
 SCENE_OPTIONS = SceneOptions(minimum_area=0.25)
@@ -47,16 +50,15 @@ def offered() -> list[str]:
     return [f"scene {number}" for number in range(SCENES)] + list(PHOTOGRAPHS)
 
 
-def in_folder(folder: str | Path) -> list[str]:
+def in_folder(folder: str) -> list[str]:
     """The image files of a folder, by name, at most 500. Raises BacksightError where there is no folder or none."""
-    place = Path(folder).expanduser()
-    place = place if place.is_absolute() else project_root() / place
-    if not place.is_dir():
-        raise BacksightError(f"There is no folder {str(folder)!r}: give the path of a folder with image files.")
-    found = sorted(file for file in place.iterdir() if file.suffix.lower() in READABLE)
-    if not found:
-        raise BacksightError(f"The folder {str(folder)!r} holds no image file ({', '.join(READABLE)}).")
-    return [shown(file) for file in found[:500]]
+    place = project_root() / os.path.expanduser(folder)
+    if not os.path.isdir(place):
+        raise BacksightError(f"There is no folder {folder!r}: give the path of a folder with image files.")
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() in READABLE)
+    if not files:
+        raise BacksightError(f"The folder {folder!r} holds no image file ({', '.join(READABLE)}).")
+    return [shown(file) for file in files[:500]]
 
 
 def keep_upload(name: str, content: bytes) -> str:
@@ -72,9 +74,8 @@ def keep_upload(name: str, content: bytes) -> str:
         )
     if not content:
         raise BacksightError(f"{said} is empty: choose another file.")
-    folder = results_root() / "08_explorer" / "pictures"
     stem = re.sub(r"[^\w.-]+", "_", Path(said).stem)[:40] or "picture"
-    kept = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.png"
+    kept = results_root() / "08_explorer" / "pictures" / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}.png"
     if not kept.exists():
         pixels = _decoded(said, content)
         write_atomically(kept, lambda temporary: Image.fromarray(pixels).save(temporary))
@@ -84,42 +85,36 @@ def keep_upload(name: str, content: bytes) -> str:
 def _decoded(said: str, content: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if max(image.size) > LARGEST_SIDE or image.width * image.height > Image.MAX_IMAGE_PIXELS:  # type: ignore[operator]
-                raise BacksightError(
-                    f"{said} has {image.width} x {image.height} pixels, more than is looked at: make it smaller first."
-                )
-    except BacksightError:
-        raise
+            width, height = image.size
     except Exception as error:  # Pillow's plug-ins raise whatever a malformed file makes them stumble over
         raise BacksightError(
             f"{said} is no picture that can be read: choose a PNG, JPEG, WebP, GIF, TIFF or BMP."
         ) from error
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=Path(said).suffix or ".bin") as file:
+    if max(width, height) > LARGEST_SIDE or width * height > (Image.MAX_IMAGE_PIXELS or 0):
+        raise BacksightError(f"{said} has {width} x {height} pixels, more than is looked at: make it smaller first.")
+    with tempfile.NamedTemporaryFile(suffix=re.sub(r"[^\w.]", "", Path(said).suffix)[:8] or ".bin") as file:
         file.write(content)
         file.flush()
         try:
             return read_rgb(file.name)
         except ImageError as error:
-            reason = str(error).replace(file.name, said)
-            raise BacksightError(f"{said} is damaged: {reason}") from error
+            raise BacksightError(f"{said} is damaged: {str(error).replace(file.name, said)}") from error
 
 
-def subject(view: View, size: tuple[int, int], name: str | None = None) -> Subject:
-    """The view's picture (or the one named), at (H, W), with the view's hue and saturation.
+def subject(view: View, size: tuple[int, int]) -> Subject:
+    """The view's picture at (H, W), with the view's hue and saturation.
 
     On scenes the object's hue is changed by rendering it anew, which is exact; all else pixel by pixel.
     Raises BacksightError on an unknown picture or a file that is none.
     """
-    name = view.picture if name is None else name
-    hue = view.hue_shift % 360
-    if found := _SCENE.fullmatch(name):
+    name, hue = view.picture, view.hue_shift % 360
+    if scene := _SCENE.fullmatch(name):
         exact = hue if view.region == "object" else 0.0
-        picture = _scene(int(found[1]), size, exact)
+        picture = _scene(int(scene[1]), size, exact)
         hue = hue - exact
     else:
-        picture = Subject(_pixels(name, size), None, _words(name))
+        words = f"photograph {name!r}" if name in PHOTOGRAPHS else f"image file {Path(name).name}"
+        picture = Subject(_pixels(name, size), None, words)
     image = picture.image
     inside = picture.mask if view.region == "object" and picture.mask is not None else None
     where = torch.ones(1, *size, dtype=torch.bool) if inside is None else inside
@@ -127,46 +122,48 @@ def subject(view: View, size: tuple[int, int], name: str | None = None) -> Subje
         image = perturb(image, where, Perturbation("hue_shift", "object", hue_shift=hue))
     if view.saturation != 1:
         image = perturb(image, where, Perturbation("saturation", "object", amount=view.saturation))
-    return Subject(image, picture.mask, picture.what)
+    return replace(picture, image=image)
 
 
 @lru_cache(maxsize=64)
 def _scene(number: int, size: tuple[int, int], hue_shift: float) -> Subject:
-    from dataclasses import replace
-
     options = replace(SCENE_OPTIONS, hue_shift=hue_shift, recolour="dominant")
     scene = render("test", number, 0, max(size), options)
-    picture = ImageOps.fit(Image.fromarray(scene.image), (size[1], size[0]))
     mask = ImageOps.fit(Image.fromarray(scene.masks[0]), (size[1], size[0]), Image.Resampling.NEAREST)
-    return Subject(_tensor(np.asarray(picture)), torch.from_numpy(np.array(mask))[None], _scene_in_words(scene))
-
-
-def _scene_in_words(scene: Scene) -> str:
-    names = [CLASS_NAMES[label] for label in scene.labels]
-    others = f" and {', '.join(names[1:])}" if names[1:] else ""
-    return f"{names[0]}{others} on a crop of {scene.background}"
-
-
-def _words(name: str) -> str:
-    return f"photograph {name!r}" if name in PHOTOGRAPHS else f"image file {Path(name).name}"
+    first, *others = [CLASS_NAMES[label] for label in scene.labels]
+    beside = f" and {', '.join(others)}" if others else ""
+    words = f"{first}{beside} on a crop of {scene.background}"
+    return Subject(_fitted(scene.image, size), torch.from_numpy(np.array(mask))[None], words)
 
 
 @lru_cache(maxsize=32)
 def _pixels(name: str, size: tuple[int, int]) -> Tensor:
-    return _tensor(np.asarray(ImageOps.fit(_opened(name), (size[1], size[0]), Image.Resampling.BICUBIC)))
-
-
-def _opened(name: str) -> Image.Image:
     if name in PHOTOGRAPHS:
-        return Image.fromarray(photograph(name))
-    path = Path(name) if Path(name).is_absolute() else project_root() / name
-    if not path.is_file():
+        return _fitted(photograph(name), size)
+    path = project_root() / name
+    if not os.path.isfile(path):
         raise BacksightError(
             f"There is no picture {name!r}: give 'scene 0', 'scene 1', …, a built-in photograph "
             f"({', '.join(PHOTOGRAPHS)}) or the path of an image file."
         )
-    return Image.fromarray(read_rgb(path))
+    return _fitted(read_rgb(path), size)
 
 
-def _tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+def _fitted(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(1, 3, H, W) in [0, 1]: the largest centred crop, bicubic."""
+    fitted = np.array(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), Image.Resampling.BICUBIC))
+    return torch.from_numpy(fitted).permute(2, 0, 1)[None].float() / 255
+
+
+def as_pixels(image: Tensor, enlarged: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8 of (3, H, W) in [0, 1]; enlarged: every pixel a square, about ENLARGED pixels a side."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    factor = max(1, ENLARGED // max(pixels.shape[:2])) if enlarged else 1
+    return pixels.repeat(factor, 0).repeat(factor, 1)
+
+
+def as_png(image: Tensor, enlarged: bool = False) -> bytes:
+    """A PNG file of (3, H, W) in [0, 1], made fast."""
+    file = io.BytesIO()
+    Image.fromarray(as_pixels(image, enlarged)).save(file, "PNG", compress_level=1)
+    return file.getvalue()

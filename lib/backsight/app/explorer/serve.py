@@ -27,8 +27,8 @@ def free_port(wanted: int = 0) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, wanted))
-        except OSError as error:
-            raise BacksightError(f"Port {wanted} cannot be used ({error.strerror}): give another --port.") from error
+        except (OSError, OverflowError) as error:
+            raise BacksightError(f"Port {wanted} cannot be used ({error}): give another --port.") from error
         return int(probe.getsockname()[1])
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_type_hints
 from urllib.parse import parse_qsl, urlencode
 
-from backsight.errors import BacksightError, nearest
+from backsight.errors import BacksightError
 
 Region = Literal["object", "image"]
 Cells = tuple[int, ...]
+Grid = tuple[int, int]
 CELLS = ("erased", "shuffled", "swapped")  # the fields of a view that hold patches
 
 
@@ -96,46 +95,21 @@ def from_query(query: str) -> View:
     kinds = get_type_hints(View)
     values: dict[str, Any] = {}
     for name, text in parse_qsl(query.lstrip("?#"), keep_blank_values=True):
-        if name in kinds:
-            try:
-                values[name] = _as_value(text, kinds[name])
-            except ValueError as error:
-                raise BacksightError(f"The link says {name}={text!r}, which cannot be read: correct it.") from error
+        kind = kinds.get(name)
+        try:
+            if kind == Cells:
+                values[name] = tuple(int(part) for part in text.split(",") if part)
+            elif kind is not None:
+                values[name] = kind(text) if kind in (int, float) else text
+        except ValueError as error:
+            raise BacksightError(f"The link says {name}={text!r}, which cannot be read: correct it.") from error
     return View(**values)
-
-
-def from_json(text: str) -> View:
-    """The view in a PNG's metadata. Raises BacksightError where it is none."""
-    try:
-        said: Mapping[str, Any] = json.loads(text)
-        known = {each.name for each in fields(View)}
-        if unknown := set(said) - known:
-            name = min(unknown)
-            raise BacksightError(f"A view has no {name!r}; {nearest(name, sorted(known))}.")
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in said.items()}
-        return View(**values)
-    except (TypeError, ValueError) as error:
-        raise BacksightError(f"This is no view of the explorer: {error}.") from error
 
 
 def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _as_value(text: str, kind: Any) -> Any:
-    if kind == Cells:
-        return tuple(int(part) for part in text.split(",") if part)
-    if kind in (int, float):
-        number = kind(text)
-        if not math.isfinite(number):
-            raise ValueError("not a finite number")
-        return number
-    return text
-
-
-Grid = tuple[int, int]
 
 
 def carried(cells: Cells, before: Grid, after: Grid) -> Cells:
