@@ -351,5 +351,3 @@ def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None
         assert figure.description
     with pytest.raises(BacksightError, match="nothing to choose"):
         rules_figure(named)
-    with pytest.raises(BacksightError, match="step"):
-        chain_figure(named.drop(columns="step"))

@@ -9,13 +9,12 @@ import torch
 from targets.examples import small_timm
 from torch import Tensor
 
-from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, ExactModel
 from backsight.exact.solver import Settings, solve
 from backsight.exact.starts import StagedStart
 from backsight.exact.steps import Step
 from backsight.studies.amplification import amplification, chain_amplification
-from backsight.studies.continuation import Search, TokenMap, polished, signs, step_roots, token_roots
+from backsight.studies.continuation import Search, TokenMap, signs, token_roots
 from backsight.studies.roots import RootChoosing, judged
 from backsight.studies.tidy_rows import wilson_interval
 
@@ -69,15 +68,6 @@ def test_a_curve_around_the_folds_leads_from_one_root_to_the_others() -> None:
     assert float((kinked(roots.x) - y[roots.token]).abs().max()) < 1e-12
 
 
-def test_a_start_on_a_fold_is_left_along_the_curve() -> None:
-    fold = torch.full((1, 1), 0.881373587019543, dtype=torch.float64)
-    y = torch.full((1, 1), -2.0, dtype=torch.float64)
-    assert float(polished(KINKED, y, fold + 1e-9)[1]) > 0.1
-    roots = token_roots(KINKED, y, [fold])
-    assert roots.count.tolist() == [1]
-    assert float((kinked(roots.x) - y).abs().max()) < 1e-12
-
-
 def test_near_a_fold_both_roots_are_found_and_beyond_it_none() -> None:
     fold = kinked(torch.tensor([[0.881373587019543]], dtype=torch.float64))
     roots = token_roots(KINKED, fold + 1e-6, [torch.full((1, 1), 0.87, dtype=torch.float64)], Search())
@@ -97,11 +87,6 @@ def test_signs_are_those_of_the_determinants(width: int) -> None:
     matrices = normal(9, width, width)
     assert torch.equal(signs(matrices), torch.stack([torch.linalg.slogdet(matrix).sign for matrix in matrices]))
     assert signs(torch.zeros(1, width, width)).tolist() == [0.0]
-
-
-def test_roots_of_steps_that_mix_tokens_are_refused() -> None:
-    with pytest.raises(BacksightError, match="mixes tokens"):
-        step_roots(MIXING, normal(2, 3, 4), [normal(2, 3, 4)])
 
 
 @pytest.mark.parametrize(("sign", "met"), [(1.0, False), (-1.0, True)])

@@ -5,7 +5,7 @@
             of a block, float64                        inverse's word on what it does not hold
 
 What is exact is what the model computes: a solved half-step has a residual at round-off. Whether that x is the one that
-was there is another question: x ↦ x + f(x) may take several x to one y (`backsight.studies.roots` lists them). Starts
+was there is another question: x ↦ x + f(x) may take several x to one y (`studies.second_roots` lists them). Starts
 are closed-form (`StagedStart`); where an MLP half folds, a root that is unusual is doubted, and the most usual of those
 that the starts lead to is kept. An unsolved sample is marked, and the chain goes on from its best.
 """

@@ -75,9 +75,7 @@ DASHES = (0, (3, 1.5))
 
 def _rows(metrics: pd.DataFrame, study: str, *measures: str) -> pd.DataFrame:
     """The rows of a study's measures; raises BacksightError where there are none."""
-    if missing := [name for name in ("weights", "step") if name not in metrics]:
-        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give the metrics of 11_exact.")
-    return rows_of(metrics, measures, **({"study": study} if "study" in metrics else {}))
+    return rows_of(metrics, measures, study=study)
 
 
 def _weights(rows: pd.DataFrame) -> list[str]:

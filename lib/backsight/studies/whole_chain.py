@@ -26,7 +26,6 @@ from backsight.exact.map import Noise, fit_map_tap
 from backsight.exact.posterior import MapSettings
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
-from backsight.representation import Representation
 from backsight.studies.roots import map_base, relative_error
 from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
@@ -137,24 +136,18 @@ def _followed(
         BACK if off <= RIGHT else ANOTHER_ROOT if done else NEARBY if off <= NEAR else LOST
         for done, off in zip(solution.solved.tolist(), error.tolist(), strict=True)
     ]
-    given = truth[tap].replace(truth[tap].values.float())
+    given, decoded = truth[tap].replace(truth[tap].values.float()), inverse.at(inverse.reached)
     pictures = {
         **{name: made[tap](given) for name, made in families.items() if tap in made},
         MAP: start.clamp(0, 1).float(),
-        EXACT: decoded(inverse, end.replace(solution.x)),
-        EMBEDDING: decoded(inverse, end),
+        EXACT: decoded(end.replace(solution.x)),
+        EMBEDDING: decoded(end),
     }
     columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes")}
     columns |= {"error_start": relative_error(begun, end.values).tolist(), "error": error.tolist(), "fate": fates}
     columns |= {f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()}
     table = pd.DataFrame({**columns, "seconds_map": spent, "seconds": solution.seconds / len(images)})
     return table, pictures
-
-
-def decoded(inverse: ExactInverse, embedded: Representation) -> Tensor:
-    """(B, 3, H, W) in [0, 1] of the first stream."""
-    first = ExactInverse(inverse.model, inverse.reached, completion=inverse.completion)
-    return first(embedded)
 
 
 def _add_rows(rows: TidyRows, tap: str, outcomes: Mapping[str, pd.DataFrame]) -> None:
