@@ -184,7 +184,7 @@ def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, 
         "starts": {("blocks.0", "pixels"): whole["blocks.0"].linear},
     }
     with pytest.raises(KeyboardInterrupt):
-        fit_direct(Stopping(vit.model, vit.name, vit.weights), _shown(vit), **settings)
+        fit_direct(Stopping(vit.model, vit.name, vit.weights, vit.preprocessing), _shown(vit), **settings)
     assert settings["checkpoint"].exists()
     with pytest.raises(BacksightError, match="data"):
         fit_direct(vit, _shown(vit, seed=9), **settings)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from backsight.errors import BacksightError
+from backsight.training import loop
 from backsight.training.loop import train
 
 JOB = Path(__file__).with_name("killed_training.py")
@@ -58,18 +60,18 @@ def test_killed_while_it_may_be_writing_it_ends_in_the_same_weights(tmp_path: Pa
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = torch.save
-    path = tmp_path / "checkpoint.pt"
+    written = loop.save
+    path = tmp_path / "checkpoint.safetensors"
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: Any) -> bytes:
         if path.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        written(*arguments)
+        return written(*arguments)
 
     def go(folder_is_full: bool) -> list[int]:
         torch.manual_seed(0)
         module, seen = nn.Linear(3, 2), []
-        monkeypatch.setattr(torch, "save", full if folder_is_full else written)
+        monkeypatch.setattr(loop, "save", full if folder_is_full else written)
 
         def batch_at(step: int) -> torch.Tensor:
             seen.append(step)

@@ -69,7 +69,7 @@ def fit(
         if features == "always" or (features == "auto" and often):
             images = features_or_images(target, images, target.taps, progress=progress)
         if checkpoint is not None:
-            arguments["checkpoint"] = checkpoint / f"{family}.pt"
+            arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}
     if others := set(arguments) - set(taken):
         known = {name for each in FAMILIES for name in inspect.signature(_function(each)).parameters}

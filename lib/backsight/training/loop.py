@@ -6,9 +6,9 @@ state too: a training that was interrupted and resumed ends in the same weights,
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +18,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -93,7 +95,7 @@ def train(
     validate() -> {name: number}, the same on all processes, called before the first step, every `validate_every` steps
     (a tenth of the training by default) and at the end. Each module ends with the weights of its own best number, or,
     `together`, all with those of the step whose mean number is best; they may be those that they came with.
-    checkpoint: a file, written every `checkpoint_every` steps, resumed from where it exists, removed at the
+    checkpoint: a safetensors file, written every `checkpoint_every` steps, resumed from where it exists, removed at the
     end; `identity` says what the training is, and a checkpoint of another one is refused.
     Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all
     processes, and the first one writes the checkpoint.
@@ -238,26 +240,48 @@ def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def _save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Written beside it under a name of its own, which a killed training leaves and its resumption writes over."""
     temporary = path.with_name(f".{path.name}.partial")
+    tensors: dict[str, Tensor] = {}
+    metadata = {"content": json.dumps(_described(content, tensors))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        temporary.write_bytes(save(tensors, metadata))
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise BacksightError(f"{path} cannot be written ({error}): choose a folder with space.") from error
 
 
 def _load_checkpoint(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            content = torch.load(file, weights_only=True, map_location=device)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            content = _restored(json.loads(file.metadata()["content"]), file)
         there = content["identity"]
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise BacksightError(f"{path} is a damaged checkpoint, or none: delete it.") from error
-    for key in sorted(there.keys() | identity.keys()):
-        if there.get(key) != identity.get(key):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BacksightError(f"{path} is a damaged checkpoint, or none ({error}): delete it.") from error
+    here = json.loads(json.dumps(identity))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
             raise BacksightError(
                 f"The checkpoint {path} belongs to another training ({key} is {there.get(key)} there and "
-                f"{identity.get(key)} here): delete it, or name another file."
+                f"{here.get(key)} here): delete it, or name another file."
             )
     return content
+
+
+def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can hold of nested dictionaries and lists; their tensors go to `tensors`, which share no memory."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):  # as pairs: keys may be numbers
+        return {"pairs": [[key, _described(item, tensors)] for key, item in value.items()]}
+    return [_described(item, tensors) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any, file: Any) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return file.get_tensor(value["tensor"])
+        return {key: _restored(item, file) for key, item in value["pairs"]}
+    return [_restored(item, file) for item in value] if isinstance(value, list) else value
