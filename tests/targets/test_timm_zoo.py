@@ -181,7 +181,7 @@ def test_axes_are_found_by_value() -> None:
 
 
 def test_axes_of_other_tensors_follow_their_neighbours() -> None:
-    stage = Seen("", Place(""), "", 0, False, (2, 16, 8, 8), True, True, 0, True, axes=Axes("bchw", (8, 8)))
+    stage = Seen(Place(""), shape=(2, 16, 8, 8), axes=Axes("bchw", (8, 8)))
     assert guess((2, 16, 8, 8), [stage], (64, 64)) == stage.axes
     first_last = guess((2, 8, 8, 16), [stage], (64, 64))
     assert first_last is not None

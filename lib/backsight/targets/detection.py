@@ -232,10 +232,11 @@ class DetectionTarget(TransformersTarget):
         def coarsest(images: Tensor) -> Tensor:
             return element_of(self._through_backbone(images), self._map_at(-1))
 
-        *calls, whole = observe(backbone, coarsest, blank).calls
-        returned = {found.element: found for found in whole.found}
+        found = [one for one in observe(backbone, coarsest, blank).found if one.place.side == "output"]
+        returned = {one.place.element: one for one in found if not one.place.module}
         maps = [returned[self._map_at(n)] for n in range(len(returned)) if self._map_at(n) in returned]
-        cuts = {found.same: call.path for call in calls for found in call.found if found.cut and found.element == ()}
+        inside = [one for one in found if one.place.module and one.cut and one.place.element == ()]
+        cuts = {one.same: one.place.module for one in inside}
         places = [Place(self.backbone, element=self._map_at(n)) for n in range(len(maps))]
         if followed := all(found.same in cuts for found in maps):
             places = [Place(f"{self.backbone}.{cuts[found.same]}") for found in maps]

@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,12 @@ from backsight.errors import BacksightError, nearest
 from backsight.representation import Representation, Tokens
 from backsight.targets.axes import USUAL_PREFIX, Axes, Order, readings
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of, redrawn
-from backsight.targets.hooks import Element, Place, frozen, playing
+from backsight.targets.hooks import Element, Place, brackets, frozen, is_leaf, playing
 from backsight.targets.survey import (
     ALL,
     Seen,
     Survey,
-    brackets,
     chosen_of,
-    is_leaf,
     output_of,
     plain,
     read_as,
@@ -151,12 +149,11 @@ class ModuleTarget(Discovered):
         axes: Mapping[str, Order] | None = None,
         output: str | int | None = None,
         name: str | None = None,
-        surveyed: Survey | None = None,
     ) -> None:
         self._grids, self._axes, self._output = dict(grids or {}), dict(axes or {}), output
         model = plain(model)
         images = torch.rand(2, len(preprocessing.mean), *preprocessing.size, generator=torch.Generator().manual_seed(0))
-        self._survey = surveyed or survey(model, preprocessing, images, output)
+        self._survey = survey(model, preprocessing, images, output)
         self._chosen: dict[str, Seen] = {}
         self._checked: dict[str, str] = {}
         self._hashed: tuple[object, str] | None = None
@@ -245,7 +242,7 @@ class ModuleTarget(Discovered):
             raise BacksightError(f"{path} of {self.name} has {calls} calls in a forward pass, from 0; not {number}.")
         returned = self._survey.calls[path, number or 0]
         here = Place(path, number or 0, side=side)
-        found = [each for each in self._survey.seen if replace(each.place, element=()) == here]
+        found = [each for each in self._survey.seen if each.place.whole == here]
         if not found:
             words = "is given nothing that no module returns" if side == "stream" else f"returns {returned}, in which"
             raise BacksightError(f"{tap} of {self.name} {words} there is no floating-point tensor: tap another module.")
@@ -364,10 +361,6 @@ class ModuleTarget(Discovered):
         self._refuse_no_output()
         return cast(Tensor, super().__call__(images, padding, gradient))
 
-    def from_tap(self, tap: str, representation: Representation, gradient: bool = False) -> Tensor:
-        self._refuse_no_output()
-        return cast(Tensor, super().from_tap(tap, representation, gradient))
-
     def _refuse_no_output(self) -> None:
         if self._survey.output is None:
             raise BacksightError(
@@ -376,6 +369,7 @@ class ModuleTarget(Discovered):
             )
 
     def _replaced(self, tap: str, tokens: Tokens, image: Tensor) -> Any:
+        self._refuse_no_output()
         if tap not in self._checked:
             self._checked[tap] = self._why_no_rest(tap, tokens)
         if self._checked[tap]:
@@ -399,24 +393,10 @@ class ModuleTarget(Discovered):
         scale = float(first.abs().max())
         return "" if bool((first - second).abs().max() <= 1e-4 * scale) else around
 
-    def untrained(self, seed: int = 0) -> ModuleTarget:
-        drawn = super().untrained(seed)
-        other = self._with(drawn.model, self._survey)
-        other.weights = "random"
-        return other
-
     def with_model(self, model: nn.Module) -> ModuleTarget:
         """The same taps, read in the same way, of another model of this architecture (other weights, another seed)."""
-        return self._with(model, None)
-
-    def _with(self, model: nn.Module, surveyed: Survey | None) -> ModuleTarget:
         grids, axes = ({tap: said[tap] for tap in self.taps if tap in said} for said in (self._grids, self._axes))
-        return ModuleTarget(model, self.taps, self.preprocessing, grids, axes, self._output, self.name, surveyed)
-
-    def select(self, taps: str | Sequence[str]) -> Self:
-        other = super().select(taps)
-        other._chosen = dict(self._chosen)
-        return other
+        return ModuleTarget(model, self.taps, self.preprocessing, grids, axes, self._output, self.name)
 
     def _randomised(self) -> nn.Module:
         def draw(model: nn.Module) -> None:

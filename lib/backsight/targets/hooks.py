@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -49,46 +50,45 @@ class Place:
     element: Element = ()
     side: Literal["output", "input", "stream"] = "output"
 
+    @property
+    def whole(self) -> Place:
+        """All that the call returns."""
+        return dataclasses.replace(self, element=())
+
 
 @dataclass
 class Found:
-    """A float tensor that a module returns.
+    """A float tensor that a module returns, or is given, in a pass.
 
-    value: None unless it was to be kept, or where the model has written into it since; cut: of the pass; used: the
-    output knows of it; same: a number that equal tensors of one pass share (a block and the container that ends with
-    it), -1 where no path leads from the images to it. edge, clock (autograd's) and version are of the pass.
+    name: as a tap; kind: the module's class; leaf: it has no children; order: of the call's end in the pass, or before
+    the first end inside, for what is given; value: None unless it was to be kept, or where the model has written into
+    it since; cut: of the pass; with_companions: are all that the call returns one, taken together; used: the output
+    knows of it; same: a number that equal tensors of one pass share (a block and the container that ends with it), -1
+    where no path leads from the images to it. edge, clock (autograd's) and version are of the pass.
     """
 
-    element: Element
-    shape: tuple[int, ...]
-    value: Tensor | None
-    edge: Edge | None
-    clock: int
-    version: int
+    place: Place
+    kind: str = ""
+    leaf: bool = False
+    order: float = 0
+    shape: tuple[int, ...] = ()
+    value: Tensor | None = None
+    edge: Edge | None = None
+    clock: int = 0
+    version: int = 0
+    name: str = ""
     cut: bool = False
-    same: int = -1
+    with_companions: bool = False
     used: bool = False
-
-
-@dataclass
-class Call:
-    """A module's call in a pass: its path, class and number; given: its first argument, where that is a float tensor;
-    began: how many calls had ended when it began; cut: are all that it returns, taken together, one."""
-
-    path: str
-    kind: str
-    number: int
-    found: list[Found]
-    given: Found | None = None
-    began: int = 0
-    cut: bool = False
+    same: int = -1
 
 
 @dataclass(frozen=True)
 class Observation:
-    """calls: in the order in which they end; reason: why no cuts could be found from the images on, or ""."""
+    """found: what every call returns, in the order in which they end, and what is given to modules and a cut that none
+    returns; reason: why no cuts could be found from the images on, or ""."""
 
-    calls: list[Call]
+    found: list[Found]
     reason: str = ""
 
 
@@ -141,18 +141,14 @@ def with_element(output: Any, element: Element, value: Any) -> Any:
 def watching(model: nn.Module, look: Look, enter: Callable[..., Any] | None = None) -> Iterator[None]:
     """Call look(path, module, arguments, named arguments, output) after every call of every module.
 
-    enter(module, arguments, named arguments): before each call; what it returns, if not None, takes their place.
+    enter(path, module, arguments, named arguments): before each call; what it returns, if not None, takes their place.
     """
     handles = []
     try:
         for path, module in model.named_modules():
-
-            def after(module: nn.Module, given: Any, named: Any, output: Any, path: str = path) -> None:
-                look(path, module, given, named, output)
-
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(look, path), with_kwargs=True))
             if enter is not None:
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -256,14 +252,14 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep
     reason = ""
     for inside in (False, True):
         try:
-            calls, traced = _observed(model, run, images, keep, inside)
+            found, traced = _observed(model, run, images, keep, inside)
         except BacksightError:
             raise
         except Exception as error:  # of the user's own model, under gradients
             reason = reason or f"its pass fails while gradients are traced ({type(error).__name__}: {error})"
             continue
         if traced:
-            return Observation(calls, f"{reason}; cuts are those behind the first module" if inside else "")
+            return Observation(found, f"{reason}; cuts are those behind the first module" if inside else "")
         reason = reason or (
             "its output has no gradient with respect to the images (no_grad, inference_mode, detach or a discrete step)"
         )
@@ -273,30 +269,34 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep
 
 def _observed(
     model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool, inside: bool | None = None
-) -> tuple[list[Call], bool]:
-    """(calls, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
-    calls: list[Call] = []
+) -> tuple[list[Found], bool]:
+    """(what is found, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
+    calls: list[list[Found]] = []  # what each of them returns
+    given_to: list[Found | None] = []  # of the calls that have not ended
+    given_first: list[Found] = []
     counts: Counter[str] = Counter()
-    given_to: list[tuple[Found | None, int]] = []  # of the calls that have not ended
     starts: list[Tensor] = []
 
-    def seen(element: Element, tensor: Tensor, keep: bool = keep) -> Found:
+    def seen(place: Place, module: nn.Module, order: float, tensor: Tensor, keep: bool) -> Found:
         value, version = (tensor.detach(), tensor._version) if keep else (None, 0)
-        return Found(element, tuple(tensor.shape), value, _edge(tensor), torch.autograd._get_sequence_nr(), version)
+        known = (type(module).__name__, is_leaf(module), order, tuple(tensor.shape), value)
+        return Found(place, *known, _edge(tensor), torch.autograd._get_sequence_nr(), version)
 
-    def enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def enter(path: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         first = given[0] if given else next(iter(named.values()), None)
         plain = next(tensors_in(first), ((0,), None))[0] == ()
-        if inside and not starts and plain and given and next(module.children(), None) is None:
+        if inside and not starts and plain and given and is_leaf(module):
             torch.set_grad_enabled(True)  # until the end of the no_grad around it
             starts.append(first.detach().requires_grad_(True).clone())
-            given = (starts[0], *given[1:])
-        given_to.append((seen((), given[0] if given else first, False) if plain else None, len(calls)))
+            first, given = starts[0], (starts[0], *given[1:])
+        place = Place(path, counts[path], (), "stream")
+        given_to.append(seen(place, module, len(calls) - 0.5, first, False) if plain else None)
         return given, named
 
     def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
-        found = [seen(element, tensor) for element, tensor in tensors_in(output)]
-        calls.append(Call(path, type(module).__name__, counts[path], found, *given_to.pop()))
+        places = [(Place(path, counts[path], element), tensor) for element, tensor in tensors_in(output)]
+        calls.append([seen(place, module, len(calls), tensor, keep) for place, tensor in places])
+        given_first.extend(given for given in [given_to.pop()] if given is not None)
         counts[path] += 1
 
     with torch.set_grad_enabled(inside is not None), watching(model, look, enter):
@@ -305,17 +305,33 @@ def _observed(
             starts.append(start := start.clone())
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
-    numbers: dict[Edge | None, int] = {None: -1}
-    for call in calls:
-        edges = {found.edge for found in call.found if found.edge is not None}
-        call.cut = graph.all_pass(edges, call.found[0].clock if call.found else 0)
-        for found in [*call.found, *([] if call.given is None else [call.given])]:
-            found.cut, found.used = graph.is_cut(found.edge, found.clock), graph.knows(found.edge)
-            found.same = numbers.setdefault(found.edge, len(numbers) - 1)
-            found.edge = None  # which would keep the whole graph
-            if found.value is not None and found.value._version != found.version:
-                found.value = None
-    return calls, bool(starts) and graph.knows(_edge(starts[0]))
+    for returned in calls:
+        together = graph.all_pass({one.edge for one in returned} - {None}, returned[0].clock if returned else 0)
+        for one in returned:
+            one.with_companions = together
+    found = [one for returned in calls for one in returned]
+    numbers: dict[Edge | None, int] = {edge: n for n, edge in enumerate({one.edge for one in found} - {None})}
+    numbers[None] = -1
+    for one in given_first:
+        if graph.is_cut(one.edge, one.clock) and one.edge not in numbers:
+            numbers[one.edge] = len(numbers)
+            found.append(one)
+    for one in found:
+        place, step = one.place, f"@{one.place.call}" if counts[one.place.module] > 1 else ""
+        one.name = f"{place.module}{step}{'@in' if place.side == 'stream' else brackets(place.element)}"
+        one.cut, one.used, one.same = graph.is_cut(one.edge, one.clock), graph.knows(one.edge), numbers[one.edge]
+        one.edge = None  # which would keep the whole graph
+        if one.value is not None and one.value._version != one.version:
+            one.value = None
+    return sorted(found, key=lambda one: one.order), bool(starts) and graph.knows(_edge(starts[0]))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def brackets(element: Element) -> str:
+    return "".join(f"[{key}]" for key in element)
 
 
 def _edge(tensor: Tensor) -> Edge | None:

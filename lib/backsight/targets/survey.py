@@ -23,7 +23,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from backsight.errors import BacksightError
 from backsight.targets.axes import SQUARES, Axes, moved, readings, squares_found, with_squares
 from backsight.targets.base import Preprocessing, Size, device_of, dtype_of
-from backsight.targets.hooks import Call, Element, Found, Place, element_of, frozen, observe, tensors_in, watching
+from backsight.targets.hooks import (
+    Element,
+    Found,
+    Observation,
+    Place,
+    brackets,
+    element_of,
+    frozen,
+    observe,
+    tensors_in,
+    watching,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,41 +42,29 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-@dataclass(frozen=True)
-class Seen:
-    """A tensor that a module returns or is given, as the passes of a survey have shown it.
+@dataclass
+class Seen(Found):
+    """A tensor, as the passes of a survey have shown it: of two images in the first.
 
-    name: as a tap; kind: the module's class; order: place of the call's end in the pass; leaf: the module has no
-    children; shape: for two images; cut, with_companions: is it a cut, are all that the call returns one, taken
-    together; same: equal for equal tensors; used: the output knows of it; axis: along which the images lie, None where
-    none does; split: the first axis holds the parts of all images; constant: the same for every image; axes: how it is
-    read, or None; flops: up to the end of the call, of one image; value: in the pass, where it was kept.
+    axis: along which the images lie, None where none does; split: the first axis holds the parts of all images;
+    constant: the same for every image; axes: how it is read, or None; flops: up to the end of the call, of one image.
     """
 
-    name: str
-    place: Place
-    kind: str
-    order: float
-    leaf: bool
-    shape: tuple[int, ...]
-    cut: bool
-    with_companions: bool
-    same: int
-    used: bool
     axis: int | None = 0
     split: bool = False
     constant: bool = False
     axes: Axes | None = None
     flops: float = 0.0
-    value: Tensor | None = None
+
+    @property
+    def grid(self) -> Size | None:
+        return None if self.axes is None else self.axes.grid
 
     @property
     def form(self) -> Literal["map", "tokens", "vector", "other"]:
         if self.axes is None:
             return "other"
-        if self.axes.grid == (1, 1):
-            return "vector"
-        return "map" if "h" in self.axes.order else "tokens"
+        return "vector" if self.grid == (1, 1) else "map" if "h" in self.axes.order else "tokens"
 
     @property
     def is_picture(self) -> bool:
@@ -93,8 +92,8 @@ class Survey:
 
     def beside(self, seen: Seen) -> list[Seen]:
         """The other tensors of the same output."""
-        here = replace(seen.place, element=())
-        return [each for each in self.seen if replace(each.place, element=()) == here and each.place != seen.place]
+        place = seen.place
+        return [each for each in self.seen if each.place.whole == place.whole and each.place != place]
 
 
 def suggest_taps(
@@ -162,7 +161,7 @@ def recommended(found: Survey) -> list[Seen]:
     on_grid = [each for each in on_grid if each.place.module]
     composites = {each.place.module for each in on_grid if not each.leaf and each.place.side == "output"}
     cuts = [each for each in on_grid if each.place.side == "output" or not composites]
-    last = {cast(Axes, each.axes).grid: each.name for each in cuts}
+    last = {each.grid: each.name for each in cuts}
     chosen = []
     for each, following in zip(cuts, [*cuts[1:], None], strict=False):
         inside = any(each.place.module.startswith(f"{path}.") for path in composites)
@@ -196,25 +195,11 @@ def _aliases(found: Survey) -> dict[str, str]:
 # Two passes, seen from every module.
 
 
-def seen_in(calls: Sequence[Call], model: nn.Module) -> list[Seen]:
-    """Every float tensor that a module returns, and those that it is given and none returns, in forward order."""
-    runs = Counter(call.path for call in calls)
-    returned = {found.same for call in calls for found in call.found}
-    seen: list[Seen] = []
-    for order, call in enumerate(calls):
-        base = call.path if runs[call.path] == 1 else f"{call.path}@{call.number}"
-
-        def one(name: str, side: Any, found: Found, order: float = order, call: Call = call) -> Seen:
-            place, leaf = Place(call.path, call.number, found.element, side), is_leaf(model.get_submodule(call.path))
-            flags = (found.cut, call.cut and side == "output", found.same, found.used)
-            axis = 0 if found.shape[:1] == (2,) else None
-            return Seen(name, place, call.kind, order, leaf, found.shape, *flags, axis, axis is None, value=found.value)
-
-        if call.given is not None and call.given.cut and call.given.same not in returned:
-            returned.add(call.given.same)
-            seen.append(one(f"{base}@in", "stream", call.given, call.began - 0.5))
-        seen += [one(base + brackets(found.element), "output", found) for found in call.found]
-    return sorted(seen, key=lambda each: each.order)
+def seen_in(observation: Observation) -> list[Seen]:
+    """What is found of two images; the first axis is theirs where it has two places."""
+    axes = [0 if found.shape[:1] == (2,) else None for found in observation.found]
+    pairs = zip(observation.found, axes, strict=True)
+    return [Seen(**vars(found), axis=axis, split=axis is None) for found, axis in pairs]
 
 
 def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, output: str | int | None = None) -> Survey:
@@ -240,30 +225,33 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     with frozen(model), _explained(model, size):
         observation = observe(model, run, two)
         before = torch.get_rng_state()
-        seen = {each.place: each for each in seen_in(observation.calls, model)}
-        words, flops, answers = _second_pass(model, ten, seen, size)
+        seen = {each.place: each for each in seen_in(observation)}
+        words, flops = _second_pass(model, ten, seen, size)
         if not torch.equal(before, torch.get_rng_state()):
             warnings.warn(
                 f"{type(model).__name__} draws random numbers in eval mode (a mask of its tokens, perhaps): the images "
                 "of a batch may be treated in different ways, the same in every pass.",
                 stacklevel=4,
             )
-    named: list[Seen] = []
-    for each in reversed(seen.values()):  # what a module is given costs no more than what follows
-        cost = min(each.flops, named[-1].flops) if named else each.flops
-        named.append(replace(each, name=_short(each, seen.values()), flops=cost))
+    cost, calls = math.inf, dict[Place, list[Seen]]()
+    for each in reversed(seen.values()):
+        each.flops = cost = min(each.flops, cost)  # what a module is given costs no more than what follows
+        calls.setdefault(each.place.whole, []).insert(0, each)
+    for returned in calls.values():  # the element is not said of the one that is meant then
+        meant = chosen_of(returned)
+        meant.name = meant.name.removesuffix(brackets(meant.place.element))
     # What a module is given is a tap only where it is a representation, and not the picture itself.
-    given = {each.name for each in named if each.form in ("map", "tokens") and cast(Axes, each.axes).grid != size}
-    taps = tuple(each for each in reversed(named) if each.place.side == "output" or each.name in given)
-    answered = chosen[0] if chosen[0] == (ALL,) or chosen[0] in answers else None
+    pictures = {each.name for each in seen.values() if each.form in ("map", "tokens") and each.grid != size}
+    taps = tuple(each for each in seen.values() if each.place.side == "output" or each.name in pictures)
+    answers = [(ALL,), *(each.place.element for each in taps if not each.place.module and each.axis is not None)]
+    answered = chosen[0] if chosen[0] in answers else None
     return Survey(size, taps, words, answered, flops, observation.reason)
 
 
 def _second_pass(
     model: nn.Module, inputs: Tensor, seen: dict[Place, Seen], size: Size
-) -> tuple[dict[tuple[str, int], str], float, set[Element]]:
-    """Fills axes and costs into `seen`; returns what every call returns, in words, all operations, and the elements of
-    the model's own output that have an axis of images."""
+) -> tuple[dict[tuple[str, int], str], float]:
+    """Fills axes and costs into `seen`; returns what every call returns, in words, and all operations."""
     words: dict[tuple[str, int], str] = {}
     counts: Counter[str] = Counter()
     counter = FlopCounterMode(display=False)
@@ -282,8 +270,7 @@ def _second_pass(
     with watching(model, look), torch.no_grad(), warnings.catch_warnings(), counter:
         warnings.filterwarnings("ignore", r"Using `torch\.compile")  # of hooks that the counter sets on all modules
         model(inputs.clone())
-    answers = {place.element for place, each in seen.items() if not place.module and each.axis is not None}
-    return words, counter.get_total_flops() / len(inputs), answers
+    return words, counter.get_total_flops() / len(inputs)
 
 
 def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
@@ -308,13 +295,6 @@ def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
         elif found[options[0]][0] == 0 and cells >= 16:
             options = []
     return replace(seen, axis=axis, axes=options[0] if options else None)
-
-
-def _short(seen: Seen, among: Any) -> str:
-    """Without the element, for the one of a call's tensors that is meant where nothing is said."""
-    here = replace(seen.place, element=())
-    call = [each for each in among if replace(each.place, element=()) == here]
-    return seen.name.removesuffix(brackets(seen.place.element)) if chosen_of(call).place == seen.place else seen.name
 
 
 def chosen_of(found: Sequence[Seen]) -> Seen:
@@ -411,11 +391,3 @@ def plain(model: nn.Module) -> nn.Module:
             "give the model that it was made from."
         )
     return model
-
-
-def is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
-
-
-def brackets(element: Element) -> str:
-    return "".join(f"[{key}]" for key in element)

@@ -61,13 +61,14 @@ class _Tap:
 
 @dataclass(frozen=True)
 class _Found:
-    """What is known of an architecture, whatever its weights: kept for the next model of it."""
+    """What is known of an architecture, whatever its weights: kept for the next model of it.
+
+    taps: with the one tensor that is the tap; axes: by the size of the images, or why it is refused.
+    """
 
     survey: Survey
-    chosen: dict[str, Seen]
     taps: dict[str, _Tap]
-    axes: dict[Size, dict[str, Axes]]
-    refused: dict[Size, str]
+    axes: dict[Size, dict[str, Axes] | str]
 
 
 _KNOWN: dict[str, _Found] = {}  # by the model's signature and the size of its images
@@ -103,7 +104,8 @@ class TimmIntermediates(Discovered):
         if key not in _KNOWN:
             _KNOWN[key] = self._find()
         self._found = _KNOWN[key]
-        self._survey, self._chosen = self._found.survey, self._found.chosen
+        self._survey = self._found.survey
+        self._chosen = {name: tap.seen[0] for name, tap in self._found.taps.items()}
         super().__init__(model, name, preprocessing, weights, classes, taps)
 
     # Taps and their axes
@@ -112,11 +114,10 @@ class TimmIntermediates(Discovered):
         """Every tap, in forward order, and how it is read at the model's own size; from two passes."""
         size, images = self.image_size, self._noise(self.image_size)
         try:
-            calls = observe(self.model, self.model, images, keep=True).calls
+            seen = seen_in(observe(self.model, self.model, images, keep=True))
             known = self._intermediates(images)
         except PASS_ERRORS as error:
             raise BacksightError(f"{self.name} cannot be a target: {reason(error)}.") from error
-        seen = seen_in(calls, self.model)
         taps = _candidates(self.model, seen)
         read = _read({tap.name: tap.seen for tap in taps}, known, size)
         # Of several pictures behind the last block only the last is a tap: what the pooling reads.
@@ -133,7 +134,7 @@ class TimmIntermediates(Discovered):
         for tap in taps:
             pending += tap.blocks
             if tap in kept and tap.name not in left_out:
-                found[tap.name] = replace(tap, blocks=tuple(pending), seen=[])
+                found[tap.name] = replace(tap, blocks=tuple(pending), seen=[replace(read[tap.name], value=None)])
                 pending = []
         if not found:
             raise BacksightError(
@@ -141,8 +142,7 @@ class TimmIntermediates(Discovered):
                 "through which everything goes that its output knows of the image."
             )
         survey = Survey(size, tuple(replace(each, value=None) for each in seen))
-        axes = {name: cast(Axes, read[name].axes) for name in found}
-        return _Found(survey, {name: replace(read[name], value=None) for name in found}, found, {size: axes}, {})
+        return _Found(survey, found, {size: {name: cast(Axes, read[name].axes) for name in found}})
 
     def _noise(self, size: Size) -> Tensor:
         shape = (LOOKED_AT, len(self.preprocessing.mean), *size)
@@ -154,33 +154,32 @@ class TimmIntermediates(Discovered):
 
     def _axes_at(self, size: Size) -> Mapping[str, Axes]:
         """Raises BacksightError, with the reason, where the model does not take images of this size."""
-        axes, refused = self._found.axes, self._found.refused
-        if size not in axes and size not in refused:
-            images, places = self._noise(size), {tap: seen.place for tap, seen in self._chosen.items()}
+        known = self._found.axes
+        if size not in known:
             try:
-                with torch.no_grad(), recording(self.model, places) as there:
-                    self.model(images)
-                values = {
-                    tap: [replace(seen, value=there[tap], shape=tuple(there[tap].shape))]
-                    for tap, seen in self._chosen.items()
-                }
-                read = _read(values, self._intermediates(images), size)
-                if lacking := [tap for tap in values if tap not in read]:
-                    refused[size] = f"{lacking[0]} holds no picture then"
-                else:
-                    axes[size] = {tap: cast(Axes, seen.axes) for tap, seen in read.items()}
+                known[size] = self._read_at(size)
             except PASS_ERRORS as error:
-                refused[size] = reason(error)
-        if size in refused:
+                known[size] = reason(error)
+        axes = known[size]
+        if isinstance(axes, str):
             raise BacksightError(
-                f"{self.name} does not take images of {size} (height, width): {refused[size]}; "
-                f"its own size is {self.image_size}."
+                f"{self.name} does not take images of {size} (height, width): {axes}; its own size is "
+                f"{self.image_size}."
             )
-        return axes[size]
+        return axes
+
+    def _read_at(self, size: Size) -> dict[str, Axes] | str:
+        images, places = self._noise(size), {tap: seen.place for tap, seen in self._chosen.items()}
+        with torch.no_grad(), recording(self.model, places) as there:
+            self.model(images)
+        values = {tap: [replace(s, value=there[tap], shape=tuple(there[tap].shape))] for tap, s in self._chosen.items()}
+        read = _read(values, self._intermediates(images), size)
+        lacking = [tap for tap in values if tap not in read]
+        return f"{lacking[0]} holds no picture then" if lacking else {t: cast(Axes, s.axes) for t, s in read.items()}
 
     def _size_of(self, tap: str, tokens: Tokens) -> Size:
         for size, axes in self._found.axes.items():
-            if (axes[tap].grid,) == tokens.grids:
+            if isinstance(axes, dict) and (axes[tap].grid,) == tokens.grids:
                 return size
         own, grid = self._axes_at(self.image_size)[tap].grid, tokens.grids[0]
         size = (self.image_size[0] * grid[0] // own[0], self.image_size[1] * grid[1] // own[1])
