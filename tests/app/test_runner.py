@@ -372,11 +372,13 @@ def test_only_the_same_run_is_resumed(
         ({"code_digest": "older"}, "of other code"),
     ]:
         start_run(folder, plan.identity | change)
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        for name in ("checkpoints/step.pt", "figures/depth.png", "figures/notes.txt"):
+            write_atomically(folder / name, lambda temporary: temporary.write_text(""))
         with pytest.raises(FileNotFoundError):  # nothing was executed: there is no notebook to check
             run_plan(plan, say=said.append)
         assert words in said[-2]
-        assert (folder / "checkpoints").exists() == (not change)
+        assert (folder / "checkpoints").exists() == (folder / "figures" / "depth.png").exists() == (not change)
+        assert (folder / "figures" / "notes.txt").exists()  # no run made it
 
 
 def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path) -> None:

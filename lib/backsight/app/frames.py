@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from backsight.app.report_sources import listed
 from backsight.errors import BacksightError
 from backsight.project import shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS
@@ -101,10 +102,9 @@ def describe_picture(name: str) -> str:
     if scene is None:
         return f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
     objects = [CLASSES[int(label)].name for label in scene.labels]
-    listed = f"{', '.join(objects[:-1])} and {objects[-1]}" if len(objects) > 1 else objects[0]
-    hue = _picture_kind(name)[1]
+    index, hue = _picture_kind(name)
     colour = f", the {objects[0]} recoloured to a hue of {hue}°" if hue is not None else ""
-    return f"test scene {_picture_kind(name)[0]}: {listed} in front of a crop of {scene.background}{colour}"
+    return f"test scene {index}: {listed(objects)} in front of a crop of {scene.background}{colour}"
 
 
 def _picture_kind(name: str) -> tuple[int | None, int | None]:

@@ -180,8 +180,11 @@ def _clear(plan: Plan) -> None:
 
     for file in (FINISHED, STARTED, METRICS, PARTIAL_METRICS, FRAME_TABLE, plan.executed.name, plan.partial.name):
         (plan.folder / file).unlink(missing_ok=True)
-    for folder in ("figures", FRAMES, "inverses", "checkpoints"):
+    for folder in (FRAMES, "checkpoints"):
         shutil.rmtree(plan.folder / folder, ignore_errors=True)
+    for pattern in ("figures/*.png", "figures/*.svg", "inverses/**/*.safetensors"):
+        for file in plan.folder.glob(pattern):
+            file.unlink()
 
 
 @contextmanager

@@ -135,9 +135,9 @@ class Page:
         for name, control in self._plain.items():
             control.observe(self._changing(name), "value")
         self.depth.observe(self._depth_changed, "value")
-        self.other.observe(self._other_target, "value")
+        self.other.observe(lambda change: change["new"].strip() and self._apply(target=change["new"].strip()), "value")
         self.folder.observe(self._open_folder, "value")
-        self.mode.observe(self._mode_changed, "value")
+        self.mode.observe(lambda change: self.rows[0].given.set_trait("mode", MODES[change["new"]]), "value")
         self.clear.on_click(lambda _: self._apply(erased=(), shuffled=(), swapped=(), removed=()))
         self.reset.on_click(lambda _: self.look(View(target=self.view.target)))
         self.export.on_click(self._export)
@@ -178,11 +178,8 @@ class Page:
             view = from_query(query)
         self.look(view)
 
-    def look(self, view: View) -> None:
-        """Look at this view; returns at once."""
-        self._ask(view, None)
-
-    def _ask(self, view: View, moves_from: View | None) -> None:
+    def look(self, view: View, moves_from: View | None = None) -> None:
+        """Look at this view; returns at once. moves_from: a view of another target, whose depth and places it keeps."""
         with self._lock:
             self.view, self._moves_from = view, moves_from
         self._set_controls(view)
@@ -203,7 +200,7 @@ class Page:
             if view != self.view:
                 self._say("")
                 moves_from = self._laid_out if "target" in changes and self._moves_from is None else self._moves_from
-                self._ask(view, moves_from)
+                self.look(view, moves_from)
 
     def _changing(self, name: str) -> Callable[[Any], None]:
         def changed(change: Any) -> None:
@@ -218,30 +215,19 @@ class Page:
         if threading.get_ident() not in self._quiet and there and change["new"] < len(self._taps):
             self._apply(tap=self._taps[change["new"]])
 
-    def _mode_changed(self, change: Any) -> None:
-        self.rows[0].given.mode = MODES[change["new"]]
-
-    def _other_target(self, change: Any) -> None:
-        if name := change["new"].strip():
-            self._apply(target=name)
-
     def _open_folder(self, change: Any) -> None:
         if folder := change["new"].strip():
             with self._refusals():
                 self._take(pictures.in_folder(folder))
 
     def _take(self, names: Sequence[str]) -> None:
-        """Offer the pictures, and look at the first."""
-        self._offer(names)
-        self._apply(picture=names[0])
-
-    def _offer(self, names: Sequence[str]) -> None:
-        """Put pictures at the head of both lists."""
+        """Put pictures at the head of both lists, and look at the first."""
         with self._quietly():
             for control in (self.picture, self.swap_picture):
                 value = control.value
                 control.options = list(dict.fromkeys([*names, *control.options]))
                 control.value = value
+        self._apply(picture=names[0])
 
     def _heard(self, _element: Any, message: dict[str, Any], buffers: Any) -> None:
         """A message from an element of the browser."""
@@ -329,10 +315,8 @@ class Page:
     def _set_controls(self, view: View) -> None:
         """Every control as the view says, as far as it can."""
         with self._quietly():
-            _select(self.target, view.target)
-            _select(self.picture, view.picture)
-            _select(self.swap_picture, view.swap_picture)
-            _select(self.compare, view.compare)
+            for name in ("target", "picture", "swap_picture", "compare"):
+                _select(self._plain[name], getattr(view, name))
             self.hue.value = 180 if view.hue_shift == 180 else round((view.hue_shift + 180) % 360 - 180)
             self.saturation.value, self.noise.value = min(view.saturation, 2), min(view.noise, 3)
             self.region.value = view.region
