@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,10 +235,3 @@ def test_a_large_jpeg_is_decoded_small_where_that_leaves_twice_the_size(tmp_path
     pixels.save(content, "PNG")
     (tmp_path / "large.png").write_bytes(content.getvalue())
     assert decode(str(tmp_path / "large.png"), enough=64).size == (2400, 1800)
-
-
-def test_errors_cross_processes(tmp_path):
-    import pickle
-
-    error = pickle.loads(pickle.dumps(ImageError(str(Path("a.png")), "broken")))
-    assert (error.path, error.reason) == ("a.png", "broken")

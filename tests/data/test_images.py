@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from backsight.data import images as data
 from backsight.data.decode import ImageError
 from backsight.data.images import SPLITS, batches, crop_box, open_images, tensor
 from backsight.errors import BacksightError, SourceError
@@ -368,17 +366,3 @@ def test_tensor_stacks_and_limits(numbered):
 def test_bad_batches_are_refused_at_the_call(call):
     with pytest.raises(SourceError):
         call()
-
-
-def test_no_warning_without_a_reason(numbered):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(batches(numbered, 3))
-        open_images("photographs", None, 16)[0]
-
-
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (4, 3), (64, 8)])
-def test_large_sources_are_read_by_the_cores_to_spare(monkeypatch, cores, workers):
-    monkeypatch.setattr(data, "available_cores", lambda: cores)
-    assert data.paying_workers(100_000) == workers
-    assert data.paying_workers(64) == 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from backsight.data import tar as tar_shards
 from backsight.data.decode import ImageError
-from backsight.data.images import SPLITS, batches, open_images, tensor
+from backsight.data.images import SPLITS, open_images, tensor
 from backsight.errors import SourceError
 
 
@@ -127,16 +127,6 @@ def test_test_shards_without_classes_are_not_the_test_split(imagenet):
     write_shard(imagenet / "imagenet1k-test-00.tar", {"t.png": png(9), "t.cls": b"1"})
     assert ids(open_images(imagenet, None, 2)) == ["imagenet1k-test-00/t.png"]
     assert len(open_images(imagenet, "validation", 2)) == 5
-
-
-def test_a_count_batches_and_workers_are_as_for_a_folder(imagenet):
-    few = open_images(imagenet, "train", (4, 6), count=7, seed=3)
-    more = open_images(imagenet, "train", (4, 6), count=20, seed=3)
-    assert set(ids(few)) < set(ids(more))
-    expected = list(batches(more, 6, shuffle_seed=1))
-    assert [len(batch) for batch in expected] == [6, 6, 6, 2]
-    for found, wanted in zip(batches(more, 6, shuffle_seed=1, workers=1), expected, strict=True):
-        assert torch.equal(found, wanted)
 
 
 def test_a_broken_member_is_skipped_and_named(tmp_path):
