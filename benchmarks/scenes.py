@@ -6,6 +6,7 @@ About half a minute on two cores.
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 from table import Row, interleaved, write
 
@@ -18,7 +19,7 @@ IMAGES = 1000
 def main() -> None:
     def to_disk() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_coco(folder, "train", IMAGES)
+            write_coco(Path(folder), "train", IMAGES)
 
     seconds = interleaved(
         {

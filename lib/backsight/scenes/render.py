@@ -59,37 +59,26 @@ def _ellipse(count: int, radius_x: float = 1.0, radius_y: float = 1.0) -> Polygo
 
 
 def _star(points: int = 5, inner: float = 0.5) -> Polygon:
-    corners = []
-    for i in range(2 * points):
-        radius = 1.0 if i % 2 == 0 else inner
-        angle = math.pi * i / points - math.pi / 2
-        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
-    return tuple(corners)
+    polar = [((1.0, inner)[i % 2], math.pi * i / points - math.pi / 2) for i in range(2 * points)]
+    return tuple((radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in polar)
 
 
 def _crescent() -> Polygon:
     outer = [(math.cos(a), math.sin(a)) for a in np.linspace(math.radians(55), math.radians(305), 28).tolist()]
     # the inner edge runs back from the last outer corner to the first, on a circle further right
-    centre = (0.62, 0.0)
-    start, end = outer[-1], outer[0]
-    radius = math.dist(start, centre)
-    first = math.atan2(start[1] - centre[1], start[0] - centre[0]) % (2 * math.pi)
-    last = math.atan2(end[1] - centre[1], end[0] - centre[0]) % (2 * math.pi)
-    inner = [
-        (centre[0] + radius * math.cos(a), centre[1] + radius * math.sin(a))
-        for a in np.linspace(first, last, 18)[1:-1].tolist()
-    ]
-    return tuple(outer + inner)
+    (x, y), (start, end) = (0.62, 0.0), (outer[-1], outer[0])
+    radius = math.dist(start, (x, y))
+    first, last = (math.atan2(corner[1] - y, corner[0] - x) % (2 * math.pi) for corner in (start, end))
+    angles = np.linspace(first, last, 18)[1:-1].tolist()
+    return (*outer, *((x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles))
 
 
 def _heart() -> Polygon:
-    corners = []
-    for i in range(36):
-        t = 2 * math.pi * i / 36
-        x = 16 * math.sin(t) ** 3
-        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-        corners.append((x / 16, -y / 16))
-    return tuple(corners)
+    def height(t: float) -> float:
+        return 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+
+    angles = [2 * math.pi * i / 36 for i in range(36)]
+    return tuple((16 * math.sin(t) ** 3 / 16, -height(t) / 16) for t in angles)
 
 
 def _capsule() -> Polygon:
@@ -243,24 +232,12 @@ def render(split: str, index: int, seed: int = 0, size: int = 64, options: Scene
     masks = _visible(coverages)
     if options.white_surroundings:
         masks, labels, hues, textures = masks[:1], labels[:1], hues[:1], textures[:1]
-    return Scene(
-        finished,
-        masks,
-        _boxes(masks),
-        np.array(labels),
-        np.array(hues, dtype=float),
-        tuple(textures),
-        background,
-    )
+    truth = np.array(labels), np.array(hues, dtype=float), tuple(textures), background
+    return Scene(finished, masks, _boxes(masks), *truth)
 
 
 def render_many(
-    split: str,
-    count: int,
-    seed: int = 0,
-    size: int = 64,
-    options: SceneOptions = DEFAULT_OPTIONS,
-    start: int = 0,
+    split: str, count: int, seed: int = 0, size: int = 64, options: SceneOptions = DEFAULT_OPTIONS, start: int = 0
 ) -> Iterator[Scene]:
     """Scenes `start` to `start + count` of a split, one at a time."""
     return (render(split, index, seed, size, options) for index in range(start, start + count))
@@ -311,20 +288,18 @@ def _arrange(random: np.random.Generator, size: int, options: SceneOptions) -> t
     """
     count = min(int(random.integers(1, 5)), options.maximum_objects)
     label = int(random.integers(len(CLASSES)))
-    share = DOMINANT_AREA[0] + (DOMINANT_AREA[1] - DOMINANT_AREA[0]) * float(random.random())
+    least, most = DOMINANT_AREA
+    share = least + (most - least) * float(random.random())
     if options.minimum_area > 0:
-        share = options.minimum_area + LARGE_AREA_SPAN * (share - DOMINANT_AREA[0]) / (
-            DOMINANT_AREA[1] - DOMINANT_AREA[0]
-        )
+        share = options.minimum_area + LARGE_AREA_SPAN * (share - least) / (most - least)
     angle, across, down = (float(v) for v in random.random(3))
     dominant = _draw(CLASSES[label], share, angle, across, down, size)
     smallest = options.minimum_area * size * size
     while np.count_nonzero(dominant >= 8) < smallest:  # a silhouette too slender for the frame may leave it
         share *= 1.06
         dominant = _draw(CLASSES[label], share, angle, across, down, size, inside=False)
-    coverages, labels = [dominant], [label]
-    dominant_area = np.count_nonzero(dominant >= 8)
-    taken = dominant >= 8
+    coverages, labels, taken = [dominant], [label], dominant >= 8
+    dominant_area = np.count_nonzero(taken)
     largest = min(float(dominant_area) / (size * size) / DOMINANCE * 0.97, 0.2)
     for _ in range(count - 1):
         label = int(random.integers(len(CLASSES)))
@@ -333,8 +308,7 @@ def _arrange(random: np.random.Generator, size: int, options: SceneOptions) -> t
             coverage = _draw(CLASSES[label], share, angle, across, down, size)
             mask = coverage >= 8
             area = np.count_nonzero(mask)
-            fits = 0 < area * DOMINANCE <= dominant_area
-            if fits and np.count_nonzero(mask & taken) <= 0.12 * area:
+            if 0 < area * DOMINANCE <= dominant_area and np.count_nonzero(mask & taken) <= 0.12 * area:
                 coverages.append(coverage)
                 labels.append(label)
                 taken = taken | mask
@@ -352,27 +326,25 @@ def _draw(
     """
     turn = math.radians((2 * angle - 1) * ROTATION)
     cosine, sine = math.cos(turn), math.sin(turn)
+
+    def turned(polygon: Polygon, scale: float) -> list[tuple[float, float]]:
+        return [(scale * (x * cosine - y * sine), scale * (x * sine + y * cosine)) for x, y in polygon]
+
     scale = math.sqrt(share * size * size / kind.area)
-    turned = [(scale * (x * cosine - y * sine), scale * (x * sine + y * cosine)) for x, y in kind.outline]
-    left, right = min(x for x, _ in turned), max(x for x, _ in turned)
-    top, bottom = min(y for _, y in turned), max(y for _, y in turned)
+    xs, ys = zip(*turned(kind.outline, scale), strict=True)
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     room = size - 1.0
     shrink = min(1.0, room / (right - left), room / (bottom - top)) if inside else 1.0
     centre_x = _place(left * shrink, right * shrink, across, size)
     centre_y = _place(top * shrink, bottom * shrink, down, size)
     fine = SUPERSAMPLING
     canvas = Image.new("L", (size * fine, size * fine))
-    draw = ImageDraw.Draw(canvas)
     for polygon, value in ((kind.outline, _STEP * fine * fine), (kind.hole, 0)):
-        if polygon:
-            corners = [
-                (
-                    round((centre_x + shrink * scale * (x * cosine - y * sine)) * fine),
-                    round((centre_y + shrink * scale * (x * sine + y * cosine)) * fine),
-                )
-                for x, y in polygon
-            ]
-            draw.polygon(corners, fill=value)
+        corners = [
+            (round((centre_x + x) * fine), round((centre_y + y) * fine)) for x, y in turned(polygon, shrink * scale)
+        ]
+        if corners:
+            ImageDraw.Draw(canvas).polygon(corners, fill=value)
     return np.asarray(canvas.reduce(fine)).astype(np.int32) // _STEP
 
 
@@ -406,8 +378,8 @@ def _fill(
         hue += options.hue_shift
         saturation = 0.0 if options.grey else saturation
     hue %= 360.0
-    red, green, blue = colorsys.hsv_to_rgb(hue / 360.0, saturation, 1.0)
-    colour = np.array([round(1024 * channel) for channel in (red, green, blue)], dtype=np.int32)
+    channels = colorsys.hsv_to_rgb(hue / 360.0, saturation, 1.0)
+    colour = np.array([round(1024 * channel) for channel in channels], dtype=np.int32)
     high = 160 + int(95 * value)
     low = high - int(high * (0.2 + 0.35 * contrast))
     brightness = _texture(texture, size, low, high, turn, period, offset)
@@ -466,14 +438,14 @@ def _boxes(masks: Array) -> Array:
 
 
 def write_coco(
-    folder: str | Path,
+    folder: Path,
     split: str,
     count: int,
     seed: int = 0,
     size: int = 64,
     options: SceneOptions = DEFAULT_OPTIONS,
     progress: bool = False,
-) -> Path:
+) -> None:
     """Render a split into `folder` in COCO's layout: `{split}2017/*.png`, `annotations/instances_{split}2017.json`.
 
     The annotations carry, beside COCO's own keys, the object's hue, texture and whether it dominates; the images
@@ -481,7 +453,6 @@ def write_coco(
     """
     from pycocotools import mask as coco_mask
 
-    folder = Path(folder)
     pictures = folder / f"{split}2017"
     pictures.mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -497,28 +468,19 @@ def write_coco(
             hue = float(scene.hues[position])
             annotations.append(
                 {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
+                    **{"id": len(annotations) + 1, "image_id": index},
                     "category_id": int(scene.labels[position]) + 1,
                     "bbox": scene.boxes[position].tolist(),
                     "area": int(scene.masks[position].sum()),
                     "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
-                    "iscrowd": 0,
-                    "hue": None if math.isnan(hue) else hue,
-                    "texture": scene.textures[position],
-                    "dominant": position == 0,
+                    **{"iscrowd": 0, "hue": None if math.isnan(hue) else hue},
+                    **{"texture": scene.textures[position], "dominant": position == 0},
                 }
             )
     categories = [{"id": i + 1, "name": c.name, "hue": c.hue} for i, c in enumerate(CLASSES)]
-    information = {
-        "description": "backsight scenes",
-        "version": VERSION,
-        "seed": seed,
-        "options": asdict(options),
-    }
+    information = {"description": "backsight scenes", "version": VERSION, "seed": seed, "options": asdict(options)}
     content = {"info": information, "images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-    return folder
 
 
 def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> "Generated":
