@@ -139,8 +139,8 @@ def test_the_amplification_of_tokens_is_that_of_their_own_derivatives() -> None:
     assert torch.allclose(exact.mean, (1 / slope.square()).flatten(1).mean(1).sqrt())
     assert torch.allclose(exact.largest, (1 / slope).flatten(1).amax(1))
     # The products agree, as far as eight noises and ten iterations tell.
-    products = amplification(replace(CUBIC, jacobian=None), x, probes=200, iterations=100)
-    assert torch.allclose(products.largest, exact.largest, rtol=0.02)
+    products = amplification(replace(CUBIC, jacobian=None), x, probes=60, iterations=40)
+    assert torch.allclose(products.largest, exact.largest, rtol=0.05)
     assert torch.allclose(products.mean, exact.mean, rtol=0.15)
 
 
@@ -148,7 +148,7 @@ def test_noise_grows_along_a_chain_as_predicted() -> None:
     """Two steps, of tokens alone and of all together: noise behind both, solved back through both."""
     x = 0.5 * normal(2, 3, 4, seed=6)
     between = CUBIC(x)
-    last, both = chain_amplification([CUBIC, MIXING], x, probes=300)
+    last, both = chain_amplification([CUBIC, MIXING], x, probes=100)
     noise = 1e-6 * normal(300, *x.shape, seed=5)
     parts = solve(mixing, (mixing(between) + noise).flatten(0, 1), [between.repeat(300, 1, 1)], PLAIN).x
     whole = solve(CUBIC.forward, parts, [x.repeat(300, 1, 1)], PLAIN).x

@@ -117,15 +117,6 @@ def detail_by_depth(metrics: pd.DataFrame) -> ShownFigure:
     where none is there.
     """
     figure, tables = _curves(metrics, DETAIL, 2.0)
-    recovered = metrics[(metrics["measure"] == "depth_cost_recovered") & (metrics["against"] == "modular")]
-    recovered = recovered[recovered["value"].notna() & recovered["of"].isin(list(tables))]
-    if len(recovered):
-        deepest = recovered[recovered["depth"] == recovered["depth"].max()]
-        shares = "; ".join(
-            f"{r.of} {100 * r.value:.0f} % [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in deepest.itertuples()
-        )
-        lost = f"Share of the modular inverse's loss down to {deepest['tap'].iloc[0]} that is gone with MAP: {shares}."
-        figure.description += f" {lost}"
     every = pd.concat(tables.values())
     figure.caption = (
         "All inverses read the same float32 states; bars and bands: 95 % intervals; dashed: nulls. "
