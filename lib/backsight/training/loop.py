@@ -273,7 +273,7 @@ def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        return {"tensor": name, "stride": value.stride()}  # sums come out the same in the same order alone
     if isinstance(value, Mapping):  # as pairs: keys may be numbers
         return {"pairs": [[key, _described(item, tensors)] for key, item in value.items()]}
     return [_described(item, tensors) for item in value] if isinstance(value, list | tuple) else value
@@ -282,6 +282,7 @@ def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _restored(value: Any, file: Any) -> Any:
     if isinstance(value, dict):
         if "tensor" in value:
-            return file.get_tensor(value["tensor"])
+            tensor = file.get_tensor(value["tensor"])
+            return tensor.new_empty_strided(tensor.shape, value["stride"]).copy_(tensor)
         return {key: _restored(item, file) for key, item in value["pairs"]}
     return [_restored(item, file) for item in value] if isinstance(value, list) else value
