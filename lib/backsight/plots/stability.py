@@ -65,7 +65,13 @@ def _line(axes: Axes, rows: pd.DataFrame, name: str) -> Line2D:
     draw_band(axes, rows["sigma"], rows, 0 if null else 0.15, **(look.line | {"marker": ""}))
     formats = rows["noise"].isin(FORMATS)
     for part, face in ((rows[~formats], look.colour), (rows[formats], "white")) if not null else ():
-        style = {"color": look.colour, "linestyle": "none", "marker": look.marker, "markersize": 4, "mfc": face}
+        style: dict[str, Any] = {
+            "color": look.colour,
+            "linestyle": "none",
+            "marker": look.marker,
+            "markersize": 4,
+            "mfc": face,
+        }
         axes.plot(part["sigma"], part["value"], **style)
     return legend_line(look.label, **look.line)
 
@@ -324,7 +330,8 @@ def fragile_directions(
         "null_random": (INVERSE_NAMES["null_random"], look_of("null_random").line | {"marker": "_"}),
     }
     with styled_figure(COLUMN_WIDTH, above_height + 2.75) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[above_height + 0.2, 2.5])
+        halves: Any = figure.subfigures(2, 1, height_ratios=[above_height + 0.2, 2.5])
+        above, below = halves
         for line, tap in zip(above.subplots(len(chosen), 2 + count, squeeze=False), chosen, strict=True):
             patterns, left = (np.asarray(values) for values in directions[tap])
             cells = [(as_pictures(images, "images")[0], "image")]

@@ -247,7 +247,7 @@ def _add_distances(rows: TidyRows, measure: str, found: Sequence[FoundRoots], wh
         values = np.concatenate([of_image[number] for number in drawn])
         return float(np.median(values)) if len(values) else math.nan
 
-    interval = (math.nan,) * 3
+    interval = (math.nan, math.nan, math.nan)
     if len(distance):
         interval = (float(np.median(distance)), *bootstrap_statistic(median, len(of_image), rows.seed))
     count = sum(len(values) > 0 for values in of_image)

@@ -7,7 +7,7 @@ the bootstrap over seeds; the bootstrap for the rest. Source: Wilson, JASA 22, 1
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class TidyRows:
         """One unsolved sample can be off by any factor: of errors the median counts."""
         table = np.minimum(as_table(values), LARGEST)
         images = int((~np.isnan(table)).any(0).sum())
-        interval = (math.nan,) * 3
+        interval = (math.nan, math.nan, math.nan)
         if images:
             low, high = bootstrap_statistic(lambda drawn: _median(table[:, drawn]), table.shape[1], self.seed)
             interval = (_median(table), low, high)
@@ -71,7 +71,7 @@ class TidyRows:
 
     def one(
         self,
-        value: Sequence[float],
+        value: tuple[float, float, float],
         measure: str,
         tap: str | None,
         inverse: str | None,
