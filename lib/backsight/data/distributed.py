@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -33,13 +32,7 @@ def share(images: Any) -> Any:
             f"{state.num_processes} processes cannot share {len(images)} images: launch fewer, or give more images."
         )
     own = slice(state.process_index, None, state.num_processes)
-    if isinstance(images, Tensor):
-        return images[own]
-    if hasattr(images, "subset"):
-        return images.subset(own)
-    shared = copy.copy(images)
-    shared.entries = images.entries[own]
-    return shared
+    return images[own] if isinstance(images, Tensor) else images.subset(own)
 
 
 def in_order(own: Tensor) -> Tensor:

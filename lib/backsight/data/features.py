@@ -33,7 +33,15 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import ImageError, ImageSource, batches, index_batches, paying_workers, read_batches
+from backsight.data.images import (
+    ImageError,
+    ImageSource,
+    batches,
+    index_batches,
+    paying_workers,
+    read_batches,
+    unit_floats,
+)
 from backsight.errors import BacksightError, SourceError
 from backsight.project import cache_folder, read_json, shown, write_json
 from backsight.representation import Predictions, Queries, Representation, Tokens
@@ -167,7 +175,7 @@ class FeatureStore:
         return {name: self._mapped(name)[places] for name in ("images", *names, *(f"{name}/scale" for name in names))}
 
     def _widened(self, rows: Mapping[str, np.ndarray], taps: Sequence[str]) -> tuple[Tensor, Recorded]:
-        tensors = {name: torch.from_numpy(values).float() for name, values in rows.items()}
+        tensors = {name: torch.from_numpy(values).float() for name, values in rows.items() if name != "images"}
         recorded: Recorded = {}
         for tap in taps:
             form = self._forms[tap]
@@ -179,7 +187,7 @@ class FeatureStore:
                 for name, value in form["settings"].items()
             }
             recorded[tap] = KINDS[form["kind"]](**parts, **settings)
-        return tensors["images"].div_(255 if rows["images"].dtype == np.uint8 else 1), recorded
+        return unit_floats(torch.from_numpy(rows["images"])), recorded
 
     def _mapped(self, name: str) -> np.ndarray:
         """A file's rows: what is read of them comes from the disk, or from the system's cache of it."""
@@ -325,7 +333,7 @@ def _stored(target: Recordable, images: Tensor, first: Recorded, forms: Mapping[
     Raises BacksightError for what a store does not keep: padding, numbers that are not finite, and a form or a
     positional code that changes with the image.
     """
-    unit = images.float().div(255 if images.dtype == torch.uint8 else 1)
+    unit = unit_floats(images)
     stored = {"images": images if images.dtype == torch.uint8 else unit}
     for tap, representation in target.record(unit, tuple(forms)).items():
         position, known = _position(representation), _position(first[tap])

@@ -1,6 +1,7 @@
 """The scenes that the shipped targets are trained on, as arrays and batches."""
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -52,12 +53,10 @@ def scene_arrays(split: str, count: int, seed: int = 0, rule: str = "mixed", pro
         return _render_chunk(split, 0, count, seed, rule)
     from concurrent.futures import ProcessPoolExecutor
 
-    starts = list(range(0, count, 2000))
+    starts = range(0, count, 2000)
     sizes = [min(2000, count - start) for start in starts]
     with ProcessPoolExecutor(processes) as pool:
-        many = len(starts)
-        chunks = pool.map(_render_chunk, [split] * many, starts, sizes, [seed] * many, [rule] * many)
-        parts = list(chunks)
+        parts = list(pool.map(_render_chunk, repeat(split), starts, sizes, repeat(seed), repeat(rule)))
     fields = ("images", "objects", "labels", "boxes")
     return SceneArrays(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
 
@@ -73,17 +72,11 @@ class Batch:
 
 
 def batch_of(data: SceneArrays, chosen: np.ndarray, device: str) -> Batch:
-    images = torch.from_numpy(data.images[chosen]).to(device).permute(0, 3, 1, 2).float() / 255
-    pixels = (images - torch.tensor(MEAN, device=device)[:, None, None]) / torch.tensor(STD, device=device)[
-        :, None, None
-    ]
-    objects = torch.from_numpy(data.objects[chosen]).to(device).long()
-    return Batch(
-        pixels.contiguous(),
-        objects,
-        torch.from_numpy(data.labels[chosen]).to(device),
-        torch.from_numpy(data.boxes[chosen]).to(device),
-    )
+    arrays = (data.images, data.objects, data.labels, data.boxes)
+    images, objects, labels, boxes = (torch.from_numpy(array[chosen]).to(device) for array in arrays)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return Batch(pixels.contiguous(), objects.long(), labels, boxes)
 
 
 def drawn(count: int, batch: int, seed: int, step: int) -> np.ndarray:

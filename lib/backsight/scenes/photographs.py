@@ -63,7 +63,6 @@ def photograph_path(name: str) -> Path:
 def photograph(name: str) -> np.ndarray:
     """One photograph at its own size, uint8 (H, W, 3) sRGB; decoded once, shared, therefore read-only.
 
-    Raises BacksightError on an unknown name or a missing file.
     Source: the files of scikit-image (skimage.data) and scikit-learn (sklearn.datasets).
     """
     with Image.open(photograph_path(name)) as image:

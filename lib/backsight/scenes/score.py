@@ -135,7 +135,7 @@ def _top1_rows(logits: list[Tensor], data: SceneArrays) -> list[dict[str, Any]]:
     hits = _hits(logits, data)
     names = np.array(CLASS_NAMES)[data.labels[:, 0]]
     rows = []
-    for group, members in {"all": CLASS_NAMES, **_class_groups()}.items():
+    for group, members in _class_groups().items():
         chosen = np.isin(names, members)
         low, high = binomtest(int(hits[chosen].sum()), int(chosen.sum())).proportion_ci(method="wilson")
         scores = {"value": float(hits[chosen].mean()), "low": low, "high": high, "n": int(chosen.sum())}
@@ -149,8 +149,8 @@ def _precision_rows(outputs: list[Predictions], data: SceneArrays) -> list[dict[
     parts = []
     for start in range(blocks):
         chosen = np.arange(start, len(data), blocks)
-        block = average_precision(predictions.index(torch.from_numpy(chosen)), _chosen(data, chosen))
-        parts.append(_grouped(block))
+        block = SceneArrays(data.images[chosen], data.objects[chosen], data.labels[chosen], data.boxes[chosen])
+        parts.append(_grouped(average_precision(predictions.index(torch.from_numpy(chosen)), block)))
     rows = []
     for (measure, group), value in everything.items():
         spread = 1.96 * float(np.nanstd([part[measure, group] for part in parts], ddof=1)) / math.sqrt(blocks)
@@ -160,21 +160,17 @@ def _precision_rows(outputs: list[Predictions], data: SceneArrays) -> list[dict[
 
 
 def _class_groups() -> dict[str, list[str]]:
-    """{"canonical": classes with a hue of their own, "colour-free": the others, and each class}."""
+    """{"all", "canonical": classes with a hue of their own, "colour-free": the others, and each class}."""
     canonical = [kind.name for kind in CLASSES if kind.hue is not None]
     free = [kind.name for kind in CLASSES if kind.hue is None]
-    return {"canonical": canonical, "colour-free": free, **{name: [name] for name in CLASS_NAMES}}
+    singles = {name: [name] for name in CLASS_NAMES}
+    return {"all": [*CLASS_NAMES], "canonical": canonical, "colour-free": free, **singles}
 
 
 def _grouped(scores: dict[str, dict[str, float]]) -> dict[tuple[str, str], float]:
     """{(measure, classes): score} for all classes, the canonical and the colour-free ones, and each class."""
-    rows: dict[tuple[str, str], float] = {}
-    for measure in ("ap50", "ap"):
-        rows[measure, "all"] = scores["all"][measure]
-        for group, names in _class_groups().items():
-            rows[measure, group] = float(np.mean([scores[name][measure] for name in names]))
-    return rows
-
-
-def _chosen(data: SceneArrays, which: np.ndarray) -> SceneArrays:
-    return SceneArrays(data.images[which], data.objects[which], data.labels[which], data.boxes[which])
+    return {
+        (measure, group): float(np.mean([scores[name][measure] for name in (["all"] if group == "all" else names)]))
+        for measure in ("ap50", "ap")
+        for group, names in _class_groups().items()
+    }
