@@ -358,6 +358,7 @@ def test_encoders_and_classifiers(tmp_path: Path, name: str) -> None:
     for tap in target.taps:
         torch.testing.assert_close(target.from_tap(tap, recorded[tap]), expected)
     one, other = target.untrained(0), target.untrained(1)
+    assert (one.select("blocks").taps, one.classes) == (target.taps, target.classes)
     assert len({one.weights_hash, other.weights_hash, target.weights_hash}) == 3
     random = load_target(str(tmp_path), pretrained=False, seed=0)
     assert (random.weights, random.weights_hash) == ("random", one.weights_hash)

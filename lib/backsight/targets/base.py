@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.representation import Predictions, Representation, Tokens
-from backsight.targets.hooks import Place, recording
+from backsight.targets.hooks import Place, recording, seeded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -414,16 +414,3 @@ def redrawn(model: nn.Module, draw: Callable[[nn.Module], object], name: str) ->
             f"{'it' if len(trained) == 1 else 'them'}): build an untrained model and give it to target.with_model()."
         )
     return copied
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """The generators of the CPU and, where that is one, of a CUDA device start at `seed` inside, and stay as they were
-    outside: model constructors draw from them."""
-    device = torch.device(device)
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield

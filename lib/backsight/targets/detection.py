@@ -232,7 +232,7 @@ class DetectionTarget(TransformersTarget):
         def coarsest(images: Tensor) -> Tensor:
             return element_of(self._through_backbone(images), self._map_at(-1))
 
-        found = [one for one in observe(backbone, coarsest, blank).found if one.place.side == "output"]
+        found = [one for one in observe(backbone, coarsest, blank)[0] if one.place.side == "output"]
         returned = {one.place.element: one for one in found if not one.place.module}
         maps = [returned[self._map_at(n)] for n in range(len(returned)) if self._map_at(n) in returned]
         inside = [one for one in found if one.place.module and one.cut and one.place.element == ()]

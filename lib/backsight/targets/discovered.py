@@ -76,11 +76,10 @@ class Discovered(Target):
         return {brackets(each.place.element): each for each in different.values()}
 
     def _places(self, taps: Sequence[str]) -> dict[str, Place]:
-        chosen = {tap: self._chosen[tap] for tap in taps}
-        beside = {
-            f"{t} {key}": each.place for t, seen in chosen.items() for key, each in self._companions(seen).items()
-        }
-        return {tap: seen.place for tap, seen in chosen.items()} | beside
+        places = {tap: self._chosen[tap].place for tap in taps}
+        for tap in taps:
+            places |= {f"{tap} {key}": each.place for key, each in self._companions(self._chosen[tap]).items()}
+        return places
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None

@@ -83,15 +83,6 @@ class Found:
     same: int = -1
 
 
-@dataclass(frozen=True)
-class Observation:
-    """found: what every call returns, in the order in which they end, and what is given to modules and a cut that none
-    returns; reason: why no cuts could be found from the images on, or ""."""
-
-    found: list[Found]
-    reason: str = ""
-
-
 def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]]:
     """Every floating-point tensor in nested tuples, lists, dictionaries and data classes, with its keys, in order."""
     if isinstance(output, Tensor):
@@ -243,11 +234,15 @@ def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepe
 # Cuts
 
 
-def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool = False) -> Observation:
+def observe(
+    model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool = False
+) -> tuple[list[Found], str]:
     """One pass of `run` on the images, seen from every module; the model is frozen and in eval().
 
-    keep: the tensors too. Where autograd loses the images (no_grad, a leaf that is written into), the graph is begun at
-    the input of the first module without children; where it cannot be had at all, there are no cuts.
+    Returns what every call returns, in the order in which they end, with what is given to modules and a cut that none
+    returns; and why no cuts could be found from the images on, or "". keep: the tensors too.
+    Where autograd loses the images (no_grad, a leaf that is written into), the graph is begun at the input of the first
+    module without children; where it cannot be had at all, there are no cuts.
     """
     reason = ""
     for inside in (False, True):
@@ -259,12 +254,12 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep
             reason = reason or f"its pass fails while gradients are traced ({type(error).__name__}: {error})"
             continue
         if traced:
-            return Observation(found, f"{reason}; cuts are those behind the first module" if inside else "")
+            return found, f"{reason}; cuts are those behind the first module" if inside else ""
         reason = reason or (
             "its output has no gradient with respect to the images (no_grad, inference_mode, detach or a discrete step)"
         )
     with torch.no_grad():
-        return Observation(_observed(model, run, images, keep)[0], reason)
+        return _observed(model, run, images, keep)[0], reason
 
 
 def _observed(
@@ -319,11 +314,11 @@ def _observed(
     for one in found:
         place, step = one.place, f"@{one.place.call}" if counts[one.place.module] > 1 else ""
         one.name = f"{place.module}{step}{'@in' if place.side == 'stream' else brackets(place.element)}"
-        one.cut, one.used, one.same = graph.is_cut(one.edge, one.clock), graph.knows(one.edge), numbers[one.edge]
+        one.cut, one.used, one.same = graph.is_cut(one.edge, one.clock), one.edge in graph.known, numbers[one.edge]
         one.edge = None  # which would keep the whole graph
         if one.value is not None and one.value._version != one.version:
             one.value = None
-    return sorted(found, key=lambda one: one.order), bool(starts) and graph.knows(_edge(starts[0]))
+    return sorted(found, key=lambda one: one.order), bool(starts) and _edge(starts[0]) in graph.known
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -371,10 +366,7 @@ class _Graph:
                     self.first_read[edge] = min(clock, self.first_read.get(edge, clock))
         total = sum(down[root] for root, _ in roots)
         self.cuts = {edge for edge, paths in through.items() if paths * down[edge[0]] == total}
-        self.known = set(through)
-
-    def knows(self, edge: Edge | None) -> bool:
-        return edge in self.known
+        self.known: set[Edge | None] = set(through)
 
     def is_cut(self, edge: Edge | None, clock: int) -> bool:
         """Do all paths run through it, and has none read it before `clock`?"""
@@ -399,6 +391,17 @@ class _Graph:
 
 
 @contextmanager
+def seeded(seed: int, *devices: torch.device | str) -> Iterator[None]:
+    """The generators of the CPU and of those devices that are CUDA's start at `seed` inside, and stay as they were
+    outside: model constructors draw from them."""
+    cuda = sorted({device.index or 0 for device in map(torch.device, devices) if device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)):
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode, without gradients of its parameters; after it, it is exactly as it was.
 
@@ -412,15 +415,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model of a user may draw from it)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(seeded(0, *(parameter.device for parameter in model.parameters())))
         try:
-            torch.default_generator.manual_seed(0)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(0)
             torch.backends.mha.set_fastpath_enabled(False)
             for module, _ in modes:
                 module.training = False  # not eval(), which some models override

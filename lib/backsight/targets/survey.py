@@ -23,18 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backsight.errors import BacksightError
 from backsight.targets.axes import SQUARES, Axes, moved, readings, squares_found, with_squares
 from backsight.targets.base import Preprocessing, Size, device_of, dtype_of
-from backsight.targets.hooks import (
-    Element,
-    Found,
-    Observation,
-    Place,
-    brackets,
-    element_of,
-    frozen,
-    observe,
-    tensors_in,
-    watching,
-)
+from backsight.targets.hooks import Element, Found, Place, brackets, element_of, frozen, observe, tensors_in, watching
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,11 +184,10 @@ def _aliases(found: Survey) -> dict[str, str]:
 # Two passes, seen from every module.
 
 
-def seen_in(observation: Observation) -> list[Seen]:
-    """What is found of two images; the first axis is theirs where it has two places."""
-    axes = [0 if found.shape[:1] == (2,) else None for found in observation.found]
-    pairs = zip(observation.found, axes, strict=True)
-    return [Seen(**vars(found), axis=axis, split=axis is None) for found, axis in pairs]
+def seen_in(found: Sequence[Found]) -> list[Seen]:
+    """What is found in a pass of two images; the first axis is theirs where it has two places."""
+    axes = [0 if one.shape[:1] == (2,) else None for one in found]
+    return [Seen(**vars(one), axis=axis, split=axis is None) for one, axis in zip(found, axes, strict=True)]
 
 
 def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, output: str | int | None = None) -> Survey:
@@ -218,14 +206,14 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     chosen: list[Element | None] = []
 
     def run(batch: Tensor) -> Any:
-        found = model(batch)
-        chosen[:] = [_output_element(found, output, type(model).__name__)]
-        return None if chosen[0] is None else output_of(found, chosen[0])
+        returned = model(batch)
+        chosen[:] = [_output_element(returned, output, type(model).__name__)]
+        return None if chosen[0] is None else output_of(returned, chosen[0])
 
     with frozen(model), _explained(model, size):
-        observation = observe(model, run, two)
+        found, reason = observe(model, run, two)
         before = torch.get_rng_state()
-        seen = {each.place: each for each in seen_in(observation)}
+        seen = {each.place: each for each in seen_in(found)}
         words, flops = _second_pass(model, ten, seen, size)
         if not torch.equal(before, torch.get_rng_state()):
             warnings.warn(
@@ -245,7 +233,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     taps = tuple(each for each in seen.values() if each.place.side == "output" or each.name in pictures)
     answers = [(ALL,), *(each.place.element for each in taps if not each.place.module and each.axis is not None)]
     answered = chosen[0] if chosen[0] in answers else None
-    return Survey(size, taps, words, answered, flops, observation.reason)
+    return Survey(size, taps, words, answered, flops, reason)
 
 
 def _second_pass(

@@ -114,7 +114,7 @@ class TimmIntermediates(Discovered):
         """Every tap, in forward order, and how it is read at the model's own size; from two passes."""
         size, images = self.image_size, self._noise(self.image_size)
         try:
-            seen = seen_in(observe(self.model, self.model, images, keep=True))
+            seen = seen_in(observe(self.model, self.model, images, keep=True)[0])
             known = self._intermediates(images)
         except PASS_ERRORS as error:
             raise BacksightError(f"{self.name} cannot be a target: {reason(error)}.") from error

@@ -107,13 +107,11 @@ class TimmTransformer(Target):
         return Stage("blocks" if depth else "norm", depth, heads, hidden)
 
     def _places(self, taps: Sequence[str]) -> dict[str, Place]:
-        return {tap: self._place(tap) for tap in taps}
-
-    def _place(self, tap: str) -> Place:
-        if not tap.endswith(".attn"):
-            return Place("blocks.0", side="input") if tap == "patch_embed" else Place(tap)
-        inner, _ = self._halves[_block_index(tap)]  # type: ignore[misc]
-        return Place(f"{tap.removesuffix('.attn')}.{inner}", side="input")
+        places = {"patch_embed": Place("blocks.0", side="input")}
+        for index, half in enumerate(self._halves):
+            if half is not None:
+                places[f"blocks.{index}.attn"] = Place(f"blocks.{index}.{half[0]}", side="input")
+        return {tap: places.get(tap, Place(tap)) for tap in taps}
 
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
@@ -132,12 +130,10 @@ class TimmTransformer(Target):
         values = representation.values
         if tap == "norm":
             return self.model.forward_head(values)
-        following = 0
-        if tap != "patch_embed":
-            following = _block_index(tap) + 1
-            if tap.endswith(".attn"):
-                values = self._halves[_block_index(tap)][1](self.model.blocks[_block_index(tap)], values)  # type: ignore[index]
-        for block in self.model.blocks[following:]:
+        index = -1 if tap == "patch_embed" else int(tap.split(".")[1])
+        if tap.endswith(".attn"):
+            values = self._halves[index][1](self.model.blocks[index], values)  # type: ignore[index]
+        for block in self.model.blocks[index + 1 :]:
             values = block(values)
         return self.model.forward_head(self.model.norm(values))
 
@@ -149,10 +145,6 @@ class TimmTransformer(Target):
                     getattr(module, "reset_parameters", lambda: None)()
 
         return redrawn(self.model, draw, self.name)
-
-
-def _block_index(tap: str) -> int:
-    return int(tap.split(".")[1])
 
 
 def _half_step(block: Any) -> tuple[str, Callable[[Any, Tensor], Tensor]] | None:
