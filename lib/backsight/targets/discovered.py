@@ -264,7 +264,8 @@ class ModuleTarget(Discovered):
             return first, None, (), "output"
         keys = [key.strip("'\" ") for key in re.findall(r"\[([^\[\]]+)\]", parts["element"])]
         element = tuple(int(key) if key.isdigit() else key for key in keys)
-        return first, parts["call"] and int(parts["call"]), element, "stream" if parts["given"] else "output"
+        number = None if parts["call"] is None else int(parts["call"])
+        return first, number, element, "stream" if parts["given"] else "output"
 
     def _with_axes(self, tap: str, seen: Seen) -> Seen:
         what = f"{tap} of {self.name} holds a tensor of shape {seen.shape} for 2 images"
@@ -394,7 +395,8 @@ class ModuleTarget(Discovered):
 
     def with_model(self, model: nn.Module) -> ModuleTarget:
         """The same taps, read in the same way, of another model of this architecture (other weights, another seed)."""
-        grids, axes = ({tap: said[tap] for tap in self.taps if tap in said} for said in (self._grids, self._axes))
+        grids = {tap: grid for tap, grid in self._grids.items() if tap in self.taps}
+        axes = {tap: order for tap, order in self._axes.items() if tap in self.taps}
         return ModuleTarget(model, self.taps, self.preprocessing, grids, axes, self._output, self.name)
 
     def _randomised(self) -> nn.Module:

@@ -150,7 +150,7 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
     named = (config.architectures or [""])[0]
     if hasattr(config, "vision_config") and "ImageClassification" not in named:
         named, config = "", config.vision_config
-    kind = getattr(transformers, named or " ", None)
+    kind: Any = getattr(transformers, named or " ", None)
     if kind is None or not isinstance(config, kind.config_class):
         kind = transformers.MODEL_MAPPING.get(type(config), None)
     if kind is None or kind.main_input_name != "pixel_values":

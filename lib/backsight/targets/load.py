@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.targets.base import Preprocessing, Size, Target, seeded
+from backsight.targets.base import Precision, Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import Choice, choose, misfit, read_tensors, unfit, warn_of_unused
 from backsight.targets.hugging_face import DETECTORS, configuration, transformers_target
 from backsight.targets.names import (
@@ -46,7 +46,7 @@ def load_target(
     pretrained: bool = True,
     seed: int = 0,
     device: torch.device | str = "auto",
-    dtype: str = "float32",
+    dtype: Precision = "float32",
     image_size: int | Size | None = None,
     **model_arguments: Any,
 ) -> Target:
@@ -230,7 +230,7 @@ def _timm_choice(source: Source, path: Path, arguments: dict[str, Any]) -> tuple
 def _size_in(model: Any, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The image size that the position embedding of a file is for, where that is another than the model's."""
     position, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if position is None or not isinstance(own, Tensor) or not position.ndim == own.ndim == 3:
         return {}
     if "img_size" in arguments or position.shape[1] == own.shape[1] or not hasattr(embed, "patch_size"):

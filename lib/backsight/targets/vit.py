@@ -162,7 +162,7 @@ def _half_step(block: Any) -> tuple[str, Callable[[Any, Tensor], Tensor]] | None
 
 def block_sizes(block: nn.Module) -> tuple[int, int]:
     """(attention heads, MLP width) of any block, 0 where it says neither, and the largest where it says several."""
-    modules = list(block.modules())
+    modules: list[Any] = list(block.modules())
     heads = [getattr(module, name, 0) for module in modules for name in ("num_heads", "heads")]
     layers = [getattr(module, "fc2", None) for module in modules]
     widths = [getattr(layer, "in_features", getattr(layer, "in_channels", 0)) for layer in layers]
