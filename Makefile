@@ -46,7 +46,7 @@ test test-all: $(INSTALLED) browser
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 BACKSIGHT_RESULTS=$(CURDIR)/results/test \
 	$(BIN)/python -m pytest tests $(if $(NOTEBOOKS),--nbval $(NOTEBOOKS) --nbval-kernel-name python3 \
 		--nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 180) \
-		-n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 25 $(if $(filter test,$@),-m "not slow") $(PYTEST_OPTIONS)
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25 $(if $(filter test,$@),-m "not slow") $(PYTEST_OPTIONS)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks

@@ -4,9 +4,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from backsight.project import project_root
 
@@ -80,16 +82,23 @@ def pytest_runtest_setup() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+class FileByFile(LoadFileScheduling):
+    """pytest-xdist gives a worker a file at a time, but each notebook's run by itself."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_notebook_runs.py" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile | None:
+    return FileByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first; a file is one group of pytest-xdist, but each notebook is a group of its own.
+    """The longest files first.
 
     nbval leaves out the notebooks that ask for it: test_notebook_runs executes them at smoke size.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    for item in items:
-        group = item.name if item.path.name == "test_notebook_runs.py" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
     left_out = [item for item in items if item.path.suffix == ".ipynb" and validated_at_smoke_size(item.path)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -39,7 +39,7 @@ class Oracle:
     name, weights, image_size = "oracle", "random", SIZE
     taps = available_taps = TAPS
     depth = staticmethod(TAPS.index)
-    resolve_taps = Target.resolve_taps
+    resolve_taps, _refuse_unknown = Target.resolve_taps, Target._refuse_unknown
     knows = True
 
     def __init__(self):

@@ -151,12 +151,16 @@ def _is_complete(record: Mapping[str, Any] | None, plan: Plan) -> bool:
     return all((plan.folder / name).is_file() for name in (plan.executed.name, *record.get("files", ())))
 
 
+# Of the run graph, and of an explorer that was used before its notebook was run.
+BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, and one of somebody's that is no run's: a run replaces what it holds."""
     check_writable(folder)
     if not folder.is_dir() or (folder / FINISHED).exists() or (folder / STARTED).exists():
         return
-    if others := sorted(path.name for path in folder.iterdir() if path.name not in (".lock", "log.txt")):
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in BESIDE_RUNS):
         raise BacksightError(
             f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. "
             "Give an empty or a new one by --out."
