@@ -177,7 +177,8 @@ def check_inverses(
             "train them with 02_train_inverse, or set seeds to those that are there."
         )
     if len(known) > 1:
-        own = {path: header for path, header in own.items() if header.seed in (seeds or [seed])}
+        chosen: Sequence[int | None] = seeds or [seed]
+        own = {path: header for path, header in own.items() if header.seed in chosen}
     if weights and own:
         from backsight.targets.load import load_target
         from backsight.targets.names import resolve

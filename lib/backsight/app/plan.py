@@ -42,6 +42,7 @@ def graph_runs(preset: str) -> pd.DataFrame:
             f"{preset}: {solved[0]!r} is solved for every image and never trained: leave it out of graph.families."
         )
     check_seeds(seeds, f"{preset}: graph.seeds")
+    runs: list[tuple[str, str, str, tuple[str, ...]]]
     runs = [(notebook.partition("_")[2], notebook, "", ()) for notebook in once]
     for target, (sources, studies) in targets.items():
         name = folder_name(target)

@@ -88,7 +88,10 @@ def depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: st
     rows[GROUP] = rows[GROUP].astype(object).fillna("unnamed").astype(str)
     rows = rows.sort_values("run", kind="stable")
     rows = rows.drop_duplicates([*GROUP, "tap", "inverse", "measure", "seed"], keep="last")
-    groups = [Group(target, *key, part) for key, part in rows.groupby(GROUP, sort=False)]
+    groups = [
+        Group(target, str(weights), str(dataset), str(split), part)
+        for (weights, dataset, split), part in rows.groupby(GROUP, sort=False)
+    ]
     return sorted(groups, key=lambda g: (g.split != "test", dataset_rank(g.dataset), g.dataset, g.weights))
 
 

@@ -187,8 +187,8 @@ def _clear(plan: Plan) -> None:
     for folder in (FRAMES, "checkpoints"):
         shutil.rmtree(plan.folder / folder, ignore_errors=True)
     for pattern in ("figures/*.png", "figures/*.svg", "inverses/**/*.safetensors"):
-        for file in plan.folder.glob(pattern):
-            file.unlink()
+        for path in plan.folder.glob(pattern):
+            path.unlink()
 
 
 @contextmanager

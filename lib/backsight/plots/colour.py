@@ -295,7 +295,7 @@ def _draw_points(axes: Axes, rows: pd.DataFrame) -> list[str]:
     for (category, region), part in rows.groupby(["category", "region"], sort=False):
         lift = (-0.1 if region == "object" else 0.1) + (-0.2 if category == "canonical" else 0.2)
         places = [labels.index(name) + lift for name in part["label"]]
-        colour = CATEGORY_COLOURS[category]
-        style = {"fmt": "o", "mfc": colour} if region == "object" else {"fmt": "s", "mfc": "white"}
+        colour = CATEGORY_COLOURS[str(category)]
+        style: dict[str, Any] = {"fmt": "o", "mfc": colour} if region == "object" else {"fmt": "s", "mfc": "white"}
         axes.errorbar(part["value"], places, xerr=reach(part), color=colour, ms=3, lw=0.8, **style)
     return labels

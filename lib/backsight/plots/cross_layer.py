@@ -243,7 +243,7 @@ def cross_grid(image: Any, pictures: Mapping[tuple[str, str], Any]) -> ShownFigu
             if cell > 0.4:
                 text = f"{decibels(_array(image)[None], _array(picture)[None])[0]:.0f}"
                 box = {"facecolor": "white", "alpha": 0.75, "pad": 0.6, "edgecolor": "none"}
-                style = {"ha": "right", "va": "bottom", "fontsize": SMALL, "bbox": box}
+                style: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": SMALL, "bbox": box}
                 axes.text(0.97, 0.04, text, transform=axes.transAxes, **style)
             if source == wanted:
                 for spine in axes.spines.values():

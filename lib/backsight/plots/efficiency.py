@@ -261,7 +261,10 @@ def cost_of_pictures(metrics: pd.DataFrame) -> ShownFigure:
         f"The same {int(rows['n'].max())} held-out images from {rows['tap'].iloc[0]}: optimised each by itself, or "
         "rebuilt by inverses whose whole training is charged to them.",
         "Points of PSNR by FLOPs: "
-        + ", ".join(f"{row.inverse} {row.value:.2f} dB at {row.flops / 1e12:.3g} TFLOPs" for row in rows.itertuples()),
+        + ", ".join(
+            f"{name} {value:.2f} dB at {flops / 1e12:.3g} TFLOPs"
+            for name, value, flops in zip(rows["inverse"], rows["value"], rows["flops"], strict=True)
+        ),
     )
 
 
@@ -298,7 +301,8 @@ def _by_method(rows: pd.DataFrame, order: str) -> dict[str, pd.DataFrame]:
 
 def _errors(axes: Axes, x: pd.Series, line: pd.DataFrame, method: str, style: str = "-", filled: bool = True) -> None:
     colour, marker = look_of(method).colour, look_of(method).marker
-    look = {"color": colour, "marker": marker, "markerfacecolor": colour if filled else "white", "linestyle": style}
+    face = colour if filled else "white"
+    look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": face, "linestyle": style}
     axes.plot(x.to_numpy(float), line["value"].to_numpy(float), zorder=3, **look)
     _whiskers(axes, x, line, colour)
 

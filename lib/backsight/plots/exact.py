@@ -103,7 +103,7 @@ def _order(rows: pd.DataFrame) -> list[str]:
 
 
 def _draw_stack(
-    axes: Axes, rows: pd.DataFrame, fates: Mapping[str, str], index: str | list[str], places: Sequence[Any]
+    axes: Axes, rows: pd.DataFrame, fates: Mapping[str, str], index: str | list[str], places: list[Any]
 ) -> None:
     """Stacked shares of fates, {fate: colour}, with the interval of "back"; places: values of the index, in order."""
     bottom = np.zeros(len(places))
@@ -369,6 +369,6 @@ def second_root_figure(
         f"another root, or no stream at {tap} was found that leads there (such images come last)."
     )
     between = metrics[metrics["measure"] == "psnr_between"]
-    told = ", ".join(f"{r.inverse}, {r.picture} {r.value:.1f} dB" for r in between.itertuples())
-    figure.description = f"Pictures of second roots of {destination}. PSNR to the true stream's picture: {told}."
+    shown = ", ".join(f"{r.inverse}, {r.picture} {r.value:.1f} dB" for r in between.itertuples())
+    figure.description = f"Pictures of second roots of {destination}. PSNR to the true stream's picture: {shown}."
     return figure

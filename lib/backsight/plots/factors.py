@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,11 +167,11 @@ def _draw_cells(axes: Axes, rows: pd.DataFrame, factors: Sequence[str], taps: Se
             if np.isnan(value):
                 continue
             share = min(max((value - chance) / (1 - chance), 0.0), 1.0)
-            cell = {"facecolor": colours(share), "edgecolor": "white", "linewidth": 0.6}
+            cell: dict[str, Any] = {"facecolor": colours(share), "edgecolor": "white", "linewidth": 0.6}
             axes.add_patch(Rectangle((x - 0.5, line - 0.5), 1, 1, **cell))
             text = f"{value:.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
-            style = {"weight": "bold" if bold else "normal", "color": "white" if share < 0.5 else "black"}
-            axes.text(x, line, text, ha="center", va="center", fontsize=SMALL, **style)
+            weight, color = "bold" if bold else "normal", "white" if share < 0.5 else "black"
+            axes.text(x, line, text, ha="center", va="center", fontsize=SMALL, weight=weight, color=color)
     axes.set(xlim=(-0.5, places[-1] + 0.5), ylim=(len(factors) - 0.5, -0.5))
     names = [*taps, *(NULL_COLUMNS[null] for null in nulls), "chance"]
     axes.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor")

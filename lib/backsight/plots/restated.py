@@ -169,12 +169,12 @@ def cross_figure(metrics: pd.DataFrame) -> ShownFigure:
         )
         told = []
         for name, of in panels.items():
-            own = of.loc[of["source_tap"] == of["target_tap"], "value"]
+            diagonal = of.loc[of["source_tap"] == of["target_tap"], "value"]
             cells = "; ".join(
                 f"{short_tap(str(r.source_tap))} through {short_tap(str(r.target_tap))} {r.value:.1f}"
                 for r in of[of["source_tap"] != of["target_tap"]].itertuples()
             )
-            told.append(f"{name}: own {own.min():.1f} to {own.max():.1f} dB; {cells}.")
+            told.append(f"{name}: own {diagonal.min():.1f} to {diagonal.max():.1f} dB; {cells}.")
         figure.description = " ".join(told)
     return figure
 

@@ -100,9 +100,9 @@ def psnr_by_noise(metrics: pd.DataFrame) -> ShownFigure:
             # Where the named formats lie at this tap, as thin lines with their names at the top.
             for noise, sigma in at[at["noise"].isin(FORMATS)].groupby("noise")["sigma"].first().items():
                 axes.axvline(sigma, color="#999999", linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
-                place = {"xycoords": ("data", "axes fraction"), "xytext": (-1.5, -2), "textcoords": "offset points"}
-                style = {"rotation": 90, "va": "top", "ha": "right", "fontsize": SMALL, "color": NULL_COLOUR}
-                axes.annotate(str(noise), (sigma, 1.0), **place, **style)
+                style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                style |= {"rotation": 90, "va": "top", "ha": "right", "fontsize": SMALL, "color": NULL_COLOUR}
+                axes.annotate(str(noise), (sigma, 1.0), xytext=(-1.5, -2), **style)
             _log_sigma(axes, at)
             axes.set_title(tap)
             told.append(f"{tap}: {'; '.join(ends)}.")
@@ -124,7 +124,7 @@ def map_gain(metrics: pd.DataFrame) -> ShownFigure:
     rows = _rows(metrics, "psnr_difference")
     rows = rows[rows["against"] == "best"]
     taps = taps_in_order(rows)
-    border = {"color": "#b2182b", "linestyle": (0, (5, 2))}
+    border: dict[str, Any] = {"color": "#b2182b", "linestyle": (0, (5, 2))}
     with styled_figure(COLUMN_WIDTH, 2.8) as figure:
         axes = figure.subplots()
         handles = []
@@ -169,7 +169,7 @@ def recoverable_by_depth(metrics: pd.DataFrame) -> ShownFigure:
             handles.append(legend_line(f"σ = {sigma:g}", color=colour, marker="o"))
         for (name, label), dashes in zip(labels.items(), ((6, 2), (2, 1.5)), strict=True):
             limit = metrics.loc[metrics["measure"] == name, "value"].iloc[0]
-            style = {"color": NULL_COLOUR, "linestyle": (0, dashes)}
+            style: dict[str, Any] = {"color": NULL_COLOUR, "linestyle": (0, dashes)}
             axes.axhline(limit, linewidth=1, **style)
             handles.append(legend_line(f"{label}: {limit:.0f}", **style))
         name_taps(axes, taps)
@@ -199,7 +199,7 @@ def amplification_by_step(metrics: pd.DataFrame) -> ShownFigure:
         "largest": ("#d55e00", "^", "worst direction"),
         "chain": ("#029e73", "s", f"white noise of {', '.join(deepest)}, all the way back to here"),
     }
-    none = {"color": NULL_COLOUR, "linestyle": (0, (6, 2))}
+    none: dict[str, Any] = {"color": NULL_COLOUR, "linestyle": (0, (6, 2))}
     with styled_figure(COLUMN_WIDTH, 2.8) as figure:
         axes = figure.subplots()
         handles = []

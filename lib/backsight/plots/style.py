@@ -284,8 +284,8 @@ def legend_line(label: str, **style: Any) -> Line2D:
 def legend_above(figure: Figure, handles: Sequence[Any], columns: int = 4, **options: Any) -> None:
     """The legend above all panels."""
     handles = list(handles)
-    options = {"loc": "outside upper center", "ncols": min(columns, len(handles))} | options
-    figure.legend(handles=handles, **options)
+    style: dict[str, Any] = {"loc": "outside upper center", "ncols": min(columns, len(handles))} | options
+    figure.legend(handles=handles, **style)
 
 
 def legend_of_inverses(figure: Figure, names: Sequence[str]) -> None:

@@ -79,7 +79,8 @@ def task_by_t(metrics: pd.DataFrame) -> ShownFigure:
         ("probe_top1", "probe", "#029e73", "^"),
     ]
     lines = [line for line in lines if len(_rows(metrics, *line[:2]))]
-    dotted, dashed = {"linewidth": 0.9, "linestyle": (0, (1, 1))}, {"linewidth": 0.9, "linestyle": (0, (5, 3))}
+    dotted: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (1, 1))}
+    dashed: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (5, 3))}
     with styled_figure(COLUMN_WIDTH, 2.7) as figure:
         axes = figure.subplots()
         handles, drawn, told = [], [], []

@@ -8,7 +8,7 @@ Group DETR), a class and box loss on the encoder's tokens through the shared hea
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,15 @@ class DetectorTraining(nn.Module):
         mask = torch.zeros(1, 1, len(group), len(group), device=first.device)
         return queries, mask.masked_fill_(group[:, None] != group, torch.finfo(mask.dtype).min), len(first)
 
+    def streams(self, pixels: Tensor) -> _Streams:
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
     def loss(self, batch: Batch) -> Tensor:
         """DETR's set loss after every decoder layer (Carion et al. 2020; weights 1, 5, 2), and that of the tokens."""
         streams = self.streams(batch.pixels)
@@ -167,7 +176,7 @@ class DetectorTraining(nn.Module):
     def outputs(self, pixels: Tensor) -> Predictions:
         streams = self.streams(pixels)
         hidden = streams.layers[-1]
-        activation = "sigmoid" if self.focal else "softmax"
+        activation: Literal["softmax", "sigmoid"] = "sigmoid" if self.focal else "softmax"
         return Predictions(self.logits(hidden), self.boxes(hidden, streams.query_places), activation)
 
     def save(self, folder: Path) -> None:

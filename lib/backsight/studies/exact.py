@@ -16,12 +16,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches, open_images
@@ -364,7 +364,8 @@ def _fitted_inverse(
     target: Target, tap: str, training: ImageSource, completion: Mapping[str, Reconstruct], count: int
 ) -> ExactInverse:
     """Of the tap; "": of the deepest whose way back loses nothing, else of the deepest."""
-    inverses = exact_inverses(target, training, [tap] if tap else target.taps, completion, count)
+    modules = cast(Mapping[str, nn.Module], completion)
+    inverses = exact_inverses(target, training, [tap] if tap else target.taps, modules, count)
     if tap and tap not in inverses:
         raise BacksightError(f"Not one step back from {tap} of {target.name} is exact: choose an earlier tap.")
     reaching = [inverse for inverse in inverses.values() if tap or inverse.reached != inverse.source]

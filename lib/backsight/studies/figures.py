@@ -150,6 +150,7 @@ def example_pictures(target: str = "scenes-vit", seed: int = 0) -> tuple[np.ndar
     """
     frozen = load_target(target)
     folder = shipped_inverses(frozen)
+    chains: Mapping[str, torch.nn.Module]
     chains = load(folder, frozen).get("modular", {}) if folder is not None else {}
     if not chains:
         raise BacksightError(f"no modular inverses are shipped with {target}: the scheme is drawn with scenes-vit.")

@@ -363,7 +363,8 @@ def quality_images(
     photographs is taken whole (split "all"). n: at most this many.
     """
     if source == "photographs":
-        pictures, _ = crops(SPLIT_PHOTOGRAPHS["test"], n, getattr(target_or_size, "image_size", target_or_size), seed)
+        size = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
+        pictures, _ = crops(SPLIT_PHOTOGRAPHS["test"], n, size, seed)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, "photographs", "test"
     masked = source == "scenes" or (Path(source) / "annotations").is_dir()
     images = open_images(source, None, target_or_size, n, seed, masks=masked)

@@ -8,7 +8,7 @@ other source, is changed pixel by pixel inside the mask.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -255,7 +255,8 @@ def open_objects(
     Raises BacksightError where no image has such an object.
     """
     if source == "scenes":
-        return _scene_objects(getattr(target_or_size, "image_size", target_or_size), n, seed, minimum_area, rule, split)
+        size = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
+        return _scene_objects(size, n, seed, minimum_area, rule, split)
     try:
         images = open_images(source, split, target_or_size, seed=seed, masks=True)
     except BacksightError:

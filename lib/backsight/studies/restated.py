@@ -205,7 +205,7 @@ def _measure_depth(
             study.done()
         by_inverse[NULL_MEAN] = [study.mean.expand_as(images)]
         for inverse, by_seed in by_inverse.items():
-            scores = []
+            scores: list[dict[Any, Any]] = []
             for picture in by_seed:
                 scores.append(dict(score(images, picture, judged.masks)))
                 for measured in prepared:
@@ -436,7 +436,10 @@ def measure_restated(
         for tap in ordered:
             known = (maps or {}).get(tap)
             made = known or _map_of(target, families, tap, held_out, map_settings, checked, seed)
-            (skipped if isinstance(made, str) else ready)[tap] = made  # type: ignore[index]
+            if isinstance(made, str):
+                skipped[tap] = made
+            else:
+                ready[tap] = made
             bar.update()
         if not ready:
             raise BacksightError(

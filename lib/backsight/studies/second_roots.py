@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,7 @@ def modular_guess(inverse: ExactInverse, destination: str, modular: Reconstruct 
     """
     if not isinstance(modular, Chain):
         return None
-    module = modular.path[0]
+    module: Any = modular.path[0]
     walked = inverse.model.walk
     if module.source != destination or module.destination not in walked.taps:
         return None
@@ -144,11 +145,9 @@ def find_roots(
         signs = token_signs(token_map(step), truths)
     found = [roots for roots, _, _ in parts]
     offsets = np.cumsum([0, *(roots.tokens for roots in found)])
-    roots = TokenRoots(
-        torch.cat([part.token + int(offset) for part, offset in zip(found, offsets, strict=False)]),
-        *(torch.cat([getattr(part, name) for part in found]) for name in ("x", "residual", "sign")),
-        tokens=len(truths),
-    )
+    token = torch.cat([part.token + int(offset) for part, offset in zip(found, offsets, strict=False)])
+    values, residual, sign = (torch.cat([getattr(part, name) for part in found]) for name in ("x", "residual", "sign"))
+    roots = TokenRoots(token, values, residual, sign, len(truths))
     near = torch.cat([near for _, near, _ in parts])
     right = {rule: torch.cat([rules[rule] for _, _, rules in parts]) for rule in parts[0][2]}
     return FoundRoots(destination, step.source, roots, truths, near, signs, right, x.batch, seconds)
@@ -227,9 +226,13 @@ def root_rows(target: Target, found: Sequence[FoundRoots], dataset: str = "scene
     rows.pooled([[roots.seconds] * roots.images for roots in found], "seconds", step, EXACT)
     _add_distances(rows, "other_distance", found, [~roots.near for roots in found])
     _add_distances(rows, "nearest_other", found, [roots.nearest_other()[1] for roots in found])
+
+    def right(rule: str) -> Callable[[FoundRoots], Tensor]:
+        return lambda roots: roots.right[rule]
+
     for rule in found[0].right:
-        share("tokens_right", lambda roots, rule=rule: roots.right[rule], rule=rule)
-        share("images_right", lambda roots, rule=rule: roots.right[rule], whole=True, rule=rule)
+        share("tokens_right", right(rule), rule=rule)
+        share("images_right", right(rule), whole=True, rule=rule)
     return rows.table(*COLUMNS)
 
 

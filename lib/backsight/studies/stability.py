@@ -164,7 +164,8 @@ def _solved(uncertainty: Uncertainty, y: Representation, keep: int) -> Solved:
             kept.append((part, prior, solution))
         pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, prior.mean)]
         made.append((*pictures, uncertainty.deviation(part, prior, solution), solution.misfit))
-    return Solved(inverse, *(torch.cat(parts).detach() for parts in zip(*made, strict=True)), kept=kept)
+    images, steadied, deviation, misfit = (torch.cat(parts).detach() for parts in zip(*made, strict=True))
+    return Solved(inverse, images, steadied, deviation, misfit, kept)
 
 
 def _directions(
@@ -283,7 +284,8 @@ def measure_stability(
 
 
 def _recorded(target: Target, images: Tensor, tap: str, size: int = 32) -> Representation:
-    return concatenate([target.record(part, [tap])[tap] for part in images.split(size)])
+    recorded: list[Any] = [target.record(part, [tap])[tap] for part in images.split(size)]  # of one form
+    return concatenate(recorded)
 
 
 def _measure_tap(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pandas as pd
 import torch
@@ -183,7 +183,7 @@ def reconstruction_loss(
     images: Tensor, recorded: Mapping[str, Representation], inverses: Mapping[str, LinearInverse], variance: float
 ) -> Tensor:
     """Mean over taps of mean squared error / variance of the training images about their mean image: 1 - R²."""
-    errors = [(images - inverse.raw(recorded[tap])).square().mean() for tap, inverse in inverses.items()]
+    errors = [(images - cast(Tensor, inverse.raw(recorded[tap]))).square().mean() for tap, inverse in inverses.items()]
     return torch.stack(errors).mean() / variance
 
 

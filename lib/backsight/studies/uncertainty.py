@@ -98,7 +98,7 @@ class Uncertainty:
     def fitted(cls, *arguments: Any, **named: Any) -> Uncertainty:
         """With the inverse that `fit_map_tap` makes of the same arguments, measured on its `checked` images."""
         seen: list[tuple[Representation, Gaussian, MapSolution, Tensor]] = []
-        inverse = fit_map_tap(*arguments, **named, watch=lambda *solved: seen.append(solved))
+        inverse = fit_map_tap(*arguments, **{**named, "watch": lambda *solved: seen.append(solved)})
         if not seen:
             return cls(inverse, torch.tensor([0.0, 1.0, 0.0, 0.0]))
         made, clues, errors = cls(inverse, torch.zeros(4)), [], []
@@ -152,8 +152,8 @@ def reliability(deviation: Tensor, error: Tensor, seed: int = 0, bins: int = 10)
     predicted, count = deviation[:, None].expand_as(error).double(), len(error)
     constant = float(predicted.square().mean().sqrt())
     label = torch.empty(error.numel(), dtype=torch.long)
-    for number, part in enumerate(predicted.flatten().argsort(stable=True).chunk(bins)):
-        label[part] = number
+    for place, part in enumerate(predicted.flatten().argsort(stable=True).chunk(bins)):
+        label[part] = place
     cell = (torch.arange(count).repeat_interleave(error[0].numel()) * bins + label).numpy()
     number, variance, square = (
         np.bincount(cell, weights, count * bins).reshape(count, bins)

@@ -12,10 +12,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
@@ -75,7 +76,7 @@ def measure_whole_chains(
     pictures = torch.cat(list(batches(images, 64)))
     model = ExactModel.of(target)
     first = target.available_taps[0]
-    linear = families.get("linear", {}).get(first)
+    linear = cast(nn.Module | None, families.get("linear", {}).get(first))
     inverses = {tap: ExactInverse(model, tap, completion=linear) for tap in target.resolve_taps(taps)}
     for tap, inverse in inverses.items():
         bare = tap == first or inverse.reached != first or model.embedding is None
@@ -109,8 +110,8 @@ def measure_whole_chains(
                 swapped = torch.cat(starts).roll(1, 0)[:few]
                 outcomes[NULL_SHUFFLED], _ = _followed(inverse, pictures[:few], swapped, families, settings, 0.0)
                 bar.update(few)
-            for start, table in outcomes.items():
-                frames.append(table.assign(image=range(len(table)), tap=tap, start=start))
+            for origin, table in outcomes.items():
+                frames.append(table.assign(image=range(len(table)), tap=tap, start=origin))
             _add_rows(rows, tap, outcomes)
     return WholeChains(rows.table("seeds", "step"), pd.concat(frames, ignore_index=True), pictures[:SHOWN], shown)
 

@@ -47,8 +47,7 @@ def difference(first: Estimate | None, second: Estimate | None) -> Estimate | No
 
 def flipped(estimate: Estimate, start: float = 0.0) -> Estimate:
     """start − the estimate."""
-    ends = {"value": start - estimate.value, "low": start - estimate.high, "high": start - estimate.low}
-    return replace(estimate, **ends)
+    return replace(estimate, value=start - estimate.value, low=start - estimate.high, high=start - estimate.low)
 
 
 def log_ratio(first: Estimate | None, second: Estimate | None) -> Estimate | None:

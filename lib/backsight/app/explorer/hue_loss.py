@@ -33,9 +33,9 @@ def hue_rows(workbench: Workbench, targets: Sequence[str], scenes: int, seed: in
             View(picture=f"scene {scene}", hue_shift=360.0 * i / HUES) for scene in range(scenes) for i in range(HUES)
         ]
         shown = [subject(view, bench.target.image_size) for view in views]
-        place = {"target": name, "weights": bench.target.weights, "dataset": "scenes", "split": "test"}
+        place: dict[str, Any] = {"target": name, "weights": bench.target.weights, "dataset": "scenes", "split": "test"}
         for family, tap, values in _errors(bench, shown, scenes):
-            tap_of = {"tap": tap, "depth": bench.target.depth(tap), "inverse": family}
+            tap_of: dict[str, Any] = {"tap": tap, "depth": bench.target.depth(tap), "inverse": family}
             rows += metrics_rows(values, "hue_error", seed, **place, **tap_of)
     return rows
 

@@ -135,7 +135,7 @@ class Page:
         for name, control in self._plain.items():
             control.observe(self._changing(name), "value")
         self.depth.observe(self._depth_changed, "value")
-        self.other.observe(lambda change: change["new"].strip() and self._apply(target=change["new"].strip()), "value")
+        self.other.observe(self._other_changed, "value")
         self.folder.observe(self._open_folder, "value")
         self.mode.observe(lambda change: self.rows[0].given.set_trait("mode", MODES[change["new"]]), "value")
         self.clear.on_click(lambda _: self._apply(erased=(), shuffled=(), swapped=(), removed=()))
@@ -214,6 +214,10 @@ class Page:
         there = self._laid_out is not None and self._laid_out.target == self.view.target
         if threading.get_ident() not in self._quiet and there and change["new"] < len(self._taps):
             self._apply(tap=self._taps[change["new"]])
+
+    def _other_changed(self, change: Any) -> None:
+        if name := change["new"].strip():
+            self._apply(target=name)
 
     def _open_folder(self, change: Any) -> None:
         if folder := change["new"].strip():
