@@ -247,7 +247,7 @@ def _logit(probabilities: Tensor) -> Tensor:
 
 
 Representation = Tokens | Queries | Predictions
-AnyRepresentation = TypeVar("AnyRepresentation", Tokens, Queries, Predictions)
+AnyRepresentation = TypeVar("AnyRepresentation", bound=_Batch)
 
 
 def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentation:
@@ -263,8 +263,8 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
             raise BacksightError(
                 f"Representations of different form cannot be concatenated: {first.signature} and {other.signature}."
             )
-    parts = {each.name: _joined(each.name, representations) for each in dataclasses.fields(first)}
-    return dataclasses.replace(first, **parts)
+    parts = {each.name: _joined(each.name, representations) for each in dataclasses.fields(first)}  # type: ignore[arg-type]
+    return dataclasses.replace(first, **parts)  # type: ignore[type-var]
 
 
 def _joined(name: str, representations: Sequence[Any]) -> Any:

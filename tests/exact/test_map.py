@@ -188,6 +188,8 @@ def test_covariances_are_of_groups_and_do_not_grow_with_the_tokens() -> None:
         assert inverse.spread.shape == (2, 16, 16)  # of the class token, and of all patches
         sizes[side] = sum(buffer.numel() * buffer.element_size() for buffer in inverse.buffers())
     assert sizes[32] == sizes[64]
+    with pytest.raises(TypeError, match="function"):  # as its base, which no file can hold
+        inverse.configuration()
 
 
 def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:

@@ -75,7 +75,7 @@ def _shrink(image: ImageFile.ImageFile, enough: int) -> None:
     """Have a JPEG decoded at 1/2, 1/4 or 1/8, but not where a cut last pixel would shift the others."""
     for scale in (8, 4, 2):
         if min(image.size) // scale >= enough and all(-side % scale < side / 1000 for side in image.size):
-            image.draft(None, (image.width // scale, image.height // scale))  # type: ignore[arg-type]
+            image.draft(None, (image.width // scale, image.height // scale))
             break
 
 

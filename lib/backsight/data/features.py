@@ -237,6 +237,7 @@ def record_features(
     taps = target.taps if taps is None else target.resolve_taps(taps)
     first = target.record(next(batches(images, 1)), taps)
     forms = {tap: _form(representation) for tap, representation in first.items()}
+    size: tuple[int, ...]
     if isinstance(images, Tensor):
         name, split, size, kind = None, None, images.shape[2:], "uint8" if images.dtype == torch.uint8 else "float32"
     else:

@@ -170,11 +170,11 @@ def _declared(base: Path) -> dict[str, str]:
 def _split_folders(root: Path, base: Path, declared: dict[str, str], split: str, masks: bool) -> Found:
     found = Found(split, skipped=_stray(base))
     annotations: dict[str, Path] = {}
-    for part, name in declared.items():
-        usual = [root / "annotations" / f"instances_{stem}.json" for stem in (part, name)]
+    for split_name, name in declared.items():
+        usual = [root / "annotations" / f"instances_{stem}.json" for stem in (split_name, name)]
         for path in (base / name / "_annotations.coco.json", *usual):
             if path.is_file():
-                annotations[part] = path
+                annotations[split_name] = path
     coco = bool(annotations) or any(name[-4:].isdigit() for name in declared.values())
     if coco:
         unlabelled = "test" not in annotations and declared.get("test", "")[-4:].isdigit()  # COCO's own test images

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -40,7 +40,7 @@ from backsight.exact.starts import (
 )
 from backsight.exact.steps import Lost, NotInvertibleError, Step, Walk, in_precision, walk
 from backsight.inverses.linear import fit_linear
-from backsight.inverses.module import Inverses, described, header_for, rebuilt
+from backsight.inverses.module import InverseHeader, Inverses, described, header_for, rebuilt
 from backsight.representation import Representation, Tokens
 from backsight.targets.base import PIXELS, Target
 
@@ -135,7 +135,8 @@ class ExactInverse(nn.Module):
         for part in PARTS:
             own = {_key(name): module for name, module in (fitted or {}).get(part, {}).items() if name in names}
             setattr(self, part, nn.ModuleDict(own))
-        self.completion, self.header = completion, None
+        self.completion: Any = completion  # a LinearInverse
+        self.header: InverseHeader | None = None
         self.lost = _losses(model, tap, self.reached)
 
     def fitted(self, part: str, step: Step) -> Any:
@@ -338,7 +339,8 @@ def solve_step(
     known. Without a norm before it, mean and scale have to be given.
     """
     norm, before, context = step.norm, step.before, []
-    function, right = step.forward, y
+    function: Callable[..., Tensor] = step.forward
+    right = y
     if norm is not None and before is not None:
         right, context = norm.stripped(y), [torch.ones_like(y[..., :1]) if square is None else square]
 
@@ -432,6 +434,7 @@ def _runs(
     seen = 0
     for batch in batches(images, 64) if deepest else ():
         for tap, tokens in model.target.record(batch[: count - seen].double(), list(deepest)).items():
+            assert isinstance(tokens, Tokens)
             recorded[tap].append(tokens)
         seen += len(batch)
         if seen >= count:

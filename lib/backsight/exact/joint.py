@@ -95,7 +95,8 @@ class _Directions:
         self, steps: Sequence[Step], singles: Sequence[Step], y: Tensor, x: Tensor, known: int, precision: torch.dtype
     ) -> None:
         self.steps, self.singles, self.y, self.known, self.precision = steps, singles, y, known, precision
-        self.last, self.past = x.clone(), []
+        self.last = x.clone()
+        self.past: list[Tensor] = []
 
     def __call__(self, x: Tensor, residual: Tensor, _ratio: Tensor, which: Tensor) -> tuple[list[Tensor], int]:
         move = torch.zeros_like(self.y)

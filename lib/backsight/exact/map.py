@@ -29,7 +29,7 @@ from backsight.exact.posterior import Forward, Gaussian, Likelihood, MapSettings
 from backsight.exact.solver import factored
 from backsight.exact.starts import HELD_OUT, by_group, covariance, groups, of_tokens, ridge
 from backsight.inverses.linear import fit_linear
-from backsight.inverses.module import Inverses, described, header_for, rebuilt
+from backsight.inverses.module import InverseHeader, Inverses, described, header_for, rebuilt
 from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Queries, Representation, Tokens, concatenate
 from backsight.targets.base import PIXELS, Target
@@ -152,7 +152,8 @@ class MapInverse(nn.Module):
     ) -> None:
         super().__init__()
         self.target, self.source, self.noise, self.start = target, tap, noise, start
-        self.settings, self.batch_size, self.header = settings, batch_size, None
+        self.settings, self.batch_size = settings, batch_size
+        self.header: InverseHeader | None = None
         values, like = len(start.bias), start.mean
         self.register_buffer("noise_covariance", torch.zeros_like(start.wiener))
         self.register_buffer("spread", torch.zeros_like(start.wiener))
@@ -196,6 +197,8 @@ class MapInverse(nn.Module):
 
     def configuration(self) -> dict[str, Any]:
         """All but the numbers, for a file. Raises TypeError where the base is no module that a file can hold."""
+        if not isinstance(self.start.base, nn.Module):
+            raise TypeError(f"a file holds a MAP inverse whose base is a module, not {type(self.start.base).__name__}")
         return {
             "source": self.source,
             "image_size": list(self.target.image_size),
@@ -293,7 +296,8 @@ def fit_map_tap(
     full, the gain (0: a gain of 1); watch: called with the representation, prior, solution and true patches of these.
     """
     settings, device = settings or MapSettings(), target.device
-    pictures, recorded = [], []
+    pictures: list[Tensor] = []
+    recorded: list[Representation] = []
     for part in batches(images, 64):
         part = part[: count - sum(map(len, pictures))].to(device)
         pictures.append(part)

@@ -165,11 +165,13 @@ def newton(
             break
         before = residual[at]
         directions, cost = propose(x[at], before, before / history[-2][at], at)
+
+        def lower(value: Tensor, part: Tensor, at: Tensor = at) -> Tensor:
+            return loss(value, at[part])
+
         best, after = x[at], before
         for direction in directions:
-            trial, lowered, used = line_search(
-                lambda value, part, at=at: loss(value, at[part]), x[at], direction, before, shortest=shortest
-            )
+            trial, lowered, used = line_search(lower, x[at], direction, before, shortest=shortest)
             best = torch.where(_wide(lowered < after, best), trial, best)
             after, cost = torch.minimum(after, lowered), cost + used
         x[at], residual[at] = best, after

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,7 @@ class Prior(Fitted):
 
 def fit_prior(step: Step, x: Tensor, y: Tensor, start: StagedStart, prefix: int) -> Prior:
     """x, y: (B, n, c) streams of training images before and behind a step on tokens with a known derivative."""
+    assert step.jacobian is not None
     means, precisions, usual = [], [], []
     for rows in groups(x, prefix):
         means.append(rows.mean(0))
@@ -215,12 +217,13 @@ class LostDegrees(Fitted):
 
 
 def fit_lost_degrees(step: Step, x: Tensor) -> LostDegrees:
-    assert step.norm is not None
+    norm = step.norm
+    assert norm is not None
 
     def rows(part: Tensor) -> tuple[Tensor, Tensor]:
         z = step.forward(part)
-        log = (z.var(-1, unbiased=False, keepdim=True) + step.norm.epsilon).sqrt().log()
-        return step.norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
+        log = (z.var(-1, unbiased=False, keepdim=True) + norm.epsilon).sqrt().log()
+        return norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
 
     weight, bias = ridge((rows(part) for part in x.split(BATCH)), 0)
     return LostDegrees(weight=weight[0], bias=bias[0])
@@ -274,7 +277,7 @@ def measured_embedding(target: Target) -> Embedding | None:
         images = unpatchify(patches.expand(-1, grid[0] * grid[1], -1), grid, patch)
         tokens = target.record(images, [tap])[tap]
         # A module's own target tells its values in float32, whatever the precision of its pass.
-        return tokens.replace(tokens.values.to(weights)) if isinstance(tokens, Tokens) else tokens
+        return tokens.replace(tokens.values.to(weights)) if isinstance(tokens, Tokens) else cast("Tokens", tokens)
 
     blank = embedded(weights.new_zeros(1, 1, count))
     if not isinstance(blank, Tokens) or blank.grids != (grid,):

@@ -218,7 +218,8 @@ def walk(target: Target) -> Walk:
         recorded = target.record(image, target.available_taps)
     with torch.no_grad():
         streams, values, steps = _joined(calls)
-    sizes, taps = {PIXELS: image[0].numel()}, {}
+    sizes = {PIXELS: image[0].numel()}
+    taps: dict[str, int] = {}
     for tap, representation in recorded.items():
         sizes[tap] = representation.values[0].numel()
         number = _placed(representation.values, values, after=max(taps.values(), default=-1))
@@ -257,6 +258,7 @@ def _joined(calls: Sequence[_Call]) -> tuple[list[str], list[Tensor], dict[int, 
         if values and _same(call.entering, values[-1], 0.0):
             streams.append(call.path)
             values.append(call.leaving)
+            assert isinstance(call.module, nn.LayerNorm)
             norm = Norm.of(call.module, call.entering)
             steps[len(values) - 1] = Step("norm", "", "", lambda x: x, norm, tokenwise=True)
     return streams, values, steps
@@ -285,7 +287,7 @@ def _halves(call: _Call) -> list[tuple[str, Step]]:
     """(suffix of the stream's name, step) for each half of a block, as functions of flat tokens (B, n, c)."""
     attention, mlp, *names = BLOCKS[class_of(call.module)]
     block = call.module
-    norms = [Norm.of(getattr(block, name), call.entering) for name in names] or [None, None]
+    norms: list[Norm | None] = [Norm.of(getattr(block, name), call.entering) for name in names] or [None, None]
     kind: Literal["residual", "post_norm"] = "post_norm" if names else "residual"
 
     def attended(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -61,13 +61,20 @@ def fit(
     function = _function(family)
     taken = inspect.signature(function).parameters
     trained = "steps" in taken
-    common = {"taps": taps, "seed": seed, "progress": progress, "features": features, "checkpoint": checkpoint}
+    common: dict[str, Any] = {
+        "taps": taps,
+        "seed": seed,
+        "progress": progress,
+        "features": features,
+        "checkpoint": checkpoint,
+    }
     if family == "modular_polished" and arguments.get("modules") is None:
         arguments["modules"] = fit("modular", target, images, validation, **common, **arguments)
     if trained:
         often = arguments.get("steps", 400) * arguments.get("batch_size", 16) >= 2 * len(images)
         if features == "always" or (features == "auto" and often):
-            images = features_or_images(target, images, target.taps, progress=progress)
+            source = cast("ImageSource | Tensor", images)  # a store stands where an ImageSource does
+            images = features_or_images(target, source, target.taps, progress=progress)
         if checkpoint is not None:
             arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}
@@ -110,7 +117,8 @@ def fit_and_save(
     fitted: dict[str, Inverses] = {}
     files: list[Path] = []
     for family in families:
-        given = {"modules": fitted.get("modular"), "linear": fitted.get("linear"), "checkpoint": out / "checkpoints"}
+        given: dict[str, Any] = {"modules": fitted.get("modular"), "linear": fitted.get("linear")}
+        given["checkpoint"] = out / "checkpoints"
         fitted[family] = fit(family, target, train, validation, seed=seed, **given, **training)
         if processes().is_main_process:
             files += save(fitted[family], out)

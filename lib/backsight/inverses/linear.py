@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -129,6 +129,7 @@ class LinearInverse(nn.Module):
     """A linear map from the representation at `source` to `destination` (an earlier tap or "pixels")."""
 
     kind = "linear"
+    position: Tensor | None
 
     def __init__(
         self,
@@ -146,7 +147,8 @@ class LinearInverse(nn.Module):
         self.header: InverseHeader | None = None  # its fit says where it comes from
         self.score, self.position_rule = score or LinearScore(), position_rule
         ranks = ranks or {}
-        self.maps = nn.ModuleDict({block: AffineMap(layout, block, ranks.get(block)) for block in layout.blocks})
+        maps = {block: AffineMap(layout, block, ranks.get(block)) for block in layout.blocks}
+        self.maps = cast("dict[str, AffineMap]", nn.ModuleDict(maps))
         self.register_buffer("position", torch.zeros(tuple(position_shape)) if position_rule == "fixed" else None)
 
     @property
@@ -201,10 +203,9 @@ class LinearInverse(nn.Module):
             )
 
     def _position(self, representation: Representation) -> Tensor | None:
-        tokens = isinstance(representation, Tokens)
         if self.position_rule == "source":
-            return representation.position if tokens else None
-        same = not tokens or representation.grids == self.layout.source.grids
+            return representation.position if isinstance(representation, Tokens) else None
+        same = not isinstance(representation, Tokens) or representation.grids == self.layout.source.grids
         return self.position if same else None
 
     def configuration(self) -> dict[str, Any]:
@@ -278,7 +279,9 @@ def fit_linear_pairs(
     Returns {pair: LinearInverse}, each scored on the validation images. Raises BacksightError on an unknown tap, on
     ends between which no map is defined, and on too few images.
     """
-    requests = {pair: pair if isinstance(pair, Request) else Request(*pair, context) for pair in dict.fromkeys(pairs)}
+    requests = {
+        pair: pair if isinstance(pair, Request) else Request(pair[0], pair[1], context) for pair in dict.fromkeys(pairs)
+    }
     _check(target, requests.values(), images, validation)
     taps = dict.fromkeys(tap for request in requests.values() for tap in request[:2] if tap != PIXELS)
     layouts: dict[Request, tuple[Layout, PositionRule, Tensor | None]] = {}
@@ -286,19 +289,19 @@ def fit_linear_pairs(
     sample = _Sample()
     passes = held_out_passes(target, images, validation, list(taps), batch_size, workers, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
-        recorded = {PIXELS: batch, **recorded}
+        held: dict[str, Any] = {PIXELS: batch, **recorded}
         if not groups:
             for request in dict.fromkeys(requests.values()):
-                source, end = recorded[request.source], recorded[request.destination]
+                source, end = held[request.source], held[request.destination]
                 forms = form_of(source), form_of(end)
                 layout = plan_layout(request[:2], *forms, target.reduction, request.context, maximum_inputs)
                 layouts[request] = layout, *_position_rule(source, end)
-            groups = _grouped({request: layout for request, (layout, *_) in layouts.items()}, recorded, len(images))
+            groups = _grouped({request: layout for request, (layout, *_) in layouts.items()}, held, len(images))
         outputs: dict[Hashable, Tensor] = {}
         for group in groups:
-            group.update(recorded, held_out, outputs, seed + number)
+            group.update(held, held_out, outputs, seed + number)
         if held_out:
-            sample.add(recorded)
+            sample.add(held)
     for group in groups:
         group.training, group.validation = group.training.gathered(), group.validation.gathered()
     if not groups or any(min(group.training.count, group.validation.count) == 0 for group in groups):
@@ -319,9 +322,9 @@ def fit_linear_pairs(
 def _check(target: Target, requests: Collection[Request], images: Images, validation: Images | None) -> None:
     if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
-    for name, source in (("images", images), ("validation", validation)):
-        if not isinstance(source, Tensor | ImageSource | FeatureStore | None):
-            raise TypeError(f"{name} are an ImageSource (open_images) or a tensor (N, 3, H, W), not {source!r:.60}")
+    for name, given in (("images", images), ("validation", validation)):
+        if not isinstance(given, Tensor | ImageSource | FeatureStore | None):
+            raise TypeError(f"{name} are an ImageSource (open_images) or a tensor (N, 3, H, W), not {given!r:.60}")
     for source, destination, context, _ in requests:
         if context < 1 or context % 2 == 0:
             raise ValueError(f"the context of a linear map is an odd number of tokens from 1, not {context}")
@@ -385,10 +388,11 @@ def _grouped(layouts: Mapping[Request, Layout], recorded: Mapping[str, Any], ima
 
 def _projections(representation: Representation, reading: Reading) -> dict[str, Tensor]:
     """The leading principal directions of the tokens of the first batch, and of each of its prefix tokens."""
-    tokens = isinstance(representation, Tokens)
-    kinds = [representation.maps()[reading.level].movedim(1, 3) if tokens else representation.values]
-    if tokens and reading.context > 1:
-        kinds += representation.prefix_values.unbind(1)
+    assert reading.directions is not None
+    kinds = [representation.values]
+    if isinstance(representation, Tokens):
+        kinds = [representation.maps()[reading.level].movedim(1, 3)]
+        kinds += representation.prefix_values.unbind(1) if reading.context > 1 else ()
     projections = []
     for values in kinds:
         moments = RidgeAccumulator()
@@ -436,7 +440,7 @@ def _solved(
     inverse = LinearInverse(request.source, request.destination, layout, ranks, score, rule, shape)
     for block, state in states.items():
         inverse.maps[block].load_state_dict(state)
-    if position is not None:
+    if position is not None and inverse.position is not None:
         inverse.position.copy_(position)
     return inverse
 
@@ -451,9 +455,14 @@ class _Sample:
     def add(self, recorded: Mapping[str, Any]) -> None:
         """recorded: {tap: representation}, and the images under "pixels"."""
         tensors = [recorded[PIXELS]]
+
+        def noted(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
         for representation in recorded.values():
             if not isinstance(representation, Tensor):
-                representation.apply(lambda tensor: tensors.append(tensor) or tensor)
+                representation.apply(noted)
         size, batch = sum(tensor[:1].nbytes for tensor in tensors), len(tensors[0])
         count = min(batch, self.room // size)
         self.room = self.room - count * size if count == batch else 0

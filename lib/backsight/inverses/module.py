@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -211,7 +211,7 @@ class Inverse(nn.Module):
         return cls(
             InverseHeader("", "", "", "", "", ""),
             design,
-            None if linear is None else rebuilt(linear, target),
+            None if linear is None else cast("LinearInverse", rebuilt(linear, target)),
             source,
             destination,
             None if shape is None else torch.zeros(shape),
@@ -240,12 +240,14 @@ class Chain(nn.Module):
                     f"The chain from {start!r} runs in a circle at {tap!r}: leave one of its modules out."
                 )
             path.append(modules[tap])
-        self.path = nn.ModuleList(path)
+        self.path = cast("Sequence[Inverse | LinearInverse]", nn.ModuleList(path))
 
     @property
     def header(self) -> InverseHeader:
         """That of the first module, with the chain's own destination."""
-        return replace(self.path[0].header, destination=self.destination)
+        first = self.path[0].header
+        assert first is not None
+        return replace(first, destination=self.destination)
 
     @property
     def source(self) -> str:
@@ -271,7 +273,7 @@ class Chain(nn.Module):
 
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Chain:
-        path = [rebuilt(description, target) for description in configuration["path"]]
+        path: list[Any] = [rebuilt(description, target) for description in configuration["path"]]
         return cls({module.source: module for module in path}, path[0].source)
 
 
@@ -284,7 +286,7 @@ class Inverses(Mapping[str, nn.Module]):
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = dict(modules.modules if isinstance(modules, Inverses) else modules)
+        self.modules: dict[str, Any] = dict(modules.modules if isinstance(modules, Inverses) else modules)  # of KINDS
         headers = [module.header for module in self.modules.values()]
         names = ("family", "target", "weights_hash")
         self.family, self.target, self.weights_hash = (getattr(headers[0], n) if headers else "" for n in names)
@@ -330,6 +332,8 @@ def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse
             f"and the next, of {after.source!r}, reads {after.source_form}; fit both for the same taps and "
             "image size."
         )
+    assert before.header is not None
+    assert after.header is not None
     if before.header.weights_hash != after.header.weights_hash:
         raise BacksightError(f"The chain breaks at {tap!r}: its modules invert different weights; fit both anew.")
 
@@ -359,8 +363,9 @@ KINDS = {
 
 def described(module: nn.Module) -> dict[str, Any]:
     """All but the numbers in `state_dict()`, as JSON; nested modules describe theirs the same way."""
-    header = None if module.header is None else asdict(module.header)
-    return {"kind": module.kind, "header": header, "configuration": module.configuration()}
+    own: Any = module  # of one of KINDS
+    header = None if own.header is None else asdict(own.header)
+    return {"kind": own.kind, "header": header, "configuration": own.configuration()}
 
 
 def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:

@@ -91,16 +91,16 @@ class Attention(nn.Module):
         """x, code: (B, N, C); memory, memory_code: (B, M, C), or None for x itself; hidden: (B, M) bool or None."""
         x = self.norm(x)
         memory, memory_code = (x, code) if memory is None else (memory, memory_code)
-        heads = [
+        query, key, value = (
             projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for projected in (
                 self.query(x if code is None else x + code),
                 self.key(memory if memory_code is None else memory + memory_code),
                 self.value(memory),
             )
-        ]
+        )
         mask = None if hidden is None else ~hidden[:, None, None, :]
-        return self.out(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -284,14 +284,15 @@ class TransformerResidual(nn.Module):
         hidden = None if around.padding is None else F.pad(around.padding, (self.prefix, 0))
         code = None if around.position is None else F.pad(around.position, (0, 0, self.prefix, 0))
         if not self.crossed:
-            learned = self.slots if self.codes is None else self.codes()
+            learned = self.codes() if isinstance(self.codes, GridCodes) else self.slots
             code = learned if code is None else code if learned is None else code + learned
             for layer in self.layers:
                 x = layer(x, code, hidden)
             return self.head(x)
-        if self.codes is not None:
+        if isinstance(self.codes, Tensor):
             code = F.pad(self.codes, (0, 0, self.prefix, 0))
         assert code is not None
+        assert self.embed is not None
         if self.prefix_codes is not None:
             code = code + F.pad(self.prefix_codes, (0, 0, 0, code.shape[1] - self.prefix))
         memory, y = self.embed(x), torch.zeros_like(code).expand(len(x), -1, -1)
@@ -314,7 +315,10 @@ class SplittingResidual(nn.Module):
         super().__init__()
         source, end = self.source, self.destination = design.source, design.destination
         self.layout = plan_layout(("", ""), source, end)
-        self.codes = self.end_codes = None
+        self.codes: GridCodes | None = None
+        self.end_codes: GridCodes | None = None
+        before: list[nn.Module]
+        after: list[nn.Module]
         if design.mixing == "attention":
             self.codes, self.end_codes = GridCodes(source), GridCodes(end)
             heads = [_divisor(form.channels, design.heads) for form in (source, end)]
@@ -333,7 +337,8 @@ class SplittingResidual(nn.Module):
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         source, end = self.source, self.destination
-        x = self._mixed(self.before, x, source, self.codes and self.codes(), around.source_padding)
+        code = None if self.codes is None else self.codes()
+        x = self._mixed(self.before, x, source, code, around.source_padding)
         tokens = Tokens(x, source.grids, source.prefix, around.source_padding)
         parts = []
         if self.first is not None:
@@ -344,7 +349,7 @@ class SplittingResidual(nn.Module):
             grid, patch = self.layout.reading(block).rows, self.layout.patches[level]
             whole = resized(unpatchify(rows, grid, patch, self.layout.canvas(level)), end.grids[level])
             parts.append(whole.flatten(2).transpose(1, 2))
-        code = self.end_codes and self.end_codes()
+        code = None if self.end_codes is None else self.end_codes()
         if code is not None and around.position is not None:
             code = code + F.pad(around.position, (0, 0, end.prefix, 0))
         return self.head(self._mixed(self.after, torch.cat(parts, dim=1), end, code, around.padding))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ def recorded_batches(
         for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
             yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
         return
-    for batch in itertools.islice(batches(images, batch_size, workers=workers), steps):
+    source = cast("ImageSource | Tensor", images)  # a store stands where an ImageSource does
+    for batch in itertools.islice(batches(source, batch_size, workers=workers), steps):
         batch = batch.to(target.device)
         yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
 

@@ -285,7 +285,7 @@ def fine_tune(
 
     weights = {"task": 1 - t, "reconstruction": t}
     maps = [part for inverse in along.values() for part in inverse.maps.values()]
-    numbers = [tensor.requires_grad_() for part in maps for tensor in (*part.factors, part.bias)]  # type: ignore[misc]
+    numbers = [tensor.requires_grad_() for part in maps for tensor in (*part.factors, part.bias)]
     both = _Both(tuned.model, numbers)
     train(
         {f"{target.name} at t = {t}": both},

@@ -278,7 +278,7 @@ def _observed(
         return Found(place, *known, _edge(tensor), torch.autograd._get_sequence_nr(), version)
 
     def enter(path: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        first = given[0] if given else next(iter(named.values()), None)
+        first: Any = given[0] if given else next(iter(named.values()), None)
         plain = next(tensors_in(first), ((0,), None))[0] == ()
         if inside and not starts and plain and given and is_leaf(module):
             torch.set_grad_enabled(True)  # until the end of the no_grad around it
@@ -301,7 +301,9 @@ def _observed(
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
     for returned in calls:
-        together = graph.all_pass({one.edge for one in returned} - {None}, returned[0].clock if returned else 0)
+        together = graph.all_pass(
+            {one.edge for one in returned if one.edge is not None}, returned[0].clock if returned else 0
+        )
         for one in returned:
             one.with_companions = together
     found = [one for returned in calls for one in returned]
@@ -370,7 +372,7 @@ class _Graph:
 
     def is_cut(self, edge: Edge | None, clock: int) -> bool:
         """Do all paths run through it, and has none read it before `clock`?"""
-        return edge in self.cuts and self.first_read.get(edge, clock) >= clock  # type: ignore[arg-type]
+        return edge in self.cuts and self.first_read.get(edge, clock) >= clock
 
     def all_pass(self, edges: set[Edge], clock: int) -> bool:
         """Does no path from the roots to the leaf avoid these edges, read after `clock`?"""

@@ -256,7 +256,8 @@ def _usual(config: Any) -> Any:
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-    known = IMAGE_PROCESSOR_MAPPING.get(type(config), {}).get("torchvision")
+    processors: Any = IMAGE_PROCESSOR_MAPPING.get(type(config), {})
+    known = processors.get("torchvision")
     return known or getattr(transformers, PROCESSORS.get(config.model_type, "ViTImageProcessor"))
 
 

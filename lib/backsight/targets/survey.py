@@ -112,7 +112,8 @@ def suggest_taps(
         channels = 3 if preprocess is None else len(preprocess.mean)
         images = torch.rand(2, channels, *images, generator=torch.Generator().manual_seed(0))
     elif not isinstance(images, Tensor):
-        first = [images[number]["image"] for number in range(min(2, len(images)))]
+        examples = cast("Sequence[Any]", images)
+        first = [examples[number]["image"] for number in range(min(2, len(examples)))]
         images = torch.stack(first) / (1 if first[0].is_floating_point() else 255)
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise BacksightError(

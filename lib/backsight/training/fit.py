@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,8 @@ def fit_modular(
             loss = _error(values, batch.images if wanted is None else wanted) / inverse.variance
             if (view := views.get(inverse.destination)) is not None and wanted is not None:
                 reconstructed: Any = inverse.wrap(values, given)
-                seen = F.mse_loss(view.raw(reconstructed), view.raw(wanted)) / pixel_variance
+                shown, true = cast("Tensor", view.raw(reconstructed)), cast("Tensor", view.raw(wanted))
+                seen = F.mse_loss(shown, true) / pixel_variance
                 loss = image_share * seen + (1 - image_share) * loss
             yield tap, loss
 
@@ -215,7 +216,8 @@ def fit_polish(
     def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         generator = _generator(seed, step)
         entries = (torch.randperm(len(batch.images), generator=generator) + step) % len(order)
-        rows, flowing = torch.empty(0, dtype=torch.long), None
+        rows = torch.empty(0, dtype=torch.long)
+        flowing: Any = None  # a representation, in the end the images
         for place, tap in reversed(list(enumerate(order))):
             if len(entering := (entries == place).nonzero().flatten()):
                 given = batch.recorded[tap].index(entering.to(target.device))
