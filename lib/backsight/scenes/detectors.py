@@ -6,6 +6,7 @@ Group DETR), a class and box loss on the encoder's tokens through the shared hea
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -99,7 +100,7 @@ class _Streams:
     query_places: Tensor | None = None
 
 
-class DetectorTraining(nn.Module):
+class DetectorTraining(nn.Module, ABC):
     """A detector with the loss it is trained by; focal: weight of a focal loss of sigmoids, 0 for a softmax."""
 
     slow: ClassVar[tuple[str, ...]] = ()
@@ -128,14 +129,17 @@ class DetectorTraining(nn.Module):
         mask = torch.zeros(1, 1, len(group), len(group), device=first.device)
         return queries, mask.masked_fill_(group[:, None] != group, torch.finfo(mask.dtype).min), len(first)
 
+    @abstractmethod
     def streams(self, pixels: Tensor) -> _Streams:
-        raise NotImplementedError
+        """What the detector's training pass holds behind every layer."""
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(…, classes) of decoder states (…, C)."""
 
+    @abstractmethod
     def boxes(self, hidden: Tensor, places: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """(…, 4) centre and size in [0, 1] of decoder states (…, C)."""
 
     def loss(self, batch: Batch) -> Tensor:
         """DETR's set loss after every decoder layer (Carion et al. 2020; weights 1, 5, 2), and that of the tokens."""
