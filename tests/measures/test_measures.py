@@ -101,6 +101,13 @@ def test_determination_is_measured_against_the_null_model() -> None:
     assert math.isnan(determination(np.ones(3), np.zeros(3))[0])
 
 
+def test_what_a_target_takes_can_be_measured() -> None:
+    """Images that overshoot a little, as interpolation makes them; their targets record them."""
+    images, disturbed = pair(3)
+    images[0, 0, 0, 0], disturbed[0, 0, 0, 0] = 1.009, -0.009
+    assert psnr(images, disturbed).isfinite().all()
+
+
 def test_feature_cosine_ignores_padding() -> None:
     values = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     padding = torch.tensor([[False, False, True, True], [False, False, False, False]])

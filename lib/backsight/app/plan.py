@@ -73,7 +73,7 @@ def plan_preset(preset: str) -> str:
             seconds, measured = committed.loc[run, "seconds"], str(committed.loc[run, "machine"])
         rows.append((run, notebook, seconds, measured if seconds is not None else "not yet measured"))
     plan = pd.DataFrame(rows, columns=["run", "notebook", "seconds", "measured"])
-    known = plan["seconds"].astype(float)
+    known = plan["seconds"] = plan["seconds"].astype(float)
     unknown = int(known.isna().sum())
     total = f"{len(plan)} runs, {known.sum() / 60:.0f} minutes one after the other"
     return f"{plan.to_string(index=False, na_rep='-')}\n\n{total}" + (
