@@ -28,7 +28,6 @@ LONGEST = (
     "test_processes.py",
     "test_training_faults.py",
     "test_tradeoff.py",
-    "test_restated.py",
     "test_stability_study.py",
     "test_efficiency.py",
     "test_explorer.py",

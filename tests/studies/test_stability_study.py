@@ -119,7 +119,6 @@ def test_every_inverse_reads_the_same_noise(target: Target, study: Stability, se
         wanted = disturbed(clean, TAP, noise).values
         for name, values in seen.items():
             assert any(torch.equal(each, wanted) for each in values if each.shape == wanted.shape), (name, noise)
-    assert {tap: (one.source, one.noise.name) for tap, one in study.maps.items()} == {TAP: (TAP, "float32")}
     other = disturbed(clean, TAP, Noise("gaussian", 1.0), seed=1).values
     assert not torch.equal(other, disturbed(clean, TAP, Noise("gaussian", 1.0)).values)
 

@@ -135,7 +135,7 @@ def test_what_the_model_itself_gives_back_was_never_lost(tmp_path: Path) -> None
         gained.to_csv(tmp_path / name / "metrics.csv", index=False)
     rows = claim_rows(findings(read_study(tmp_path)), "what decoders lose with depth is lost")
     assert set(rows["verdict"]) == {DISAGREED}
-    assert len(rows) == 2 * (1 + 2 + 1)
+    assert len(rows) == 2 * (2 + 1)
 
 
 def test_the_two_targets_can_agree_on_colour_and_differ_in_depth(found: pd.DataFrame) -> None:

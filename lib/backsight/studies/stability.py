@@ -85,8 +85,7 @@ class Stability:
     images: (k, 3, H, W), the first ones; pictures: {(tap, noise): {inverse: (k, 3, H, W)}} of the first training seed
     (exact: at most `exact_images`); deviations: {(tap, noise): (predicted, actual), each (k, H, W)} root mean square
     over the channels; directions: {tap: (patterns (d, 3, H, W), (d,) share of the prior's variance left)} of the first
-    image at the least noise; random_directions: {tap: patterns of random directions of that prior}; maps: {tap: its MAP
-    inverse at "float32"}, where that is one of the noises.
+    image at the least noise; random_directions: {tap: patterns of random directions of that prior}.
     """
 
     images: Tensor
@@ -96,7 +95,6 @@ class Stability:
     deviations: dict[Job, tuple[Tensor, Tensor]] = field(default_factory=dict)
     directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     random_directions: dict[str, Tensor] = field(default_factory=dict)
-    maps: dict[str, MapInverse] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------------------- noises
@@ -308,8 +306,6 @@ def _measure_tap(
             study.target, tap, map_base(by_seed[0], tap), study.held_out, noise, study.settings, len(study.held_out),
             study.checked, study.seed,
         )  # fmt: skip
-        if noise.kind == "float32":
-            study.made.maps[tap] = uncertainty.inverse
         solved = _solved(uncertainty, y, study.probes.images)
         _score(study, tap, y, solved, columns)
         error = solved.images - study.images

@@ -15,7 +15,7 @@ from backsight.tables.estimates import Estimate, difference, estimate_of, flippe
 from backsight.tables.names import ALL_TAPS, LEADING_FAMILIES, SLOPES
 from backsight.tables.read import COLOUR, CROSS_LAYER, EFFICIENCY, EXACT, QUALITY, TRADEOFF, Study, fullest_run
 
-HALF_OF_IT = 0.5  # share of what decoders lose with depth: more of it has to be out of reach to count as lost
+HALF_OF_IT = 0.5  # share of images: more of them have to be out of reach to count as lost
 HIDDEN = 3.0  # dB: what MAP gains on the best decoder where a picture counts as hidden from decoders, not lost
 AS_GOOD = 0.5  # dB: a chain this little below the direct decoder still counts as as good
 _PROBE = "probe"
@@ -459,15 +459,6 @@ def _largest_t(rows: pd.DataFrame) -> pd.DataFrame:
 
 def lost_for_good(study: Study) -> Iterator[Evidence]:
     """What decoders do not read: how much of it the model's own inverse gets back, at which noise, and how exactly."""
-    rows = fullest_run(_has(study.rows(EXACT, "depth_cost_recovered"), of="psnr"))
-    for target in _targets(rows):
-        of = rows[(rows["target"] == target) & (rows["against"] != "linear")]
-        of = of[of["tap"] == list(deep_taps(of).values())[-1]] if len(of) else of
-        for against in sorted(set(of["against"])):
-            found = estimate_of(of[of["against"] == against])
-            if found is not None:
-                said = f"loss of PSNR with depth, to {of['tap'].iloc[0]}, that MAP has as well, of that of {against}"
-                yield Evidence(target, said, "share", flipped(found, 1), border=HALF_OF_IT)
     rows = fullest_run(_has(study.rows(EXACT, "psnr"), study="stability"))
     for target, of in _by_target(rows):
         of = of[of["tap"] == list(deep_taps(of).values())[-1]].sort_values("sigma")

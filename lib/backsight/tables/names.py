@@ -10,7 +10,6 @@ SHUFFLED_FAMILIES = ("modular", "linear", "direct")
 MAP, EXACT, STEADIED = "map", "exact", "steadied"
 NULL_MEAN, NULL_SHUFFLED, NULL_GUESS, NULL_SAME = "null_mean", "null_shuffled", "null_guess", "null_unchanged"
 NULL_CONSTANT, NULL_RANDOM = "null_constant", "null_random"
-LOWER_IS_BETTER = ("hue_error", "lost", "invented")
 ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
 
 # 04_cross_layer: slopes and their units.
