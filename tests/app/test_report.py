@@ -17,11 +17,8 @@ from report_runs import DETR, VIT, rows, save_frames, save_png, save_results, sa
 from backsight.app import report, report_tables
 from backsight.app.frames import (
     FRAME_TABLE,
-    check_pictures,
-    describe_picture,
     frame_metrics,
     make_frames,
-    open_pictures,
     read_frames,
     write_frames,
 )
@@ -306,25 +303,6 @@ def test_a_frame_of_another_size_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 16)).save(tmp_path / save_frames(tmp_path)[1].file)
     with pytest.raises(BacksightError, match=r"line 3: .* 8 x 16 pixels"):
         read_frames(tmp_path)
-
-
-def test_pictures_by_name() -> None:
-    images = open_pictures(["scene 22 hue 0", "scene 22 hue 240", "scene 22", "china"], (32, 32))
-    assert images.shape == (4, 3, 32, 32)
-    changed = (images[0] != images[1]).any(0)
-    assert 0.1 < changed.float().mean() < 0.6  # one object, not the picture
-    red, blue = images[0][:, changed].mean(1), images[1][:, changed].mean(1)
-    assert red.argmax() == 0
-    assert blue.argmax() == 2
-    assert "the heart recoloured to a hue of 240°" in describe_picture("scene 22 hue 240")
-    assert describe_picture("china") == "the photograph china"
-    for wrong, message in (("scene -1", "no picture"), ("scene 3 hue 360", "from 0 to 359"), ("chelsae", "no picture")):
-        with pytest.raises(BacksightError, match=message):
-            check_pictures([wrong])
-    with pytest.raises(BacksightError, match="'china' is given twice"):
-        check_pictures(["china", "scene 0", "china"])
-    with pytest.raises(BacksightError, match="scenes are square"):
-        open_pictures(["scene 0"], (32, 48))
 
 
 def test_names_that_come_out_alike_get_files_of_their_own(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def check_values(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     if isinstance(photograph := values.get("photograph"), str):
         check_photograph(photograph)
     if isinstance(pictures := values.get("pictures"), list):
-        from backsight.app.frames import check_pictures
+        from backsight.app.pictures import check_pictures
 
         check_pictures(pictures)
     if query := values.get("query"):

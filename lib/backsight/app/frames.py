@@ -3,8 +3,7 @@
     <run>/frames/<target>/<picture>--<family>--<tap>.png    at the target's own size
     <run>/frames.csv                                        what each file shows, with its PSNR and SSIM
 
-Pictures are named by a word: a built-in photograph ("chelsea"), the path of an image file, a test scene ("scene 22"),
-or that scene with its largest object recoloured ("scene 22 hue 240").
+The pictures are named as `app.pictures` names them.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from backsight.app.report_sources import listed
+from backsight.app.pictures import open_picture
 from backsight.errors import BacksightError
 from backsight.project import shown, write_atomically
-from backsight.scenes.photographs import PHOTOGRAPHS
-from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, Scene, SceneOptions, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
 FRAMES, FRAME_TABLE = "frames", "frames.csv"
 INPUT = "input"  # the family of a picture's own frame; its tap is `pixels`
 PIXELS = "pixels"
-_SCENE = re.compile(r"scene (?P<index>\d+)(?: hue (?P<hue>\d{1,3}))?")
-_SCENE_SPLIT, _SCENE_SEED = "test", 0  # scenes that no shipped target was trained on
 
 
 @dataclass(frozen=True)
@@ -64,74 +59,6 @@ class Frame:
 COLUMNS = tuple(field.name for field in fields(Frame))
 
 
-# ---------------------------------------------------------------------------------------------------- pictures by name
-
-
-def check_pictures(names: Sequence[str]) -> None:
-    """Refuse a name that is neither a photograph, an image file nor a scene, and a name that is given twice."""
-    for name in names:
-        _picture_kind(name)
-    if twice := sorted({name for name in names if list(names).count(name) > 1}):
-        raise BacksightError(f"the picture {twice[0]!r} is given twice: name each picture once.")
-
-
-def open_pictures(names: Sequence[str], size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W) in [0, 1], one for each name, at a target's size; BacksightError as check_pictures, and on no name.
-
-    Photographs and files: the largest centred crop. Scenes are rendered at that size and have to be square.
-    """
-    import torch
-
-    from backsight.studies.quality import picture
-
-    if not names:
-        raise BacksightError("there is no picture to open: name at least one.")
-    check_pictures(names)
-    opened = []
-    for name in names:
-        if (scene := _scene(name, size)) is not None:
-            opened.append(torch.from_numpy(scene.image.copy()).permute(2, 0, 1)[None].float() / 255)
-        else:
-            opened.append(picture(name, size))
-    return torch.cat(opened)
-
-
-def describe_picture(name: str) -> str:
-    """What the picture shows, for people who cannot see it: "test scene 22: heart and star on china, …"."""
-    scene = _scene(name, (64, 64))
-    if scene is None:
-        return f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
-    objects = [CLASSES[int(label)].name for label in scene.labels]
-    index, hue = _picture_kind(name)
-    colour = f", the {objects[0]} recoloured to a hue of {hue}°" if hue is not None else ""
-    return f"test scene {index}: {listed(objects)} in front of a crop of {scene.background}{colour}"
-
-
-def _picture_kind(name: str) -> tuple[int | None, int | None]:
-    """(index, hue) of a scene, (None, None) of a photograph or a file. Raises BacksightError on anything else."""
-    if found := _SCENE.fullmatch(name):
-        hue = None if found["hue"] is None else int(found["hue"])
-        if hue is not None and hue >= 360:
-            raise BacksightError(f"the hue of the picture {name!r} is {hue}: give degrees from 0 to 359.")
-        return int(found["index"]), hue
-    if name not in PHOTOGRAPHS and not Path(name).is_file():
-        raise BacksightError(
-            f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240', the path of an image file, or one of "
-            f"{', '.join(PHOTOGRAPHS)}."
-        )
-    return None, None
-
-
-def _scene(name: str, size: tuple[int, int]) -> Scene | None:
-    index, hue = _picture_kind(name)
-    if index is None:
-        return None
-    if size[0] != size[1]:
-        raise BacksightError(f"scenes are square, not {size[0]} x {size[1]}: leave out {name!r} for this target.")
-    options = DEFAULT_OPTIONS if hue is None else SceneOptions(set_hue=float(hue), recolour="dominant")
-    return render(_SCENE_SPLIT, index, _SCENE_SEED, size[0], options)
-
-
 # ----------------------------------------------------------------------------------------------------- making frames
 
 
@@ -149,7 +76,7 @@ def make_frames(
     """
     from backsight.measures.pixels import psnr, ssim
 
-    described = [describe_picture(name) for name in names]
+    described = [open_picture(name, (64, 64)).words for name in names]
     frames: dict[str, list[tuple[Frame, np.ndarray]]] = {
         name: [(Frame("", target, name, shows, INPUT, PIXELS, None, math.nan, math.nan), _pixels(image))]
         for name, shows, image in zip(names, described, images, strict=True)

@@ -1,0 +1,71 @@
+"""Pictures by name: a built-in photograph ("chelsea"), the path of an image file, a test scene ("scene 22"), or that
+scene with its largest object recoloured ("scene 22 hue 240"). The same word is the same picture everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from backsight.errors import BacksightError
+from backsight.scenes.photographs import PHOTOGRAPHS
+from backsight.scenes.render import CLASS_NAMES, DEFAULT_OPTIONS, render
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCENE = re.compile(r"scene (\d{1,6})(?: hue ([0-2]?\d{1,2}|3[0-5]\d))?")
+
+
+class Picture(NamedTuple):
+    """image: (1, 3, H, W) in [0, 1]; mask: (1, H, W) bool, of a scene's largest object, or None; words: for people."""
+
+    image: Tensor
+    mask: Tensor | None
+    words: str
+
+
+def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Picture:
+    """The largest centred crop at (H, W). hue_shift: degrees by which a scene's largest object is rendered in another
+    hue; photographs and files stay as they are. Raises BacksightError on a name that is none of the kinds.
+    """
+    import torch
+
+    from backsight.studies.quality import picture
+
+    check_pictures([name])
+    if (scene_name := _SCENE.fullmatch(name)) is None:
+        words = f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
+        return Picture(picture(name, size), None, words)
+    number, hue = scene_name.groups()
+    set_hue = None if hue is None else float(hue)
+    options = replace(DEFAULT_OPTIONS, set_hue=set_hue, hue_shift=hue_shift, recolour="dominant")
+    scene = render("test", int(number), 0, max(size), options)  # the split that no shipped target was trained on
+    objects = [CLASS_NAMES[label] for label in scene.labels]
+    words = f"test scene {number}: {', '.join(objects)} in front of a crop of {scene.background}"
+    if hue is not None:
+        words += f", the {objects[0]} recoloured to a hue of {hue}°"
+
+    def fitted(pixels: np.ndarray, resampling: Image.Resampling) -> Tensor:
+        return torch.from_numpy(np.array(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), resampling)))
+
+    image = fitted(scene.image, Image.Resampling.BICUBIC).permute(2, 0, 1)[None].float() / 255
+    return Picture(image, fitted(scene.masks[0], Image.Resampling.NEAREST)[None], words)
+
+
+def check_pictures(names: Sequence[str]) -> None:
+    """Refuse a name that is neither a photograph, an image file nor a scene, and a name that is given twice."""
+    for name in names:
+        if not _SCENE.fullmatch(name) and name not in PHOTOGRAPHS and not Path(name).is_file():
+            raise BacksightError(
+                f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or "
+                f"one of {', '.join(PHOTOGRAPHS)}."
+            )
+        if list(names).count(name) > 1:
+            raise BacksightError(f"the picture {name!r} is given twice: name each picture once.")
