@@ -5,8 +5,9 @@ Every notebook goes through the strict runner.
     snakemake --cores 2 --config preset=default                      (make run)
     snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
-A job is finished when its run.json is there. The runner locks each run's folder, so snakemake's own lock, which a
-kill leaves behind, is not needed (--nolock). Other notebooks or another place: --config notebooks=DIR results=DIR.
+A job is finished when its run.json is there, and made again when the preset's values for its notebook, the notebook or
+the library changed. The runner locks each run's folder, so snakemake's own lock, which a kill leaves behind, is not
+needed (--nolock). Other notebooks or another place: --config notebooks=DIR results=DIR.
 """
 
 import json
@@ -15,69 +16,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import yaml
+from backsight.app.parameters import preset_path, read_preset
+from backsight.app.plan import graph_runs
+from backsight.app.runs import code_digest
 
 preset = config.get("preset", "default")
-preset_file = Path(preset) if Path(preset).suffix else Path("notebooks/presets") / f"{preset}.yaml"
+preset_file = preset_path(preset)
+sections = read_preset(preset)
 backsight = f"{shlex.quote(sys.executable)} -m backsight.app.cli"
-graph = yaml.safe_load(preset_file.read_text())["graph"]
 notebooks = Path(config.get("notebooks", "notebooks"))
 results = Path(config.get("results", "results")) / preset_file.stem
-
-
-def folder_name(name):
-    """A target's or a data set's name as part of a folder's name."""
-    return str(name).strip("/").replace("/", "-")
-
-
-targets = {folder_name(name): {"name": name, **entry} for name, entry in graph["targets"].items()}
-seeds = graph["seeds"]
-# Families trained on the same architectures with random weights, for these seeds: null models. Linear ones are fitted
-# where they are needed, for every seed.
-untrained = graph.get("untrained", [])
-once = {notebook.partition("_")[2]: notebook for notebook in graph["once"]}
-# Studies of one target, by the first part of their runs' names; `quality` is one, for each data set it is judged on.
-studies = {
-    notebook.partition("_")[2].replace("_", "-"): notebook
-    for entry in targets.values()
-    for notebook in entry.get("studies", [])
-}
-judgements = {(target, folder_name(name)): name for target, entry in targets.items() for name in entry["quality"]}
-# What comes after everything else, from its tables alone.
-last = {notebook.partition("_")[2]: notebook for notebook in graph.get("last", [])}
-
-
-def trained(target):
-    """The training runs of a target: every family and seed, then those of the untrained target."""
-    own = [f"train-{target}-{family}-seed{seed}" for family in graph["families"] for seed in seeds]
-    nulls = [family for family in graph["families"] if family != "linear"]
-    return own + [f"train-{target}-untrained-{family}-seed{seed}" for family in nulls for seed in untrained]
-
-
-train_runs = [run for target in targets for run in trained(target)]
-quality_runs = [f"quality-{target}-{judgement}" for target, judgement in judgements]
-study_runs = [
-    f"{study}-{target}"
-    for target, entry in targets.items()
-    for study, notebook in studies.items()
-    if notebook in entry.get("studies", [])
-]
-
-
-def finished(runs):
-    return [results / run / "run.json" for run in runs]
-
-
-wildcard_constraints:
-    run="|".join(once) or "none",
-    study="|".join(studies) or "none",
-    last="|".join(last) or "none",
-    target="|".join(map(re.escape, targets)),
-    weights="|-untrained",
-    family="|".join(graph["families"]),
-    seed=r"\d+",
-    judgement="|".join(re.escape(judgement) for _, judgement in judgements),
-
+runs = graph_runs(preset, str(results))
 
 # The folder of a rule's outputs, in its shell command. With a storage provider (profiles/kubernetes) a rule's files are
 # copies, in a folder of their own, that snakemake fetches and stores. A run's folder holds more than its rule names, so
@@ -91,19 +40,15 @@ if where.default_storage_provider is not None:
     hand_over = f' && for file in {{output:q}}; do cp {folder}/"$(basename "$file")" "$file"; done'
 
 
-def strict_run(notebook, **parameters):
-    """The shell command of one notebook: its parameters, then its folder from the rule's first output."""
-    values = " ".join(f"-p {name}={{params.{name}:q}}" for name in parameters)
-    return (
-        "OMP_NUM_THREADS={threads} "
-        f"{backsight} run {notebook} -f {shlex.quote(str(preset_file))} {values} "
-        f"--out {folder} 2>&1 | tee {{log:q}}{hand_over}"
-    )
+def command_line(parameters):
+    """-p name=value for each parameter, lists and truth values as JSON has them."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in parameters.items()}
+    return " ".join(f"-p {shlex.quote(f'{name}={text}')}" for name, text in texts.items())
 
 
 rule page:
     input:
-        finished([*once, *train_runs, *quality_runs, *study_runs, *last]),
+        [results / run / "run.json" for run in runs],
     output:
         results / "index.html",
     message:
@@ -112,92 +57,33 @@ rule page:
         f"{backsight} report {shlex.quote(str(results))}{hand_over}"
 
 
-rule once:
-    input:
-        lambda wildcards: notebooks / f"{once[wildcards.run]}.ipynb",
-    output:
-        results / "{run}" / "run.json",
-    log:
-        results / "{run}" / "log.txt",
-    message:
-        "{wildcards.run}"
-    shell:
-        strict_run("{input[0]:q}")
+# One failed job does not cost the page of all others.
+onerror:
+    shell(f"{backsight} report {shlex.quote(str(results))} || true")
 
 
-rule train:
-    input:
-        notebooks / "02_train_inverse.ipynb",
-    output:
-        results / "train-{target}{weights}-{family}-seed{seed}" / "run.json",
-        results / "train-{target}{weights}-{family}-seed{seed}" / "metrics.csv",
-    log:
-        results / "train-{target}{weights}-{family}-seed{seed}" / "log.txt",
-    params:
-        target=lambda wildcards: targets[wildcards.target]["name"],
-        images=lambda wildcards: targets[wildcards.target]["train"],
-        families=lambda wildcards: json.dumps([wildcards.family]),
-        pretrained=lambda wildcards: "false" if wildcards.weights else "true",
-        seed=lambda wildcards: wildcards.seed,
-    message:
-        "train {wildcards.family} inverses of {wildcards.target}{wildcards.weights}, seed {wildcards.seed}"
-    shell:
-        strict_run("{input[0]:q}", target=..., images=..., families=..., pretrained=..., seed=...)
+# A rule for each kind of run, so that a profile can say what each asks for.
+for kind in ("once", "train", "quality", "study", "last"):
 
-
-rule quality:
-    input:
-        notebooks / "03_quality.ipynb",
-        lambda wildcards: finished(trained(wildcards.target)),
-    output:
-        results / "quality-{target}-{judgement}" / "run.json",
-        results / "quality-{target}-{judgement}" / "metrics.csv",
-    log:
-        results / "quality-{target}-{judgement}" / "log.txt",
-    params:
-        target=lambda wildcards: targets[wildcards.target]["name"],
-        images=lambda wildcards: judgements[wildcards.target, wildcards.judgement],
-        trained_on=lambda wildcards: targets[wildcards.target]["train"],
-        inverses=results,
-        seeds=json.dumps(seeds),
-    message:
-        "quality of {wildcards.target} on {wildcards.judgement}"
-    shell:
-        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seeds=...)
-
-
-rule study:
-    input:
-        lambda wildcards: notebooks / f"{studies[wildcards.study]}.ipynb",
-        lambda wildcards: finished(trained(wildcards.target)),
-    output:
-        results / "{study}-{target}" / "run.json",
-        results / "{study}-{target}" / "metrics.csv",
-    log:
-        results / "{study}-{target}" / "log.txt",
-    params:
-        target=lambda wildcards: targets[wildcards.target]["name"],
-        images=lambda wildcards: targets[wildcards.target]["quality"][0],
-        trained_on=lambda wildcards: targets[wildcards.target]["train"],
-        inverses=results,
-        seeds=json.dumps(seeds),
-    message:
-        "{wildcards.study} of {wildcards.target}"
-    shell:
-        strict_run("{input[0]:q}", target=..., images=..., trained_on=..., inverses=..., seeds=...)
-
-
-rule last:
-    input:
-        lambda wildcards: notebooks / f"{last[wildcards.last]}.ipynb",
-        finished([*once, *quality_runs, *study_runs]),
-    output:
-        results / "{last}" / "run.json",
-    log:
-        results / "{last}" / "log.txt",
-    params:
-        results=results,
-    message:
-        "{wildcards.last}"
-    shell:
-        strict_run("{input[0]:q}", results=...)
+    rule:
+        name:
+            kind
+        wildcard_constraints:
+            run="|".join(re.escape(run) for run in runs if runs[run].kind == kind) or "none",
+        input:
+            lambda wildcards: notebooks / f"{runs[wildcards.run].notebook}.ipynb",
+            lambda wildcards: [results / run / "run.json" for run in runs[wildcards.run].needs],
+        output:
+            results / "{run}" / "run.json",
+        log:
+            results / "{run}" / "log.txt",
+        params:
+            values=lambda wildcards: command_line(runs[wildcards.run].parameters),
+            preset=lambda wildcards: json.dumps([sections.get("common"), sections.get(runs[wildcards.run].notebook)]),
+            code=code_digest(),
+        message:
+            "{wildcards.run}"
+        shell:
+            "OMP_NUM_THREADS={threads} "
+            f"{backsight} run {{input[0]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
+            f"2>&1 | tee {{log:q}}{hand_over}"

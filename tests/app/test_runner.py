@@ -1,21 +1,16 @@
 """The strict runner: what it refuses before a kernel starts, and what a run leaves behind."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 from conftest import NotebookWriter
-from safetensors.numpy import save_file
 
-from backsight.app.checks import check_inverses
 from backsight.app.cli import main
 from backsight.app.parameters import command_line_values, preset_values, read_notebook
 from backsight.app.runner import NotebookError, _tidy, plan_run, run_plan
@@ -30,7 +25,6 @@ flag = False
 text = "a"
 names = ["a", "b"]
 sizes = [1]
-anything = None
 taps = "blocks"
 out = ""
 seed = 0
@@ -47,12 +41,10 @@ seed = 0
         ("flag=False", False),
         ("text=3", "3"),
         ("text=a=b, c", "a=b, c"),
-        ("steps=1e3", 1000),
         ("names=[linear, direct]", ["linear", "direct"]),
         ("names=linear,direct", ["linear", "direct"]),
         ("sizes=0,1", [0, 1]),
         ("sizes=[1, 2]", [1, 2]),
-        ("anything={a: 1}", {"a": 1}),
         ("taps=components", "components"),
         ("taps=[blocks.0, norm]", ["blocks.0", "norm"]),
     ],
@@ -68,16 +60,17 @@ def test_text_becomes_the_declared_type(write_notebook: NotebookWriter, assignme
     ("assignments", "words"),
     [
         (["stepz=3"], ["no parameter 'stepz'", "nearest: steps"]),
-        (["steps=many"], ["steps takes a whole number", "'many'"]),
-        (["steps=1.5"], ["steps takes a whole number"]),
-        (["rate=fast"], ["rate takes a number"]),
-        (["rate=nan"], ["rate takes a number"]),
-        (["flag=1"], ["flag takes true or false"]),
-        (["names=[1]"], ["names takes a list", '["a", "b"]']),
-        (["names=[a"], ["names takes a list"]),
-        (["sizes=[a]"], ["sizes takes a list", "[1, 2]"]),
+        (["steps=many"], ["steps", "'many'", "10"]),
+        (["steps=1.5"], ["steps", "1.5"]),
+        (["rate=fast"], ["rate", "'fast'"]),
+        (["rate=nan"], ["rate", "'nan'"]),
+        (["rate=.inf"], ["rate", "finite"]),
+        (["flag=1"], ["flag", "1", "False"]),
+        (["names=[1]"], ["names", "['a', 'b']"]),
+        (["names=[a"], ["names", "list"]),
+        (["sizes=[a]"], ["sizes", "'a'"]),
         (["steps"], ["'steps' is not name=value"]),
-        (["steps=1", "steps=2"], ["steps is given twice"]),
+        (["steps=1", "steps=2"], ["given twice"]),
     ],
 )
 def test_wrong_names_and_types_are_refused(
@@ -94,9 +87,9 @@ def test_wrong_names_and_types_are_refused(
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("steps = 2 + 3 * x", "computed default"),
+        ("steps = 2 + 3 * x", "parameters cell"),
         ("import os", "is not `name = literal`"),
-        ("steps = ", "is not Python"),
+        ("steps = ", "invalid syntax"),
         ("steps: int = 1", "is not `name = literal`"),
     ],
 )
@@ -120,8 +113,8 @@ def test_presets(write_notebook: NotebookWriter, tmp_path: Path) -> None:
     }
     for text, words in {
         "02_tiny: {stepz: 1}": "no parameter 'stepz'",
-        "02_tiny: {steps: 1.5}": "steps takes a whole number",
-        "common: {flag: 'true'}": "flag takes true or false",
+        "02_tiny: {steps: 1.5}": "steps = 1.5",
+        "common: {flag: 'true'}": "flag = 'true'",
         "02_tinny: {steps: 1}": "no notebook is called '02_tinny'; nearest: 02_tiny",
         "[1, 2]": "must hold one mapping",
         "a: b: c": "not YAML",
@@ -145,142 +138,47 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 def test_bad_input_exits_2_and_writes_nothing(
     write_notebook: NotebookWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parameters = (
-        'images = "scenes"\nn = 5\nfamilies = ["linear"]\nphotograph = "chelsea"\n'
-        'retrain = ""\nsteps = 0\ninverses = ""\nseed = 0\nout = ""'
-    )
-    notebook, out = write_notebook(parameters, "1 + 1"), tmp_path / "results" / "run"
-    empty, imageless, file = tmp_path / "empty", tmp_path / "imageless", tmp_path / "file.txt"
-    empty.mkdir()
-    imageless.mkdir()
-    (imageless / "notes.txt").write_text("no picture")
-    file.write_text("a file")
+    notebook, out = write_notebook('n = 5\nout = ""', "1 + 1"), tmp_path / "results" / "run"
+    (tmp_path / "file.txt").write_text("a file")
     for arguments, words in [
-        (["-p", f"images={tmp_path / 'nowhere'}"], "nowhere"),
-        (["-p", "images="], "images"),  # as from an unset variable of the shell
-        (["-p", f"images={empty}"], str(empty)),
-        (["-p", f"images={imageless}"], "no images"),
-        (["-p", f"images={file}"], str(file)),
-        (["-p", "n=0"], "n must be at least 1"),
-        (["-p", "steps=-1"], "steps must be at least 1"),
-        (["-p", "retrain=scenes-vti"], "nearest: scenes-vit"),
-        (["-p", "seed=-1"], "-1"),
-        (["-p", "seed=18446744073709551616"], "18446744073709551616"),
-        (["-p", "families=[linaer]"], "nearest: linear"),
-        (["-p", "families=[]"], "families is empty"),
-        (["-p", "photograph=chelsae"], "nearest: chelsea"),
-        (["-p", f"inverses={empty}"], "holds no inverses"),
-        (["-p", f"inverses={tmp_path / 'nowhere'}"], "no folder"),
+        (["-p", "n=many"], "'many'"),
         (["-p", "count=3"], "no parameter 'count'"),
         (["-f", "nosuch"], "no preset 'nosuch'"),
     ]:
         assert words in refused(capsys, notebook, "--out", out, *arguments)
     assert "no notebook" in refused(capsys, notebook.with_name("tiney.ipynb"), "--out", out)
     assert "notebooks/00_quickstart.ipynb" in refused(capsys, tmp_path / "00_quickstart.ipynb", "--out", out)
-    assert "cannot write results" in refused(capsys, notebook, "--out", file / "below")
+    assert "file.txt" in refused(capsys, notebook, "--out", tmp_path / "file.txt" / "below")
     assert not out.parent.exists()
 
 
-def test_absent_data_sets_say_what_to_download(write_notebook: NotebookWriter, root: Path) -> None:
-    for name in ("coco", "imagenet"):
-        if (root / "data" / name).exists():
-            pytest.skip(f"data/{name} is there")
-        with pytest.raises(BacksightError, match=f"download .* data/{name}/"):
-            plan_run(write_notebook(f'images = "data/{name}"'))
-
-
-def _write_inverse(folder: Path, weights_hash: str, seed: int = 0) -> Path:
-    from backsight.inverses.files import FORMAT
-    from backsight.inverses.module import InverseHeader
-
-    header = InverseHeader("linear", "scenes-vit", "shipped", weights_hash, "norm", "pixels", seed=seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"weight": np.zeros(1)},
-        folder / "linear--norm.safetensors",
-        {"backsight": json.dumps({"format": FORMAT, "kind": "linear", "header": asdict(header)})},
-    )
-    return folder
-
-
-def test_inverses_of_other_weights_are_refused(write_notebook: NotebookWriter, tmp_path: Path) -> None:
-    """Before the kernel starts, although the name of the target is the same."""
-    from backsight.targets import load_target
-
-    own = load_target("scenes-vit").weights_hash
-    _write_inverse(tmp_path / "own", own, seed=1)
-    check_inverses(str(tmp_path / "own"), "scenes-vit")
-    notebook = write_notebook('target = "scenes-vit"\ninverses = ""\nseed = 0')
-    other = _write_inverse(tmp_path / "other", "0123456789abcdef")
-    with pytest.raises(BacksightError, match=f"with the weights 0123456789abcdef, but scenes-vit has .* {own}"):
-        plan_run(notebook, assignments=[f"inverses={other}"])
-    _write_inverse(tmp_path / "seeds" / "0", own)
-    _write_inverse(tmp_path / "seeds" / "1", "0123456789abcdef", seed=1)
-    check_inverses(str(tmp_path / "seeds"), "scenes-vit", seed=0)
-    with pytest.raises(BacksightError, match="other inverses"):
-        check_inverses(str(tmp_path / "seeds"), "scenes-vit", seed=1)
-
-
-def test_training_seeds_are_checked_before_the_kernel(write_notebook: NotebookWriter, tmp_path: Path) -> None:
-    notebook = write_notebook('target = "scenes-vit"\ninverses = ""\nseeds = [0, 1, 2]\nseed = 0')
-    for said in ("[]", "[0, 0]", "[-1]"):
-        with pytest.raises(BacksightError, match=r"seeds must be a list of different whole numbers"):
-            plan_run(notebook, assignments=[f"seeds={said}"])
-    folder = _write_inverse(tmp_path, "0123456789abcdef", seed=1)
-    with pytest.raises(BacksightError, match=r"the seeds \[1\], none with \[0, 2\]"):
-        plan_run(notebook, assignments=[f"inverses={folder}"])
-
-
-def test_parameters_are_refused_without_the_target_libraries(write_notebook: NotebookWriter) -> None:
+def test_parameters_are_refused_without_the_large_libraries(write_notebook: NotebookWriter) -> None:
     """Which take seconds to load."""
-    notebook = write_notebook('steps = 1\nseeds = [0]\nout = ""')
+    notebook = write_notebook("steps = 1")
     program = (
         "import sys\n"
-        "from backsight.errors import BacksightError\n"
-        "from backsight.app.runner import plan_run\n"
-        "for assignment in sys.argv[2:]:\n"
-        "    try:\n"
-        "        plan_run(sys.argv[1], assignments=[assignment])\n"
-        "    except BacksightError as error:\n"
-        "        print(error)\n"
-        "print({'torch', 'timm', 'transformers', 'nbformat'} & set(sys.modules))\n"
+        "from backsight.app.cli import main\n"
+        "code = main(['run', sys.argv[1], '-p', 'stepz=3'])\n"
+        "print(code, {'torch', 'timm', 'transformers', 'pandas', 'papermill'} & set(sys.modules))\n"
     )
-    refused = {"stepz=3": "nearest: steps", "steps=many": "whole number", "seeds=[0, 0]": "different whole numbers"}
-    command = [sys.executable, "-c", program, str(notebook), *refused]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[-1] == "set()"
-    assert [words in line for line, words in zip(said, refused.values(), strict=False)] == [True] * len(refused)
-
-
-def test_targets_taps_and_inverses_are_refused_before_the_kernel(
-    write_notebook: NotebookWriter, tmp_path: Path
-) -> None:
-    notebook = write_notebook('target = "scenes-vit"\ntaps = "blocks"\ninverses = ""\nout = ""')
-    foreign, cut = _write_inverse(tmp_path / "foreign", "0"), _write_inverse(tmp_path / "cut", "0")
-    for file in cut.iterdir():
-        file.write_bytes(file.read_bytes()[:-1])
-    for assignments, words in (
-        (["target=scenes-vitt"], "scenes-vit"),
-        (["target="], "target is empty"),
-        (["target=vit_base_patch16_225"], "vit_base_patch16_2"),
-        (["taps=blocks.99"], "no tap 'blocks.99'; nearest: blocks."),
-        (["taps=[norm, block.1]"], "no tap 'block.1'"),
-        ([f"inverses={foreign}", "target=scenes-detr"], "are of scenes-vit, not of scenes-detr"),
-        ([f"inverses={cut}"], "damaged"),
-    ):
-        with pytest.raises(BacksightError, match=words):
-            plan_run(notebook, assignments=assignments)
+    command = [sys.executable, "-c", program, str(notebook)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "2 set()\n"
 
 
 def test_paths_of_the_command_line_are_the_callers(
     write_notebook: NotebookWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notebook = write_notebook('images = "scenes"\nout = ""')
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "a.JPG").write_bytes(b"")
+    notebook = write_notebook('images = "scenes"\ntarget = ""\npictures = ["china"]\nfamilies = ["linear"]\nout = ""')
+    for name in ("mine", "scenes", "scenes-vit", "linear"):  # a name of ours is not the folder that is called so
+        (tmp_path / name).mkdir()
+    (tmp_path / "cat.jpg").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    plan = plan_run(notebook, assignments=["images=mine", "out=here"])
+    plan = plan_run(notebook, assignments=["images=mine", "pictures=[china, cat.jpg]", "families=linear", "out=here"])
     assert plan.values["images"] == str(tmp_path / "mine")
+    assert plan.values["pictures"] == ["china", str(tmp_path / "cat.jpg")]
+    assert plan.values["families"] == ["linear"]
+    assert plan_run(notebook, assignments=["target=scenes-vit"]).values["target"] == "scenes-vit"
+    assert plan_run(notebook, assignments=["images=scenes"]).values["images"] == "scenes"
     assert plan.folder == tmp_path / "here"
     assert plan_run(notebook).folder == Path(os.environ.get("BACKSIGHT_RESULTS", project_root() / "results")) / "tiny"
 
@@ -368,7 +266,7 @@ def test_only_the_same_run_is_resumed(
     for change, words in [
         ({}, "resuming"),
         ({"parameters": {"steps": 2}}, "with other steps"),
-        ({"notebook": "other"}, "of other"),
+        ({"notebook": "other"}, "a run of other"),
         ({"code_digest": "older"}, "of other code"),
     ]:
         start_run(folder, plan.identity | change)
@@ -443,6 +341,8 @@ def test_saved_tables_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = open_run(tmp_path / "run", "tiny", {})
     figure = Figure()
     figure.subplots().plot([1, 2])
+    elsewhere = run.save_figure(f"{tmp_path}/org/model", figure)  # a target may be a path
+    assert elsewhere.parent == run.figures
     first = run.save_figure("depth", figure).read_bytes()
     assert run.save_figure("depth", figure).read_bytes() == first
     table = run.save_metrics([dict.fromkeys(METRIC_COLUMNS, 1) | {"extra": 2}])

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,19 +107,18 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from backsight.app.checks import check_families, check_images, check_seed, check_writable
     from backsight.data.distributed import processes
-    from backsight.inverses.families import fit_and_save
+    from backsight.inverses.families import FAMILIES, fit_and_save
     from backsight.project import shown
     from backsight.targets import load_target
 
     first = processes().is_main_process  # asked before the target is loaded: each process has a GPU of its own
     families = [family.strip() for family in options.families.split(",")]
-    check_families(families)
-    check_seed(options.seed, "--seed")
-    check_images(options.images)
-    check_writable(options.out)
+    for family in families:  # before the first of them is fitted
+        if family not in FAMILIES:
+            raise BacksightError(f"no inverse family {family!r}; {nearest(family, list(FAMILIES))}.")
     target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
     names = ("train_images", "validation_images", "steps", "batch_size", "features", "seed")
     arguments = {name: getattr(options, name) for name in names}
     files = fit_and_save(target, options.images, families, options.out, **arguments)
@@ -149,9 +148,9 @@ def _doctor(options: argparse.Namespace) -> int:
     from backsight.app.doctor import examine
 
     findings = examine()
-    for finding in findings:
-        print(f"{finding.verdict:<5} {finding.subject}: {finding.text}")
-    return int(any(finding.verdict == "FAIL" for finding in findings))
+    for verdict, subject, text in findings:
+        print(f"{verdict:<5} {subject}: {text}")
+    return int(any(verdict == "FAIL" for verdict, *_ in findings))
 
 
 def _report(options: argparse.Namespace) -> int:

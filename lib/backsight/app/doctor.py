@@ -1,142 +1,109 @@
-"""Does this installation work? Each finding is OK, NOTE (works with less) or FAIL, and says what to do."""
+"""Does this installation work? Each finding is OK, NOTE (works with less) or FAIL, its subject, and what to do."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from backsight.errors import BacksightError
-from backsight.project import available_cores, project_root, read_json, results_root, shown
+from backsight.project import available_cores, project_root, results_root, shown
 
-Verdict = Literal["OK", "NOTE", "FAIL"]
 FREE_DISK_GIB = 2
-_PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;\\]+)\s*(?:;(?P<marker>[^\\]+))?")
-
-
-@dataclass(frozen=True)
-class Finding:
-    verdict: Verdict
-    subject: str
-    text: str
+Findings = Iterator[tuple[str, str, str]]
+_PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)\s*(?:;([^\\]+))?", flags=re.MULTILINE)
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
     """The pins of a requirements file that apply to this interpreter: canonical name -> version."""
-    pins = (_PIN.match(line) for line in lock.read_text(encoding="utf-8").splitlines())
-    return {
-        canonicalize_name(pin["name"]): pin["version"]
-        for pin in pins
-        if pin and (pin["marker"] is None or Marker(pin["marker"].strip()).evaluate())
-    }
+    pins = _PIN.findall(lock.read_text(encoding="utf-8"))
+    return {canonicalize_name(name): pin for name, pin, rule in pins if not rule or Marker(rule.strip()).evaluate()}
 
 
-def examine() -> list[Finding]:
-    """Every check, in the order in which trouble is best mended. Raises BacksightError outside a project."""
+def examine() -> list[tuple[str, str, str]]:
+    """(verdict, subject, text) of every check, in the order in which trouble is best mended."""
     root = project_root()
-    checks = (_versions, _operators, _kernel, _data, _machine)
-    return [finding for check in checks for finding in check(root)]
+    return [*_packages(root / "requirements.lock"), *_torch(), *_kernel(), *_data(), *_machine(root)]
 
 
-def _versions(root: Path) -> Iterator[Finding]:
+def _packages(lock: Path) -> Findings:
     differing = []
-    for name, version in locked_versions(root / "requirements.lock").items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "absent"
-        if installed.partition("+")[0] != version:
+    for name, version in locked_versions(lock).items():
+        installed = "absent"
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.version(name).partition("+")[0]
+        if installed != version:
             differing.append(f"{name} {installed} instead of {version}")
-    if not differing:
-        yield Finding("OK", "packages", "as in requirements.lock")
-        return
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    yield Finding("FAIL", "packages", f"{', '.join(differing[:5])}{more}; run `make clean-venv install`.")
+    if differing:
+        yield "FAIL", "packages", f"{', '.join(differing)}; run `make clean-venv install`."
+    else:
+        yield "OK", "packages", "as in requirements.lock"
 
 
-def _operators(root: Path) -> Iterator[Finding]:
+def _torch() -> Findings:
     try:
-        import timm
         import torch
-        import transformers
         from torchvision.ops import nms
 
         nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except Exception as error:  # a torch of another build fails in many ways
-        yield Finding("FAIL", "torch", f"{type(error).__name__}: {error}; torch and torchvision do not fit together.")
+        yield "FAIL", "torch", f"{type(error).__name__}: {error}; torch and torchvision do not fit together."
         return
-    libraries = f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
-    yield Finding("OK", "torch", f"{libraries}; torchvision's operators work")
+    yield "OK", "torch", f"{torch.__version__}; torchvision's operators work"
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        yield Finding("OK", "accelerator", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB")
+        yield "OK", "accelerator", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB"
     else:
-        yield Finding("NOTE", "accelerator", "none; the shipped targets do not need one, the paper preset does")
+        yield "NOTE", "accelerator", "none; the shipped targets do not need one, the paper preset does"
 
 
-def _kernel(root: Path) -> Iterator[Finding]:
-    from jupyter_client.manager import KernelManager
+def _kernel() -> Findings:
+    from jupyter_client.manager import start_new_kernel
 
     from backsight.app.runner import KERNEL, KERNEL_START_SECONDS
 
-    manager = KernelManager(kernel_name=KERNEL, transport_encryption="auto")
     try:
-        manager.start_kernel()
-        client = manager.blocking_client()
-        client.start_channels()
-        client.wait_for_ready(timeout=KERNEL_START_SECONDS)
+        manager, client = start_new_kernel(KERNEL_START_SECONDS, KERNEL)
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+        yield "OK", "kernel", f"{KERNEL} starts"
     except Exception as error:  # kernel specs fail in many ways
-        yield Finding("FAIL", "kernel", f"{KERNEL} does not start ({type(error).__name__}: {error}).")
-    else:
-        yield Finding("OK", "kernel", f"{KERNEL} starts")
+        yield "FAIL", "kernel", f"{KERNEL} does not start ({type(error).__name__}: {error})."
 
 
-def _data(root: Path) -> Iterator[Finding]:
+def _data() -> Findings:
     from backsight.scenes.photographs import PHOTOGRAPHS, photograph_path
     from backsight.targets import SHIPPED, check_target
 
-    for name in SHIPPED:
+    for name, check in [
+        *((name, check_target) for name in SHIPPED),
+        *((name, photograph_path) for name in PHOTOGRAPHS),
+    ]:
         try:
-            check_target(name)
-            if (read_json(root / "data" / "weights" / name / "card.json") or {}).get("target") != name:
-                raise BacksightError(f"The card.json of {name} is not its own.")
-            yield Finding("OK", name, f"shipped in data/weights/{name}")
+            check(name)
+            yield "OK", name, "shipped"
         except BacksightError as error:
-            yield Finding("FAIL", name, f"{error} Or restore data/weights/{name} from git.")
-    try:
-        for photograph in PHOTOGRAPHS:
-            photograph_path(photograph)
-        yield Finding("OK", "photographs", f"{len(PHOTOGRAPHS)} embedded")
-    except BacksightError as error:
-        yield Finding("FAIL", "photographs", str(error))
-    for name in ("coco", "imagenet"):
-        if (root / "data" / name).is_dir():
-            yield Finding("OK", name, f"data/{name} is there")
-        else:
-            yield Finding("NOTE", name, f"no data/{name}; only the paper preset needs it (data/README.md)")
+            yield "FAIL", name, f"{error} Or restore it from git."
+    for name in ("data/coco", "data/imagenet"):
+        verdict, text = (
+            ("OK", "is there") if (project_root() / name).is_dir() else ("NOTE", "only the paper preset needs it")
+        )
+        yield verdict, name, text
 
 
-def _machine(root: Path) -> Iterator[Finding]:
-    from backsight.app.checks import check_writable
+def _machine(root: Path) -> Findings:
     from backsight.data.features import outdated_stores
 
-    yield Finding("OK", "cores", str(available_cores()))
-    free = shutil.disk_usage(root).free / 2**30
-    enough: Verdict = "OK" if free >= FREE_DISK_GIB else "FAIL"
-    yield Finding(enough, "disk", f"{free:.0f} GiB free (a default run needs {FREE_DISK_GIB})")
-    if outdated := outdated_stores():
-        size = sum(file.stat().st_size for store in outdated for file in store.iterdir()) / 1e9
-        text = f"{len(outdated)} of another version in {shown(outdated[0].parent)} take {size:.1f} GB: delete them"
-        yield Finding("NOTE", "feature stores", text)
-    try:
-        check_writable(results_root())
-        yield Finding("OK", "results", f"{shown(results_root())} can be written")
-    except BacksightError as error:
-        yield Finding("FAIL", "results", str(error))
+    free, results = shutil.disk_usage(root).free / 2**30, results_root()
+    yield "OK", "cores", str(available_cores())
+    yield "OK" if free >= FREE_DISK_GIB else "FAIL", "disk", f"{free:.0f} GiB free (a run needs {FREE_DISK_GIB})"
+    for store in outdated_stores():
+        yield "NOTE", "feature store", f"{shown(store)} is of another version: delete it"
+    place = next(folder for folder in (results, *results.parents) if folder.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK)
+    yield "OK" if writable else "FAIL", "results", f"{shown(results)} can{'' if writable else 'not'} be written"

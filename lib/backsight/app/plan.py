@@ -1,81 +1,86 @@
-"""What a preset will run, and how long each of its runs took when it was last run.
+"""The run graph of a preset: its runs, which the Snakefile builds, and how long each took when it was last run here."""
 
-A run's seconds are those in its own run.json on this machine; else those of the committed table
-results/reference/seconds.csv, which names the machine they were measured on.
-"""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from __future__ import annotations
-
-import pandas as pd
-
-from backsight.app.checks import check_families, check_seeds
 from backsight.app.parameters import preset_path, read_preset
+from backsight.app.runs import file_name
 from backsight.errors import BacksightError
-from backsight.inverses.families import SOLVED
-from backsight.project import FINISHED, project_root, read_json, results_root
-
-MEASURED = "results/reference/seconds.csv"  # columns: preset, run, seconds, machine
+from backsight.project import FINISHED, read_json, results_root
 
 
-def folder_name(name: str) -> str:
-    """A target's or a data set's name as part of a run's name, as in the Snakefile."""
-    return name.strip("/").replace("/", "-")
+@dataclass(frozen=True)
+class GraphRun:
+    """One run of a graph. kind: the rule that makes it; parameters: those that the graph sets; needs: runs before it."""
+
+    kind: str
+    notebook: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
-def graph_runs(preset: str) -> pd.DataFrame:
-    """The runs that the Snakefile makes of a preset, in its order: run, notebook, target, needs (runs before it).
+def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
+    """The runs of a preset by the names of their folders, each after those that it needs.
 
-    Raises BacksightError on an unknown preset, an incomplete section `graph` and what no run can have.
+    results: the folder that will hold them all, as the notebooks read it. Linear inverses of untrained targets are
+    fitted where they are needed; other families get runs of their own. Raises BacksightError on a section `graph` that
+    is not of its form.
     """
-    graph = read_preset(preset).get("graph") or {}
+    graph = read_preset(preset).get("graph", {})
     try:
-        targets = {name: (entry["quality"], entry.get("studies", [])) for name, entry in graph["targets"].items()}
-        seeds, families, once = list(graph["seeds"]), list(graph["families"]), list(graph["once"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        seeds, families, untrained = graph["seeds"], graph["families"], graph.get("untrained", [])
+        runs = {_question(notebook): GraphRun("once", notebook) for notebook in graph["once"]}
+        for target, entry in graph["targets"].items():
+            name, training = file_name(target), {"target": target, "images": entry["train"]}
+            trained = {
+                f"train-{name}{suffix}-{family}-seed{seed}": GraphRun(
+                    "train",
+                    "02_train_inverse",
+                    training | {"families": [family], "pretrained": not suffix, "seed": seed},
+                )
+                for suffix, numbers in (("", seeds), ("-untrained", untrained))
+                for family in families
+                for seed in numbers
+                if not (suffix and family == "linear")
+            }
+            judging = {"target": target, "trained_on": entry["train"], "inverses": results, "seeds": seeds}
+            judged = [(f"quality-{name}-{file_name(images)}", "03_quality", images) for images in entry["quality"]]
+            judged += [
+                (f"{_question(notebook).replace('_', '-')}-{name}", notebook, entry["quality"][0])
+                for notebook in entry.get("studies", [])
+            ]
+            runs |= trained
+            for run, notebook, images in judged:
+                kind = "quality" if notebook == "03_quality" else "study"
+                runs[run] = GraphRun(kind, notebook, judging | {"images": images}, tuple(trained))
+        before = tuple(run for run, made in runs.items() if made.kind != "train")
+        for notebook in graph.get("last", []):
+            runs[_question(notebook)] = GraphRun("last", notebook, {"results": results}, before)
+        return runs
+    except (KeyError, TypeError, AttributeError) as error:
         raise BacksightError(
-            f"The section `graph` of the preset {preset} is incomplete or not of its form ({error}): it needs targets "
-            "(each with quality), families, seeds and once."
+            f"the section `graph` of the preset {preset} is incomplete or not of its form ({error}): it needs once, "
+            "seeds, families and targets, each with train and quality."
         ) from error
-    check_families(families, f"{preset}: graph.families")
-    if solved := [family for family in families if family in SOLVED]:
-        raise BacksightError(
-            f"{preset}: {solved[0]!r} is solved for every image and never trained: leave it out of graph.families."
-        )
-    check_seeds(seeds, f"{preset}: graph.seeds")
-    runs: list[tuple[str, str, str, tuple[str, ...]]]
-    runs = [(notebook.partition("_")[2], notebook, "", ()) for notebook in once]
-    for target, (sources, studies) in targets.items():
-        name = folder_name(target)
-        trained = [f"train-{name}-{family}-seed{seed}" for family in families for seed in seeds]
-        nulls = [family for family in families if family != "linear"]
-        trained += [f"train-{name}-untrained-{family}-seed{s}" for family in nulls for s in graph.get("untrained", [])]
-        runs += [(run, "02_train_inverse", target, ()) for run in trained]
-        runs += [(f"quality-{name}-{folder_name(source)}", "03_quality", target, tuple(trained)) for source in sources]
-        for notebook in studies:
-            study = notebook.partition("_")[2].replace("_", "-")
-            runs.append((f"{study}-{name}", notebook, target, tuple(trained)))
-    before = tuple(run for run, notebook, *_ in runs if notebook != "02_train_inverse")
-    runs += [(notebook.partition("_")[2], notebook, "", before) for notebook in graph.get("last", [])]
-    return pd.DataFrame(runs, columns=["run", "notebook", "target", "needs"])
+
+
+def _question(notebook: str) -> str:
+    """A notebook's name without its number."""
+    return notebook.partition("_")[2]
 
 
 def plan_preset(preset: str) -> str:
-    """The runs of a preset as a table, with their seconds where they are known, and the sum."""
-    runs, name = graph_runs(preset), preset_path(preset).stem
-    table = project_root() / MEASURED
-    committed = pd.read_csv(table) if table.is_file() else pd.DataFrame(columns=["preset", "run", "seconds", "machine"])
-    committed = committed[committed["preset"] == name].set_index("run")
-    rows = []
-    for run, notebook in zip(runs["run"], runs["notebook"], strict=True):
-        record = read_json(results_root() / name / run / FINISHED) or {}
-        seconds, measured = record.get("seconds", {}).get("total"), "here"
-        if seconds is None and run in committed.index:
-            seconds, measured = committed.loc[run, "seconds"], str(committed.loc[run, "machine"])
-        rows.append((run, notebook, seconds, measured if seconds is not None else "not yet measured"))
-    plan = pd.DataFrame(rows, columns=["run", "notebook", "seconds", "measured"])
-    known = plan["seconds"] = plan["seconds"].astype(float)
-    unknown = int(known.isna().sum())
-    total = f"{len(plan)} runs, {known.sum() / 60:.0f} minutes one after the other"
-    return f"{plan.to_string(index=False, na_rep='-')}\n\n{total}" + (
-        f" and {unknown} not yet measured" if unknown else ""
+    """The runs of a preset as a table, with the seconds that they last took on this machine, and the sum."""
+    import pandas as pd
+
+    folder, rows = results_root() / preset_path(preset).stem, []
+    for run, made in graph_runs(preset).items():
+        record = read_json(folder / run / FINISHED) or {}
+        rows.append((run, made.notebook, record.get("seconds", {}).get("total")))
+    runs = pd.DataFrame(rows, columns=["run", "notebook", "seconds"]).astype({"seconds": float})
+    total = f"{len(runs)} runs, {runs['seconds'].sum() / 60:.0f} minutes one after the other"
+    unknown = int(runs["seconds"].isna().sum())
+    return f"{runs.to_string(index=False, na_rep='-')}\n\n{total}" + (
+        f", {unknown} not yet measured" if unknown else ""
     )

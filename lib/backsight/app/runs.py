@@ -1,28 +1,27 @@
 """A run's folder: what was asked, on what machine, by which code, what came out, and whether it is finished.
 
-    results/<run>/
-        started.json      identity and progress, from the first second on (a resumed run compares itself with it)
-        run.json          the same and "status": "complete"; written last: it exists only for a finished run
-        <notebook>.ipynb  executed          metrics.csv     tidy table
-        figures/*.png                       inverses/*.safetensors
+    started.json  identity and progress, from the first second on (a resumed run compares itself with it)
+    run.json      the same and "status": "complete"; written last: it exists only for a finished run
+    <notebook>.ipynb executed; metrics.csv; figures/*.png; inverses/*.safetensors
 
-Until a run is finished its table is called metrics.partial.csv and its notebook <notebook>.partial.ipynb.
-A notebook opens its run with open_run() and closes it with finish(). Under `backsight run` the runner has
-already opened the folder (environment variable BACKSIGHT_RUN) and it alone declares the run complete.
+Until then the table is metrics.partial.csv, the notebook <notebook>.partial.ipynb. A notebook opens its run with
+open_run() and closes it with finish(); under `backsight run` (BACKSIGHT_RUN) the runner opens and completes it.
 """
 
+import ast
 import hashlib
-import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,6 @@ from backsight.project import (
     project_root,
     read_json,
     results_root,
-    shown,
     write_atomically,
     write_json,
 )
@@ -55,34 +53,27 @@ RECORDED_PACKAGES = (
 )
 
 
+def file_name(name: str) -> str:
+    """A name, of a target or a data set or a figure, as the name of one file or folder on every system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "unnamed"
+
+
 def run_folder(out: str | Path, notebook: str) -> Path:
     """The absolute folder of a run: `out` (relative to the project), or results/<notebook> where it is empty."""
     return project_root() / out if str(out) else results_root() / notebook
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
 def _hardware() -> dict[str, Any]:
     """Of this machine, memory in GiB; the GPU where torch is loaded and sees one."""
-    torch = sys.modules.get("torch")
-    threads = os.environ.get("OMP_NUM_THREADS")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    torch, information = sys.modules.get("torch"), Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
     processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processors[0] if processors else platform.processor() or platform.machine(),
+        "processor": processors[0] if processors else platform.machine(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "threads": int(threads) if threads and threads.isdecimal() else None,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "gpu": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None,
     }
 
@@ -103,11 +94,11 @@ def _commit() -> dict[str, Any]:
 
 @cache
 def code_digest() -> str:
-    """sha256 over the package's source: results made by other code are never taken for this code's."""
-    digest, package = hashlib.sha256(), Path(__file__).resolve().parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    """Of the package's source, less comments: results made by other code are never taken for this code's."""
+    package = Path(__file__).resolve().parent.parent
+    sources = {path.relative_to(package).as_posix(): ast.parse(path.read_bytes()) for path in package.rglob("*.py")}
+    text = "\0".join(f"{name}\0{ast.dump(source)}" for name, source in sorted(sources.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -115,8 +106,6 @@ class Run:
     """One notebook's run: a folder, and the record of it in started.json (run.json once complete)."""
 
     folder: Path
-    notebook: str
-    parameters: Mapping[str, Any]
     in_runner: bool
 
     @property
@@ -153,15 +142,15 @@ class Run:
 
         table = pd.DataFrame(frame)
         if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
-            raise BacksightError(f"the table of {self.notebook} lacks the columns {', '.join(missing)}.")
+            raise BacksightError(f"the table lacks the columns {', '.join(missing)}.")
         table = table[[*METRIC_COLUMNS, *(c for c in table.columns if c not in METRIC_COLUMNS)]]
         write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return table
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
-        """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
+        """Save figures/<file_name(name)>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
         return write_atomically(
-            self.figures / f"{name}.png",
+            self.figures / f"{file_name(name)}.png",
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
         )
 
@@ -186,9 +175,9 @@ def open_run(out: str | Path, notebook: str, parameters: Mapping[str, Any]) -> R
     parameters: its parameters by name. Under `backsight run` the runner's folder and record are joined.
     """
     if folder := os.environ.get(RUN_VARIABLE):
-        return Run(Path(folder), notebook, dict(parameters), in_runner=True)
-    run = Run(run_folder(out, notebook), notebook, dict(parameters), in_runner=False)
-    start_run(run.folder, identity={"notebook": notebook, "parameters": dict(parameters)})
+        return Run(Path(folder), in_runner=True)
+    run = Run(run_folder(out, notebook), in_runner=False)
+    start_run(run.folder, {"notebook": notebook, "parameters": dict(parameters)})
     return run
 
 
@@ -203,25 +192,20 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
         "seed": identity["parameters"].get("seed"),
         "resumed": resumed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         **_commit(),
         "hardware": _hardware(),
         "weights": {},
         "seconds": {},
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FINISHED).unlink(missing_ok=True)
-        write_json(folder / STARTED, record)
-    except OSError as error:
-        raise BacksightError(f"cannot write results to {shown(folder)}: {error.strerror}.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FINISHED).unlink(missing_ok=True)
+    write_json(folder / STARTED, record)
 
 
 def complete_run(folder: Path) -> Path:
     """Give the table its final name and write run.json with "status": "complete", last. Returns run.json."""
-    record = read_json(folder / STARTED)
-    if record is None:
-        raise BacksightError(f"{shown(folder)} holds no {STARTED}: this run was never opened.")
+    record = read_json(folder / STARTED) or {}
     if (folder / PARTIAL_METRICS).exists():
         os.replace(folder / PARTIAL_METRICS, folder / METRICS)
     kept = [folder / METRICS, *(folder / "inverses").rglob("*.safetensors")]
