@@ -1,4 +1,4 @@
-"""The run graph: what it would build; that it builds and resumes is test_graph_faults, what each run needs test_plan."""
+"""The run graph: what it would build; that it builds and resumes is test_graph_faults."""
 
 import subprocess
 import sys

@@ -80,20 +80,15 @@ def _data() -> Findings:
     from backsight.scenes.photographs import PHOTOGRAPHS, photograph_path
     from backsight.targets import SHIPPED, check_target
 
-    for name, check in [
-        *((name, check_target) for name in SHIPPED),
-        *((name, photograph_path) for name in PHOTOGRAPHS),
-    ]:
+    for name in (*SHIPPED, *PHOTOGRAPHS):
         try:
-            check(name)
+            check_target(name) if name in SHIPPED else photograph_path(name)
             yield "OK", name, "shipped"
         except BacksightError as error:
             yield "FAIL", name, f"{error} Or restore it from git."
     for name in ("data/coco", "data/imagenet"):
-        verdict, text = (
-            ("OK", "is there") if (project_root() / name).is_dir() else ("NOTE", "only the paper preset needs it")
-        )
-        yield verdict, name, text
+        verdict = "OK" if (project_root() / name).is_dir() else "NOTE"
+        yield verdict, name, "is there" if verdict == "OK" else "is not there; only the paper preset needs it"
 
 
 def _machine(root: Path) -> Findings:

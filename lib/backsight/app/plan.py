@@ -12,7 +12,7 @@ from backsight.project import FINISHED, read_json, results_root
 
 @dataclass(frozen=True)
 class GraphRun:
-    """One run of a graph. kind: the rule that makes it; parameters: those that the graph sets; needs: runs before it."""
+    """One run. kind: the rule that makes it; parameters: those that the graph sets; needs: the runs before it."""
 
     kind: str
     notebook: str
@@ -33,17 +33,14 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
         runs = {_question(notebook): GraphRun("once", notebook) for notebook in graph["once"]}
         for target, entry in graph["targets"].items():
             name, training = file_name(target), {"target": target, "images": entry["train"]}
-            trained = {
-                f"train-{name}{suffix}-{family}-seed{seed}": GraphRun(
-                    "train",
-                    "02_train_inverse",
-                    training | {"families": [family], "pretrained": not suffix, "seed": seed},
-                )
-                for suffix, numbers in (("", seeds), ("-untrained", untrained))
-                for family in families
-                for seed in numbers
-                if not (suffix and family == "linear")
-            }
+            trained = {}
+            for suffix, family, numbers in [
+                *(("", family, seeds) for family in families),
+                *(("-untrained", family, untrained) for family in families if family != "linear"),
+            ]:
+                for seed in numbers:
+                    own = training | {"families": [family], "pretrained": not suffix, "seed": seed}
+                    trained[f"train-{name}{suffix}-{family}-seed{seed}"] = GraphRun("train", "02_train_inverse", own)
             judging = {"target": target, "trained_on": entry["train"], "inverses": results, "seeds": seeds}
             judged = [(f"quality-{name}-{file_name(images)}", "03_quality", images) for images in entry["quality"]]
             judged += [
@@ -80,7 +77,6 @@ def plan_preset(preset: str) -> str:
         rows.append((run, made.notebook, record.get("seconds", {}).get("total")))
     runs = pd.DataFrame(rows, columns=["run", "notebook", "seconds"]).astype({"seconds": float})
     total = f"{len(runs)} runs, {runs['seconds'].sum() / 60:.0f} minutes one after the other"
-    unknown = int(runs["seconds"].isna().sum())
-    return f"{runs.to_string(index=False, na_rep='-')}\n\n{total}" + (
-        f", {unknown} not yet measured" if unknown else ""
-    )
+    if unknown := int(runs["seconds"].isna().sum()):
+        total += f", {unknown} not yet measured"
+    return f"{runs.to_string(index=False, na_rep='-')}\n\n{total}"

@@ -28,7 +28,7 @@ KERNEL_START_SECONDS = 180
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Parameters that may hold paths; on the command line these are relative to the caller's folder.
 PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", "pictures", "results")
-# What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before its notebook.
+# What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before.
 BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
 # What a run makes: removed before another one starts in its folder, since results must not be mixed.
 OF_A_RUN = (
@@ -95,9 +95,8 @@ def plan_run(
         values["out"] = shown(folder)
     is_new = not folder.is_dir() or (folder / FINISHED).exists() or (folder / STARTED).exists()
     if not is_new and (others := sorted(path.name for path in folder.iterdir() if path.name not in BESIDE_RUNS)):
-        held = ", ".join(others[:3])
         raise BacksightError(
-            f"{shown(folder)} is no run's folder: it holds {held}. Give an empty or a new one by --out."
+            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
         )
     return Plan(opened, values, folder)
 

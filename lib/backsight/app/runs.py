@@ -148,7 +148,7 @@ class Run:
         return table
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
-        """Save figures/<file_name(name)>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
+        """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
         return write_atomically(
             self.figures / f"{file_name(name)}.png",
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
