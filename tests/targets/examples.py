@@ -11,15 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from backsight.targets import (
-    conditional_detr,
-    dab_detr,
-    deformable_detr,
-    detr,
-    mask2former,
-    rt_detr,
-    yolos,
-)
+from backsight.targets import detr, mask2former, rt_detr, yolos
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.load import _timm
 from backsight.targets.names import Source
@@ -163,10 +155,10 @@ TWO_STAGES = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposa
 # model_type: the adapter, transformers' name, and the configuration.
 DETECTORS: Mapping[str, tuple[Any, str, Mapping[str, Any]]] = {
     "detr": (detr.Detr, "Detr", _DETR),
-    "conditional_detr": (conditional_detr.ConditionalDetr, "ConditionalDetr", _DETR),
-    "dab-detr": (dab_detr.DabDetr, "DabDetr", {**_DETR, "hidden_size": 32, "d_model": None}),
+    "conditional_detr": (detr.ConditionalDetr, "ConditionalDetr", _DETR),
+    "dab-detr": (detr.DabDetr, "DabDetr", {**_DETR, "hidden_size": 32, "d_model": None}),
     "deformable_detr": (
-        deformable_detr.DeformableDetr,
+        detr.DeformableDetr,
         "DeformableDetr",
         {**_DETR, "num_feature_levels": 3, "encoder_n_points": 2, "decoder_n_points": 2},
     ),

@@ -161,7 +161,7 @@ def test_stages_and_tap_sets(target: Mask2Former) -> None:
 
 
 def test_refusals(target: Mask2Former) -> None:
-    with pytest.raises(BacksightError, match="multiple of 32"):
+    with pytest.raises(BacksightError, match="multiples of 32"):
         target.check_size((64, 72))
     padding = torch.zeros(2, 64, 64, dtype=torch.bool)
     target.record(_images(), padding=padding)

@@ -41,8 +41,8 @@ class Place:
 
     module: path in named_modules(), "" for the model itself; call: which of its calls in a pass, from 0; element:
     keys that lead to the tensor in a tuple, list, dictionary or data class, () for the output itself; side: "output",
-    "input" for the first argument, or "stream": the same, but what is played is written into the tensor itself, for
-    models that go on with it outside of the module (x = x + attention(x)).
+    "input" for the first argument, or the named one with which `element` begins, or "stream": the first, but what is
+    played is written into the tensor itself, for models that go on with it outside of the module (x = x + layer(x)).
     """
 
     module: str
@@ -215,6 +215,8 @@ def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepe
         return visited(output)
 
     def before(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if place.element and place.element[0] in named:
+            return given, visited(named)
         if given:
             return (visited(given[0]), *given[1:]), named
         first = next(iter(named))

@@ -40,9 +40,9 @@ from backsight.targets.names import Source, checked_preprocessing, explained, re
 # A detector's `model_type` in config.json: the file beside this one, and the class in it.
 DETECTORS = {
     "detr": "detr:Detr",
-    "conditional_detr": "conditional_detr:ConditionalDetr",
-    "dab-detr": "dab_detr:DabDetr",
-    "deformable_detr": "deformable_detr:DeformableDetr",
+    "conditional_detr": "detr:ConditionalDetr",
+    "dab-detr": "detr:DabDetr",
+    "deformable_detr": "detr:DeformableDetr",
     "rt_detr": "rt_detr:RtDetr",
     "rt_detr_v2": "rt_detr:RtDetr",
     "yolos": "yolos:Yolos",

@@ -18,15 +18,17 @@ Boxes are made from the masks, see `soft_boxes`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backsight.representation import Predictions
-from backsight.targets.detection import DetectionTarget, Level, Spot, flat
-from backsight.targets.hooks import Element, Place
+from backsight.targets.detection import DetectionTarget, Level, Spot
+from backsight.targets.hooks import Place
 
 ENCODER_LEVELS = 3  # maps that the pixel decoder's encoder reads, in every published model and in the code
 CROSS_FIRST = {"cross_attn": "cross_attn_layer_norm", "attn": "self_attn_layer_norm"}
@@ -36,25 +38,19 @@ class Mask2Former(DetectionTarget):
     """A transformers Mask2FormerForUniversalSegmentation. Its output is Predictions with masks."""
 
     backbone, encoder = "model.pixel_level_module.encoder", "model.pixel_level_module.decoder.encoder"
-    decoder, positions = "model.transformer_module.decoder", "model.pixel_level_module.decoder.position_embedding"
-    sequence_first = True
+    decoder, code = "model.transformer_module.decoder", "position_embeddings"
+    masked = False
     layers_return = (0,)
 
-    def _map_at(self, number: int) -> Element:
-        return "feature_maps", number
-
-    def _through_backbone(self, images: Tensor) -> Any:
-        return self.model.get_submodule(self.backbone)(images)
-
-    def _find_levels(self) -> tuple[Level, ...]:
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
         """Of a Swin, where its stages end: before the norm of each map, and before the patches are merged."""
-        levels = super()._find_levels()
-        encoder = getattr(getattr(self.model.get_submodule(self.backbone), "swin", None), "encoder", None)
-        stages = [] if encoder is None else [len(stage.blocks) - 1 for stage in encoder.layers]
-        if len(stages) != len(levels):
+        levels = super()._levels
+        swin = getattr(self.model.get_submodule(self.backbone), "swin", None)
+        if swin is None or len(swin.encoder.layers) != len(levels):
             return levels
-        blocks = [f"{self.backbone}.swin.encoder.layers.{n}.blocks.{last}" for n, last in enumerate(stages)]
-        places = [Place(block, element=(0,)) for block in blocks]
+        ends = [f"{n}.blocks.{len(stage.blocks) - 1}" for n, stage in enumerate(swin.encoder.layers)]
+        places = [Place(f"{self.backbone}.swin.encoder.layers.{end}", element=(0,)) for end in ends]
         return tuple(Level(level.stride, place, True, "tokens") for level, place in zip(levels, places, strict=True))
 
     @property
@@ -68,24 +64,22 @@ class Mask2Former(DetectionTarget):
         return replace(super()._encoded(place), beside={f"backbone.{n}": self._levels[n].place for n in around})
 
     @property
-    def _decoder_steps(self) -> dict[str, str]:
+    def _decoder_steps(self) -> Mapping[str, str]:
         return {} if self.model.config.pre_norm else CROSS_FIRST
 
     def _final_norm(self, layers: int) -> int:
         return layers
-
-    def _code(self, level: int, code: Tensor) -> Tensor:
-        embedding = self.model.model.pixel_level_module.decoder.level_embed
-        return flat(code) + embedding[self._encoder_levels.index(level)]
 
     @property
     def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
         config, heads = self.model.config, self.model.config.num_attention_heads
         return (heads, config.encoder_feedforward_dim), (heads, config.dim_feedforward)
 
-    def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
-        self._refuse_padding(padding)
-        output = self.model(pixel_values=images)
+    def _ordered(self, kind: str, values: Tensor, back: bool = False) -> Tensor:
+        """The decoder is sequence-first."""
+        return values.transpose(0, 1) if kind == "queries" else values
+
+    def _predictions(self, output: Any) -> Predictions:
         masks = output.masks_queries_logits
         return Predictions(output.class_queries_logits, soft_boxes(masks), "softmax", masks)
 
@@ -99,15 +93,12 @@ def soft_boxes(masks: Tensor) -> Tensor:
     that is off, at most 1.
     """
     weights = masks.sigmoid()
-    total = weights.sum(dim=(2, 3)).clamp(min=torch.finfo(masks.dtype).tiny)
+    weights = weights / weights.sum(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(masks.dtype).tiny)
     centres, sides = [], []
-    for along, other in ((3, 2), (2, 3)):
-        count = masks.shape[along]
+    for profile in (weights.sum(dim=2), weights.sum(dim=3)):  # of the columns, of the rows
+        count = profile.shape[-1]
         places = (torch.arange(count, device=masks.device, dtype=masks.dtype) + 0.5) / count
-        profile = weights.sum(dim=other) / total[..., None]
-        centre = (profile * places).sum(dim=-1)
-        within = 1 / (12 * count**2)  # the variance of places inside one pixel
-        variance = (profile * (places - centre[..., None]) ** 2).sum(dim=-1) + within
-        centres.append(centre)
-        sides.append((12 * variance).sqrt().clamp(max=1))
+        centres.append((profile * places).sum(dim=-1))
+        spread = (profile * (places - centres[-1][..., None]) ** 2).sum(dim=-1)
+        sides.append((12 * spread + 1 / count**2).sqrt().clamp(max=1))  # with the variance inside one pixel
     return torch.stack([*centres, *sides], dim=-1)
