@@ -69,7 +69,7 @@ def training(target: Target, count: int, batch_size: int) -> list[Row]:
         pixels, features = store.read(range(count))
 
         def from_memory() -> Iterable[Batch]:
-            stream = index_batches(count, batch_size, 0, endless=True, start=0)
+            stream = index_batches(count, batch_size, 0, endless=True)
             for _, indices in zip(range(STEPS), stream, strict=False):
                 chosen = torch.from_numpy(indices)
                 yield pixels[chosen], {tap: each.index(chosen) for tap, each in features.items()}

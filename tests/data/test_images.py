@@ -134,17 +134,17 @@ def test_broken_files_are_counted_named_and_skipped(tmp_path):
     fill(tmp_path, ["fine.png", "other.jpg"], (64, 64))
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "none.gif").touch()
-    (tmp_path / "phone.heic").write_bytes(b"\0" * 20)
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(90))
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")  # it was waited for, for ever
-    with pytest.warns(UserWarning, match="5 files skipped") as caught:
+    with pytest.warns(UserWarning, match=r"phone\.heic") as caught:
         source = open_images(tmp_path)
     assert len(caught) == 1
-    assert ids(source) == ["fine.png", "other.jpg"]
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        assert [item["id"] for item in source] == ["fine.png", "other.jpg"]
+    assert len(caught) == 1
     named = {Path(path).name for path, _ in source.skipped}
     assert named == {"text.png", "none.gif", "phone.heic", "gone.jpg", "pipe.jpg"}
-    with pytest.warns(UserWarning, match="skipped"):
-        assert len(open_images(tmp_path, count=2)) == 2  # readable ones make up for what is broken
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -173,8 +173,6 @@ def test_a_source_that_breaks_altogether_ends_with_an_error(tmp_path, steps):
         path.write_text("broken")
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(SourceError, match=r"b\.png"):
         list(batches(source, 1, steps=steps))
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(SourceError, match="none of the 2 images"):
-        open_images(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- splits
@@ -264,16 +262,10 @@ def test_class_folders_are_read_as_imagenet(tmp_path):
         (lambda folder: fill(folder, ["a.png"]), {"split": "val"}, "'val'.*validation"),
         (lambda folder: fill(folder, ["a.png"]), {"target_or_size": (0, 3)}, r"\(0, 3\)"),
         (lambda folder: fill(folder, ["a.png"]), {"target_or_size": "64"}, "'64'"),
-        (
-            lambda folder: fill(folder, ["a.png"]),
-            {"target_or_size": target(size=(8, 8), interpolation="random")},
-            "random",
-        ),
         (lambda folder: fill(folder, ["a.png"]), {"count": 0}, "0"),
         (lambda folder: fill(folder, ["a.png"]), {"masks": True}, "no masks"),
         (lambda folder: fill(folder, ["a.png"]), {"options": object()}, "options"),
         (lambda folder: fill(folder, ["train/a.png"]), {"split": "test"}, "'test'.*train"),
-        (lambda folder: fill(folder, ["val/a.png", "valid/a.png"]), {}, "both val and valid"),
         (lambda folder: "scenes", {"split": "all"}, "'all'"),
         (lambda folder: "photographs", {"masks": True}, "no masks"),
     ],
@@ -355,12 +347,9 @@ def test_tensor_stacks_and_limits(numbered):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: batches(torch.zeros(2, 4, 4), 1),
-        lambda: batches(torch.zeros(2, 3, 4, 4, dtype=torch.int64), 1),
         lambda: batches(torch.zeros(0, 3, 4, 4), 1),
         lambda: batches(torch.zeros(2, 3, 4, 4), 0),
         lambda: tensor(torch.zeros(0, 3, 4, 4)),
-        lambda: tensor(torch.zeros(2, 3, 4, 4), 0),
     ],
 )
 def test_bad_batches_are_refused_at_the_call(call):

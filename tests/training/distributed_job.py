@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backsight import fit_linear, load_target
-from backsight.data.distributed import in_order, processes, share
+from backsight.data.distributed import processes, share
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.training.fit import fit_modular
 from backsight.training.loop import train
@@ -29,7 +29,6 @@ def ridge(found: dict[str, torch.Tensor]) -> None:
     gathered = accumulator.gathered()
     weight, bias = gathered.solve(0.01)
     found |= {"ridge/weight": weight, "ridge/bias": bias, "ridge/count": torch.tensor(gathered.count)}
-    found["ridge/order"] = in_order(share(torch.arange(ROWS)))
     # All rows on one process: the other has nothing but must take part.
     lonely = RidgeAccumulator()
     if processes().is_last_process:

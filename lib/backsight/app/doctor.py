@@ -92,13 +92,9 @@ def _data() -> Findings:
 
 
 def _machine(root: Path) -> Findings:
-    from backsight.data.features import outdated_stores
-
     free, results = shutil.disk_usage(root).free / 2**30, results_root()
     yield "OK", "cores", str(available_cores())
     yield "OK" if free >= FREE_DISK_GIB else "FAIL", "disk", f"{free:.0f} GiB free (a run needs {FREE_DISK_GIB})"
-    for store in outdated_stores():
-        yield "NOTE", "feature store", f"{shown(store)} is of another version: delete it"
     place = next(folder for folder in (results, *results.parents) if folder.exists())
     writable = place.is_dir() and os.access(place, os.W_OK)
     yield "OK" if writable else "FAIL", "results", f"{shown(results)} can{'' if writable else 'not'} be written"

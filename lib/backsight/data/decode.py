@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
-from backsight.data.tar import Member
 from backsight.errors import BacksightError
 
 READABLE = (
@@ -19,16 +19,16 @@ READABLE = (
 )
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF")  # no others: EPS would run ghostscript
 LARGE = 2**20  # pixels from which on a JPEG is decoded at a fraction of its size, where that leaves enough
-# What else a file may be: byte, first bytes from there, and in words.
-_OTHERS = (
-    (4, b"ftyphei", "HEIC: convert it to JPEG"),
-    (4, b"ftypmif1", "HEIF: convert it to JPEG"),
-    (0, b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-    (0, b"%!PS", "PostScript: convert it to PNG"),
-    (0, b"<", "HTML or SVG: convert it, or download it again"),
-    (0, b"II*\0", "a TIFF of unusual samples: save it with 8 or 16 bits"),
-    (0, b"MM\0*", "a TIFF of unusual samples: save it with 8 or 16 bits"),
-)
+# What else a file may be, by its first bytes.
+OTHERS = {
+    rb"(?s)....ftyp(hei|mif1)": "HEIC: convert it to JPEG",
+    rb"\xff\x0a|\0\0\0\x0c(JXL|jP)": "JPEG XL or JPEG 2000: convert it to PNG",
+    rb"version https://git-lfs": "a git-lfs pointer: run `git lfs pull`",
+    rb"%!PS|8BPS": "PostScript or a Photoshop file: convert it to PNG",
+    rb"<": "HTML or SVG: convert it, or download it again",
+    rb"II\*\0|MM\0\*": "a TIFF or raw photograph of unusual samples: save it with 8 or 16 bits",
+}
+NO_IMAGE = "no image of a kind that is read here"
 
 Image.init()  # with named formats Pillow does not look for its plug-ins by itself
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # image generators write texts of more than 1 MB
@@ -40,6 +40,9 @@ class ImageError(BacksightError):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot read the image {path}: {reason}")
         self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return ImageError, (self.path, self.reason)  # workers send it
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
@@ -53,60 +56,54 @@ def read_rgb(path: str | Path) -> np.ndarray:
     return np.array(decode(str(path)))
 
 
-def decode(path: str, upright: bool = True, member: Member | None = None, enough: int | None = None) -> Image.Image:
-    """The RGB image of a file, or of the member of a tar shard. Raises ImageError.
+def decode(
+    path: str, read: Callable[[], bytes] | None = None, upright: bool = True, enough: int | None = None
+) -> Image.Image:
+    """The RGB image of a file, or of what `read` gives of one inside another file. Raises ImageError.
 
     upright: the EXIF orientation is applied. enough: pixels a side that are as good as all: a large JPEG is decoded at
     the smallest of 1/2, 1/4, 1/8 of its size that leaves as many.
     """
-    with opened(path, member) as image:
-        if enough is not None and image.width * image.height >= LARGE and image.format in ("JPEG", "MPO"):
-            _shrink(image, enough)
+    with opened(path, read) as image:
+        if enough is not None and image.width * image.height >= LARGE:
+            image.draft(None, (enough, enough))  # of JPEGs only
         tags = getattr(image, "tag_v2", {})
         if tags.get(284) == 2 and max(tags.get(258, (8,))) > 8:  # planar configuration, bits per sample
-            raise ValueError("16-bit TIFF with separate planes: save it interleaved, or as PNG")
+            raise ValueError("its 16-bit planes are separate: save it interleaved, or as PNG")
         image.load()
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
         return _srgb(image)
 
 
-def _shrink(image: ImageFile.ImageFile, enough: int) -> None:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8, but not where a cut last pixel would shift the others."""
-    for scale in (8, 4, 2):
-        if min(image.size) // scale >= enough and all(-side % scale < side / 1000 for side in image.size):
-            image.draft(None, (image.width // scale, image.height // scale))
-            break
-
-
 @contextmanager
-def opened(path: str, member: Member | None = None) -> Iterator[ImageFile.ImageFile]:
+def opened(path: str, read: Callable[[], bytes] | None = None) -> Iterator[ImageFile.ImageFile]:
     """An image file whose header is read; whatever is wrong, inside the block too, comes out as an ImageError."""
     try:
-        if member is None and os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no regular file")  # a named pipe would be waited for
-        with Image.open(path if member is None else io.BytesIO(member.read()), formats=FORMATS) as image:
+        if read is None and not os.path.isfile(path):  # a named pipe would be waited for
+            raise ValueError("it is no regular file" if os.path.exists(path) else "there is no such file")
+        with open(path, "rb") if read is None else io.BytesIO(read()) as file:
+            try:
+                image = Image.open(file, formats=FORMATS)
+            except Image.UnidentifiedImageError:
+                file.seek(0)
+                head = file.read(32)
+                kind = next((kind for signature, kind in OTHERS.items() if re.match(signature, head)), NO_IMAGE)
+                raise ValueError(f"it is {kind}") from None
             yield image
-    except FileNotFoundError:
-        raise ImageError(path, "there is no such file") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever a malformed file makes them stumble over
-        reason = str(error).replace(repr(path), "the file").replace(path, "the file") or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError) and member is None:
-            with open(path, "rb") as file:
-                head = file.read(32)
-            reason = next((f"it is {what}" for at, sign, what in _OTHERS if head[at:].startswith(sign)), reason)
-        raise ImageError(path, reason) from error
+        raise ImageError(path, str(error) or type(error).__name__) from error
 
 
-def is_image(path: str) -> bool:
-    """Whether its first bytes are those of an image of a kind that is read here, whatever its name is."""
+def refusal(path: str) -> str | None:
+    """Why a file is no image, by its first bytes, whatever its name is."""
     try:
         with opened(path):
-            return True
-    except ImageError:
-        return False
+            return None
+    except ImageError as error:
+        return error.reason
 
 
 def _srgb(image: Image.Image) -> Image.Image:
@@ -122,11 +119,10 @@ def _srgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if profile and (transform := _to_srgb(profile, image.mode)):
         image = ImageCms.applyTransform(image, transform) or image
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    if opacity is None:
-        return image
-    image.putalpha(opacity)
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = image.convert("RGB")
+    if opacity is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), opacity)
+    return image
 
 
 @lru_cache(maxsize=32)
@@ -142,21 +138,11 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Grey of more than eight bits as L, or as LA where one level is declared transparent."""
-    values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    if image.mode == "F":
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError("its float samples leave [0, 1], so that white is not known: save it with 8 or 16 bits")
-        white = 1.0
-    elif image.mode == "I" and image.format != "PPM":
-        raise ValueError("32-bit or signed samples have no agreed white: save it with 8 or 16 unsigned bits")
-    else:
-        white = 2.0 ** (tags.get(258, (16,))[0]) - 1  # TIFF: bits per sample
-    grey = (values.astype(np.float32) * (255 / white) + 0.5).astype(np.uint8)
-    if tags.get(262) == 0:  # TIFF: zero is white, which Pillow undoes for eight bits only
-        grey = 255 - grey
-    if "transparency" not in image.info:
-        return Image.fromarray(grey)
-    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
-    return Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    """Grey of more than eight bits as L."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    white = 1.0 if image.mode == "F" else 65535.0
+    # TIFF: bits per sample; whether zero is white
+    odd = (image.mode == "I" and image.format != "PPM") or tags.get(258, (16,))[0] not in (16, 32) or tags.get(262) == 0
+    if odd or not ((values >= 0) & (values <= white)).all():
+        raise ValueError("its samples have no agreed white (1 of floats, 65535 of integers): save it with 8 or 16 bits")
+    return Image.fromarray((values.astype(np.float32) * (255 / white) + 0.5).astype(np.uint8))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -35,21 +35,11 @@ def share(images: Any) -> Any:
     return images[own] if isinstance(images, Tensor) else images.subset(own)
 
 
-def in_order(own: Tensor) -> Tensor:
-    """(N, …) of all images in their own order, on every process, from each one's rows about its `share`."""
-    state = processes()
-    if state.num_processes == 1:
-        return own
-    rows = gather_object([own.cpu()])
-    places = [torch.arange(len(part)) * state.num_processes + number for number, part in enumerate(rows)]
-    return torch.cat(rows)[torch.cat(places).argsort()]
-
-
-def average(tensors: Iterable[Tensor]) -> None:
+def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over the processes, in one exchange; all give as many, of the same shapes."""
-    state, listed = processes(), list(tensors)
-    if state.num_processes == 1 or not listed:
+    state = processes()
+    if state.num_processes == 1 or not tensors:
         return
-    flat = reduce(torch.cat([tensor.flatten() for tensor in listed]).to(state.device), "mean")
-    for tensor, mean in zip(listed, flat.split([tensor.numel() for tensor in listed]), strict=True):
+    flat = reduce(torch.cat([tensor.flatten() for tensor in tensors]).to(state.device), "mean")
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))

@@ -1,12 +1,10 @@
 """The feature store: what a frozen target makes of the images, recorded once on disk and read as often as needed.
 
-    images ──► target ──► taps ──► float16 and one scale an image ──► one file a tap, a row an image; images.bin;
-                                                                       index.json, "complete" at the end
-    store.passes(…) ◄── float32 ◄── rows of the mapped files, read ahead in a thread
+    images ──► target ──► taps ──► float16 and one scale an image ──► rows.bin: a row an image, with all it holds
+    store.passes(…) ◄── float32 ◄── rows of the mapped file, read ahead in a thread
 
 A store's folder is named by a key of what decides about a representation (weights, preprocessing, taps, images), so
-that every run finds it again. Rows are only ever appended: a recording that was killed goes on at the first batch that
-is not whole in every file, and ends in the same bytes. To free the space, delete the folder.
+that every run finds it again. Rows are only ever appended. To free the space, delete the folder.
 """
 
 from __future__ import annotations
@@ -14,15 +12,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, fields
-from functools import cache
+from dataclasses import asdict, fields, replace
+from functools import cache, cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,24 +29,13 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import (
-    ImageError,
-    ImageSource,
-    batches,
-    index_batches,
-    paying_workers,
-    read_batches,
-    unit_floats,
-)
+from backsight.data.images import ImageSource, batches, index_batches, paying_workers, read_batches, unit_floats
 from backsight.errors import BacksightError, SourceError
 from backsight.project import cache_folder, read_json, shown, write_json
-from backsight.representation import Predictions, Queries, Representation, Tokens
+from backsight.representation import Representation, Tokens
 
-FORMAT = 3  # part of the key: raise it whenever files are written, or representations made, in another way
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Tokens, Queries, Predictions)}
+FORMAT = 4  # part of the key: raise it whenever files are written, or representations made, in another way
 Recorded = dict[str, Representation]
-Index = dict[str, Any]  # what index.json holds
-Part = tuple[str, Sequence[int]]  # type and shape of a row
 
 
 class Recordable(Protocol):
@@ -71,39 +56,39 @@ class StoreError(BacksightError):
 
 
 class FeatureStore:
-    """A complete store; made by `record_features`, or opened by its folder.
+    """A complete store, as `record_features` gives it.
 
-    It stands where an ImageSource does (name, split, size, skipped, len, image(i), subset): `batches(store, …)` gives
-    the batches of the images it was recorded from. An image that could not be read keeps its index, as in its source,
-    and is left out of every batch. taps: in forward order; bytes: of all files; errors: {tap: relative RMS error of
-    half precision}, of the first image, as record_features finds it. Raises BacksightError where the folder holds no
-    complete store, or on reading a damaged file.
+    It stands where an ImageSource does (name, split, size, len, image(i), subset): `batches(store, …)` gives the images
+    it was recorded from, but for those that could not be read (skipped: [(path, reason)]). taps: in forward order;
+    bytes: of the file; errors: {tap: relative RMS error of half precision}, of the first image.
+    Raises BacksightError on reading a damaged file.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        index = read_json(self.folder / "index.json") or {}
-        if index.get("status") != "complete" or index.get("format") != FORMAT:
-            raise BacksightError(
-                f"{shown(self.folder)} holds no complete feature store of this version: call record_features with the "
-                "same arguments again; it goes on from the last whole batch."
-            )
-        self.name, self.split, self.size = index["name"], index["split"], tuple(index["size"])
-        self.target, self.weights_hash = index["target"], index["weights_hash"]
+    def __init__(
+        self,
+        folder: Path,
+        name: str | None,
+        split: str | None,
+        images: int,
+        target: Recordable,
+        row: np.dtype,
+        first: Recorded,
+    ) -> None:
+        self.folder, self.name, self.split = folder, name, split
+        self.size: tuple[int, int] = row["images"].shape[1:]
+        self.target, self.weights_hash, self.taps = target.name, target.weights_hash, tuple(first)
+        missing = (read_json(folder / "index.json") or {})["missing"]
+        self.skipped = [(path, reason) for _, path, reason in missing]
         self.errors: dict[str, float] = {}
-        self._forms, self._parts, self._images = index["forms"], index["parts"], index["images"]
-        self.taps = tuple(self._forms)
-        self.bytes = self._images * sum(map(_row_bytes, self._parts.values()))
-        self._missing = {i: (path, reason) for i, path, reason in index["missing"]}
-        self.skipped = list(self._missing.values())
-        self._own = np.arange(self._images)  # the images of this view of the store
-        self._open: dict[str, np.ndarray] = {}
+        self.bytes = images * row.itemsize
+        self._row, self._images, self._first = row, images, first
+        self._own = np.delete(np.arange(images), [place for place, _, _ in missing])  # rows of this view
 
     def __len__(self) -> int:
         return len(self._own)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # another process maps the files for itself
+        return {name: value for name, value in vars(self).items() if name != "_file"}  # another process maps it itself
 
     def subset(self, which: slice | np.ndarray) -> FeatureStore:
         """These images of the store, in this order; nothing is copied."""
@@ -113,7 +98,7 @@ class FeatureStore:
 
     def drawn(self, count: int, seed: int) -> FeatureStore:
         """`count` images, the first that a stream shuffled by the seed shows."""
-        return self.subset(next(index_batches(len(self), count, seed, endless=True, start=0)))
+        return self.subset(next(index_batches(len(self), count, seed, endless=True)))
 
     def check(self, target: Recordable) -> None:
         """Raise BacksightError where these are not the target's features."""
@@ -123,19 +108,14 @@ class FeatureStore:
                 f"{self.weights_hash}, not of {target.name} with {target.weights_hash}: record them anew."
             )
 
-    def skip(self, failures: Sequence[tuple[str, str]]) -> None:
-        """As of an ImageSource; the store knows them from the recording."""
-
     def image(self, index: int) -> Tensor:
-        """(3, H, W) as it was given, uint8 or float32. Raises ImageError for one that could not be read."""
-        if (place := int(self._own[index])) in self._missing:
-            raise ImageError(*self._missing[place])
-        return torch.from_numpy(self._rows([index], ())["images"][0])
+        """(3, H, W) as it was given, uint8 or float32."""
+        return torch.from_numpy(np.array(self._file["images"][self._own[index]]))
 
     def read(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str] | None = None) -> tuple[Tensor, Recorded]:
-        """Images (B, 3, H, W) float32 in [0, 1] and {tap: representation}, float32, both on the CPU.
+        """Images (B, 3, H, W) float32 in [0, 1] and {tap: representation}, float32, both on the CPU; taps: default all.
 
-        indices: of images, in any order; those that could not be read are left out. taps: default all.
+        Raises BacksightError on a tap that is not there.
         """
         taps = self._known(taps)
         return self._widened(self._rows(indices, taps), taps)
@@ -154,10 +134,9 @@ class FeatureStore:
         """
         taps = self._known(taps)
         stream = index_batches(len(self), batch_size, shuffle_seed, endless=steps is not None, start=start)
-        readable = (chosen for chosen in stream if not self._missing.keys() >= set(self._own[chosen].tolist()))
-        wanted = islice(readable, None if steps is None else max(0, steps - start))
         with ThreadPoolExecutor(1) as reader:
-            reading = (reader.submit(self._rows, chosen, taps) for chosen in wanted)
+            left = islice(stream, None if steps is None else max(0, steps - start))
+            reading = (reader.submit(self._rows, chosen, taps) for chosen in left)
             for rows, _ in pairwise(chain(reading, [None])):  # the pair is there when its second is submitted
                 yield self._widened(rows.result(), taps)  # type: ignore[union-attr]
 
@@ -167,40 +146,32 @@ class FeatureStore:
         return self.taps if taps is None else taps
 
     def _rows(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str]) -> dict[str, np.ndarray]:
-        """The images' rows of the files, by numpy: torch's threads would take the cores that the training needs."""
-        places = np.array([i for i in self._own[np.asarray(indices, dtype=int)].tolist() if i not in self._missing])
-        if not len(places):
-            raise BacksightError(f"None of the {len(indices)} images asked for is in {shown(self.folder)}.")
-        names = [f"{tap}/{part}" for tap in taps for part in self._forms[tap]["parts"]]
-        return {name: self._mapped(name)[places] for name in ("images", *names, *(f"{name}/scale" for name in names))}
+        """By numpy: torch's threads would take the cores that the training needs."""
+        names = ["images", *(name for name in self._row.names or () if name.split("/")[0] in taps)]
+        return {name: self._file[name][self._own[indices]] for name in names}
 
-    def _widened(self, rows: Mapping[str, np.ndarray], taps: Sequence[str]) -> tuple[Tensor, Recorded]:
+    def _widened(self, rows: dict[str, np.ndarray], taps: Sequence[str]) -> tuple[Tensor, Recorded]:
         tensors = {name: torch.from_numpy(values).float() for name, values in rows.items() if name != "images"}
         recorded: Recorded = {}
         for tap in taps:
-            form = self._forms[tap]
-            parts = {part: _scaled(tensors[f"{tap}/{part}"], tensors[f"{tap}/{part}/scale"]) for part in form["parts"]}
-            if form["positioned"]:
-                parts["position"] = torch.from_numpy(np.load(self.folder / f"{tap}-position.npy"))
-            settings = {  # JSON made lists of the grids
-                name: tuple(map(tuple, value)) if isinstance(value, list) else value
-                for name, value in form["settings"].items()
-            }
-            recorded[tap] = KINDS[form["kind"]](**parts, **settings)
+            parts = {}
+            for part, like in _parts(self._first[tap]).items():
+                scale = tensors[f"{tap}/{part}/scale"].view(-1, *[1] * (like.ndim - 1))
+                parts[part] = tensors[f"{tap}/{part}"].mul_(scale)
+            recorded[tap] = replace(self._first[tap], **parts)
         return unit_floats(torch.from_numpy(rows["images"])), recorded
 
-    def _mapped(self, name: str) -> np.ndarray:
-        """A file's rows: what is read of them comes from the disk, or from the system's cache of it."""
-        if name not in self._open:
-            path, (kind, shape) = self.folder / _file(name), self._parts[name]
-            try:
-                self._open[name] = np.asarray(np.memmap(path, kind, "r", shape=(self._images, *shape)))
-            except (OSError, ValueError) as error:  # gone, or too short
-                raise BacksightError(
-                    f"The file {shown(path)} of a feature store is missing or damaged ({error}): call record_features "
-                    "again, which mends it."
-                ) from error
-        return self._open[name]
+    @cached_property
+    def _file(self) -> np.ndarray:
+        """What is read of it comes from the disk, or from the system's cache of it."""
+        path = self.folder / "rows.bin"
+        try:
+            return np.asarray(np.memmap(path, self._row, "r", shape=(self._images,)))
+        except (OSError, ValueError) as error:  # gone, or too short
+            raise BacksightError(
+                f"The file {shown(path)} of a feature store is missing or damaged ({error}): call record_features "
+                "again, which mends it."
+            ) from error
 
 
 def features_or_images(
@@ -230,52 +201,48 @@ def record_features(
     each store has a folder of its own there. Numbers are kept to 11 binary digits of their own, `store.errors` says
     what that costs; contexts (a detector's memory) are not kept.
 
-    A recording that was killed, or whose disk was full, goes on from its last whole batch; one that another process is
-    writing is waited for. Raises StoreError where the disk is too small, before anything is written, or the folder
-    cannot be written; BacksightError on features that are not finite or not of one form; SourceError without images.
+    A recording that was killed, or whose disk was full, goes on from its last whole batch and ends in the same bytes;
+    one that another process is writing is waited for. Raises StoreError where the disk is too small, before anything is
+    written, or the folder cannot be written; BacksightError on features that are not finite or not of one form;
+    SourceError without images.
     """
     taps = target.taps if taps is None else target.resolve_taps(taps)
-    first = target.record(next(batches(images, 1)), taps)
-    forms = {tap: _form(representation) for tap, representation in first.items()}
-    size: tuple[int, ...]
+    first = {tap: _kept(held) for tap, held in target.record(next(batches(images, 1)), taps).items()}
     if isinstance(images, Tensor):
-        name, split, size, kind = None, None, images.shape[2:], "uint8" if images.dtype == torch.uint8 else "float32"
+        name, split, size, bytewise = None, None, images.shape[2:], images.dtype == torch.uint8
     else:
-        name, split, size, kind = images.name, images.split, images.size, "uint8"
-    parts: dict[str, Part] = {"images": (kind, [3, *size])}
-    for tap, form in forms.items():
-        for part, shape in form["parts"].items():
-            parts |= {f"{tap}/{part}": ("float16", shape), f"{tap}/{part}/scale": ("float32", [])}
-    index: Index = {
-        **{"format": FORMAT, "status": "recording", "target": target.name, "weights_hash": target.weights_hash},
-        **{"name": name, "split": split, "size": list(size), "images": len(images), "missing": []},
-        **{"forms": forms, "parts": parts},
-    }
-    identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), forms, images_digest(images)]
+        name, split, size, bytewise = images.name, images.split, images.size, True
+    columns: list[Any] = [("images", "uint8" if bytewise else "float32", (3, *size))]
+    for tap, held in first.items():
+        for part, values in _parts(held).items():
+            columns += [(f"{tap}/{part}", "float16", values.shape[1:]), (f"{tap}/{part}/scale", "float32")]
+    row = np.dtype(columns)
+    identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), str(row)]
+    identity += [repr(held.signature) for held in first.values()] + [images_digest(images)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (target.name, name, split, key))))
     place = Path(folder or cache_folder() / "features") / label
     try:
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
-        free, needed = shutil.disk_usage(existing).free, len(images) * sum(map(_row_bytes, parts.values()))
+        free, needed = shutil.disk_usage(existing).free, len(images) * row.itemsize
         if needed > free and existing != place:
             raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):
-            known = read_json(place / "index.json")
-            rows = min(_size(place / _file(name)) // _row_bytes(part) for name, part in parts.items()) if known else 0
-            if known is None or known["status"] != "complete" or rows < len(images):
-                _record(target, images, place, known or index, first, min(rows, len(images)), batch_size, progress)
+            index, file = read_json(place / "index.json"), place / "rows.bin"
+            rows = min(file.stat().st_size // row.itemsize if index and file.is_file() else 0, len(images))
+            if index is None or index["status"] != "complete" or rows < len(images):
+                whole = rows if rows == len(images) else rows - rows % batch_size
+                _record(target, images, place, row, first, index or {"missing": []}, whole, batch_size, progress)
     except OSError as error:
         raise StoreError(
             f"The feature store {shown(place)} cannot be written ({error}): make space, or set BACKSIGHT_CACHE to "
             "another folder; the next call goes on from there."
         ) from error
-    store = FeatureStore(place)
-    _, kept = store.read(next([i] for i in range(len(store)) if i not in store._missing))
-    for tap, representation in first.items():  # what is in no key, as a user's code, shows in the first image
-        values = representation.values.float().cpu()
-        store.errors[tap] = float((kept[tap].values - values).norm() / values.norm().clamp(min=1e-30))
+    store = FeatureStore(place, name, split, len(images), target, row, first)
+    for tap, held in store.read([0])[1].items():  # what is in no key, as a user's code, shows in the first image
+        values = first[tap].values
+        store.errors[tap] = float((held.values - values).norm() / values.norm().clamp(min=1e-30))
         if store.errors[tap] > 0.01:
             raise BacksightError(
                 f"{target.name} gives other features at {tap} than when {shown(place)} was recorded, with the same "
@@ -288,68 +255,75 @@ def _record(
     target: Recordable,
     images: ImageSource | Tensor,
     place: Path,
-    index: Index,
+    row: np.dtype,
     first: Recorded,
-    rows: int,
+    index: dict[str, Any],
+    start: int,
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Append what is missing behind the first `rows`, in the same batches, and then write the index as complete."""
-    start = rows if rows == len(images) else rows - rows % batch_size
-    index |= {"status": "recording", "missing": [entry for entry in index["missing"] if entry[0] < start]}
-    write_json(place / "index.json", index)
-    for tap, representation in first.items():
-        if (code := _position(representation)) is not None:
-            np.save(place / f"{tap}-position.npy", code.numpy())
-    left = list(index_batches(len(images), batch_size, None, endless=False, start=math.ceil(start / batch_size)))
+    """Append what is missing behind the first `start` rows, in the same batches; an unreadable image has a row too."""
+    missing = [failure for failure in index["missing"] if failure[0] < start]
+    index = {"format": FORMAT, "status": "recording", "target": target.name, "missing": missing}
+    left = list(index_batches(len(images), batch_size, None, endless=False, start=-(-start // batch_size)))
     stream = read_batches(images, left, paying_workers(len(images) - start))
     with (
-        ExitStack() as opened,
+        open(place / "rows.bin", "ab") as file,
         tqdm(total=len(images) - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,
     ):
-        files = {name: opened.enter_context(open(place / _file(name), "ab")) for name in index["parts"]}
-        for name, file in files.items():
-            file.truncate(start * _row_bytes(index["parts"][name]))
+        file.truncate(start * row.itemsize)
+        write_json(place / "index.json", index)
         for indices, (read, failures) in zip(left, stream, strict=True):
-            whole = read
-            if failures:  # an image that could not be read is a black one, which nobody asks for
-                index["missing"] += failures
+            rows = np.zeros(len(indices), row)
+            if failures:
+                missing += [[place, failure.path, failure.reason] for place, failure in failures.items()]
                 write_json(place / "index.json", index)  # before its row
-                whole = torch.zeros(len(indices), 3, *index["size"], dtype=torch.uint8)
-                if read is not None:
-                    whole[~np.isin(indices, [failure[0] for failure in failures])] = read
-            assert whole is not None
-            for name, values in _stored(target, whole, first, index["forms"]).items():
-                files[name].write(values.cpu().contiguous().numpy().data)
-                files[name].flush()  # a kill then costs no more than this batch
+            if read is not None:
+                readable = ~np.isin(indices, [*failures])
+                for name, values in _stored(target, read, first).items():
+                    rows[name][readable] = values.cpu().numpy()
+            file.write(rows.tobytes())
+            file.flush()  # a kill then costs no more than this batch
             bar.update(len(indices))
-    if len(index["missing"]) == len(images):
+    if len(missing) == len(images):
         raise SourceError(f"none of the {len(images)} images can be read")
     write_json(place / "index.json", index | {"status": "complete"})
 
 
-def _stored(target: Recordable, images: Tensor, first: Recorded, forms: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{name of a part: (B, …)} of a batch.
-
-    Raises BacksightError for what a store does not keep: padding, numbers that are not finite, and a form or a
-    positional code that changes with the image.
-    """
+def _stored(target: Recordable, images: Tensor, first: Recorded) -> dict[str, Tensor]:
+    """{column: (B, …)} of a batch. Raises BacksightError for what a store does not keep."""
     unit = unit_floats(images)
     stored = {"images": images if images.dtype == torch.uint8 else unit}
-    for tap, representation in target.record(unit, tuple(forms)).items():
-        position, known = _position(representation), _position(first[tap])
-        alike = position is None or known is None or torch.allclose(position, known, rtol=1e-5, atol=1e-6)
-        if _form(representation) != forms[tap] or not alike:
+    for tap, representation in target.record(unit, tuple(first)).items():
+        held = _kept(representation)
+        codes = [code for code in (getattr(x, "position", None) for x in (held, first[tap])) if code is not None]
+        alike = len(codes) < 2 or torch.allclose(*codes, rtol=1e-5, atol=1e-6)
+        if held.signature != first[tap].signature or not alike:
             raise BacksightError(
-                f"{target.name} gives representations of several forms, or padded ones, at {tap}, which one store "
-                "cannot hold: leave this tap out."
+                f"{target.name} gives representations of several forms at {tap}, which one store cannot hold: leave "
+                "this tap out."
             )
-        for part in forms[tap]["parts"]:
-            values = getattr(representation, part).float().cpu()
+        for part, values in _parts(held).items():
             if not values.isfinite().all():
                 raise BacksightError(f"The features of {target.name} at {tap} are not finite: look at its weights.")
             stored[f"{tap}/{part}"], stored[f"{tap}/{part}/scale"] = halved(values)
     return stored
+
+
+def _kept(representation: Representation) -> Representation:
+    """Float32 on the CPU, without context, with one positional code for all images."""
+    held = representation.plain().to("cpu", torch.float32)
+    if not isinstance(held, Tokens):
+        return held
+    if held.padding is not None:
+        raise BacksightError("One store cannot hold padded representations: leave their taps out.")
+    return replace(held, position=None if held.position is None else held.position[:1].contiguous())
+
+
+def _parts(representation: Representation) -> dict[str, Tensor]:
+    """Its numbers, (B, …) each."""
+    named = {entry.name: getattr(representation, entry.name) for entry in fields(representation)}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "position"}
 
 
 def halved(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,66 +333,28 @@ def halved(values: Tensor) -> tuple[Tensor, Tensor]:
     begins to lose digits.
     """
     exponent = torch.frexp(values.flatten(1).abs().amax(1)).exponent.clamp(min=-100) - 15
-    scale = torch.ldexp(torch.ones(len(values)), exponent)
-    return _scaled(values.clone(), 1 / scale).half(), scale
+    halves = torch.ldexp(values, -exponent.view(-1, *[1] * (values.ndim - 1))).half()
+    return halves, torch.ldexp(torch.ones(len(values)), exponent)
 
 
-def _scaled(values: Tensor, scale: Tensor) -> Tensor:
-    """Each image's numbers times its own, in place."""
-    return values.mul_(scale.view(-1, *[1] * (values.ndim - 1)))
-
-
-def _form(representation: Representation) -> dict[str, Any]:
-    """All of a representation but its numbers and its context; parts: {name: shape of one image's numbers}."""
-    named = {entry.name: getattr(representation, entry.name) for entry in fields(representation)}
-    settings = {name: value for name, value in named.items() if isinstance(value, int | str | tuple)}
-    return {
-        "kind": type(representation).__name__,
-        "parts": {n: list(v.shape[1:]) for n, v in named.items() if isinstance(v, Tensor) and n != "position"},
-        "positioned": named.get("position") is not None,
-        "settings": json.loads(json.dumps(settings)),  # as they come back from the index
-    }
-
-
-def _position(representation: Representation) -> Tensor | None:
-    """(1, N, C): the positional code, the same for all images."""
-    code = getattr(representation, "position", None)
-    return None if code is None else code[:1].float().cpu().contiguous()
-
-
-def outdated_stores() -> list[Path]:
-    """The stores in the cache that this version does not read, as `backsight doctor` tells them."""
-    indices = sorted((cache_folder() / "features").glob("*/index.json"))
-    return [path.parent for path in indices if (read_json(path) or {}).get("format") != FORMAT]
-
-
-def _file(part: str) -> str:
-    return part.replace("/", "-") + ".bin"
-
-
-def _row_bytes(part: Part) -> int:
-    return np.dtype(part[0]).itemsize * math.prod(part[1])
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def images_digest(images: ImageSource | Tensor) -> str:
+def images_digest(images: ImageSource | FeatureStore | Tensor) -> str:
     """A digest of which images these are: of a tensor its bytes, of a source its files' ids, sizes and times."""
     digest = hashlib.sha256()
     if isinstance(images, Tensor):
         digest.update(f"{tuple(images.shape)} {images.dtype}".encode())
         for piece in images.split(64):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
-    digest.update(repr([images.name, images.split, images.size, images.interpolation, images.crop_fraction]).encode())
+    elif isinstance(images, FeatureStore):
+        digest.update(images.folder.name.encode() + images._own.tobytes())
+    else:
+        how = [images.name, images.split, images.size, images.interpolation, images.crop_fraction]
+        digest.update(repr(how).encode())
 
-    @cache  # a tar shard is looked at once, however many images it holds
-    def state(file: Path) -> tuple[int, int]:
-        return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (-1, -1)
+        @cache  # a tar shard is looked at once, however many images it holds
+        def state(file: Path) -> tuple[int, int]:
+            return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (-1, -1)
 
-    for entry in images.entries:
-        file = Path(entry.path if entry.member is None else entry.member.shard)
-        digest.update(repr((entry.id, *state(file))).encode())
+        for entry in images.entries:
+            file = Path(entry.path if entry.member is None else entry.member.shard)
+            digest.update(repr((entry.id, *state(file))).encode())
     return digest.hexdigest()

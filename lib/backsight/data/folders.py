@@ -5,36 +5,32 @@
     COCO        these (also as train2017/) with annotations/instances_*.json, or _annotations.coco.json in each
     tar shards  train-*.tar, val-*.tar, or without a split in their names
 
-Declared parts are kept: without a validation part a tenth of train is the validation split, by hash; without a test
-part val is the test split.
+Without a test part val is the test split; then, or without val, a tenth of train is the validation split, by hash.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from backsight.data.coco import Annotations, ImageObjects
-from backsight.data.decode import READABLE, is_image
-from backsight.data.tar import Member, index_shards
+from backsight.data.coco import ImageObjects, of_files, read_annotations
+from backsight.data.decode import OTHERS, READABLE, refusal
+from backsight.data.tar import Member, members
 from backsight.errors import SourceError
 
 SPLITS = ("train", "validation", "test")
-_PLAIN = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}  # shares of the range of hashes
-_WORD = "(train|validation|val|test)(?:ing|id|idate)?"
+_WORD = "(train|val|test)(?:ing|id|idate|idation)?"
 _SPLIT_FOLDER = re.compile(_WORD + r"[-_]?((?:19|20)\d\d)?", re.IGNORECASE)  # train, Valid, testing, val2017
-_SPLIT_SHARD = re.compile(rf"(?:^|[^a-z]){_WORD}[^a-z]")  # train-0000.tar, imagenet1k-validation-07.tar
-_NO_CLASSES = {"images", "labels", "annotations", "masks"}
-# Images as well, but of kinds that are not read: named as skipped. All other files are told by their first bytes.
-_UNREADABLE = (
-    *(".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".xcf", ".exr", ".hdr", ".tga", ".eps", ".ico"),
-    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
-)
+_SPLIT_SHARD = re.compile(rf"(?:^|[^a-z]){_WORD}[^a-z]", re.IGNORECASE)  # train-0000.tar, imagenet1k-validation-07.tar
+_NO_CLASSES = ("images", "labels", "annotations", "masks")
+# All other files are told by their first bytes.
 _NO_IMAGES = (".txt", ".json", ".jsonl", ".xml", ".csv", ".yaml", ".yml", ".md", ".html", ".npy", ".pt", ".py", ".tar")
+
+Parts = dict[str, list[Path]]  # "train", "val", "test", or "" where nothing is declared: its folders or tar shards
 
 
 class Entry(NamedTuple):
@@ -50,18 +46,6 @@ class Entry(NamedTuple):
     member: Member | None = None
 
 
-class Part(NamedTuple):
-    """A declared part of a data set, or that share of it whose names hash into [low, high)."""
-
-    name: str = ""
-    low: float = 0.0
-    high: float = 1.0
-
-    def holds(self, name: str) -> bool:
-        fraction = int.from_bytes(sha256(name.encode()).digest()[:6], "big") / 2**48  # the same on every machine
-        return self.low <= fraction < self.high
-
-
 @dataclass
 class Found:
     """What a source has of a split. skipped: [(path, reason)]."""
@@ -71,64 +55,52 @@ class Found:
     classes: tuple[str, ...] = ()
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, folder: Path, files: Mapping[str, Entry], annotations: Path | None, part: Part) -> None:
-        """Add files of a folder, {path in it: entry}, with the objects that a COCO file, where one is given, has."""
-        if annotations is None:
-            self.entries += files.values()
-            return
-        source = Annotations(annotations)
-        if self.classes not in ((), source.classes):
-            raise SourceError(f"{annotations} lists other categories than the other part: open one split at a time")
-        self.classes = source.classes
-        self.skipped += source.notes
-        records = source.match(list(files))
-        for name, entry in files.items():
-            if name in records:
-                self.entries.append(entry._replace(objects=ImageObjects(source, records[name], entry.path)))
-            else:
-                self.skipped.append((entry.path, f"{annotations.name} does not list it"))
-        for name in sorted(source.images.keys() - {record["file_name"] for record in records.values()}):
-            if part.holds(_stem(name)) and not (folder / name).exists():
-                self.skipped.append((str(folder / name), f"listed in {annotations.name}, but not on disk"))
-
-    def search(self, folder: Path) -> list[str]:
-        """Image files below a folder as sorted relative paths; those that cannot be read are skipped.
-
-        Raises SourceError where there is none.
-        """
-        paths: list[str] = []
-        others: Counter[str] = Counter()
-        for path, child in _files(folder):
-            extension = os.path.splitext(path)[1].lower()
-            if not child.is_file():
-                if extension in READABLE:
-                    self.skipped.append((child.path, "no regular file, or a link to nothing"))
-            elif extension in READABLE or (extension not in _NO_IMAGES and is_image(child.path)):
-                paths.append(path)
-            else:
-                others[extension or "no extension"] += 1
-                if extension in _UNREADABLE:
-                    self.skipped.append((child.path, f"{extension} is not supported: convert it to PNG or JPEG"))
-        if not paths:
-            kinds = ", ".join(f"{kind} ({number})" for kind, number in others.most_common(5)) or "nothing"
-            raise SourceError(f"the folder {folder} holds no images, only {kinds}: images are {' '.join(READABLE)}")
-        return sorted(paths)
+    def add(self, files: dict[str, Entry], annotations: Path | None) -> None:
+        """Add {path in its folder: entry}, with the objects that a COCO file, where one is given, has of it."""
+        if annotations is not None:
+            objects, classes = read_annotations(annotations)
+            if self.classes not in ((), classes):
+                raise SourceError(f"{annotations} lists other categories than the other part: open one split at a time")
+            known, self.classes = of_files(objects, files), classes
+            reason = f"{annotations.name} does not list it"
+            self.skipped += [(entry.path, reason) for path, entry in files.items() if path not in known]
+            files = {path: files[path]._replace(objects=objects) for path, objects in known.items()}
+        self.entries += files.values()
 
 
 def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
     """The images of a split, with masks those of COCO's annotations. Raises SourceError."""
     if not root.is_dir():
         raise SourceError(f"there is no folder {root}: give the folder that holds the images")
-    if base := next((base for base in (root, root / "images") if base.is_dir() and _declared(base)), None):
-        found = _split_folders(root, base, _declared(base), split or "test", masks)
-    elif shards := [root / child.name for child in _children(root) if child.name.lower().endswith(".tar")]:
-        found = _tar_shards(root, shards, split)
-    else:
-        found = Found(split or "all")
-        part = Part("", *_PLAIN.get(found.split, (0.0, 1.0)))
-        files = {path: Entry(path, str(root / path)) for path in found.search(root) if part.holds(path)}
-        annotations = [*(root / "annotations").glob("instances_*.json")]
-        found.add(root, files, annotations[0] if masks and len(annotations) == 1 else None, part)
+    base, parts = next(((base, parts) for base in (root, root / "images") if (parts := _declared(base))), (root, {}))
+    annotations: dict[Path, Path] = {}
+    for part, place in ((part, place) for part, places in parts.items() for place in places):
+        usual = [root / "annotations" / f"instances_{name}.json" for name in (part, place.name)]
+        if file := next((file for file in (place / "_annotations.coco.json", *usual) if file.is_file()), None):
+            annotations[place] = file
+    classes = {} if annotations else {part: _class_folders(places) for part, places in parts.items()}
+    labelled = {part for part, places in parts.items() if classes.get(part) or annotations.keys() & {*places}}
+    if labelled and "test" not in labelled:
+        parts.pop("test", None)  # the test images of ImageNet and COCO come without
+    if not parts:
+        parts = {"": [root]}
+        files = [*(root / "annotations").glob("instances_*.json")]
+        annotations = {root: files[0]} if len(files) == 1 else {}
+    found = Found(split or ("all" if "" in parts else "test"), classes=tuple(sorted(set().union(*classes.values()))))
+    if "" not in parts:
+        used = {path for places in parts.values() for path in places}
+        stray = [path for path in _children(base) if path.suffix.lower() in (*READABLE, ".tar") and path not in used]
+        found.skipped += [(str(path), "it lies beside the declared splits") for path in stray if path.is_file()]
+    for part, low, high in _shares(parts, found.split, root):
+        for place in parts[part]:
+            shard = place.suffix.lower() == ".tar"
+            files = {}
+            for name, entry in _of_shard(place) if shard else _of_folder(place, root, found):
+                key = os.path.splitext(name)[0] if place in annotations else name
+                fraction = int.from_bytes(sha256(key.encode()).digest()[:6], "big") / 2**48  # equal on every machine
+                if low <= fraction < high:
+                    files[name] = entry
+            found.add(files, annotations.get(place) if masks else None)
     if not found.entries:
         raise SourceError(
             f"split {found.split!r} of {root} holds no image: add images, or choose another split (without declared "
@@ -137,130 +109,98 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
     return found
 
 
-def _parts(declared: Iterable[str], split: str, root: Path) -> list[Part]:
-    """The parts that make up a split; declared: which of train, val, validation and test there are."""
-    place = {name: name for name in declared}
-    if "val" in place:
-        place.setdefault("validation" if "test" in place else "test", place.pop("val"))
-    if split == "all":
-        return [Part(place[name]) for name in SPLITS if name in place]
-    if "train" in place and "validation" not in place and split != "test":
-        return [Part(place["train"], *((0.0, 0.9) if split == "train" else (0.9, 1.0)))]
-    if split not in place:
-        raise SourceError(
-            f"{root} has neither images nor shards for split {split!r} (it has {', '.join(declared)}): add "
-            f"{'val' if split == 'test' else 'train'}, or unpack the zip file and the annotations of COCO there"
-        )
-    return [Part(place[split])]
-
-
-def _declared(base: Path) -> dict[str, str]:
-    """{"train", "val", "validation" or "test": the folder of that part}; {} where the folder is not cut into splits."""
+def _declared(base: Path) -> Parts:
+    """The folders, or else the tar shards, of each part; {} where there are none."""
     children = _children(base)
-    declared: dict[str, str] = {}
-    for child in children:
-        if child.is_dir() and (word := _SPLIT_FOLDER.fullmatch(child.name)):
-            if (part := word[1].lower()) in declared:
-                raise SourceError(f"{base} has both {declared[part]} and {child.name}: move one of them elsewhere")
-            declared[part] = child.name
-    nothing_else = all(child.name in declared.values() for child in children)
-    return declared if nothing_else or declared.keys() & {"train", "val", "validation"} else {}
+    folders: Parts = {}
+    shards: Parts = {}
+    for path in children:
+        if path.is_dir() and (word := _SPLIT_FOLDER.fullmatch(path.name)):
+            folders.setdefault(word[1].lower(), []).append(path)
+        elif path.suffix.lower() == ".tar":
+            word = _SPLIT_SHARD.search(path.name)
+            shards.setdefault(word[1].lower() if word else "", []).append(path)
+    if folders.keys() & {"train", "val"} or sum(map(len, folders.values())) == len(children):
+        return folders
+    return {part: places for part, places in shards.items() if part} or shards
 
 
-def _split_folders(root: Path, base: Path, declared: dict[str, str], split: str, masks: bool) -> Found:
-    found = Found(split, skipped=_stray(base))
-    annotations: dict[str, Path] = {}
-    for split_name, name in declared.items():
-        usual = [root / "annotations" / f"instances_{stem}.json" for stem in (split_name, name)]
-        for path in (base / name / "_annotations.coco.json", *usual):
-            if path.is_file():
-                annotations[split_name] = path
-    coco = bool(annotations) or any(name[-4:].isdigit() for name in declared.values())
-    if coco:
-        unlabelled = "test" not in annotations and declared.get("test", "")[-4:].isdigit()  # COCO's own test images
-    else:
-        classes = {part: _class_folders(base / name) for part, name in declared.items()}
-        found.classes = tuple(sorted(set().union(*classes.values())))
-        unlabelled = bool(found.classes) and not classes.get("test", True)  # ImageNet's own test images
-    if unlabelled:
-        declared = {part: name for part, name in declared.items() if part != "test"}
-    numbers = {name: index for index, name in enumerate(found.classes)}
-    for part in _parts(declared, split, root):
-        folder = base / declared[part.name]
-        if masks and coco and part.name not in annotations:
-            raise SourceError(
-                f"masks need annotations/instances_{folder.name}.json in {root}, which is missing: unpack COCO's "
-                "annotations there, or open it with masks=False"
-            )
-        paths = found.search(folder)
-        if coco:
-            files = {path: Entry(_stem(path), str(folder / path)) for path in paths if part.holds(_stem(path))}
+def _shares(parts: Parts, split: str, root: Path) -> list[tuple[str, float, float]]:
+    """(part, low, high) of what makes up a split: those images of the part whose hash lies in [low, high)."""
+    if split == "all":
+        return [(part, 0.0, 1.0) for part in ("", "train", "val", "test") if part in parts]
+    if "" in parts:
+        return [("", *{"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}[split])]
+    validated = {"val", "test"} <= parts.keys()
+    share = {
+        "train": ("train", 0.0, 1.0 if validated else 0.9),
+        "validation": ("val", 0.0, 1.0) if validated else ("train", 0.9, 1.0),
+        "test": ("test" if "test" in parts else "val", 0.0, 1.0),
+    }[split]
+    if share[0] not in parts:
+        raise SourceError(f"{root} has nothing for split {split!r} (it has {', '.join(parts)}): add {share[0]}")
+    return [share]
+
+
+def _of_folder(folder: Path, root: Path, found: Found) -> Iterator[tuple[str, Entry]]:
+    """(relative path, entry) of the image files below a folder, in order; others are skipped, or none of its business.
+
+    Raises SourceError where there is none.
+    """
+    paths: list[str] = []
+    others: Counter[str] = Counter()
+    for inside, name in _files(folder):
+        path, extension = os.path.join(folder, inside, name), os.path.splitext(name)[1].lower()
+        reason = None
+        if extension not in READABLE:
+            reason = "" if extension in _NO_IMAGES else refusal(path)
+        if reason is None:
+            paths.append(f"{inside}/{name}".lstrip("/"))
+        elif reason.removeprefix("it is ") in OTHERS.values():
+            found.skipped.append((path, reason))
         else:
-            files = {
-                path: Entry(f"{folder.name}/{path}", str(folder / path), numbers.get(path.split("/")[0]))
-                for path in paths
-                if part.holds(path)
-            }
-        found.add(folder, files, annotations[part.name] if masks and coco else None, part)
-    return found
+            others[extension or "no extension"] += 1
+    if not paths:
+        kinds = ", ".join(f"{kind} ({number})" for kind, number in others.most_common(5)) or "nothing"
+        raise SourceError(f"the folder {folder} holds no images, only {kinds}: images are {' '.join(READABLE)}")
+    numbers = {name: number for number, name in enumerate(found.classes)}
+    for path in sorted(paths):
+        id = path if folder == root else f"{folder.name}/{path}"
+        yield path, Entry(id, str(folder / path), numbers.get(path.split("/")[0]))
 
 
-def _class_folders(folder: Path) -> set[str]:
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    """(folder inside, name) of what is visible below a folder; links that lead back up are not followed."""
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        above, below = f"{os.path.realpath(place)}/", [name for name in folders if _visible(name)]
+        folders[:] = [name for name in below if not above.startswith(f"{os.path.realpath(f'{place}/{name}')}/")]
+        inside = place[len(str(folder)) + 1 :].replace(os.sep, "/")
+        yield from ((inside, name) for name in files if _visible(name))
+
+
+def _of_shard(shard: Path) -> Iterator[tuple[str, Entry]]:
+    for member in members(shard):
+        id = f"{shard.stem}/{member.name}"
+        yield id, Entry(id, f"{shard}::{member.name}", member.label, member=member)
+
+
+def _class_folders(places: Sequence[Path]) -> set[str]:
     """Names of the folders inside that hold something."""
-    names = {child.name for child in _children(folder) if child.is_dir()} - _NO_CLASSES
-    return {name for name in names if _children(folder / name)}
+    inside = [path for place in places if place.is_dir() for path in _children(place)]
+    return {path.name for path in inside if path.is_dir() and path.name not in _NO_CLASSES and any(path.iterdir())}
 
 
-def _tar_shards(root: Path, paths: Iterable[Path], split: str | None) -> Found:
-    shards: dict[str, list[Path]] = {}
-    for path in paths:
-        word = _SPLIT_SHARD.search(path.name.lower())
-        shards.setdefault(word[1].replace("validation", "val") if word else "", []).append(path)
-    found = Found(split or ("all" if "" in shards else "test"), skipped=_stray(root))
-    if "" in shards and len(shards) > 1:
-        raise SourceError(f"{root} holds {shards[''][0].name} beside shards of named splits: call it train-… or val-…")
-    if {"train", "test"} <= shards.keys():
-        labels = {name: index_shards(shards[name][:1], READABLE)[0][0].label for name in ("train", "test")}
-        if labels["train"] is not None and labels["test"] is None:
-            del shards["test"]  # ImageNet's own test images come without classes
-    plain = Part("", *_PLAIN.get(found.split, (0.0, 1.0)))
-    for part in [plain] if "" in shards else _parts(shards, found.split, root):
-        for shard, members in zip(shards[part.name], index_shards(shards[part.name], READABLE), strict=True):
-            for member in members:
-                if part.holds(id := f"{shard.stem}/{member.name}"):
-                    found.entries.append(Entry(id, f"{shard}::{member.name}", member.label, member=member))
-    return found
-
-
-def _stem(path: str) -> str:
-    """The path without its last extension."""
-    return os.path.splitext(path)[0]
-
-
-def _stray(folder: Path) -> list[tuple[str, str]]:
-    images = [child for child in _children(folder) if child.is_file() and child.name.lower().endswith(READABLE)]
-    return [(child.path, "it lies beside the declared splits") for child in images]
-
-
-def _children(folder: Path) -> list[os.DirEntry[str]]:
-    """What is visible in a folder, by name."""
+def _children(folder: Path) -> list[Path]:
+    """What is visible in a folder, by name; nothing where there is no folder."""
     try:
-        with os.scandir(folder) as children:
-            return sorted((c for c in children if c.name[0] != "." and c.name != "__MACOSX"), key=lambda c: c.name)
+        return sorted(path for path in folder.iterdir() if _visible(path.name)) if folder.is_dir() else []
     except OSError as error:
-        raise SourceError(f"cannot look into {folder}: {error.strerror}") from error
+        _refuse(error)
 
 
-def _files(
-    folder: Path, inside: str = "", above: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """(relative path, file) of everything below a folder; links that lead back up are not followed."""
-    real = os.path.realpath(folder / inside)
-    if real in above:
-        return
-    for child in _children(folder / inside):
-        path = f"{inside}/{child.name}" if inside else child.name
-        if child.is_dir():
-            yield from _files(folder, path, above | {real})
-        else:
-            yield path, child
+def _visible(name: str) -> bool:
+    return name[0] != "." and name != "__MACOSX"
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise SourceError(f"cannot look into {error.filename}: {error.strerror}") from error

@@ -6,12 +6,14 @@ never lost silently.
 """
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from backsight.data.coco import Box, Size
-from backsight.data.decode import ImageError, decode, opened
-from backsight.data.folders import SPLITS, Entry, Found, Part, folder_entries
+from backsight.data.decode import ImageError, decode
+from backsight.data.folders import SPLITS, Entry, Found, folder_entries
 from backsight.errors import SourceError, nearest
 from backsight.project import available_cores
 
@@ -30,7 +32,6 @@ GENERATORS = {
     "scenes": "backsight.scenes.render:generated",
     "photographs": "backsight.scenes.photographs:generated",
 }
-VERIFIED_AT_OPEN = 2000  # of a source up to this size the files' headers are looked at when it is opened
 WORTH_WORKERS = 2000  # images that are read by processes of their own, where there are cores to spare
 
 
@@ -89,7 +90,7 @@ class ImageSource(Dataset[dict[str, Any]]):
         if entry.label is not None:
             item["label"] = entry.label
         if entry.objects is not None:
-            item |= entry.objects.read(size, box, self.size)
+            item |= entry.objects.read(entry.path, size, box, self.size)
         return item
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -97,7 +98,7 @@ class ImageSource(Dataset[dict[str, Any]]):
             try:
                 item = self[index]
             except ImageError as error:
-                self.skip([(error.path, error.reason)])
+                self.skip([error])
             else:
                 yield item
 
@@ -111,18 +112,19 @@ class ImageSource(Dataset[dict[str, Any]]):
         part.entries = self.entries[which]
         return part
 
-    def skip(self, failures: Sequence[tuple[str, str]]) -> None:
+    def skip(self, failures: Sequence[ImageError]) -> None:
         """Put files on the list of what cannot be read; the first one met while reading is warned about."""
-        self.skipped += [failure for failure in failures if failure not in self.skipped]
+        named = dict.fromkeys((failure.path, failure.reason) for failure in failures)
+        self.skipped += [failure for failure in named if failure not in self.skipped]
         if failures and not self._warned:
             self._warned = True
-            _warn(self.name, failures, " (others as they are met; `.skipped` lists them all)")
+            warnings.warn(f"{self.name}: {failures[0]}; skipped, as others are (see `.skipped`)", stacklevel=3)
 
     def _read(self, entry: Entry) -> tuple[Tensor, Box, Size]:
         """uint8 (3, H, W), antialiased; which part of the file's image it shows; (width, height) of that image."""
-        objects = entry.objects
+        objects, read = entry.objects, entry.member and entry.member.read
         enough = None if objects else round(2 * max(self.size) / self.crop_fraction)
-        picture = decode(entry.path, member=entry.member, enough=enough)
+        picture = decode(entry.path, read, enough=enough)
         if objects is not None and objects.size not in (None, picture.size):
             # Annotators may have seen the file without its EXIF orientation: their frame decides.
             upright, picture = picture.size, decode(entry.path, upright=False)
@@ -171,7 +173,10 @@ def open_images(
     Raises SourceError, a sentence that says what is missing and what to do.
     """
     name = str(source)
-    size, interpolation, crop_fraction = _wanted(target_or_size)
+    if (given := getattr(target_or_size, "preprocessing", None)) is not None:
+        size, interpolation, crop_fraction = given.size, given.interpolation, given.crop_fraction
+    else:
+        size, interpolation, crop_fraction = _sides(target_or_size), "bicubic", 1.0
     if split not in (None, *SPLITS, "all"):
         raise SourceError(f"no split {split!r}; choose one of {', '.join((*SPLITS, 'all'))}")
     if count is not None and count < 1:
@@ -183,8 +188,7 @@ def open_images(
         made: Generated = getattr(import_module(module), function)(split, count, seed, max(size), options)
         found = Found(made.split)
         files = {path.name: Entry(id, str(path)) for id, path in made.files.items()}
-        annotations = made.annotations if masks else None
-        found.add(annotations.parent if annotations else Path(), files, annotations, Part())
+        found.add(files, made.annotations if masks else None)
         crop_fraction = 1.0 if made.to_size else crop_fraction
     elif not (root := Path(source).expanduser()).exists():
         raise SourceError(f"there is no folder {root}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
@@ -192,71 +196,37 @@ def open_images(
         found = folder_entries(root, split, masks)
         name = root.resolve().name
     if masks and not any(entry.objects for entry in found.entries):
-        raise SourceError(f"{name!r} has no masks: leave masks out, or open scenes or a COCO folder")
-    entries = _chosen(found, count, seed, name not in GENERATORS and len(found.entries) <= VERIFIED_AT_OPEN)
+        raise SourceError(
+            f"{name!r} has no masks (annotations/instances_*.json): leave masks out, or open scenes or a COCO folder"
+        )
+    entries = found.entries
+    if count is not None:
+        chosen = np.random.default_rng(seed).permutation(len(entries))[:count]
+        entries = [entries[index] for index in sorted(chosen.tolist())]
     if found.skipped:
-        _warn(name, found.skipped, " (`.skipped` lists them all)")
-    if not entries:
         path, reason = found.skipped[0]
-        raise SourceError(f"none of the {len(found.skipped)} images in {source} can be read; one is {path} ({reason})")
+        warnings.warn(
+            f"{name}: {len(found.skipped)} files skipped (`.skipped` lists them all), such as {path} ({reason})",
+            stacklevel=2,
+        )
     return ImageSource(name, found.split, size, entries, interpolation, crop_fraction, found.classes, found.skipped)
 
 
-def _wanted(target_or_size: Preprocessed | int | Size) -> tuple[Size, str, float]:
-    """Size, interpolation and crop fraction."""
-    if (preprocessing := getattr(target_or_size, "preprocessing", None)) is not None:
-        if preprocessing.interpolation.upper() not in Image.Resampling.__members__:
-            kinds = ", ".join(Image.Resampling.__members__).lower()
-            raise SourceError(f"the target's interpolation {preprocessing.interpolation!r} is none of {kinds}")
-        return preprocessing.size, preprocessing.interpolation, preprocessing.crop_fraction
-    sides: Any = (target_or_size,) * 2 if isinstance(target_or_size, int) else target_or_size
-    fits = isinstance(sides, tuple | list) and [isinstance(side, int) and side > 0 for side in sides] == [True, True]
-    if not fits:
-        raise SourceError(
-            f"{sides!r} is neither a target nor a size, (height, width) in pixels or one side of a square"
-        )
-    return (sides[0], sides[1]), "bicubic", 1.0
-
-
-def _warn(source: str, failures: Sequence[tuple[str, str]], remark: str) -> None:
-    named = "; ".join(f"{Path(path).name} ({reason})" for path, reason in failures[:3])
-    more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
-    plural = "file" if len(failures) == 1 else "files"
-    warnings.warn(f"{source}: {len(failures)} {plural} skipped{remark}: {named}{more}", stacklevel=3)
-
-
-def _chosen(found: Found, count: int | None, seed: int, verify: bool) -> list[Entry]:
-    """The first `count` entries in an order drawn from `seed`, back in the order of the source.
-
-    verify: those whose header is no image's are skipped, and others taken in their place.
-    """
-    number = len(found.entries)
-    order = np.arange(number) if count is None else np.random.default_rng(seed).permutation(number)
-    kept: list[int] = []
-    for index in order.tolist():
-        if len(kept) == count:
-            break
-        entry = found.entries[index]
-        try:
-            if verify:
-                with opened(entry.path, entry.member):
-                    pass
-            kept.append(index)
-        except ImageError as error:
-            found.skipped.append((error.path, error.reason))
-    return [found.entries[index] for index in sorted(kept)]
+def _sides(size: Any) -> Size:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or [isinstance(side, int) and side > 0 for side in sides] != [True, True]:
+        raise SourceError(f"{size!r} is neither a target nor a size, (height, width) in pixels or one side of a square")
+    return sides[0], sides[1]
 
 
 # ---------------------------------------------------------------------------------------------------- batches
-
-Failures = list[tuple[int, str, str]]  # (index, path, reason)
 
 
 def batches(
     images: ImageSource | Tensor,
     batch_size: int,
     shuffle_seed: int | None = None,
-    workers: int | Literal["auto"] = "auto",
+    workers: int | None = None,
     steps: int | None = None,
     start: int = 0,
     raw: bool = False,
@@ -267,57 +237,37 @@ def batches(
     batch may be smaller. steps=n: batches 0 to n - 1 of an endless stream of epochs, all of full size. shuffle_seed:
     order of the images, another one for each epoch; None: their own order. Batch k depends on k, shuffle_seed and
     batch_size alone: `start` skips the first batches without reading them, for an exact resume. workers: processes
-    that read ahead, "auto": as many as pay here; they do not change the result. An unreadable image is left out of its
+    that read ahead, None: as many as pay here; they do not change the result. An unreadable image is left out of its
     batch and recorded in `images.skipped`.
     Raises SourceError where nothing can be read. Random state outside is not touched.
     """
-    if batch_size < 1 or start < 0 or (steps is not None and steps < 0):
-        raise SourceError(f"batch_size {batch_size}, steps {steps}, start {start}: sizes begin at 1, the others at 0")
-    if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3 or images.dtype == torch.int64):
-        raise SourceError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; they are (N, 3, H, W), uint8 or float in [0, 1]"
-        )
-    if not len(images):
-        raise SourceError("there are no images to make batches of")
-    if workers == "auto":
-        workers = paying_workers(len(images) if steps is None else (steps - start) * batch_size)
-    return _batches(images, batch_size, shuffle_seed, workers, steps, start, raw)
+    if not len(images) or batch_size < 1:
+        raise SourceError(f"there are no batches of {batch_size} of {len(images)} images")
+    indices = index_batches(len(images), batch_size, shuffle_seed, endless=steps is not None, start=start)
+    left = None if steps is None else max(0, steps - start)
+    if workers is None:
+        workers = paying_workers(len(images) if left is None else left * batch_size)
+    return itertools.islice(_readable(images, indices, workers, raw), left)
+
+
+def _readable(images: ImageSource | Tensor, indices: Iterable[np.ndarray], workers: int, raw: bool) -> Iterator[Tensor]:
+    failed = 0
+    for stack, failures in read_batches(images, indices, workers):
+        if stack is not None:
+            failed = 0
+            yield stack if raw else unit_floats(stack)
+        elif (failed := failed + len(failures)) >= len(images):
+            raise SourceError(f"none of the {len(images)} images can be read; the last: {failures[max(failures)]}")
 
 
 def paying_workers(images: int) -> int:
     """Processes that read so many images ahead.
 
     Measured on two cores (256 JPEGs of 500 x 375 in batches of 32, 3 ms an image): beside a consumer that computes on
-    both cores, one or two workers took as long as none, and small PNGs 1.5 times as long. So there are none on two
-    cores. On more, one core is left to the consumer.
+    both cores, one or two workers took as long as none. So there are none on two cores; on more, one core is left.
     """
     cores = available_cores()
     return min(cores - 1, 8) if cores > 2 and images >= WORTH_WORKERS else 0
-
-
-def _batches(
-    images: ImageSource | Tensor,
-    batch_size: int,
-    shuffle_seed: int | None,
-    workers: int,
-    steps: int | None,
-    start: int,
-    raw: bool,
-) -> Iterator[Tensor]:
-    number, failed = start, 0
-    if steps is not None and number >= steps:
-        return
-    indices = index_batches(len(images), batch_size, shuffle_seed, endless=steps is not None, start=start)
-    for stack, failures in read_batches(images, indices, workers):
-        failed = 0 if stack is not None else failed + len(failures)
-        if failed >= len(images):
-            _, path, reason = failures[-1]
-            raise SourceError(f"none of the {len(images)} images can be read; the last is {path} ({reason})")
-        if stack is not None:
-            number += 1
-            yield stack if raw else unit_floats(stack)
-        if number == steps:
-            return
 
 
 def unit_floats(images: Tensor) -> Tensor:
@@ -327,39 +277,39 @@ def unit_floats(images: Tensor) -> Tensor:
 
 def read_batches(
     images: ImageSource | Tensor, indices: Iterable[np.ndarray], workers: int = 0
-) -> Iterator[tuple[Tensor | None, Failures]]:
+) -> Iterator[tuple[Tensor | None, dict[int, ImageError]]]:
     """For each list of indices (B, 3, H, W) as it is kept, or None where nothing can be read, and what cannot be."""
     if isinstance(images, Tensor):
-        for chosen in indices:
-            yield images[torch.from_numpy(chosen)], []
+        yield from ((images[torch.from_numpy(chosen)], {}) for chosen in indices)
         return
     sampler: Any = indices  # lists of indices
     own = torch.Generator().manual_seed(0)  # without one a DataLoader draws from the global random state
     loader = DataLoader(_Reader(images), batch_size=None, sampler=sampler, num_workers=workers, generator=own)
     for stack, failures in loader:
-        images.skip([(path, reason) for _, path, reason in failures])
+        if failures:
+            images.skip([*failures.values()])
         yield stack, failures
 
 
-class _Reader(Dataset[tuple[Tensor | None, Failures]]):
+class _Reader(Dataset[Any]):
     """Reads a list of indices at once; failures travel with the batch: a worker has its own copy of the source."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor | None, Failures]:
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor | None, dict[int, ImageError]]:
         read: list[Tensor] = []
-        failures: Failures = []
+        failures: dict[int, ImageError] = {}
         for index in indices.tolist():
             try:
                 read.append(self.source.image(index))
             except ImageError as error:
-                failures.append((index, error.path, error.reason))
+                failures[index] = error
         return (torch.stack(read) if read else None), failures
 
 
 def index_batches(
-    number: int, batch_size: int, shuffle_seed: int | None, endless: bool, start: int
+    number: int, batch_size: int, shuffle_seed: int | None, endless: bool, start: int = 0
 ) -> Iterator[np.ndarray]:
     """Lists of at most batch_size of `number` indices, from batch `start` on.
 
@@ -367,24 +317,17 @@ def index_batches(
     shuffle_seed: another order for each epoch; None: their own order.
     """
 
+    @lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         if shuffle_seed is None:
             return np.arange(number)
         return np.random.default_rng([shuffle_seed, epoch]).permutation(number)
 
-    if not endless:
-        indices = order(0)
-        for first in range(start * batch_size, number, batch_size):
-            yield indices[first : first + batch_size]
-        return
-    epoch, offset = divmod(start * batch_size, number)
-    waiting = order(epoch)[offset:]
-    while True:
-        while len(waiting) < batch_size:
-            epoch += 1
-            waiting = np.concatenate([waiting, order(epoch)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+    for first in itertools.count(start * batch_size, batch_size):
+        places = range(first, first + batch_size if endless else min(first + batch_size, number))
+        if not places:
+            return
+        yield np.array([order(place // number)[place % number] for place in places])
 
 
 def tensor(images: ImageSource | Tensor, limit: int | None = None) -> Tensor:
@@ -392,10 +335,6 @@ def tensor(images: ImageSource | Tensor, limit: int | None = None) -> Tensor:
 
     Takes 12 bytes a pixel and image, and twice that for a moment. Raises SourceError where nothing can be read.
     """
-    wanted = len(images) if limit is None else min(limit, len(images))
-    read: list[Tensor] = []
-    for batch in batches(images, min(wanted, 64)):
-        read.append(batch)
-        if sum(map(len, read)) >= wanted:
-            break
-    return torch.cat(read)[:wanted]
+    size = min(len(images), limit or 64, 64)
+    read = (image for batch in batches(images, size) for image in batch)
+    return torch.stack(list(itertools.islice(read, limit)))

@@ -2,26 +2,21 @@
 
     imagenet1k-train-0000.tar      n01440764_10026.jpg      an image: what its extension says
                                    n01440764_10026.cls      its class as a number, where it has one
-                                   n01440764_10026.json     anything else is passed over
 
-A shard's index (where each image's bytes lie, and its class) is made once from the headers and kept in the cache
-folder under the shard's place, size and time of change; an image is then one read at its offset.
+A shard's index (where each image's bytes lie, and its class) is made once and kept in the cache folder.
 """
 
 import json
 import tarfile
-from collections.abc import Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm.auto import tqdm
-
+from backsight.data.decode import READABLE
 from backsight.errors import SourceError
 from backsight.project import cache_folder, read_json, write_json
 
 FORMAT = 1  # part of the cache key: raise it whenever an index is made in another way
-BLOCK = 512  # bytes of a tar header; an archive ends with at least one block of zeros
 
 
 class Member(NamedTuple):
@@ -43,64 +38,48 @@ class Member(NamedTuple):
         return content
 
 
-def index_shards(shards: Sequence[Path], extensions: Collection[str]) -> list[list[Member]]:
-    """The images of each shard in the order of their names, from the cache where it knows the shard.
+def members(shard: Path) -> list[Member]:
+    """The images of a shard in the order of their names, from the cache where it knows the shard as it is.
 
-    extensions: of images, in lower case with the dot. Raises SourceError for a shard that is cut short, compressed or
-    no tar file, that holds no image, or whose class is no number; and where the index cannot be kept.
+    Raises SourceError for a shard that is cut short, compressed or no tar file, that holds no image, or whose class is
+    no number; and where the index cannot be kept.
     """
-    return [_indexed(shard, extensions) for shard in tqdm(shards, desc="index of the shards", leave=False)]
-
-
-def _indexed(shard: Path, extensions: Collection[str]) -> list[Member]:
     try:
         state = shard.stat()
-        identity = [FORMAT, str(shard.resolve()), state.st_size, state.st_mtime_ns, sorted(extensions)]
+        identity = [FORMAT, str(shard.resolve()), state.st_size, state.st_mtime_ns, sorted(READABLE)]
         key = sha256(json.dumps(identity).encode()).hexdigest()[:16]
         kept = cache_folder() / "shards" / f"{shard.stem}-{key}.json"
         if (index := read_json(kept)) is None:
-            index = {"shard": shard.name, "images": _scanned(shard, extensions)}
+            index = {"shard": shard.name, "images": _scanned(shard)}
             write_json(kept, index)
     except OSError as error:
-        raise SourceError(
-            f"cannot read the shard {shard}, or keep its index ({error}): set BACKSIGHT_CACHE to a folder that can be "
-            "written"
-        ) from error
+        raise SourceError(f"cannot read {shard}, or keep its index ({error}): set BACKSIGHT_CACHE") from error
     return [Member(str(shard), *image) for image in index["images"]]
 
 
-def _scanned(shard: Path, extensions: Collection[str]) -> list[tuple[str, int, int, int | None]]:
+def _scanned(shard: Path) -> list[tuple[str, int, int, int | None]]:
     """(name, offset, size, label) of each image."""
     places: dict[str, tuple[int, int]] = {}  # of equal names the last counts, as when a tar file is unpacked
     labels: dict[str, int] = {}
-    others = 0
     try:
         with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                if not member.isreg():
-                    continue
+            for member in filter(tarfile.TarInfo.isreg, tar):
                 key, extension = _key(member.name)
-                if extension in extensions:
+                if extension in READABLE:
                     places[member.name] = (member.offset_data, member.size)
                 elif extension == ".cls":
-                    text = Member(str(shard), member.name, member.offset_data, member.size).read().decode().strip()
-                    if not text.isdigit():
-                        raise ValueError(f"the class {text[:20]!r} in {member.name} is no number")
-                    labels[key] = int(text)
-                else:
-                    others += 1
+                    labels[key] = int(Member(str(shard), member.name, member.offset_data, member.size).read())
             # tarfile takes a missing end, or a damaged header, for the end of the archive.
-            if any(Member(str(shard), "end", tar.offset, BLOCK).read()):
+            if any(Member(str(shard), "end", tar.offset, tarfile.BLOCKSIZE).read()):
                 raise ValueError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, ValueError) as error:
         raise SourceError(
-            f"the shard {shard} is cut short, damaged or compressed ({error}): copy it again, as a plain tar file"
+            f"the shard {shard} is cut short, damaged or compressed, or a class is no number ({error}): copy it again, "
+            "as a plain tar file"
         ) from error
     if not places:
         raise SourceError(
-            f"the shard {shard} holds no images, only {others} other files: shards hold key.jpg and key.cls; "
-            "unpack tar files inside tar files first"
+            f"the shard {shard} holds no images (key.jpg, and key.cls): unpack tar files inside tar files first"
         )
     return [(name, *places[name], labels.get(_key(name)[0])) for name in sorted(places)]
 

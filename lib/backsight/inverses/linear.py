@@ -235,7 +235,6 @@ def fit_linear(
     taps: Sequence[str] | str | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    workers: int | Literal["auto"] = 0,
     progress: bool = True,
 ) -> Inverses:
     """The linear inverse of every tap to pixels, in one pass over the images.
@@ -244,9 +243,7 @@ def fit_linear(
     """
     names = list(target.taps if taps is None else target.resolve_taps(taps))
     pairs = [(tap, PIXELS) for tap in names]
-    fitted = fit_linear_pairs(
-        target, images, pairs, validation, seed=seed, batch_size=batch_size, workers=workers, progress=progress
-    )
+    fitted = fit_linear_pairs(target, images, pairs, validation, seed=seed, batch_size=batch_size, progress=progress)
     return Inverses({tap: fitted[tap, PIXELS] for tap in names})
 
 
@@ -259,7 +256,6 @@ def fit_linear_pairs(
     seed: int = 0,
     context: int = 1,
     batch_size: int = 64,
-    workers: int | Literal["auto"] = 0,
     maximum_inputs: int = MAXIMUM_INPUTS,
     progress: bool = True,
 ) -> dict[AnyPair, LinearInverse]:
@@ -272,8 +268,8 @@ def fit_linear_pairs(
     with its own context and floor; validation: images of another split, on which the ridge strength is chosen from
     their moments alone (default: every fifth image of `images` is held out of the fit); seed: of the rows that are
     drawn; context: side of the square of tokens that the map of one token reads, 1 (what that token alone says, the
-    `linear` family) or an odd number above (a convolution in closed form, see rows.py); workers: processes that decode
-    images; maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of the images,
+    `linear` family) or an odd number above (a convolution in closed form, see rows.py);
+    maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of the images,
     and all return the same maps.
 
     Returns {pair: LinearInverse}, each scored on the validation images. Raises BacksightError on an unknown tap, on
@@ -287,7 +283,7 @@ def fit_linear_pairs(
     layouts: dict[Request, tuple[Layout, PositionRule, Tensor | None]] = {}
     groups: list[_Group] = []
     sample = _Sample()
-    passes = held_out_passes(target, images, validation, list(taps), batch_size, workers, progress)
+    passes = held_out_passes(target, images, validation, list(taps), batch_size, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
         held: dict[str, Any] = {PIXELS: batch, **recorded}
         if not groups:

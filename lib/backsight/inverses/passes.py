@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ def held_out_passes(
     validation: Images | None,
     taps: Sequence[str],
     batch_size: int,
-    workers: int | Literal["auto"],
     progress: bool,
 ) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
     """Every batch with its representations and whether it is held out: one forward pass an image."""
@@ -37,7 +36,7 @@ def held_out_passes(
             continue
         own = share(source)
         bar = tqdm(
-            recorded_batches(target, own, taps, batch_size, workers=workers),
+            recorded_batches(target, own, taps, batch_size),
             total=-(-len(own) // batch_size),
             desc=f"{'validating' if held_out else 'fitting'} linear maps",
             leave=False,
@@ -61,7 +60,6 @@ def recorded_batches(
     taps: Sequence[str],
     batch_size: int,
     limit: int | None = None,
-    workers: int | Literal["auto"] = 0,
 ) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
     """Batches with their plain representations: read where a store holds them, else from the frozen pass.
 
@@ -74,7 +72,7 @@ def recorded_batches(
             yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
         return
     source = cast("ImageSource | Tensor", images)  # a store stands where an ImageSource does
-    for batch in itertools.islice(batches(source, batch_size, workers=workers), steps):
+    for batch in itertools.islice(batches(source, batch_size), steps):
         batch = batch.to(target.device)
         yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
 

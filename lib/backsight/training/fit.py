@@ -11,7 +11,6 @@ perfect. A validation loss is always that of the picture: what is returned is wh
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -323,8 +322,7 @@ def _stream(target: Target, images: Images, settings: Settings) -> Callable[[int
         if isinstance(own, FeatureStore):
             own.check(target)
             return own.passes(size, seed, steps, start=start, taps=taps)
-        ahead: Any = "auto" if workers is None else workers
-        return ((drawn, None) for drawn in batches(own, size, seed, ahead, steps, start=start, raw=True))
+        return ((drawn, None) for drawn in batches(own, size, seed, workers, steps, start=start, raw=True))
 
     following, stream = -1, read(0)
 
@@ -370,8 +368,6 @@ def _steps(default: int, steps: int | None, epochs: float | None, images: Images
 
 
 def _identity_of(images: Images) -> str:
-    if isinstance(images, FeatureStore):
-        return f"{images.folder.name} {hashlib.sha256(images._own.tobytes()).hexdigest()[:16]}"
     return images_digest(images)
 
 
