@@ -39,11 +39,13 @@ def families_by_seed(
 ) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
     """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
 
-    folder: with the runs of 02_train_inverse for each of the seeds; "": linear inverses, fitted here once a seed on
-    `count` training images of `trained_on`, others for every seed. Raises BacksightError as `load`, and
-    where no family is there for all seeds.
+    folder: with the runs of 02_train_inverse for each of the seeds; "": those shipped with the target, of one seed;
+    else linear inverses, fitted here once a seed on `count` training images of `trained_on`, others for every seed.
+    Raises BacksightError as `load`, and where no family is there for all seeds.
     """
     by_seed = {}
+    if not folder and (shipped := shipped_inverses(target)):
+        folder, seeds = shipped, sorted({header.seed for header in headers_for(shipped, target).values()})
     for seed in _distinct(seeds):
         found = load(folder, target, seed) if folder else _linear_family(target, count, seed, trained_on)
         chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}

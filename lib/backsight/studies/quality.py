@@ -6,6 +6,7 @@ recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,44 +29,44 @@ from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled
 from backsight.tables.names import SHUFFLED_FAMILIES
-from backsight.tables.pool import metrics_row, pooled_interval, pooled_ratio, pooled_rows, with_nulls_of
+from backsight.tables.pooling import influence, pool
+from backsight.tables.values import METRIC_COLUMNS, NO_SEED, Values
 from backsight.targets import Target
 
 Families = Mapping[str, Mapping[str, Reconstruct]]
-FamiliesBySeed = Mapping[int, Families]
-UntrainedBySeed = Mapping[int, tuple[Target, Families]]
-PRECISION_RESAMPLES = 200
 CEILING = "_ceiling"  # a measure of this ending is the column `ceiling` of the measure without it
 CELLS = 8  # rows and columns of an information map: patches of 8 x 8 pixels in the shipped targets
-CLAIMED = (  # measure, what a sound inverse does better than one that reads another image's features, lower is better
-    ("edge_f1", "keeps more edges", False),
-    ("mask_iou", "keeps more of the outline", False),
-    ("hue_error", "is nearer to the hue", True),
-    ("perceptual", "is nearer in the target's features", True),
-    ("retrieval_rank", "ranks the own image better", True),
-)
-Place = tuple[str, str, str]  # inverse, family, tap
+Place = tuple[str, str | None, str]  # inverse, family, tap
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quality:
-    """metrics: tidy rows (METRIC_COLUMNS, `seeds`, `family`, and the columns of the measures); per_image: target,
-    dataset, tap, inverse, family, train_seed, image, psnr, ssim; images: (K, 3, H, W) the first images;
-    reconstructions: {family: {tap: (K, 3, H, W)}} of them, by the first training seed."""
+    """values: one an image, tap, inverse, family, training seed and measure; images: (K, 3, H, W) the first images;
+    reconstructions: {family: {tap: (K, 3, H, W)}} of them, by the first training seed; seed: of the bootstrap."""
 
-    metrics: pd.DataFrame
-    per_image: pd.DataFrame
+    values: pd.DataFrame
     images: Tensor
-    reconstructions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    reconstructions: dict[str, dict[str, Tensor]]
+    seed: int = 0
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """The values pooled over training seeds and images; ceilings, measured on the true images, beside them."""
+        pooled = pool(self.values, seed=self.seed)
+        ceilings = pooled[pooled["measure"].str.endswith(CEILING)]
+        known = dict(zip(ceilings["measure"].str.removesuffix(CEILING), ceilings["value"], strict=True))
+        table = pooled.drop(ceilings.index).assign(seed=self.seed)
+        table = table.assign(ceiling=table["measure"].map(known)) if known else table
+        return table[[*METRIC_COLUMNS, *(name for name in table if name not in METRIC_COLUMNS)]]
 
 
 @torch.no_grad()
 def evaluate_quality(
     target: Target,
     images: ImageSource | Tensor,
-    families: Families | FamiliesBySeed,
+    families: Mapping[int, Families],
     mean_image: Tensor,
-    untrained: tuple[Target, Mapping[str, Reconstruct]] | UntrainedBySeed | None = None,
+    untrained: Mapping[int, tuple[Target, Families]] | None = None,
     dataset: str | None = None,
     split: str | None = None,
     seed: int = 0,
@@ -73,6 +74,7 @@ def evaluate_quality(
     keep: int = 8,
     progress: bool = True,
     *,
+    photographs: Sequence[str] | None = None,
     shuffled_families: Sequence[str] | None = None,
     null_seeds: int | None = None,
     measures: Sequence[Measure] = (),
@@ -83,33 +85,31 @@ def evaluate_quality(
     """Scores of every inverse on images that no inverse was trained on.
 
     images: ImageSource (with masks=True where the object regions are to be scored as well) or (N, 3, H, W) in
-    [0, 1]; families: {family: {tap: inverse}} of one training seed, or {training seed: {family: {tap: inverse}}};
-    mean_image: (3, H, W) mean of the *training* images, the `null_mean`; untrained: an untrained target of the same
-    architecture and its linear inverses, or {seed: (untrained target, {family: {tap: inverse}})}, the
-    `null_untrained` of each family. `null_shuffled` is a family fed with another image's representation:
-    shuffled_families, default the first of SHUFFLED_FAMILIES; column `family` says whose null a row is.
-    null_seeds: training seeds that the shuffled and untrained nulls are made for, default all (column `seeds`).
+    [0, 1]; families: {training seed: {family: {tap: inverse}}}; mean_image: (3, H, W) mean of the *training* images,
+    the `null_mean`; untrained: {seed: (a target of the same architecture with random weights, {family: {tap:
+    inverse}})}, the `null_untrained` of each family. `null_shuffled` is a family fed with another image's
+    representation: shuffled_families, default the first of SHUFFLED_FAMILIES; column `family` says whose null a row is.
+    photographs: (N,) what each image was cut from, where several are of one; null_seeds: training seeds that the
+    shuffled and untrained nulls are made for, default all.
 
     Measures: mse, psnr (dB), ssim, r2 (against the mean image), psnr_objects (dB, inside the masks), and what
     `measures` give for the first `measured` images (default all); these read `also_record` taps beside the
     families', and of the nulls only the first seed. maps_of: a family of which `patch_r2` is made as well, R² of each
-    of CELLS x CELLS parts of the picture (columns row, column).
-    Intervals: 95 % bootstrap over training seeds (clusters) and images, see `intervals`. Raises BacksightError for
-    fewer than two images.
+    of CELLS x CELLS parts of the picture (columns row, column). Raises BacksightError for fewer than two images.
     """
     if len(images) < 2:
         raise BacksightError("quality needs at least two images: shuffled features come from another image")
     dataset = dataset or (images.name if isinstance(images, ImageSource) else "images")
     split = split or (images.split if isinstance(images, ImageSource) else "test")
-    by_seed, nulls = _by_seed(families), _untrained_by_seed(untrained)
-    first = next(iter(by_seed))
-    names = list(dict.fromkeys(family for each in by_seed.values() for family in each))
-    inverted = {tap for each in by_seed.values() for inverses in each.values() for tap in inverses}
+    first = next(iter(families))
+    names = list(dict.fromkeys(family for each in families.values() for family in each))
+    inverted = {tap for each in families.values() for inverses in each.values() for tap in inverses}
     taps = [tap for tap in target.available_taps if tap in inverted]
     if missing := inverted - set(taps):
         raise BacksightError(f"{target.name} has no taps {', '.join(sorted(missing))}: these inverses are of another")
     mixed = [f for f in SHUFFLED_FAMILIES if f in names][:1] if shuffled_families is None else list(shuffled_families)
-    with_nulls = list(by_seed)[: null_seeds or len(by_seed)]
+    nulls = dict(list((untrained or {}).items())[:null_seeds])
+    with_nulls = list(families)[:null_seeds]
     generator = torch.Generator().manual_seed(seed)
     scores = _Scores(mean_image, len(images) if measured is None else measured, measures, maps_of)
     image_names: list[str] = []
@@ -126,22 +126,20 @@ def evaluate_quality(
                 kept_images.append(batch[:room])
             mean = mean_image.expand_as(batch)
             for tap in taps:
-                scores.note(("null_mean", "", tap), first, mean, True)
+                scores.note(("null_mean", None, tap), NO_SEED, mean, True)
                 other = shuffled(recorded[tap], generator) if len(batch) > 1 else None
-                for train_seed, each in by_seed.items():
-                    for family, inverses in each.items():
+                for train_seed, of_seed in families.items():
+                    for family, inverses in of_seed.items():
                         if tap not in inverses:
                             continue
-                        made = inverses[tap](recorded[tap])
-                        scores.note((family, family, tap), train_seed, made, True)
+                        reconstruction = inverses[tap](recorded[tap])
+                        scores.note((family, family, tap), train_seed, reconstruction, True)
                         if room > 0 and train_seed == first:
-                            kept.setdefault(family, {}).setdefault(tap, []).append(made[:room].clamp(0, 1))
+                            kept.setdefault(family, {}).setdefault(tap, []).append(reconstruction[:room].clamp(0, 1))
                         if other is not None and family in mixed and train_seed in with_nulls:
                             null = ("null_shuffled", family, tap)
                             scores.note(null, train_seed, inverses[tap](other), train_seed == first)
             for number, (train_seed, (null_target, null_families)) in enumerate(nulls.items()):
-                if number >= (null_seeds or len(nulls)):
-                    break
                 seen = {tap for inverses in null_families.values() for tap in inverses}
                 null_recorded = null_target.record(batch, [tap for tap in null_target.available_taps if tap in seen])
                 for family, inverses in null_families.items():
@@ -149,27 +147,16 @@ def evaluate_quality(
                         null = ("null_untrained", family, tap)
                         scores.note(null, train_seed, reconstruct(null_recorded[tap]), number == 0)
             bar.update(len(batch))
-    common: dict[str, Any] = {"target": target.name, "weights": target.weights, "dataset": dataset, "split": split}
-    rows = []
-    for (inverse, family, tap), values in scores.collected.items():
-        columns = common | {"tap": tap, "depth": target.depth(tap), "inverse": inverse, "family": family or None}
-        rows += _rows(values, seed, columns)
-    table = pd.DataFrame(rows)
+    values = Values(target, dataset, split, image_names, photographs)
+    for (inverse, own_family, tap), of_place in scores.collected.items():
+        for key, by_seed in of_place.items():
+            measure, further = (key, {}) if isinstance(key, str) else (key[0], dict(key[1]))
+            for train_seed, parts in by_seed.items():
+                numbers, weight = _joined(parts)
+                at: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": own_family, **further}
+                values.add(measure, {train_seed: numbers}, weight=weight, **at)
     pictures = {family: {tap: torch.cat(parts) for tap, parts in per.items()} for family, per in kept.items()}
-    listed = _per_image(scores.collected, image_names, target.name, dataset)
-    return Quality(table, listed, torch.cat(kept_images), pictures)
-
-
-def _by_seed(families: Families | FamiliesBySeed) -> FamiliesBySeed:
-    if not families or all(isinstance(key, str) for key in families):
-        return {0: cast(Families, families)}
-    return cast(FamiliesBySeed, families)
-
-
-def _untrained_by_seed(untrained: Any) -> UntrainedBySeed:
-    if untrained is None:
-        return {}
-    return {0: (untrained[0], {"linear": untrained[1]})} if isinstance(untrained, tuple) else untrained
+    return Quality(values.table(), torch.cat(kept_images), pictures, seed)
 
 
 @dataclass
@@ -192,16 +179,16 @@ class _Scores:
         detailed = judged.first(self.most)
         self.prepared = [measure(detailed) for measure in self.measures] if self.most else []
 
-    def note(self, place: Place, train_seed: int, made: Tensor, detailed: bool) -> None:
-        made = made.clamp(0, 1)
+    def note(self, place: Place, train_seed: int, reconstruction: Tensor, detailed: bool) -> None:
+        reconstruction = reconstruction.clamp(0, 1)
         images, masks = self.judged.images, self.judged.masks
-        error = (images - made).square()
+        error = (images - reconstruction).square()
         squared = error.mean(1)
         mse = squared.flatten(1).mean(1)
         values: dict[Key, Any] = {
             "mse": mse,
             "psnr": -10 * mse.clamp(min=10 ** (-PSNR_CEILING / 10)).log10(),
-            "ssim": ssim(images, made),
+            "ssim": ssim(images, reconstruction),
         }
         if masks is not None:
             values["psnr_objects"] = region_psnr(squared, masks)
@@ -213,7 +200,7 @@ class _Scores:
                 values["patch_r2", where] = Ratio(parts[:, cell], wholes[:, cell], complement=True)
         if detailed:
             for measured in self.prepared:
-                values |= measured(made[: self.most])
+                values |= measured(reconstruction[: self.most])
         at = self.collected.setdefault(place, {})
         for key, value in values.items():
             at.setdefault(key, {}).setdefault(train_seed, []).append(value)
@@ -224,75 +211,17 @@ def _cells(error: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(error.mean(1, keepdim=True), CELLS).flatten(1)
 
 
-def _rows(values: Mapping[Key, Mapping[int, list[Any]]], seed: int, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each measure, pooled over training seeds and images by the kind of its values."""
-    rows: list[dict[str, Any]] = []
-    for key, by_seed in values.items():
-        measure, further = (key, ()) if isinstance(key, str) else key
-        if measure.endswith(CEILING):
-            continue
-        given = dict(columns) | dict(further)
-        sample = next(iter(by_seed.values()))[0]
-        if isinstance(sample, Ratio):
-            part = {s: torch.cat([each.part for each in parts]) for s, parts in by_seed.items()}
-            whole = {s: torch.cat([each.whole for each in parts]) for s, parts in by_seed.items()}
-            value, low, high = pooled_ratio(part, whole, seed)
-            if sample.complement:
-                value, low, high = 1 - value, 1 - high, 1 - low
-            count = len(next(iter(part.values())))
-            rows.append(metrics_row(measure, value, low, high, count, seed, seeds=len(part), **given))
-        elif isinstance(sample, Matches):
-            rows.append(_pooled_precision(measure, by_seed, seed, given))
-        else:
-            if ceiling := values.get(f"{measure}{CEILING}"):
-                given["ceiling"] = float(torch.cat(next(iter(ceiling.values()))).nanmean())
-            rows += pooled_rows({s: torch.cat(parts) for s, parts in by_seed.items()}, measure, seed, **given)
-    return rows
-
-
-def _pooled_precision(
-    measure: str, by_seed: Mapping[int, Sequence[Matches]], seed: int, columns: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One tidy row: AP50 over all images, mean over training seeds; both are resampled for its 95 % interval."""
-    joined = [_joined(parts) for parts in by_seed.values()]
-    images = len(joined[0].scores)
-    value = float(np.mean([average_precision(each)[0] for each in joined]))
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(images, np.full(images, 1 / images), size=PRECISION_RESAMPLES).astype(float)
-    every = np.stack([average_precision(each, weights) for each in joined])  # (S, R)
-    drawn = generator.integers(len(joined), size=(len(joined), PRECISION_RESAMPLES))
-    resampled = np.take_along_axis(every, drawn, axis=0).mean(0)
-    low, high = (
-        np.nanquantile(resampled, [0.025, 0.975]) if not np.isnan(resampled).all() else (float("nan"), float("nan"))
-    )
-    return metrics_row(measure, value, float(low), float(high), images, seed, seeds=len(joined), **columns)
-
-
-def _joined(parts: Sequence[Matches]) -> Matches:
-    names = ("scores", "classes", "hits", "truth")
-    return Matches(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def _per_image(
-    collected: Mapping[Place, Mapping[Key, Mapping[int, list[Tensor]]]], names: Sequence[str], target: str, dataset: str
-) -> pd.DataFrame:
-    """PSNR and SSIM of every reconstruction of every image."""
-    tables = []
-    for (inverse, family, tap), values in collected.items():
-        for train_seed, parts in values["psnr"].items():
-            psnr, ssim = torch.cat(parts).numpy(), torch.cat(values["ssim"][train_seed]).numpy()
-            if len(psnr) < len(names):  # the last batch held a single image, which has no other to be shuffled with
-                continue
-            columns: dict[str, Any] = {
-                "target": target,
-                "dataset": dataset,
-                "tap": tap,
-                "inverse": inverse,
-                "family": family,
-            }
-            columns |= {"train_seed": train_seed, "image": names, "psnr": psnr, "ssim": ssim}
-            tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
+    """(N,) values of all batches and their weights; of average precision what each image contributes to it."""
+    if isinstance(parts[0], Ratio):
+        whole = torch.cat([part.whole for part in parts])
+        ratio = torch.cat([part.part for part in parts]) / whole
+        return (1 - ratio if parts[0].complement else ratio), whole
+    if isinstance(parts[0], Matches):
+        names = ("scores", "classes", "hits", "truth")
+        matches = Matches(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return influence(lambda weights: average_precision(matches, weights), len(matches.scores)), None
+    return torch.cat(list(parts)), None
 
 
 def _with_masks(
@@ -327,48 +256,21 @@ def _stacked(items: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None,
     return pictures, union, largest, names
 
 
-def paired_difference(
-    per_image: pd.DataFrame, first: str, second: str, taps: Sequence[str], measure: str = "psnr", seed: int = 0
-) -> pd.DataFrame:
-    """Mean over images (and training seeds) of `first` minus `second` at each tap, with its 95 % bootstrap interval.
-
-    The difference is taken image by image and, where both have them, training seed by training seed; n counts images.
-    """
-    listed = with_nulls_of(
-        per_image[per_image.inverse.isin([first, second])],
-        next((name for name in (first, second) if not name.startswith("null_")), ""),
-    )
-    rows = []
-    for tap in taps:
-        at = listed[listed.tap == tap]
-        tables = [
-            at[at.inverse == name].pivot_table(index="train_seed", columns="image", values=measure)
-            for name in (first, second)
-        ]
-        if all(len(table) for table in tables):
-            ours, theirs = tables
-            shared = [s for s in ours.index if s in theirs.index] or [ours.index[0]]
-            paired = ours.loc[shared].to_numpy() - theirs.reindex(shared).fillna(theirs.mean()).to_numpy()
-            value, low, high = pooled_interval(paired, seed)
-            rows.append({"tap": tap, "value": value, "low": low, "high": high, "n": paired.shape[1]})
-    return pd.DataFrame(rows, columns=["tap", "value", "low", "high", "n"])
-
-
 def quality_images(
     source: str, target_or_size: Preprocessed | tuple[int, int], n: int, seed: int = 0
-) -> tuple[ImageSource | Tensor, str, str]:
-    """Images to judge inverses on, none of which trained one: (images, data set, split).
+) -> tuple[ImageSource | Tensor, str, str, list[str] | None]:
+    """Images to judge inverses on, none of which trained one: (images, data set, split, photograph of each or None).
 
     "photographs": crops of the test photographs. "scenes" and COCO come with the masks of their objects. A folder of
     photographs is taken whole (split "all"). n: at most this many.
     """
     if source == "photographs":
         size = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
-        pictures, _ = crops(SPLIT_PHOTOGRAPHS["test"], n, size, seed)
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, "photographs", "test"
+        pictures, cut_from = crops(SPLIT_PHOTOGRAPHS["test"], n, size, seed)
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, "photographs", "test", cut_from
     masked = source == "scenes" or (Path(source) / "annotations").is_dir()
     images = open_images(source, None, target_or_size, n, seed, masks=masked)
-    return images, images.name, images.split
+    return images, images.name, images.split, None
 
 
 def gallery_images(
@@ -383,58 +285,12 @@ def gallery_images(
     M is `count` or more where the source has so many images, else all there are.
     """
     own = tensor(judged)
-    more, _, _ = quality_images(source, target_or_size, count, seed) if len(own) < count else (own, "", "")
+    more = quality_images(source, target_or_size, count, seed)[0] if len(own) < count else own
     seen: dict[bytes, Tensor] = {}
     for picture in torch.cat([own, tensor(more)]):
         seen.setdefault((picture * 255).round().byte().numpy().tobytes(), picture)
     others = list(seen.values())[len(own) :]  # a judged image that is there twice leaves one place fewer
     return torch.cat([own, torch.stack(others)[: max(0, count - len(own))]]) if others else own
-
-
-def check_claims(metrics: pd.DataFrame, tolerance: float = 0.5, inside_objects: float = 1.5) -> pd.DataFrame:
-    """What one expects of sound inverses, held against a run's numbers: claim, holds, worst tap, margin.
-
-    Claims: every family beats the mean image and the shuffled features at every tap, in PSNR and in what it keeps of
-    edges, outline, hue and its own features, and finds its image among others; trained families are not below the
-    closed form; the chain is at most `tolerance` dB below the direct decoder; from a detector's decoder the chain is
-    `inside_objects` dB above the mean image inside objects. Only claims that the families of this run can decide are
-    listed; the margin, in the measure's unit, is the smallest over taps.
-    """
-    rows = []
-    metrics = metrics[~(metrics["noise"] > 0)] if "noise" in metrics else metrics
-    tables = {}
-
-    def claim(
-        text: str, measure: str, first: str, second: str, least: float = 0, only: str = "", lower: bool = False
-    ) -> None:
-        if first not in tables:
-            chosen = with_nulls_of(metrics, first).groupby(["measure", "inverse"], sort=False)
-            tables[first] = {pair: rows.groupby("tap", sort=False)["value"].mean() for pair, rows in chosen}
-        means = tables[first]
-        if (measure, first) not in means or (measure, second) not in means:
-            return
-        difference = (means[measure, first] - means[measure, second]).dropna()
-        margin = (-difference if lower else difference) - least
-        margin = margin[margin.index.str.contains(only)]
-        if len(margin):
-            tap = str(margin.idxmin())
-            rows.append({"claim": text, "holds": bool(margin.min() >= 0), "worst tap": tap, "margin": margin.min()})
-
-    for family in [name for name in metrics["inverse"].unique() if not name.startswith("null_")]:
-        claim(f"{family} is above the mean image", "psnr", family, "null_mean")
-        claim(f"{family} is above shuffled features", "psnr", family, "null_shuffled")
-        for measure, what, lower in CLAIMED:
-            text = f"{family} {what} than shuffled features"
-            claim(text, measure, family, "null_shuffled", lower=lower)
-        if family != "linear":
-            claim(f"{family} is not below linear", "psnr", family, "linear")
-        if family.startswith("modular"):
-            claim(f"{family} is within {tolerance} dB of direct", "psnr", family, "direct", -tolerance)
-            claim(
-                f"{family} is {inside_objects} dB above the mean image inside objects, from the decoder",
-                *("psnr_objects", family, "null_mean", inside_objects, r"^decoder\."),
-            )
-    return pd.DataFrame(rows, columns=["claim", "holds", "worst tap", "margin"])
 
 
 def picture(name: str, size: tuple[int, int]) -> Tensor:

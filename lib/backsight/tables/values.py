@@ -1,18 +1,101 @@
-"""The columns that every table of values has; nothing is imported here, so that a reader of names starts at once."""
+"""The table of a run: one value an image, tap, inverse, training seed and measure, and nothing pooled."""
 
-# The tidy table of every run, in this order; a study adds columns of its own behind them.
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from backsight.errors import BacksightError
+
+# Of the tidy table of every run, in this order; a study adds columns of its own behind them.
 METRIC_COLUMNS = (
-    "target",
-    "weights",
-    "dataset",
-    "split",
-    "tap",
-    "depth",
-    "inverse",
-    "measure",
-    "value",
-    "low",
-    "high",
-    "n",
-    "seed",
+    *("target", "weights", "dataset", "split", "tap", "depth", "inverse"),
+    *("measure", "value", "low", "high", "n", "seed"),
 )
+# What tells one value of a table from another of the same row of figures.
+UNITS = ("image", "photograph", "train_seed")
+COLUMNS = (
+    *("target", "weights", "dataset", "split", "image", "photograph"),
+    *("tap", "depth", "inverse", "train_seed", "measure", "value"),
+)
+NO_SEED = -1  # train_seed of what was not trained
+Numbers = Tensor | np.ndarray | Sequence[float]
+
+
+class Described(Protocol):
+    """What a table says of a target."""
+
+    name: str
+    weights: str
+
+    def depth(self, tap: str) -> float: ...
+
+
+class Values:
+    """Values in the making: what they have in common is said once.
+
+    images: names of the N images, in the order in which values are given; photographs: (N,) what each was made from
+    (crops of one photograph are not independent), default the images themselves; common: further columns of all.
+    """
+
+    def __init__(
+        self,
+        target: Described,
+        dataset: str,
+        split: str,
+        images: Sequence[Any],
+        photographs: Sequence[Any] | None = None,
+        **common: Any,
+    ) -> None:
+        self.target, self.images = target, list(images)
+        self.photographs = self.images if photographs is None else list(photographs)
+        if len(self.photographs) != len(self.images):
+            raise BacksightError(f"{len(self.images)} images need a photograph each, not {len(self.photographs)}.")
+        self.common = {"target": target.name, "weights": target.weights, "dataset": dataset, "split": split, **common}
+        self._parts: list[tuple[dict[str, Any], np.ndarray, np.ndarray]] = []
+
+    def add(
+        self,
+        measure: str,
+        values: Numbers | Mapping[int, Numbers],
+        tap: str | None = None,
+        inverse: str | None = None,
+        *,
+        weight: Numbers | None = None,
+        **columns: Any,
+    ) -> None:
+        """(N',) values of the first N' images, or {training seed: (N',)}; NaN: an image without this measure.
+
+        weight: (N',) how much each value counts where they are pooled. With value = 1 − error / total and weight =
+        total the mean is the R² of all images; with value = hits / trials and weight = trials it is their share.
+        """
+        depth = None if tap is None else self.target.depth(tap)
+        told = {"tap": tap, "depth": depth, "inverse": inverse, "measure": measure, **self.common, **columns}
+        for train_seed, numbers in (values if isinstance(values, Mapping) else {NO_SEED: values}).items():
+            array = _numbers(numbers)
+            weights = np.ones(len(array)) if weight is None else _numbers(weight)
+            self._parts.append(({**told, "train_seed": train_seed}, array, weights))
+
+    def table(self) -> pd.DataFrame:
+        """One row a value: COLUMNS, weight, and those of the study; train_seed is NO_SEED where nothing was trained."""
+        counts = [len(array) for _, array, _ in self._parts]
+        names = dict.fromkeys(name for told, _, _ in self._parts for name in told)
+        columns: dict[str, Any] = {
+            name: pd.Series([told.get(name) for told, _, _ in self._parts]).repeat(counts).to_numpy() for name in names
+        }
+        columns["image"] = [name for count in counts for name in self.images[:count]]
+        columns["photograph"] = [name for count in counts for name in self.photographs[:count]]
+        columns["value"] = np.concatenate([array for _, array, _ in self._parts])
+        columns["weight"] = np.concatenate([weights for _, _, weights in self._parts])
+        return pd.DataFrame(columns)[[*COLUMNS, *(name for name in columns if name not in COLUMNS)]]
+
+
+def _numbers(values: Numbers) -> np.ndarray:
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, float)
+    if array.ndim != 1:
+        raise BacksightError(f"One value an image is needed, not an array of shape {array.shape}.")
+    return array

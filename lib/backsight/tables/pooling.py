@@ -1,0 +1,134 @@
+"""Means of values with their intervals: the only place where an interval is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from backsight.errors import BacksightError
+from backsight.tables.values import NO_SEED, UNITS
+
+DRAWS = 1000
+LEVEL = 0.95
+FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t counts where it is the wider one
+DIFFER = {"target": ("weights", "tap", "depth"), "tap": ("depth",), "inverse": ("family",)}
+TOLD = ("value", "low", "high", "n", "seeds", "photographs")
+
+
+def pool(
+    values: pd.DataFrame, by: Sequence[str] | None = None, against: Mapping[str, Any] | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """One row a group: the mean over training seeds and images with its 95 % interval.
+
+    values: one value an image and training seed (`Values.table`), NaN where an image has none; `weight`, where the
+    table has it, says how much a value counts. by: columns that make a group, default all but UNITS. against: {column:
+    value} of the rows to compare with, such as {"inverse": "direct"} or {"tap": "blocks.0"}: the rows are then
+    differences to them, of the same image by the same seed (or by none, where a null knows no seed); what has no
+    partner is left out, and so are the partners themselves. seed: of the bootstrap.
+    Columns: by, value, low, high, n (images), seeds, photographs, and with `against` a column of its value(s).
+    """
+    extra = {*UNITS, "value", "weight"}
+    by = [name for name in values.columns if name not in extra] if by is None else list(by)
+    values = values[values["value"].notna()]
+    if against:
+        values = differences(values, against)
+        by = [*by, "against"]
+    rows = [
+        dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | _row(group, seed)
+        for key, group in values.groupby(by, sort=False, dropna=False)
+    ]
+    return pd.DataFrame(rows, columns=[*by, *TOLD])
+
+
+def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFrame:
+    """Each value minus that of the same image and seed in the rows `against`.
+
+    Of another target its taps, of another tap its depth, of another inverse its family differ; all else is the same.
+    """
+    if absent := [name for name in against if name not in values]:
+        raise BacksightError(f"the table has no column {', '.join(absent)} to compare by.")
+    partner = pd.Series(True, index=values.index)
+    for column, value in against.items():
+        partner &= values[column] == value
+    other = {*against, *(name for column in against for name in DIFFER.get(column, ()))}
+    same = [name for name in values.columns if name not in {"value", "weight", "photograph", *other}]
+    first, second = values[~partner], values[partner]
+    if (second["train_seed"] == NO_SEED).all() or (first["train_seed"] == NO_SEED).all():
+        same.remove("train_seed")  # nothing was trained there: the same for every seed
+    if second.duplicated(same).any():
+        raise BacksightError(f"{dict(against)} names several values an image: choose one of each before comparing.")
+    base = second[[*same, "value"]].rename(columns={"value": "base"})
+    joined = first.merge(base, on=same, how="inner")
+    joined["value"] -= joined.pop("base")
+    return joined.assign(against=", ".join(map(str, against.values())))
+
+
+def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
+    weight = group["weight"].to_numpy(float) if "weight" in group else np.ones(len(group))
+    seeds, by_seed = np.unique(group["train_seed"], return_inverse=True)
+    names, by_photograph = np.unique(group["photograph"].astype(str), return_inverse=True)
+    above, below = np.zeros((2, len(seeds), len(names)))
+    np.add.at(above, (by_seed, by_photograph), weight * group["value"].to_numpy(float))
+    np.add.at(below, (by_seed, by_photograph), weight)
+    share = bool(group["value"].isin((0.0, 1.0)).all())
+    counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
+    return dict(zip(TOLD, interval(above, below, seed, share), strict=False)) | counts
+
+
+def interval(above: np.ndarray, below: np.ndarray, seed: int = 0, share: bool = False) -> tuple[float, float, float]:
+    """(value, low, high) of the ratio sum(above) / sum(below), both (S, C): of S training seeds and C photographs.
+
+    A crossed bootstrap: each draw takes S seeds and C photographs with replacement, the same photographs for all
+    seeds. Quantiles lie as much further out as Student's t for C lies beyond the normal law (else intervals of few are
+    too short). With 2 to FEW_SEEDS seeds the t interval of the seeds' own values counts where it is wider; share: of
+    ones and zeros, Wilson's interval of C trials likewise, since equal values cannot vary in a bootstrap.
+    Sources: Davison & Hinkley, Bootstrap Methods, 3.8; Hesterberg, The American Statistician 69, 2015, 5.2.
+    """
+    total = below.sum()
+    if not total > 0:
+        return np.nan, np.nan, np.nan
+    value, (seeds, units) = float(above.sum() / total), above.shape
+    lows, highs = [], []
+    if units > 1:
+        by_seed, by_unit = _draws(seed, seeds, units)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = ((by_seed @ above) * by_unit).sum(1) / ((by_seed @ below) * by_unit).sum(1)
+        tail = stats.norm.cdf(-np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1))
+        low, high = np.quantile(drawn[np.isfinite(drawn)], [tail, 1 - tail])
+        lows, highs = [low], [high]
+    if 2 <= seeds <= FEW_SEEDS:
+        means = above.sum(1) / below.sum(1)
+        half = stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * means.std(ddof=1) / np.sqrt(seeds)
+        lows, highs = [*lows, value - half], [*highs, value + half]
+    if share:
+        z = stats.norm.ppf((1 + LEVEL) / 2)
+        centre, scale = value + z * z / (2 * units), 1 + z * z / units
+        half = z * np.sqrt(value * (1 - value) / units + z * z / (4 * units * units))
+        lows, highs = [*lows, (centre - half) / scale], [*highs, (centre + half) / scale]
+    if not lows:
+        return value, np.nan, np.nan  # one image by one seed says nothing of how much it would vary
+    return value, float(min(lows)), float(max(highs))
+
+
+@lru_cache(maxsize=16)
+def _draws(seed: int, seeds: int, units: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each draw takes each seed (DRAWS, S) and each photograph (DRAWS, C)."""
+    generator = np.random.default_rng(seed)
+    return tuple(generator.multinomial(k, np.full(k, 1 / k), DRAWS).astype(float) for k in (seeds, units))  # type: ignore[return-value]
+
+
+def influence(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+    """(N,) what each of `count` images contributes to a statistic that is no mean, such as an average precision.
+
+    statistic: (R,) values of weights (R, N), how often each image counts in each of R draws. The contributions are
+    jackknife pseudo-values, moved so that their mean is the statistic of all images: pooled as any other values they
+    give it and its interval. Source: Efron & Tibshirani, An Introduction to the Bootstrap, 11.5.
+    """
+    whole = float(statistic(np.ones((1, count)))[0])
+    without = statistic(1 - np.eye(count))
+    return whole + (count - 1) * (np.nanmean(without) - without)
