@@ -9,8 +9,8 @@ from backsight.measures.agreement import Matches, average_precision, detections,
 from backsight.measures.structure import Judged
 from backsight.representation import Predictions
 from backsight.studies.cycle import cycle, cycle_taps, early_taps
-from backsight.studies.quality import _pooled_precision as pooled_precision
 from backsight.studies.recolour import scene_objects
+from backsight.tables.pooling import influence, interval
 from backsight.targets import load_target
 
 
@@ -53,9 +53,7 @@ def test_the_same_detections_agree_entirely_and_no_objects_have_no_precision():
     assert average_precision(match(image, image))[0] == 1
     nothing = Predictions(torch.tensor([0.0, 0, 0, 50]).expand(2, 4, 4), torch.full((2, 4, 4), 0.3))
     assert np.isnan(average_precision(match(nothing, nothing)))
-    row = pooled_precision("map50", {0: [match(nothing, nothing)]}, 0, {})
-    assert np.isnan(row["value"])
-    assert np.isnan(row["low"])
+    assert np.isnan(influence(lambda weights: average_precision(match(nothing, nothing), weights), 2)).all()
 
 
 def test_weights_are_the_same_as_drawing_images():
@@ -67,9 +65,17 @@ def test_weights_are_the_same_as_drawing_images():
     parts = [Matches(*(getattr(matches, name)[row] for name in names)) for row in drawn]
     expected = [average_precision(part)[0] for part in parts]
     assert average_precision(matches, weights).tolist() == pytest.approx(expected)
-    row = pooled_precision("map50", {0: [matches], 1: [match(image, nudged(image, 2))]}, 0, {"tap": "a"})
-    assert row["low"] <= row["value"] <= row["high"]
-    assert (row["n"], row["seeds"], row["tap"]) == (12, 2, "a")
+
+
+def test_what_each_image_contributes_gives_the_precision_and_its_interval():
+    image = predictions(40)
+    matches = match(image, nudged(image))
+    contributions = influence(lambda weights: average_precision(matches, weights), 40)
+    value, low, high = interval(contributions[None], np.ones((1, 40)))
+    assert value == pytest.approx(average_precision(matches)[0])
+    weights = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 500).astype(float)
+    drawn = np.quantile(average_precision(matches, weights), [0.025, 0.975])
+    assert high - low == pytest.approx(drawn[1] - drawn[0], rel=0.35)
 
 
 def test_sigmoid_detections_are_pairs_of_query_and_class():

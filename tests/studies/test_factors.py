@@ -25,6 +25,7 @@ from backsight.studies.factors import (
     factor_table,
     scene_truth,
 )
+from backsight.tables.pooling import metrics
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets.base import Target
 
@@ -81,7 +82,7 @@ class Oracle:
 
 @pytest.fixture(scope="module")
 def table():
-    return factor_table(Oracle(), progress=False, batch_size=47, **COUNTS)
+    return metrics(factor_table(Oracle(), progress=False, batch_size=47, **COUNTS))
 
 
 def values(table, inverse, tap):

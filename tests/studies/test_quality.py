@@ -18,7 +18,7 @@ from backsight.studies.quality import (
     quality_images,
 )
 from backsight.tables.pool import with_nulls_of
-from backsight.tables.pooling import pool
+from backsight.tables.pooling import metrics, pool
 from backsight.tables.values import METRIC_COLUMNS, NO_SEED
 from backsight.targets import load_target
 
@@ -63,21 +63,21 @@ def quality(target, images):
 
 
 def test_every_tap_has_every_family_and_every_null(quality, target):
-    metrics = quality.metrics
-    assert list(metrics.columns[: len(METRIC_COLUMNS)]) == list(METRIC_COLUMNS)
+    table = metrics(quality.values.table())
+    assert list(table.columns[: len(METRIC_COLUMNS)]) == list(METRIC_COLUMNS)
     inverses = {"linear", "direct", "null_mean", "null_shuffled", "null_untrained"}
     for tap in target.taps:
-        at = metrics[metrics.tap == tap]
+        at = table[table.tap == tap]
         assert set(at.inverse) == inverses
         assert set(at.measure) == {"mse", "psnr", "ssim", "r2"}
-    assert ((metrics.low <= metrics.value) & (metrics.value <= metrics.high)).all()
-    assert (metrics.n > 1).all()
-    mean = metrics[(metrics.inverse == "null_mean") & (metrics.measure == "r2")]
+    assert ((table.low <= table.value) & (table.value <= table.high)).all()
+    assert (table.n > 1).all()
+    mean = table[(table.inverse == "null_mean") & (table.measure == "r2")]
     assert mean.value.abs().max() < 1e-6  # by definition
 
 
 def test_a_representation_beats_the_nulls_and_a_shuffled_one_does_not(quality, target):
-    psnr = quality.metrics.query("measure == 'psnr'").set_index(["inverse", "tap"]).value
+    psnr = metrics(quality.values.table()).query("measure == 'psnr'").set_index(["inverse", "tap"]).value
     for tap in target.taps:
         assert psnr["linear", tap] > psnr["null_mean", tap] + 2
         assert psnr["null_shuffled", tap] < psnr["null_mean", tap]
@@ -88,14 +88,15 @@ def test_kept_pictures_are_the_reconstructions_of_the_first_images(quality, targ
     for taps in quality.reconstructions.values():
         assert list(taps) == list(target.taps)
         assert all(made.shape == (3, 3, 16, 16) for made in taps.values())
-    assert len(quality.values.query("inverse == 'linear' and measure == 'psnr'")) == 20 * len(target.taps)
+    assert len(quality.values.table().query("inverse == 'linear' and measure == 'psnr'")) == 20 * len(target.taps)
     table = difference(quality, "direct", "linear")
     assert list(table.tap) == list(target.taps)
     assert (table.n == 20).all()
 
 
 def difference(quality, first, second):
-    values = quality.values[quality.values.measure.eq("psnr") & quality.values.inverse.isin([first, second])]
+    values = quality.values.table()
+    values = values[values.measure.eq("psnr") & values.inverse.isin([first, second])]
     return pool(values, ["tap"], {"inverse": second})
 
 
@@ -130,9 +131,9 @@ def by_seed(target, images):
 
 
 def test_training_seeds_are_pooled_into_one_row(by_seed, target):
-    metrics = by_seed.metrics
-    assert not metrics.duplicated(["inverse", "family", "tap", "measure", "row", "column"]).any()
-    rows = metrics[metrics.measure == "psnr"]
+    table = metrics(by_seed.values.table())
+    assert not table.duplicated(["inverse", "family", "tap", "measure", "row", "column"]).any()
+    rows = table[table.measure == "psnr"]
     assert (rows.seeds == np.where(rows.inverse == "null_mean", 1, 2)).all()
     assert (rows.n == 20).all() or set(rows[rows.n < 20].inverse) == {"null_shuffled"}
     nulls = rows[rows.inverse.isin(["null_shuffled", "null_untrained"])]
@@ -142,7 +143,7 @@ def test_training_seeds_are_pooled_into_one_row(by_seed, target):
         ("null_untrained", "linear"),
     }
     assert rows[rows.inverse == "null_mean"].family.isna().all()
-    values = by_seed.values.query("measure == 'psnr'")
+    values = by_seed.values.table().query("measure == 'psnr'")
     linear = values.query("inverse == 'linear'").groupby("tap").value.mean()
     pooled = rows[rows.inverse == "linear"].set_index("tap").value
     assert pooled.to_dict() == pytest.approx(linear.to_dict(), rel=1e-5)
@@ -150,7 +151,7 @@ def test_training_seeds_are_pooled_into_one_row(by_seed, target):
 
 
 def test_further_measures_see_the_first_images_and_of_the_nulls_the_first_seed(by_seed):
-    rows = by_seed.metrics.query("measure == 'place'")
+    rows = metrics(by_seed.values.table()).query("measure == 'place'")
     assert (rows.n == 10).all()
     assert (rows.value == 4.5).all()  # the mean place of ten
     assert (rows.further == "x").all()
@@ -160,12 +161,12 @@ def test_further_measures_see_the_first_images_and_of_the_nulls_the_first_seed(b
 
 
 def test_maps_are_the_picture_in_parts(by_seed, target):
-    maps = by_seed.metrics.query("measure == 'patch_r2'")
+    maps = metrics(by_seed.values.table()).query("measure == 'patch_r2'")
     assert set(maps.inverse) == {"linear"}
     for tap in target.taps:
         at = maps[maps.tap == tap]
         assert set(zip(at.row, at.column, strict=True)) == {(r, c) for r in range(CELLS) for c in range(CELLS)}
-    whole = by_seed.metrics.query("measure == 'r2' and inverse == 'linear'").set_index("tap").value
+    whole = metrics(by_seed.values.table()).query("measure == 'r2' and inverse == 'linear'").set_index("tap").value
     assert maps.groupby("tap").value.max().gt(whole - 1e-6).all()
 
 
@@ -173,8 +174,8 @@ def test_one_family_s_nulls_are_chosen_for_curves(by_seed, target):
     from backsight.plots.style import depth_curves
 
     with pytest.raises(BacksightError, match="several values"):
-        depth_curves(by_seed.metrics, "psnr")
-    chosen = with_nulls_of(by_seed.metrics, "direct")
+        depth_curves(metrics(by_seed.values.table()), "psnr")
+    chosen = with_nulls_of(metrics(by_seed.values.table()), "direct")
     depth_curves(chosen, "psnr")
     psnr = chosen[chosen.measure == "psnr"]
     assert dict(psnr[psnr.inverse.str.startswith("null_")].groupby("inverse").family.first().dropna()) == {

@@ -7,6 +7,8 @@ from backsight.errors import BacksightError
 from backsight.measures.structure import Judged
 from backsight.representation import Tokens
 from backsight.studies.retrieval import gallery, noised, ranks, retrieval, retrieval_under_noise
+from backsight.tables.pooling import pool
+from backsight.tables.values import Values
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,9 @@ def test_retrieval_falls_to_chance_as_noise_grows(pictures):
 
     among = gallery(pictures, pictures.mean(0))
     families = {seed: {"linear": {"pixels": invert}} for seed in (0, 1)}
-    rows = retrieval_under_noise(_Identity(), pictures[:20], families, among, (0.1, 100.0), dataset="d", split="test")
+    values = Values(_Identity(), "d", "test", range(20))
+    retrieval_under_noise(_Identity(), pictures[:20], families, among, values, (0.1, 100.0))
+    rows = pool(values.table())
     rank = rows[rows.measure == "retrieval_rank"].set_index("noise")
     first = rows[rows.measure == "retrieval_top1"].set_index("noise")
     assert first.value[0.1] == 1

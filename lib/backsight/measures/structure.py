@@ -66,8 +66,8 @@ class Ratio:
 
 
 Key = str | tuple[str, tuple[tuple[str, Any], ...]]  # a measure, or a measure with further columns of its row
-Values = Mapping[Key, Any]  # (B,) tensors, Ratio, or what another module pools by itself
-Measure = Callable[[Judged], Callable[[Tensor], Values]]
+Scores = Mapping[Key, Any]  # (B,) tensors, Ratio, or what another module pools by itself
+Measure = Callable[[Judged], Callable[[Tensor], Scores]]
 
 
 def tolerance(size: Sequence[int]) -> int:
@@ -269,7 +269,7 @@ def hue_errors(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Tens
 # --------------------------------------------------------------------------------------------- the measures together
 
 
-def detail(judged: Judged) -> Callable[[Tensor], Values]:
+def detail(judged: Judged) -> Callable[[Tensor], Scores]:
     """Edges, bands, lost and invented structure; with masks also regions, the object's outline and its hue."""
     images = judged.images
     size = images.shape[2:]
@@ -285,7 +285,7 @@ def detail(judged: Judged) -> Callable[[Tensor], Values]:
         model, hue = colour_model(images, inside), mean_hue(images, inside)
         ceiling = mask_iou(inside, segmented(images, model))
 
-    def measured(made: Tensor) -> Values:
+    def measured(made: Tensor) -> Scores:
         values: dict[Key, Any] = {}
         values.update(compare_edges(true_edges, edges(made), within))
         error = spectrum(made - images)
@@ -408,13 +408,13 @@ def texture_accuracy(probe: TextureProbe, labels: Sequence[str]) -> Measure:
     """
     true = torch.tensor([probe.names.index(label) for label in labels])
 
-    def prepared(judged: Judged) -> Callable[[Tensor], Values]:
+    def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
         if judged.largest is None:
             raise BacksightError("texture_accuracy() needs the objects' masks: open the images with masks=True.")
         inside, wanted = judged.largest, true[judged.places]
         ceiling = (probe(judged.images, inside) == wanted).float()
 
-        def measured(made: Tensor) -> Values:
+        def measured(made: Tensor) -> Scores:
             return {"texture_accuracy": (probe(made, inside) == wanted).float(), "texture_accuracy_ceiling": ceiling}
 
         return measured

@@ -16,7 +16,7 @@ from torch import Tensor
 from backsight.errors import BacksightError
 from backsight.measures.agreement import match
 from backsight.measures.pixels import feature_cosine
-from backsight.measures.structure import Judged, Key, Measure, Values
+from backsight.measures.structure import Judged, Key, Measure, Scores
 from backsight.representation import Predictions, Tokens
 from backsight.targets import Target
 
@@ -46,14 +46,14 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
     """
     recorded_taps = cycle_taps(target, taps)
 
-    def prepared(judged: Judged) -> Callable[[Tensor], Values]:
+    def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
         if missing := [tap for tap in recorded_taps if tap not in judged.recorded]:
             raise BacksightError(f"cycle() needs the recorded taps {', '.join(missing)}: record cycle_taps().")
         true = {tap: judged.recorded[tap] for tap in recorded_taps}
         early = {tap: _directions(true[tap]) for tap in early_taps(target) if isinstance(true[tap], Tokens)}
         answer = _answer(target, true)
 
-        def measured(made: Tensor) -> Values:
+        def measured(made: Tensor) -> Scores:
             seen = target.record(made, recorded_taps)
             values: dict[Key, Any] = {}
             for tap in taps:

@@ -30,7 +30,7 @@ from backsight.inverses.ridge import RidgeAccumulator
 from backsight.project import read_json
 from backsight.representation import Representation, Tokens
 from backsight.scenes.render import CLASSES, SPLIT_PHOTOGRAPHS, TEXTURES, cached
-from backsight.tables.pool import metrics_row, pooled_ratio, pooled_rows
+from backsight.tables.values import Values
 from backsight.targets import Target
 
 FACTORS = ("background", "shape", "texture", "hue", "position")
@@ -201,16 +201,14 @@ class Judged:
     truth: Tensor
     mean: Tensor
 
-    def correct(self, order: Tensor | None = None) -> np.ndarray:
-        """(N,) 1 where the largest output is the true class; order: whose predictions each scene gets."""
+    def scores(self, unit: str, order: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(N,) and their weights: 1 where the largest output is the true class, or shares of variance whose weighted
+        mean is R² against the training scenes' mean; order: whose predictions each scene gets."""
         predicted = self.predicted if order is None else self.predicted[order]
-        return (predicted.argmax(1) == self.truth.argmax(1)).double().numpy()
-
-    def errors(self, order: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) squared error of the probe, (N,) of the training scenes' mean."""
-        predicted = self.predicted if order is None else self.predicted[order]
-        unexplained = (predicted - self.truth).square().sum(1)
-        return unexplained.numpy(), (self.mean - self.truth).square().sum(1).numpy()
+        if unit == "accuracy":
+            return (predicted.argmax(1) == self.truth.argmax(1)).double(), None
+        total = (self.mean - self.truth).square().sum(1)
+        return 1 - (predicted - self.truth).square().sum(1) / total, total
 
 
 def fit_probes(scenes: Mapping[str, Truth], features: Mapping[str, Tensor]) -> dict[str, Judged]:
@@ -260,16 +258,16 @@ def factor_table(
     seed: int = 0,
     batch_size: int = 50,
 ) -> pd.DataFrame:
-    """How well each factor of a scene can be read off each tap, beside its nulls: tidy rows.
+    """How well each factor of a scene can be read off each tap, beside its nulls: one value a scene.
 
     train_count, seeds: scenes that a probe is fitted on, drawn anew with each seed; test_count: judged scenes, the
     same for all seeds (of the test split with scene seed `seed`; for the background of the training split with the
     scene seed BACKGROUND_SEED); taps: default, the target's selected ones.
-    Rows have METRIC_COLUMNS and seeds, measure "factor_score", factor, unit ("accuracy": share of scenes, or "R2":
+    Measure "factor_score", with the columns factor, unit ("accuracy": share of scenes, or "R2":
     share of variance against the training mean, of cos and sin of the hue, of x and y), chance (uniform guess; 0 for
     R2). inverse: "probe"; "null_shuffled" (the same probe reads another scene's features), "null_untrained" (the same
     on the architecture with random weights, drawn anew each seed), "null_colour_position" (`colour_summary` of the
-    image, no model; the same at every tap). Intervals: 95 %, seeds and images drawn.
+    image, no model; the same at every tap).
     Raises BacksightError without seeds, with a training seed that is BACKGROUND_SEED or twice the same, and for
     fewer than two judged scenes.
     """
@@ -310,7 +308,7 @@ def factor_table(
             others = _summaries(untrained, selected, standard)
             note("null_untrained", {name: read(untrained, truth, others) for name, truth in scenes.items()})
             note("null_colour_position", {name: {ANY_TAP: _colours(truth)} for name, truth in scenes.items()})
-    return pd.DataFrame(_rows(target, selected, found, seed))
+    return pd.concat([_values(target, selected, found, seeds, factor, seed) for factor in FACTORS], ignore_index=True)
 
 
 def _another(count: int, seed: int) -> Tensor:
@@ -319,17 +317,6 @@ def _another(count: int, seed: int) -> Tensor:
     taken = torch.empty_like(order)
     taken[order] = order.roll(1)
     return taken
-
-
-def _row(probes: Sequence[Judged], unit: str, seed: int, order: Tensor | None = None) -> dict[str, Any]:
-    """The score of one probe of each training seed, with its interval."""
-    if unit == "accuracy":
-        return pooled_rows(np.stack([probe.correct(order) for probe in probes]), "factor_score", seed)[0]
-    errors = [probe.errors(order) for probe in probes]
-    unexplained, total = (np.stack(part) for part in zip(*errors, strict=True))
-    share, low, high = pooled_ratio(unexplained, total, seed)
-    count = unexplained.shape[1]
-    return metrics_row("factor_score", 1 - share, 1 - high, 1 - low, count, seed, seeds=len(probes))
 
 
 def _summaries(model: Target, taps: Sequence[str], images: Tensor) -> dict[str, Summary]:
@@ -354,26 +341,28 @@ def _colours(truth: Truth) -> Tensor:
     return torch.cat([colour_summary(batch.float() / 255) for batch in truth.images.split(256)])
 
 
-def _rows(
-    target: Target, taps: Sequence[str], found: Mapping[tuple[str, str], list[dict[str, Judged]]], seed: int
-) -> list[dict[str, Any]]:
-    """Tidy rows of the probes and nulls of all training seeds, the colour null repeated at every tap."""
-    rows: list[dict[str, Any]] = []
-    common = {"target": target.name, "weights": target.weights, "dataset": "scenes"}
-    for factor in FACTORS:
-        unit = UNITS[factor]
-        said = common | {"factor": factor, "unit": unit, "chance": CHANCE[factor]}
-        said["split"] = "train" if _judged_on(factor) == "background" else "test"
-        colour = _row([each[factor] for each in found["null_colour_position", ANY_TAP]], unit, seed)
-        for tap in taps:
-            probes = [each[factor] for each in found["probe", tap]]
-            untrained = [each[factor] for each in found["null_untrained", tap]]
-            scores = {
-                "probe": _row(probes, unit, seed),
-                "null_shuffled": _row(probes, unit, seed, _another(len(probes[0].truth), seed)),
-                "null_untrained": _row(untrained, unit, seed),
-                "null_colour_position": colour,
-            }
-            at = said | {"tap": tap, "depth": target.depth(tap)}
-            rows += [row | at | {"inverse": inverse} for inverse, row in scores.items()]
-    return rows
+def _values(
+    target: Target,
+    taps: Sequence[str],
+    probes: Mapping[tuple[str, str], list[dict[str, Judged]]],
+    seeds: Sequence[int],
+    factor: str,
+    seed: int,
+) -> pd.DataFrame:
+    """Values of the probes and nulls of all training seeds, the colour null repeated at every tap."""
+    count = len(probes["probe", taps[0]][0][factor].truth)
+    split = "train" if _judged_on(factor) == "background" else "test"
+    said = {"factor": factor, "unit": UNITS[factor], "chance": CHANCE[factor]}
+    values = Values(target, "scenes", split, [f"{split} {index}" for index in range(count)], **said)
+    order = _another(count, seed)
+    for tap in taps:
+        for inverse, fitted, taken in (
+            ("probe", ("probe", tap), None),
+            ("null_shuffled", ("probe", tap), order),
+            ("null_untrained", ("null_untrained", tap), None),
+            ("null_colour_position", ("null_colour_position", ANY_TAP), None),
+        ):
+            for train_seed, judged in zip(seeds, probes[fitted], strict=True):
+                scores, weight = judged[factor].scores(UNITS[factor], taken)
+                values.add("factor_score", {train_seed: scores}, tap, inverse, weight=weight)
+    return values.table()

@@ -6,12 +6,10 @@ recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -29,12 +27,11 @@ from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled
 from backsight.tables.names import SHUFFLED_FAMILIES
-from backsight.tables.pooling import influence, pool
-from backsight.tables.values import METRIC_COLUMNS, NO_SEED, Values
+from backsight.tables.pooling import influence
+from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
 
 Families = Mapping[str, Mapping[str, Reconstruct]]
-CEILING = "_ceiling"  # a measure of this ending is the column `ceiling` of the measure without it
 CELLS = 8  # rows and columns of an information map: patches of 8 x 8 pixels in the shipped targets
 Place = tuple[str, str | None, str]  # inverse, family, tap
 
@@ -42,22 +39,11 @@ Place = tuple[str, str | None, str]  # inverse, family, tap
 @dataclass
 class Quality:
     """values: one an image, tap, inverse, family, training seed and measure; images: (K, 3, H, W) the first images;
-    reconstructions: {family: {tap: (K, 3, H, W)}} of them, by the first training seed; seed: of the bootstrap."""
+    reconstructions: {family: {tap: (K, 3, H, W)}} of them, by the first training seed."""
 
-    values: pd.DataFrame
+    values: Values
     images: Tensor
     reconstructions: dict[str, dict[str, Tensor]]
-    seed: int = 0
-
-    @cached_property
-    def metrics(self) -> pd.DataFrame:
-        """The values pooled over training seeds and images; ceilings, measured on the true images, beside them."""
-        pooled = pool(self.values, seed=self.seed)
-        ceilings = pooled[pooled["measure"].str.endswith(CEILING)]
-        known = dict(zip(ceilings["measure"].str.removesuffix(CEILING), ceilings["value"], strict=True))
-        table = pooled.drop(ceilings.index).assign(seed=self.seed)
-        table = table.assign(ceiling=table["measure"].map(known)) if known else table
-        return table[[*METRIC_COLUMNS, *(name for name in table if name not in METRIC_COLUMNS)]]
 
 
 @torch.no_grad()
@@ -156,7 +142,7 @@ def evaluate_quality(
                 at: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": own_family, **further}
                 values.add(measure, {train_seed: numbers}, weight=weight, **at)
     pictures = {family: {tap: torch.cat(parts) for tap, parts in per.items()} for family, per in kept.items()}
-    return Quality(values.table(), torch.cat(kept_images), pictures, seed)
+    return Quality(values, torch.cat(kept_images), pictures)
 
 
 @dataclass

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
-from backsight.measures.structure import Judged, Measure, Values
+from backsight.measures.structure import Judged, Measure, Scores
 from backsight.representation import AnyRepresentation
-from backsight.tables.pool import pooled_rows
+from backsight.tables.values import Values
 from backsight.targets import Target
 
 LARGEST = 64  # pixels a side at which pictures are compared
@@ -83,8 +82,8 @@ def retrieval(among: Gallery) -> Measure:
     The gallery's first images are the judged ones, in their order. Chance is 1 / M and 1/2.
     """
 
-    def prepared(judged: Judged) -> Callable[[Tensor], Values]:
-        def measured(made: Tensor) -> Values:
+    def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
+        def measured(made: Tensor) -> Scores:
             first, share = _scores(made, among, judged.places)
             return {("retrieval_top1", CLEAN): first, ("retrieval_rank", CLEAN): share}
 
@@ -113,36 +112,27 @@ def retrieval_under_noise(
     images: Tensor,
     families: Mapping[int, Mapping[str, Mapping[str, Reconstruct]]],
     among: Gallery,
+    values: Values,
     noises: Sequence[float] = (0.3, 1.0, 3.0),
     taps: Sequence[str] | None = None,
     seed: int = 0,
-    **columns: Any,
-) -> pd.DataFrame:
-    """Tidy rows of `retrieval_top1` and `retrieval_rank` with column `noise`, of images whose representation is noised.
+) -> None:
+    """Adds `retrieval_top1` and `retrieval_rank` with column `noise`, of images whose representation is noised.
 
-    images: (B, 3, H, W), the first of the gallery; families: {training seed: {family: {tap: inverse}}}; noises: in
-    standard deviations of the representation. Every inverse reads the same noise.
+    images: (B, 3, H, W), the first of the gallery and of the values; families: {training seed: {family: {tap:
+    inverse}}}; noises: in standard deviations of the representation. Every inverse reads the same noise.
     """
     truth = torch.arange(len(images))
     recorded = target.record(images, target.taps if taps is None else taps)
-    rows: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(seed)
     for tap, representation in recorded.items():
         clean: Any = representation
         for amount in noises:
             blurred = noised(clean, amount, generator)
-            found: dict[str, dict[str, dict[int, Tensor]]] = {}
-            for train_seed, each in families.items():
-                for family, inverses in each.items():
-                    if tap not in inverses:
-                        continue
-                    first, share = _scores(inverses[tap](blurred).clamp(0, 1), among, truth)
-                    measures = found.setdefault(family, {"retrieval_top1": {}, "retrieval_rank": {}})
-                    measures["retrieval_top1"][train_seed] = first
-                    measures["retrieval_rank"][train_seed] = share
-            common = {"target": target.name, "weights": target.weights, "tap": tap, "depth": target.depth(tap)}
-            for family, measures in found.items():
-                given = columns | common | {"inverse": family, "family": family, "noise": float(amount)}
-                for measure, values in measures.items():
-                    rows += pooled_rows(values, measure, seed, **given)
-    return pd.DataFrame(rows)
+            for train_seed, of_seed in families.items():
+                for family, inverses in of_seed.items():
+                    if tap in inverses:
+                        scores = _scores(inverses[tap](blurred).clamp(0, 1), among, truth)
+                        for measure, numbers in zip(("retrieval_top1", "retrieval_rank"), scores, strict=True):
+                            at: dict[str, Any] = {"tap": tap, "inverse": family, "family": family}
+                            values.add(measure, {train_seed: numbers}, noise=float(amount), **at)

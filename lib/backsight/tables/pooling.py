@@ -11,12 +11,13 @@ import pandas as pd
 from scipy import stats
 
 from backsight.errors import BacksightError
-from backsight.tables.values import NO_SEED, UNITS
+from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
 
 DRAWS = 1000
 LEVEL = 0.95
 FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t counts where it is the wider one
 DIFFER = {"target": ("weights", "tap", "depth"), "tap": ("depth",), "inverse": ("family",)}
+CEILING = "_ceiling"  # a measure of this ending, of the true images, is the column `ceiling` of the measure
 TOLD = ("value", "low", "high", "n", "seeds", "photographs")
 
 
@@ -43,6 +44,16 @@ def pool(
         for key, group in values.groupby(by, sort=False, dropna=False)
     ]
     return pd.DataFrame(rows, columns=[*by, *TOLD])
+
+
+def metrics(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """The tidy table of a run, METRIC_COLUMNS first: its values, pooled, with their ceilings beside them."""
+    pooled = pool(values, seed=seed).assign(seed=seed)
+    ceilings = pooled[pooled["measure"].str.endswith(CEILING)]
+    if len(ceilings):
+        known = dict(zip(ceilings["measure"].str.removesuffix(CEILING), ceilings["value"], strict=True))
+        pooled = pooled.drop(ceilings.index).assign(ceiling=lambda table: table["measure"].map(known))
+    return pooled[[*METRIC_COLUMNS, *(name for name in pooled if name not in METRIC_COLUMNS)]]
 
 
 def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFrame:
@@ -131,4 +142,5 @@ def influence(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> np.n
     """
     whole = float(statistic(np.ones((1, count)))[0])
     without = statistic(1 - np.eye(count))
-    return whole + (count - 1) * (np.nanmean(without) - without)
+    known = ~np.isnan(without)
+    return whole + (count - 1) * (without[known].mean() - without) if known.any() else without
