@@ -14,6 +14,7 @@ RESULTS_VARIABLE = "BACKSIGHT_RESULTS"
 # The files of a run's folder that others read; app/runs.py writes them.
 STARTED, FINISHED = "started.json", "run.json"
 METRICS, PARTIAL_METRICS = "metrics.csv", "metrics.partial.csv"
+VALUES, PARTIAL_VALUES = "values.parquet", "values.partial.parquet"
 
 
 def project_root() -> Path:

@@ -16,7 +16,7 @@ from backsight.errors import BacksightError
 from backsight.measures.pixels import feature_cosine, mse, psnr, score, ssim
 from backsight.representation import Queries, Tokens
 from backsight.studies.nulls import null_mean, shuffled
-from backsight.tables.pool import bootstrap_interval, determination, metrics_row, metrics_rows
+from backsight.tables.pool import bootstrap_interval, metrics_row, metrics_rows
 from backsight.tables.values import METRIC_COLUMNS
 
 
@@ -90,15 +90,6 @@ def test_an_image_without_objects_has_no_value_inside_objects() -> None:
     assert row["n"] == 1
     assert row["value"] == pytest.approx(float(values[1]))
     assert math.isnan(metrics_rows(values[:1], "psnr_objects")[0]["value"])
-
-
-def test_determination_is_measured_against_the_null_model() -> None:
-    unexplained, total = np.array([0.1, 0.2, 0.6]), np.array([1.0, 2.0, 1.5])
-    assert determination(0 * total, total) == (1.0, 1.0, 1.0)
-    value, low, high = determination(unexplained, total, seed=1)
-    assert value == pytest.approx(0.8)
-    assert low < value < high
-    assert math.isnan(determination(np.ones(3), np.zeros(3))[0])
 
 
 def test_what_a_target_takes_can_be_measured() -> None:
@@ -185,7 +176,6 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         (lambda: bootstrap_interval([]), "at least one image"),
         (lambda: bootstrap_interval([1.0, 2.0], level=95), "level is 95"),
         (lambda: bootstrap_interval([1.0, 2.0], clusters=[1]), "one cluster for each value"),
-        (lambda: determination(np.ones(3), np.ones(2)), "one total for each image"),
     ]
     for call, words in cases:
         with pytest.raises(BacksightError, match=words):

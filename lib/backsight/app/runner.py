@@ -21,7 +21,17 @@ from typing import Any
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
 from backsight.app.runs import RUN_VARIABLE, code_digest, complete_run, run_folder, start_run
 from backsight.errors import BacksightError
-from backsight.project import FINISHED, METRICS, PARTIAL_METRICS, STARTED, project_root, read_json, shown
+from backsight.project import (
+    FINISHED,
+    METRICS,
+    PARTIAL_METRICS,
+    PARTIAL_VALUES,
+    STARTED,
+    VALUES,
+    project_root,
+    read_json,
+    shown,
+)
 
 KERNEL = "python3"  # the kernel of this environment, whatever the notebook's metadata says
 KERNEL_START_SECONDS = 180
@@ -32,7 +42,7 @@ PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", 
 BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
 # What a run makes: removed before another one starts in its folder, since results must not be mixed.
 OF_A_RUN = (
-    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, "*.ipynb", "frames", "checkpoints"),
+    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES, "*.ipynb", "frames", "checkpoints"),
     *("figures/*.png", "figures/*.svg", "inverses/**/*.safetensors"),
 )
 

@@ -30,7 +30,9 @@ from backsight.project import (
     FINISHED,
     METRICS,
     PARTIAL_METRICS,
+    PARTIAL_VALUES,
     STARTED,
+    VALUES,
     available_cores,
     project_root,
     read_json,
@@ -38,6 +40,7 @@ from backsight.project import (
     write_atomically,
     write_json,
 )
+from backsight.tables.pooling import metrics
 from backsight.tables.values import METRIC_COLUMNS
 
 if TYPE_CHECKING:
@@ -147,6 +150,11 @@ class Run:
         write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return table
 
+    def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
+        """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
+        write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
+        return self.save_metrics(metrics(values, seed))
+
     def save_figure(self, name: str, figure: "Figure") -> Path:
         """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
         return write_atomically(
@@ -206,9 +214,10 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
 def complete_run(folder: Path) -> Path:
     """Give the table its final name and write run.json with "status": "complete", last. Returns run.json."""
     record = read_json(folder / STARTED) or {}
-    if (folder / PARTIAL_METRICS).exists():
-        os.replace(folder / PARTIAL_METRICS, folder / METRICS)
-    kept = [folder / METRICS, *(folder / "inverses").rglob("*.safetensors")]
+    for partial, name in ((PARTIAL_METRICS, METRICS), (PARTIAL_VALUES, VALUES)):
+        if (folder / partial).exists():
+            os.replace(folder / partial, folder / name)
+    kept = [folder / METRICS, folder / VALUES, *(folder / "inverses").rglob("*.safetensors")]
     record["files"] = sorted(path.relative_to(folder).as_posix() for path in kept if path.is_file())
     started = datetime.fromisoformat(record["started"])
     record["seconds"]["total"] = round((datetime.now(UTC) - started).total_seconds(), 3)

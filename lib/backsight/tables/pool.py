@@ -177,29 +177,6 @@ def metrics_row(
     return row | columns
 
 
-def determination(
-    unexplained: Tensor | np.ndarray,
-    total: Tensor | np.ndarray,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> tuple[float, float, float]:
-    """(value, low, high) of R² = 1 - sum(unexplained) / sum(total), resampling images.
-
-    unexplained, total: (B,) squared errors of each image, of the model and of the null model.
-    NaN where the null model leaves no error.
-    """
-    numerator, denominator = _numbers(unexplained), _numbers(total)
-    if numerator.shape != denominator.shape:
-        raise BacksightError(
-            f"determination() needs one total for each image, not {numerator.shape} and {denominator.shape}."
-        )
-    if denominator.sum() <= 0:
-        return float("nan"), float("nan"), float("nan")
-    low, high = _interval_of_ratio(numerator, denominator, seed, level, resamples)
-    return float(1 - numerator.sum() / denominator.sum()), 1 - high, 1 - low
-
-
 def bootstrap_interval(
     values: Tensor | np.ndarray | Sequence[float],
     seed: int = 0,

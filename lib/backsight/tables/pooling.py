@@ -67,6 +67,8 @@ def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFram
     for column, value in against.items():
         partner &= values[column] == value
     other = {*against, *(name for column in against for name in DIFFER.get(column, ()))}
+    if "inverse" in against and "family" in values and values[partner]["inverse"].str.startswith("null_").all():
+        other -= set() if values[partner]["family"].isna().any() else {"family"}  # the null of that very family
     same = [name for name in values.columns if name not in {"value", "weight", "photograph", *other}]
     first, second = values[~partner], values[partner]
     if (second["train_seed"] == NO_SEED).all() or (first["train_seed"] == NO_SEED).all():
