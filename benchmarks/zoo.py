@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
+from backsight.measures.pixels import psnr
 from backsight.project import project_root
 from backsight.targets import load_target
 from backsight.targets.base import Target
@@ -126,7 +127,9 @@ def walked(module: str) -> Row:
         inverses = fit_linear(target, images, progress=False)
         depths = {"first": target.taps[0], "middle": target.taps[len(target.taps) // 2], "last": target.taps[-1]}
         row |= {f"tap_{depth}": tap for depth, tap in depths.items()}
-        row |= {f"psnr_{depth}": inverses[tap].score.psnr for depth, tap in depths.items()}
+        shown = images[4::5]  # held out of the fit
+        recorded = target.record(shown, list(depths.values()))
+        row |= {f"psnr_{at}": float(psnr(shown, inverses[tap](recorded[tap])).mean()) for at, tap in depths.items()}
         error = row["worst_from_tap_error"]
         row["works"] = error <= AGREEMENT
         row["reason"] = "" if row["works"] else f"from_tap differs from the model by {error:.1e} of its output"

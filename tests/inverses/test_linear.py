@@ -61,28 +61,29 @@ def test_patches_are_in_the_order_of_unfold() -> None:
 def test_what_rows_read_and_give() -> None:
     coarse, fine = Form("tokens", 16, ((4, 6),)), Form("tokens", 8, ((8, 12),))
     split = plan_layout(("late", "early"), coarse, fine, context=3)
-    assert (split.inputs("cells"), split.outputs("cells")) == (9 * 16, 4 * 8)
+    assert split.blocks["cells"][1:3] == (9 * 16, 4 * 8)
     gathered = plan_layout(("late", "early"), fine, coarse, context=3)
-    assert (gathered.inputs("cells"), gathered.outputs("cells")) == (4 * 8, 16)
-    assert plan_layout(("late", "early"), fine, coarse, maximum_inputs=20).inputs("cells") == 4 * 5
+    assert gathered.blocks["cells"][1:3] == (4 * 8, 16)
+    assert plan_layout(("late", "early"), fine, coarse, maximum_inputs=20).blocks["cells"].inputs == 4 * 5
     levels = Form("tokens", 16, ((2, 3), (8, 12), (4, 6)))  # in any order
     whole = plan_layout(("late", "pixels"), levels, Form("pixels", 3, ((64, 96),)), (32, 32))
-    assert (whole.reading("cells").level, whole.inputs("cells"), whole.patches) == (1, 48, ((8, 8),))
+    cells = whole.blocks["cells"]
+    assert (cells.reading.level, cells.inputs, whole.patches) == (1, 48, ((8, 8),))
     apart = plan_layout(("late", "early"), levels, levels)
-    assert [apart.inputs(block) for block in apart.main] == [16, 16, 16]
+    assert [block.inputs for block in apart.blocks.values()] == [16, 16, 16]
     photograph = Form("pixels", 3, ((224, 224),))
     token = plan_layout(("late", "pixels"), Form("tokens", 768, ((1, 1),)), photograph)
-    assert token.outputs("cells") == 3 * 28 * 28
+    assert token.blocks["cells"].outputs == 3 * 28 * 28
     queries = plan_layout(("late", "pixels"), Form("queries", 256, count=100), Form("pixels", 3, ((480, 640),)))
-    assert (queries.inputs("set"), queries.outputs("set")) == (4000, 3 * 30 * 40)
+    assert queries.blocks["set"][1:3] == (4000, 3 * 30 * 40)
 
 
 @pytest.mark.parametrize("channels", [64, 384, 768, 2048])
 def test_a_context_never_shrinks_with_the_width(channels: int) -> None:
     form = Form("tokens", channels, ((14, 14),), 1)
     layout = plan_layout(("late", "early"), form, form, context=3)
-    assert layout.reading("cells").context == 3
-    assert layout.inputs("cells") == channels + 9 * min(channels, 128)
+    assert layout.blocks["cells"].reading.context == 3
+    assert layout.blocks["cells"].inputs == channels + 9 * min(channels, 128)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 12), GRID), ((7, 10), GRID), ((7, 10), (7, 7)), ((9, 9), (4, 5))])
@@ -91,7 +92,7 @@ def test_images_of_any_size_are_rows_of_any_grid(size: tuple[int, int], grid: tu
     images = nn.functional.interpolate(pictures(2, 2, 2), size, mode="bilinear")
     source = Tokens(torch.zeros(2, grid[0] * grid[1], 5), (grid,))
     layout = plan_layout(("a", "pixels"), form_of(source), form_of(images), PATCH)
-    whole = unpack({"cells": pack_destination(images, layout, "cells")}, layout, source, None)
+    whole = unpack({"cells": pack_destination(images, layout, layout.blocks["cells"])}, layout, source, None)
     torch.testing.assert_close(whole, images, atol=0.12 if grid in ((7, 7), (4, 5)) else 0, rtol=0)
 
 
@@ -104,7 +105,6 @@ def test_one_pass_for_all_taps_and_the_third_argument_is_the_validation() -> Non
     inverses = fit_linear(target, images[:70], images[70:], batch_size=32, progress=False)
     assert list(inverses) == ["early", "late"]
     assert target.passes == [32, 32, 6, 20]
-    assert inverses["late"].score.images == 20
     target = Recorded(early=mixed(images), late=mixed(images))
     requests = [("early", "pixels"), Request("late", "early", 3, 1e-2), ("late", "early")]
     fitted = fit_linear_pairs(target, images, requests, batch_size=32, progress=False)
@@ -119,7 +119,6 @@ def test_an_invertible_tap_is_inverted_and_an_unrelated_one_is_not() -> None:
     target = Recorded(mixed=tokens, unrelated=unrelated, shuffled=tokens.index(torch.arange(216).roll(1)))
     inverses = fit_linear(target, images[:156], images[156:], progress=False)
     assert inverses["mixed"].score.r2 > 1 - 1e-6
-    assert inverses["mixed"].score.psnr > 60
     assert abs(inverses["unrelated"].score.r2) < 0.1
     assert abs(inverses["shuffled"].score.r2) < 0.1
     torch.testing.assert_close(inverses["mixed"](tokens), images, atol=1e-3, rtol=0)
@@ -206,6 +205,14 @@ def test_context_is_a_convolution_in_closed_form(channels: int) -> None:
     torch.testing.assert_close(wide(target.every["late"]).map(), early, atol=0.05, rtol=0)
 
 
+def test_a_class_token_wider_than_the_images_are_many_does_not_blow_up() -> None:
+    """Of 48 images it has 47 directions, of which more were read as rounding makes them."""
+    form = Form("tokens", 160, ((3, 3),), 1)
+    target = Recorded(late=filled(form, 60), early=filled(form, 60, seed=1))
+    request = Request("late", "early", 3)
+    assert fit_linear_pairs(target, pictures(60), [request], progress=False)[request].score.r2 > -1
+
+
 @pytest.mark.parametrize(
     "ends", [("one grid", "one grid"), ("finer", "one grid"), ("levels", "other levels"), ("class token", "levels")]
 )
@@ -289,8 +296,6 @@ def test_user_errors_are_one_sentence() -> None:
     target = Recorded(mixed=mixed(images))
     with pytest.raises(TypeError, match="mixed"):
         fit_linear(target, images, ["mixed"])  # type: ignore[arg-type]
-    with pytest.raises(BacksightError, match="no tap 'mixd'; nearest: mixed"):
-        fit_linear(target, images, taps=["mixd"], progress=False)
     with pytest.raises(BacksightError, match="at least 5 images"):
         fit_linear(target, images[:3], progress=False)
     with pytest.raises(BacksightError, match="at least one tap"):

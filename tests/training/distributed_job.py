@@ -75,7 +75,7 @@ def target(found: dict[str, torch.Tensor]) -> None:
         for tap, inverse in fit_linear(frozen, images, validation=validation, batch_size=4, progress=False).items():
             found[f"{name}/{tap}/weight"] = inverse.weight.clone()
             score = inverse.score
-            found[f"{name}/{tap}/score"] = torch.tensor([score.r2, score.psnr, score.images])
+            found[f"{name}/{tap}/score"] = torch.tensor([score.r2, score.alpha])
     modules = fit_modular(frozen, images, steps=3, batch_size=4, progress=False)
     for tap, module in modules.modules.items():
         for key, tensor in module.residual.state_dict().items():

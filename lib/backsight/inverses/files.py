@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.inverses.module import InverseHeader, Inverses, described, rebuilt
-from backsight.inverses.rows import from_json
 from backsight.project import project_root, write_atomically
 from backsight.targets.base import seeded
 
@@ -161,7 +160,7 @@ def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
         description = json.loads(metadata["backsight"])
         number = int(description["format"])
         if number == FORMAT:
-            return from_json(InverseHeader, description["header"]), description
+            return InverseHeader(**description["header"]), description
     except (KeyError, TypeError, ValueError) as error:
         raise BacksightError(
             f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pandas as pd
 import torch
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.networks import RESIDUALS, Design, Surroundings
-from backsight.inverses.rows import PIXELS, area, carried_padding, form_of, from_json
+from backsight.inverses.rows import PIXELS, Form, area, carried_padding, form_of
 from backsight.representation import Grid, Queries, Representation, Tokens
 
 if TYPE_CHECKING:
     from backsight.inverses.linear import LinearInverse
     from backsight.targets.base import Target
 
+Described = TypeVar("Described")
 LIBRARIES = ("backsight", "torch", "timm", "transformers")  # that decide what an inverse computes
 
 
@@ -204,7 +205,7 @@ class Inverse(nn.Module):
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Inverse:
         """An inverse whose numbers, and header, are still to be set."""
-        design, linear = from_json(Design, configuration["design"]), configuration["linear"]
+        design, linear = with_forms(Design, configuration["design"]), configuration["linear"]
         empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
         source, destination = (Moments(each, each, configuration["variance"]) for each in empty)
         shape = configuration["position"]
@@ -368,6 +369,18 @@ def described(module: nn.Module) -> dict[str, Any]:
     return {"kind": own.kind, "header": header, "configuration": own.configuration()}
 
 
+def with_forms(kind: type[Described], values: Mapping[str, Any]) -> Described:
+    """A `Layout` or `Design` from JSON. Raises TypeError on an unknown field."""
+    ends = {end: Form(**_tuples(values[end])) for end in ("source", "destination")}
+    return kind(**(_tuples(values) | ends))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
     """The module that `described` told of, its numbers still to come by `load_state_dict`.
 
@@ -378,5 +391,5 @@ def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
     home, _, name = KINDS[description["kind"]].partition(":")
     module = getattr(import_module(home), name).build(description["configuration"], target)
     if description["kind"] != "chain" and description["header"] is not None:
-        module.header = from_json(InverseHeader, description["header"])
+        module.header = InverseHeader(**description["header"])
     return module

@@ -329,7 +329,11 @@ class SplittingResidual(nn.Module):
             after = [ResidualConvolutions(end.channels)]
         self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)
         self.split = nn.ModuleDict(
-            {block: _linear(self.layout.inputs(block), self.layout.outputs(block)) for block in self.layout.main}
+            {
+                name: _linear(block.inputs, block.outputs)
+                for name, block in self.layout.blocks.items()
+                if block.reading.what == "cells"
+            }
         )
         self.first = nn.Linear(source.channels, end.channels) if end.prefix else None
         self.first_codes = _codes(end.prefix, end.channels) if end.prefix else None
@@ -344,10 +348,11 @@ class SplittingResidual(nn.Module):
         if self.first is not None:
             equal = source.prefix == end.prefix
             parts.append(self.first(tokens.prefix_values if equal else x.mean(1, keepdim=True)) + self.first_codes)
-        for level, (block, linear) in enumerate(self.split.items()):
-            rows = linear(pack_source(tokens, self.layout, block)).unflatten(0, (len(x), -1))
-            grid, patch = self.layout.reading(block).rows, self.layout.patches[level]
-            whole = resized(unpatchify(rows, grid, patch, self.layout.canvas(level)), end.grids[level])
+        for level, (name, linear) in enumerate(self.split.items()):
+            block = self.layout.blocks[name]
+            rows = linear(pack_source(tokens, block)).unflatten(0, (len(x), -1))
+            grid, patch = block.reading.cells(source.grids), self.layout.patches[level]
+            whole = resized(unpatchify(rows, grid, patch, self.layout.canvas(block, level)), end.grids[level])
             parts.append(whole.flatten(2).transpose(1, 2))
         code = None if self.end_codes is None else self.end_codes()
         if code is not None and around.position is not None:

@@ -214,28 +214,29 @@ class Judged:
 def fit_probes(scenes: Mapping[str, Truth], features: Mapping[str, Tensor]) -> dict[str, Judged]:
     """{factor: judged probe}; scenes, features (N, D): of "train", "validation", "test" and "background".
 
-    Ridge regression of the outputs, in closed form, all factors from one eigendecomposition; strength: of STRENGTHS
+    Ridge regression of the outputs, in closed form; strength: of STRENGTHS
     that with the smallest squared error on the validation scenes, for the background by generalised cross-validation
     on the training scenes (Golub, Heath & Wahba, Technometrics 21, 1979).
     """
     accumulator = RidgeAccumulator()
-    accumulator.update(features["train"], *(scenes["train"].outputs[factor] for factor in FACTORS))
-    spectrum = accumulator.spectrum()
-    centred = {name: values.double() - spectrum.mean for name, values in features.items()}
-    count = accumulator.count
+    outputs = [scenes["train"].outputs[factor] for factor in FACTORS]
+    accumulator.update(features["train"], torch.cat(outputs, dim=1))
+    eigenvalues = torch.linalg.eigvalsh(accumulator.standardised()[0])
+    centred = {name: values.double() - accumulator.input_mean for name, values in features.items()}
+    count, means = accumulator.count, accumulator.output_mean.split([len(each.T) for each in outputs])
+    solved = [accumulator.solve(strength)[0].split([len(mean) for mean in means], dim=1) for strength in STRENGTHS]
     judged = {}
     for number, factor in enumerate(FACTORS):
-        path = accumulator.path(number)
-        weights = [path.weight(strength) for strength in STRENGTHS]
+        mean, weights = means[number], [weight[number] for weight in solved]
         chooser = "train" if factor == "background" else "validation"
-        wanted = scenes[chooser].outputs[factor] - path.output_mean
+        wanted = scenes[chooser].outputs[factor] - mean
         losses = [float((wanted - centred[chooser] @ weight).square().sum()) for weight in weights]
         if chooser == "train":
-            freedom = [1 + float((spectrum.eigenvalues / (spectrum.eigenvalues + s)).sum()) for s in STRENGTHS]
+            freedom = [1 + float((eigenvalues / (eigenvalues + s)).sum()) for s in STRENGTHS]
             losses = [loss / max(count - used, 1e-9) ** 2 for loss, used in zip(losses, freedom, strict=True)]
         place = _judged_on(factor)
-        predicted = path.output_mean + centred[place] @ weights[int(np.argmin(losses))]
-        judged[factor] = Judged(predicted, scenes[place].outputs[factor], path.output_mean)
+        predicted = mean + centred[place] @ weights[int(np.argmin(losses))]
+        judged[factor] = Judged(predicted, scenes[place].outputs[factor], mean)
     return judged
 
 
