@@ -32,7 +32,6 @@
 
     function choose(changed) {
       const [picture, target, family] = ["picture", "target", "family"].map((name) => chosen(name).value);
-      const exists = (p, t, f) => Boolean(find(p, t, f));
       let next = find(picture, target, family);
       // What was chosen last stays; the rest gives way where this combination was not saved.
       next ||= strips.find((each) => each.dataset.picture === picture && each.dataset.target === target)
@@ -43,7 +42,7 @@
         for (const radio of all(`input[name="${name}"]`, player)) radio.checked = radio.value === strip.dataset[name];
       }
       for (const radio of all('input[name="family"]', player)) {
-        radio.disabled = !exists(strip.dataset.picture, strip.dataset.target, radio.value);
+        radio.disabled = !find(strip.dataset.picture, strip.dataset.target, radio.value);
       }
       slider.max = all("button", strip).length - 1;
       one("#shows").textContent = chosen("picture").dataset.shows;
@@ -61,17 +60,12 @@
       const step = steps[at];
       for (const each of steps) each.removeAttribute("aria-current");
       step.setAttribute("aria-current", "true");
-      const { tap, psnr, ssim, rows, href, told } = step.dataset;
+      const { tap, psnr, ssim } = step.dataset;
       slider.setAttribute("aria-valuetext", `${tap}, layer ${at + 1} of ${steps.length}, PSNR ${psnr} dB`);
       one("#depth-name").textContent = tap;
       one("#depth-count").textContent = `, ${at + 1} of ${steps.length}`;
-      for (const [id, value] of [["psnr", psnr], ["ssim", ssim]]) {
-        const number = one(`#frame-${id}`);
-        number.textContent = value;
-        number.dataset.rows = rows;
-        number.setAttribute("href", href);
-        number.title = told;
-      }
+      one("#frame-psnr").textContent = psnr;
+      one("#frame-ssim").textContent = ssim;
       const picture = one("img", step);
       shown.src = picture.src;
       shown.alt = picture.alt;
@@ -198,107 +192,6 @@
       if (inside) inside.open = true;
       papers[at].focus();
     });
-  }
-
-  // ------------------------------------------------------------------------------------- where a number comes from
-  const source = one("#source");
-  const canPop = source && typeof source.showPopover === "function";
-  const ledger = canPop ? JSON.parse(one("#ledger").textContent) : [];
-  const FIRST = ["target", "tap", "inverse", "picture", "family", "measure", "value", "psnr", "ssim", "low", "high", "n", "seed"];
-  const NARROW = 700; // pixels
-  let asked = null;
-
-  function cited(text) {
-    return (text || "").split(" ").filter(Boolean).map((each) => {
-      const [file, place] = each.split(":").map(Number);
-      return { file: ledger[file], place, fields: ledger[file].rows[place] };
-    });
-  }
-
-  function tables(rows, column) {
-    const made = [];
-    for (const file of new Set(rows.map((row) => row.file))) {
-      const own = rows.filter((row) => row.file === file);
-      const told = file.unit === "line" ? "line" : "entry of scores";
-      const paragraph = make("p");
-      const name = file.link ? make("a", file.name, { href: file.link }) : make("code", file.name);
-      paragraph.append(name, `, ${own.length > 1 ? told.replace("line", "lines").replace("entry", "entries") : told} ${own.map((row) => row.place).join(", ")}`);
-      const rank = (at) => FIRST.includes(file.columns[at]) ? FIRST.indexOf(file.columns[at]) : FIRST.length + at;
-      const used = file.columns.map((_, at) => at).filter((at) => own.some((row) => row.fields[at]))
-        .sort((a, b) => rank(a) - rank(b));
-      const table = make("table");
-      const head = (text, scope) => make("th", text, { scope });
-      const value = (row, at) => make("td", row.fields[at] || "", file.columns[at] === column ? { class: "counted" } : {});
-      const line = (...cells) => { const made = make("tr"); made.append(...cells); return made; };
-      const wide = innerWidth >= NARROW; // else each row of the file is a column here
-      table.append(make("thead"), make("tbody"));
-      table.tHead.append(wide
-        ? line(head(file.unit, "col"), ...used.map((at) => head(file.columns[at], "col")))
-        : line(head(file.unit, "col"), ...own.map((row) => head(row.place, "col"))));
-      table.tBodies[0].append(...(wide
-        ? own.map((row) => line(head(row.place, "row"), ...used.map((at) => value(row, at))))
-        : used.map((at) => line(head(file.columns[at], "row"), ...own.map((row) => value(row, at))))));
-      const scroll = make("div", "", { class: "scroll", role: "region", tabindex: "0", "aria-label": `Rows of ${file.name}` });
-      scroll.append(table);
-      made.push(paragraph, scroll);
-    }
-    return made;
-  }
-
-  // Under the number, or over it where there is no room; inside the window.
-  function place(number) {
-    const at = number.getBoundingClientRect();
-    const box = source.getBoundingClientRect();
-    const room = document.documentElement;
-    const left = Math.max(12, Math.min(at.left, room.clientWidth - box.width - 12));
-    const below = at.bottom + 6;
-    const top = below + box.height > innerHeight - 8 ? Math.max(8, at.top - box.height - 6) : below;
-    source.style.left = `${left}px`;
-    source.style.top = `${top}px`;
-  }
-
-  function tell(number) {
-    const rows = cited(number.dataset.rows);
-    const minus = cited(number.dataset.minus);
-    const column = number.dataset.column || "value";
-    const text = (one("b, strong", number) || number).textContent.trim();
-    const what = (list) => list.length > 1 ? `the mean of ${list.length} rows` : "one row";
-    const how = minus.length ? `${what(rows)} minus ${what(minus)}` : what(rows);
-    const content = one("#source-content");
-    content.replaceChildren(make("h2", `${text}: ${how}`, { id: "source-title" }), ...tables(rows, column));
-    if (minus.length) content.append(make("p", "minus"), ...tables(minus, column));
-    source.showPopover();
-    place(number);
-    source.focus({ preventScroll: true });
-  }
-
-  if (canPop) {
-    document.addEventListener("click", (event) => {
-      const number = event.target.closest("[data-rows].from");
-      if (!number || event.ctrlKey || event.metaKey || event.shiftKey) return;
-      event.preventDefault();
-      const again = asked === number && source.matches(":popover-open");
-      if (source.matches(":popover-open")) source.hidePopover();
-      if (again) return;
-      asked = number;
-      number.setAttribute("aria-expanded", "true");
-      tell(number);
-    });
-    source.addEventListener("toggle", (event) => {
-      if (event.newState !== "closed") return;
-      const open = source.matches(":popover-open"); // the event comes late: the next number may have been asked already
-      for (const number of all('.from[aria-expanded="true"]')) {
-        if (!open || number !== asked) number.removeAttribute("aria-expanded");
-      }
-      if (!open && (document.activeElement === document.body || source.contains(document.activeElement))) asked.focus({ preventScroll: true });
-    });
-    one("#source .close").addEventListener("click", () => { source.hidePopover(); asked.focus({ preventScroll: true }); });
-    addEventListener("scroll", () => {
-      if (!source.matches(":popover-open")) return;
-      const { top, bottom } = asked.getBoundingClientRect();
-      if (bottom < 0 || top > innerHeight) source.hidePopover(); // a number that is scrolled away takes its rows along
-      else place(asked);
-    }, { passive: true });
   }
 
   // --------------------------------------------------------------------------------------------------- contents

@@ -1,17 +1,12 @@
 """One page over the runs in a folder: pictures to play with first, then the numbers, then how they were made.
 
-write_report(folder) reads every complete run below the folder and writes index.html (no request to anywhere but the
-files beside it) and metrics.csv (the runs' tables in one, with a column `run`). A folder with a table but without any
-record, as in the committed results/reference, is taken as it is. The figures of a run bring their captions and say
-whether they show images or numbers (plots.style.ShownFigure); a figure belongs to the target that its file's name or
-its run names. Every number of a table knows the lines it is made of (report_sources).
+The page needs no request to anywhere but the files beside it. Figures bring their captions and say whether they show
+images or numbers (plots.style.ShownFigure); a figure belongs to the target that its file's name or its run names.
 """
 
 import base64
-import csv
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,42 +14,26 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
+from PIL import Image
 
-from backsight.app.frames import FRAME_TABLE
-from backsight.app.report_frames import read_play
-from backsight.app.report_sources import LINE, CitedFile, Ledger, listed, read_lines
-from backsight.app.report_tables import (
-    CARD_COLUMNS,
-    Group,
-    card_facts,
-    card_name,
-    card_tables,
-    dataset_rank,
-    depth_groups,
-    depth_tables,
-    glance,
-    is_null,
-    plural,
-)
-from backsight.errors import BacksightError
+from backsight.app.frames import strips
+from backsight.app.runs import file_name
 from backsight.plots.style import (
-    INVERSE_NAMES,
-    PICTURES,
+    MEASURE_NAMES,
     depth_curves,
-    family_colour,
     inverse_order,
+    look_of,
+    over_seeds,
     png_bytes,
+    taps_in_order,
     target_colour,
 )
-from backsight.project import FINISHED, METRICS, STARTED, project_root, read_json, shown, write_atomically
-from backsight.tables.read import notebook_of, read_metrics, write_text
+from backsight.project import FINISHED, METRICS, read_json, write_atomically
+from backsight.tables.read import read_study, span, write_text
 from backsight.tables.values import METRIC_COLUMNS
 
 PAGE = "index.html"
-TEMPLATE = "report.html.jinja"
-STYLE, SCRIPT = "report.css", "report.js"  # written into the page
 DIFFERENCE_GAIN = 2  # of the difference of input and reconstruction: more would be white all over for deep layers
-TARGETS = "01_targets"  # the notebook whose table holds the scores of the models themselves
 # Notebooks in the order in which their figures are shown, and what each is about.
 STUDIES: Mapping[str, str] = {
     "00_quickstart": "Single pictures",
@@ -66,8 +45,13 @@ STUDIES: Mapping[str, str] = {
     "11_exact": "Lost, or only hidden?",
     "10_tradeoff": "Trained to be invertible",
     "02_train_inverse": "Training of the inverses",
-    TARGETS: "Classes and training",
+    "01_targets": "Classes and training",
 }
+# Tables by depth are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
+TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse")
+TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # decimals
+NULL_FAMILIES = ("modular", "linear", "direct")  # whose nulls a table shows: the first that is there
+GROUP = ["weights", "dataset", "split"]
 FAMILY_NOTES: Mapping[str, str] = {
     "linear": "the best linear map (ridge regression, closed form): what can be read off directly",
     "direct": "one trained decoder for each layer, straight to pixels: what a strong decoder can recover",
@@ -81,407 +65,276 @@ FAMILY_NOTES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class ReportRun:
-    """A run's folder as the page reads it. problem: why it is no complete run, or "" for a complete one."""
+class PageRun:
+    """A finished run as the page reads it; table: its metrics.csv, empty where it has none."""
 
     folder: Path
+    notebook: str
     record: Mapping[str, Any]
-    metrics: pd.DataFrame
-    problem: str
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def notebook(self) -> str:
-        return str(self.record.get("notebook", ""))
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        return self.record.get("parameters") or {}
+    table: pd.DataFrame
 
     @property
     def targets(self) -> list[str]:
-        """The targets that the run was asked for or recorded weights of."""
-        asked = self.parameters.get("targets", self.parameters.get("target", []))
-        names = [asked] if isinstance(asked, str) else [str(name) for name in asked or []]
-        return list(dict.fromkeys([*names, *(self.record.get("weights") or {})]))
+        """The targets that the run was asked for, recorded weights of, or measured."""
+        parameters = self.record.get("parameters") or {}
+        asked = parameters.get("targets", parameters.get("target", []))
+        names = [asked] if isinstance(asked, str) else asked
+        return list(dict.fromkeys([*names, *(self.record.get("weights") or {}), *self.table["target"].dropna()]))
 
+    @property
+    def images(self) -> str:
+        """The images that the run is about, where they are of one kind."""
+        measured = self.table["dataset"].dropna().unique()
+        return str((self.record.get("parameters") or {}).get("images") or (measured[0] if len(measured) == 1 else ""))
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure of a run: what it shows, and for which target ("" for none); table: link of its metrics.csv, or ""."""
-
-    link: str
-    table: str
-    width: int
-    height: int
-    title: str
-    caption: str
-    alt: str
-    target: str
-    colour: str
-    shows_images: bool
-    notebook: str
+    def link(self, file: str | Path) -> str:
+        return quote((self.folder / file).relative_to(self.folder.parent).as_posix())
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write index.html and metrics.csv over the runs in the sub-folders of `folder`; returns the page's path.
+    """Write index.html, and metrics.csv with the tables of all runs, over the runs in the sub-folders of `folder`.
 
-    Figures are loaded from the runs' folders beside the page, frames are inside it. Runs that failed or never finished
-    are listed as missing. Raises BacksightError where the folder does not exist or holds no complete run.
+    Figures are loaded from the runs' folders beside the page, frames are inside it. Returns the page's path. Raises
+    BacksightError where the folder does not exist or holds no finished run (read_study).
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BacksightError(f"{shown(folder)} is not a folder: give the folder that holds the runs.")
-    runs = read_runs(folder)
-    complete = [run for run in runs if not run.problem]
-    if not complete:
-        unfinished = f" (unfinished: {', '.join(run.name for run in runs)})" if runs else ""
-        raise BacksightError(
-            f"{shown(folder)} holds no complete run{unfinished}: run a notebook into a folder below it first."
-        )
-    metrics = _collected(complete)
-    page = _rendered(folder, runs, metrics)
-    table = metrics.drop(columns=LINE, errors="ignore")
-    try:
-        write_atomically(folder / METRICS, lambda temporary: table.to_csv(temporary, index=False))
-        return write_text(folder / PAGE, page)
-    except OSError as error:
-        raise BacksightError(f"cannot write the page to {shown(folder)}: {error.strerror}.") from error
-
-
-# ------------------------------------------------------------------------------------------------------ reading runs
-
-
-def read_runs(folder: Path) -> list[ReportRun]:
-    """The runs in the sub-folders, complete or not, in the order of their notebooks."""
-    places = [place for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")]
-    traces = (FINISHED, STARTED, METRICS, "log.txt")
-    runs = [
-        _read_run(place)
-        for place in places
-        if any((place / name).exists() for name in traces) or any(place.glob("*.ipynb"))
-    ]
-    return sorted(runs, key=lambda run: (run.notebook == "", run.notebook, run.name))
-
-
-def _read_run(folder: Path) -> ReportRun:
-    """One run: its record and its table. What hinders its use is told in `problem`, never raised."""
-    finished = read_json(folder / FINISHED)
-    record = finished or read_json(folder / STARTED) or {}
-    metrics, problem = None, ""
-    # Only results, as in the committed run: a table, and no trace of an unfinished run.
-    bare = (folder / METRICS).exists() and not any((folder / name).exists() for name in (FINISHED, STARTED, "log.txt"))
-    if finished is None and not bare:
-        problem = "it was started and did not finish" if record else "it never started"
-        if (folder / FINISHED).exists():
-            problem = f"its {FINISHED} cannot be read"
-    elif finished is not None and finished.get("status") != "complete":
-        problem = f"its status is {finished.get('status')!r}, not 'complete'"
-    elif (folder / METRICS).exists():
-        metrics, problem = read_metrics(folder)
-    if metrics is not None:
-        try:
-            metrics = metrics.assign(**{LINE: list(read_lines(folder / METRICS)[1])})
-        except (ValueError, csv.Error) as error:  # lines and rows that do not agree
-            metrics, problem = None, f"its {METRICS} cannot be read ({type(error).__name__})"
-    if metrics is None:
-        metrics = pd.DataFrame(columns=list(METRIC_COLUMNS))
-    elif finished is None:
-        record = _guessed_record(folder, metrics)
-    return ReportRun(folder, record, metrics, problem)
-
-
-def _guessed_record(folder: Path, metrics: pd.DataFrame) -> dict[str, Any]:
-    """What a table without a record tells: its notebook (read.notebook_of), targets and, where it is one, data set."""
-    datasets = [str(name) for name in metrics["dataset"].dropna().unique()]
-    parameters: dict[str, Any] = {"targets": [str(name) for name in metrics["target"].dropna().unique()]}
-    if len(datasets) == 1:
-        parameters["images"] = datasets[0]
-    return {"notebook": notebook_of(folder.name, metrics), "parameters": parameters}
-
-
-def _collected(runs: Sequence[ReportRun]) -> pd.DataFrame:
-    """The tables of all runs in one, METRIC_COLUMNS first, then what studies add, then LINE and `run`."""
-    tables = [run.metrics.assign(run=run.name) for run in runs if len(run.metrics)]
-    if not tables:
-        return pd.DataFrame(columns=[*METRIC_COLUMNS, "run"])
-    table = pd.concat(tables, ignore_index=True)
-    added = [column for column in table.columns if column not in METRIC_COLUMNS and column != "run"]
-    return table[[*METRIC_COLUMNS, *added, "run"]]
-
-
-def _read_pictures(run: ReportRun, page_folder: Path, targets: Sequence[str]) -> list[Picture]:
-    """The figures of a run with the captions that they carry; what is no PNG is left out.
-
-    targets: those of the page, whose own figures are not taken from 07_figures, which draws them again.
-    """
-    from PIL import Image
-
-    pictures = []
-    for path in sorted((run.folder / "figures").glob("*.png")):
-        if _is_elsewhere(run, path.stem, targets):
-            continue
-        try:
-            with Image.open(path, formats=("PNG",)) as image:
-                width, height = image.size
-                told = {key: str(image.info.get(key, "")) for key in ("Title", "Description", "Comment")}
-        except OSError:
-            continue
-        named = [target for target in run.targets if target in path.stem]
-        target = named[0] if named else run.targets[0] if len(run.targets) == 1 else ""
-        title = _title(run, path.stem.replace(target, "") if target else path.stem)
-        pictures.append(
-            Picture(
-                link=_link(path, page_folder),
-                table=_link(run.folder / METRICS, page_folder) if len(run.metrics) else "",
-                width=width,
-                height=height,
-                title=title,
-                caption=told["Title"],
-                alt=told["Description"] or f"{title}{f' of {target}' if target else ''} (run {run.name}).",
-                target=target,
-                colour=target_colour(target),
-                shows_images=told["Comment"] == PICTURES,
-                notebook=run.notebook,
+    study = read_study(folder)
+    runs = []
+    for place in sorted(folder.iterdir()):
+        record, table = read_json(place / FINISHED), study.tables.get(place.name)
+        if place.name not in study.left_out and (record is not None or table is not None):
+            notebook = str((record or {}).get("notebook") or study.notebooks[place.name])
+            runs.append(
+                PageRun(place, notebook, record or {}, pd.DataFrame(columns=METRIC_COLUMNS) if table is None else table)
             )
-        )
-    return pictures
+    metrics = pd.concat(list(study.tables.values()), ignore_index=True)
+    added = [name for name in metrics if name not in METRIC_COLUMNS and name != "run"]
+    metrics = metrics[[*METRIC_COLUMNS, *added, "run"]]
+    page = _rendered(folder, runs, metrics, study.left_out)
+    write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
+    return write_text(folder / PAGE, page)
 
 
-def _is_elsewhere(run: ReportRun, stem: str, targets: Sequence[str]) -> bool:
-    """Whether the page shows this figure in another place: 07_figures draws those of single targets again, and the
-    pictures of a training are those of the quality of its inverses."""
-    if run.notebook == "07_figures":
-        return stem.startswith("pictures") or any(target in stem for target in targets)
-    return run.notebook == "02_train_inverse" and stem.startswith("pictures")
-
-
-def _title(run: ReportRun, stem: str) -> str:
-    """A figure's name in words: its file's name without the target, and the images that the run is about."""
-    words = re.sub(r"[-_\s]+", " ", stem).strip()
-    for word, proper in (("psnr", "PSNR"), ("ssim", "SSIM"), ("r2", "R²")):
-        words = re.sub(rf"\b{word}\b", proper, words)
-    images = run.parameters.get("images") or run.parameters.get("photograph") or ""
-    title = ", ".join(part for part in (words, Path(str(images)).name) if part) or run.name
-    return title[0].upper() + title[1:]
-
-
-def _link(path: Path, page_folder: Path) -> str:
-    return quote(path.relative_to(page_folder).as_posix())
-
-
-def _cited_files(runs: Sequence[ReportRun], cards: Mapping[str, Mapping[str, Any]], page_folder: Path) -> Ledger:
-    """The ledger of all files that a number of the page can come from. cards: {target: card}."""
-    cited: dict[str, CitedFile] = {}
-    for run in runs:
-        for name in (METRICS, FRAME_TABLE):
-            if (run.folder / name).is_file():
-                columns, rows = read_lines(run.folder / name)
-                cited[f"{run.name}/{name}"] = CitedFile(_link(run.folder / name, page_folder), "line", columns, rows)
-    for target, card in cards.items():
-        entries = {
-            place: [str(score.get(column, "")) for column in CARD_COLUMNS]
-            for place, score in enumerate(card.get("scores") or [], start=1)
-        }
-        cited[card_name(target)] = CitedFile(_card_link(target, page_folder), "entry", CARD_COLUMNS, entries)
-    return Ledger(cited)
-
-
-def _read_card(target: str) -> dict[str, Any] | None:
-    """data/weights/<target>/card.json of the project around us, or None."""
-    try:
-        return read_json(project_root() / card_name(target))
-    except BacksightError:
-        return None
-
-
-def _card_link(target: str, page_folder: Path) -> str:
-    """The card as seen from a page inside the project; "" from one outside, which may be moved without the project."""
-    try:
-        root = project_root().resolve()
-        page_folder.resolve().relative_to(root)
-    except (BacksightError, ValueError):
-        return ""
-    card = root / card_name(target)
-    return quote(Path(os.path.relpath(card, page_folder.resolve())).as_posix()) if card.is_file() else ""
-
-
-def _measured_scores(runs: Sequence[ReportRun], target: str) -> pd.DataFrame | None:
-    """The rows in which the last run of 01_targets scored the target itself; None where none did."""
-    for run in reversed(runs):
-        if run.notebook == TARGETS and {"rule", "classes"} <= set(run.metrics.columns):
-            rows = run.metrics[(run.metrics["target"] == target) & run.metrics["rule"].notna()]
-            if len(rows):
-                return rows.assign(run=run.name)
-    return None
-
-
-# -------------------------------------------------------------------------------------------------------- run facts
-
-
-def _run_facts(run: ReportRun, page_folder: Path) -> dict[str, Any]:
-    """What the table of runs says about one run."""
-    seconds = dict(run.record.get("seconds") or {})
-    total = seconds.pop("total", None)
-    commit = run.record.get("commit")
-    tables = [*run.folder.glob("*.csv"), *run.folder.glob("*.md")]
-    return {
-        "name": run.name,
-        "notebook": run.notebook or "unknown notebook",
-        "problem": run.problem,
-        "notebooks": [(path.name, _link(path, page_folder)) for path in sorted(run.folder.glob("*.ipynb"))],
-        "tables": [(path.name, _link(path, page_folder)) for path in sorted(tables) if not path.name.startswith(".")],
-        "seed": run.record.get("seed", "–"),
-        "seconds": "–" if total is None else _duration(total),
-        "record": _link(run.folder / FINISHED, page_folder) if (run.folder / FINISHED).exists() else "",
-        "phases": [(name, _duration(value)) for name, value in seconds.items()],
-        "started": str(run.record.get("started", "no record kept")).replace("T", " ").replace("+00:00", " UTC"),
-        "commit": f"{str(commit)[:10]}{' + changes' if run.record.get('modified') else ''}" if commit else "none",
-        "hardware": _hardware(run.record.get("hardware") or {}),
-    }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
-
-
-def _hardware(hardware: Mapping[str, Any]) -> str:
-    parts = [str(hardware.get(key)) for key in ("gpu", "processor", "system") if hardware.get(key)]
-    if cores := hardware.get("cores"):
-        parts.append(plural(cores, "core"))
-    if memory := hardware.get("memory_gib"):
-        parts.append(f"{memory:.0f} GiB")
-    return ", ".join(parts) or "unknown"
-
-
-def _versions(runs: Iterable[ReportRun]) -> list[tuple[str, str]]:
-    """(package, its versions in these runs); more than one version shows as such."""
-    versions: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for package, version in (run.record.get("versions") or {}).items():
-            versions.setdefault(package, {})[version] = None
-    return [(package, ", ".join(known)) for package, known in versions.items()]
-
-
-# ---------------------------------------------------------------------------------------------------------- the page
-
-
-def _rendered(folder: Path, runs: Sequence[ReportRun], metrics: pd.DataFrame) -> str:
+def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left_out: Mapping[str, str]) -> str:
     """The page's HTML; the same runs give the same text."""
     from jinja2 import Environment, StrictUndefined
 
-    complete = [run for run in runs if not run.problem]
-    notebooks = {run.name: run.notebook for run in complete}
-    # Targets in the order in which the runs name them (the quickstart names them all), then by name.
-    measured = sorted(str(name) for name in metrics["target"].dropna().unique())
-    names = list(dict.fromkeys([*(name for run in complete for name in run.targets), *measured]))
-    cards = {name: card for name in names if (card := _read_card(name))}
-    pictures = [picture for run in _by_picture_order(complete) for picture in _read_pictures(run, folder, names)]
-    play, unplayable = read_play([run.folder for run in complete])
-    hero = [] if play else _hero(pictures, names)
-    groups = {name: depth_groups(metrics, notebooks, name) for name in names}
-    targets = [
-        _target_section(name, complete, pictures, groups[name], hero, cards.get(name, {}), folder) for name in names
-    ]
-    shown_groups = [group for name in names for group in groups[name][:1]]
-    used = inverse_order([inverse for name in names for group in groups[name] for inverse in group.rows["inverse"]])
-    known = [_run_facts(run, folder) for run in complete]
+    by_notebook = sorted(runs, key=lambda run: (run.notebook, run.folder.name))
+    names = list(dict.fromkeys(name for run in by_notebook for name in run.targets))  # the quickstart names them all
+    order = list(STUDIES)
+    shown = sorted(by_notebook, key=lambda run: order.index(run.notebook) if run.notebook in order else len(order))
+    pictures = [picture for run in shown for picture in _pictures(run, names)]
+    groups = {name: _depth_groups(metrics, {run.folder.name: run.notebook for run in runs}, name) for name in names}
+    frames, unplayable = strips(folder, metrics)
+    played = {key: list(dict.fromkeys(strip[key] for strip in frames)) for key in ("picture", "target", "family")}
+    rows = [part for name in names for part in groups[name]]
+    used = inverse_order([inverse for part in rows for inverse in part["inverse"]])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"look": look_of, "notes": FAMILY_NOTES, "gain": DIFFERENCE_GAIN}
     style, script, template = (
-        (files("backsight.app") / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT, TEMPLATE)
+        (files("backsight.app") / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html.jinja")
     )
     return environment.from_string(template).render(
         name=folder.resolve().name,
-        rebuilt=listed([name for name in names if groups[name] or (play and name in play.targets)]),
         style=style,
         script=script,
-        ledger=_cited_files(complete, cards, folder),
-        play=play,
-        gain=DIFFERENCE_GAIN,
+        frames=frames,
+        played=played,
+        families=inverse_order(played["family"]),
+        shows={strip["picture"]: strip["shows"] for strip in frames},
         unplayable=unplayable,
-        hero=hero,
-        targets=targets,
-        glances=[row for group in shown_groups if (row := glance(group))],
-        curves=_curves(shown_groups),
-        inverses=[
-            {
-                "title": INVERSE_NAMES.get(name, name),
-                "colour": family_colour(name),
-                "is_null": is_null(name),
-                "note": FAMILY_NOTES.get(name, ""),
-            }
-            for name in used
-        ],
-        others=[picture for picture in pictures if picture.target not in names and picture not in hero],
-        runs=known,
-        hardware=[told for told in dict.fromkeys(run["hardware"] for run in known) if told != "unknown"],
-        missing=[_run_facts(run, folder) for run in runs if run.problem],
-        versions=_versions(complete),
+        targets=[_target(name, runs, pictures, groups[name]) for name in names],
+        curves=_curves([groups[name][0] for name in names if groups[name]]),
+        inverses=used,
+        others=[picture for picture in pictures if picture["target"] not in names],
+        runs=[_facts(run) for run in by_notebook],
+        left_out=left_out,
+        hardware=list(dict.fromkeys(text for run in runs if (text := _hardware(run.record.get("hardware") or {})))),
+        versions=_versions(runs),
         metrics_file=METRICS,
         metrics_rows=len(metrics),
     )
 
 
-def _by_picture_order(runs: Sequence[ReportRun]) -> list[ReportRun]:
-    order = {notebook: place for place, notebook in enumerate(STUDIES)}
+def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
+    """The figures of a run with the captions that they carry; what is no PNG is left out.
 
-    def rank(run: ReportRun) -> tuple[int, int, str]:
-        return order.get(run.notebook, len(order)), dataset_rank(str(run.parameters.get("images", ""))), run.name
+    07_figures draws those of single targets again, and the pictures of a training are those of the quality of its
+    inverses: the page shows them there.
+    """
+    pictures = []
+    for path in sorted((run.folder / "figures").glob("*.png")):
+        named = [target for target in run.targets if file_name(target) in path.stem]
+        target = max(named, key=len) if named else run.targets[0] if len(run.targets) == 1 else ""
+        of_pictures = path.stem.startswith("pictures")
+        if (run.notebook == "02_train_inverse" and of_pictures) or (
+            run.notebook == "07_figures" and (of_pictures or target)
+        ):
+            continue
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                (width, height), told = image.size, image.info
+        except OSError:
+            continue
+        title = _title(path.stem.replace(file_name(target), "") if target else path.stem, run)
+        alt = told.get("Description") or f"{title}{f' of {target}' if target else ''} (run {run.folder.name})."
+        place = {"link": run.link(path), "table": run.link(METRICS) if len(run.table) else "", "notebook": run.notebook}
+        size = {"width": width, "height": height}
+        pictures.append(
+            {**place, **size, "title": title, "caption": told.get("Title", ""), "alt": alt, "target": target}
+        )
+    return pictures
 
-    return sorted(runs, key=rank)
+
+def _title(stem: str, run: PageRun) -> str:
+    """A figure's name in words: its file's name without the target, and the images that the run is about."""
+    words = re.sub(r"[-_\s]+", " ", stem).strip()
+    for word, proper in (("psnr", "PSNR"), ("ssim", "SSIM"), ("r2", "R²")):
+        words = re.sub(rf"\b{word}\b", proper, words)
+    title = ", ".join(part for part in (words, Path(run.images).name) if part) or run.folder.name
+    return title[0].upper() + title[1:]
 
 
-def _hero(pictures: Sequence[Picture], names: Sequence[str]) -> list[Picture]:
-    """The first picture of every target, else the first that belongs to none."""
-    shows = [picture for picture in pictures if picture.shows_images]
-    firsts = [next((picture for picture in shows if picture.target == name), None) for name in names]
-    return [picture for picture in firsts if picture is not None] or shows[:1]
+# ------------------------------------------------------------------------------------------------------ the numbers
 
 
-def _target_section(
-    name: str,
-    runs: Sequence[ReportRun],
-    pictures: Sequence[Picture],
-    groups: Sequence[Group],
-    hero: Sequence[Picture],
-    card: Mapping[str, Any],
-    page_folder: Path,
+def _depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: str) -> list[pd.DataFrame]:
+    """The rows by depth of a target, one part for its weights, data set and split; test splits and scenes first.
+
+    notebooks: {run: notebook}. Where two runs give the same number of the same seed, the run that comes last by name
+    counts; of nulls made for several families, those of the first of NULL_FAMILIES.
+    """
+    measured = metrics["measure"].isin(list(TABLE_MEASURES))
+    rows = metrics[(metrics["target"] == target) & metrics["tap"].notna() & measured]
+    notebook = rows["run"].map(notebooks)
+    rows = next((rows[notebook == name] for name in TABLE_NOTEBOOKS if (notebook == name).any()), rows.head(0)).copy()
+    rows[GROUP] = rows[GROUP].astype(object).fillna("unnamed").astype(str)
+    key = [*GROUP, "tap", "inverse", "measure"]
+    if "family" in rows:
+        ranks = {family: rank for rank, family in enumerate(NULL_FAMILIES)}
+        rank = rows["family"].map(ranks).fillna(len(ranks)).where(rows["inverse"].str.startswith("null_"), 0)
+        rows = rows[rank == rank.groupby([rows[name] for name in key]).transform("min")]
+    rows = rows.sort_values("run", kind="stable").drop_duplicates([*key, "seed"], keep="last")
+
+    def place(part: pd.DataFrame) -> tuple[bool, bool, str]:
+        first = part.iloc[0]
+        return first["split"] != "test", first["dataset"] != "scenes", first["dataset"]
+
+    return sorted((part for _, part in rows.groupby(GROUP, sort=False)), key=place)
+
+
+def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
+    """One measure by tap (rows) and inverse (columns), nulls last.
+
+    A cell holds the number, its interval over images and seeds, whether it is the best of its row, and its share of the
+    way from the mean image (or 0) to the best of the table, None for nulls.
+    """
+    decimals, inverses = TABLE_MEASURES[measure], inverse_order(list(rows["inverse"]))
+    numbers = over_seeds(rows).dropna(subset="value").set_index(["tap", "inverse"])
+    values = numbers["value"].unstack().reindex(columns=inverses)
+    families = values[[name for name in inverses if not name.startswith("null_")]]
+    floor, ceiling = values.get("null_mean", pd.Series([0.0])).min(), families.max(axis=None)
+
+    def cell(tap: str, inverse: str) -> dict[str, Any]:
+        if (tap, inverse) not in numbers.index:
+            return {"text": "–", "interval": "", "is_best": False, "share": None}
+        value, low, high = numbers.loc[(tap, inverse), ["value", "low", "high"]]
+        text, least, most = (f"{number + 0.0:.{decimals}f}".replace("-", "−") for number in (value, low, high))
+        is_family = inverse in families
+        return {
+            "text": text,
+            "interval": "" if pd.isna(low) else f"{least} to {most}",
+            "is_best": is_family and families.shape[1] > 1 and value == families.loc[tap].max(),
+            "share": min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if is_family and ceiling > floor else None,
+        }
+
+    first, seeds = rows.iloc[0], int(max(rows["seeds"].max(), rows["seed"].nunique()))
+    n = f"n = {span(rows['n'])}, training seeds: {seeds}"
+    return {
+        "title": MEASURE_NAMES.get(measure, measure),
+        "facts": f"{n}, data set {first['dataset']}, split {first['split']}, {first['weights']} weights",
+        "runs": sorted(rows["run"].unique()),
+        "inverses": inverses,
+        "rows": [(tap, [cell(tap, name) for name in inverses]) for tap in taps_in_order(rows)],
+    }
+
+
+def _target(
+    name: str, runs: Sequence[PageRun], pictures: Sequence[dict[str, Any]], groups: Sequence[pd.DataFrame]
 ) -> dict[str, Any]:
-    own: dict[str, list[Picture]] = {}
+    """The section of one target: facts, tables by data set, figures by study."""
+    studies: dict[str, list[dict[str, Any]]] = {}
     for picture in pictures:
-        if picture.target == name and picture not in hero:
-            own.setdefault(picture.notebook, []).append(picture)
-    weights: Mapping[str, Any] = next((w[name] for run in runs if name in (w := run.record.get("weights") or {})), {})
-    facts = [(title, str(weights[key])) for title, key in (("weights", "weights"), ("hash", "hash")) if key in weights]
+        if picture["target"] == name:
+            studies.setdefault(STUDIES.get(picture["notebook"], picture["notebook"]), []).append(picture)
+    weights = next((noted[name] for run in runs if name in (noted := run.record.get("weights") or {})), {})
+    tables = [
+        (
+            ", ".join(part.iloc[0][["dataset", "split"]]),
+            [_depth_table(own, name) for name in TABLE_MEASURES if len(own := part[part["measure"] == name])],
+        )
+        for part in groups
+    ]
     return {
         "name": name,
-        "anchor": "target-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "anchor": f"target-{file_name(name).lower()}",
         "colour": target_colour(name),
-        "facts": [*facts, *card_facts(card)],
-        "studies": [(STUDIES.get(notebook, notebook), figures) for notebook, figures in own.items()],
-        "groups": [(f"{group.dataset}, {group.split}", depth_tables(group)) for group in groups],
-        "card": card_tables(card, name, _measured_scores(runs, name)),
-        "card_link": _card_link(name, page_folder) if card else "",
+        "facts": [(key, weights[key]) for key in ("weights", "hash") if key in weights],
+        "studies": list(studies.items()),
+        "groups": tables,
     }
 
 
-def _curves(groups: Sequence[Group]) -> dict[str, Any] | None:
+def _curves(groups: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
     """PSNR by depth of all targets in one figure, embedded; None without PSNR."""
-    rows = [part for group in groups if len(part := group.rows[group.rows["measure"] == "psnr"])]
-    if not rows:
+    rows = pd.concat([part[part["measure"] == "psnr"] for part in groups] or [pd.DataFrame()])
+    if rows.empty:
         return None
-    figure = depth_curves(pd.concat(rows, ignore_index=True), "psnr")
-    width, height = figure.get_size_inches() * 200
-    return {
-        "source": "data:image/png;base64," + base64.b64encode(png_bytes(figure, dpi=200)).decode("ascii"),
-        "width": round(width),
-        "height": round(height),
-        "caption": figure.caption,
-        "alt": figure.description,
+    figure = depth_curves(rows, "psnr")
+    width, height = (round(side * 200) for side in figure.get_size_inches())
+    source = "data:image/png;base64," + base64.b64encode(png_bytes(figure, dpi=200)).decode("ascii")
+    return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}
+
+
+# -------------------------------------------------------------------------------------------------------- run facts
+
+
+def _facts(run: PageRun) -> dict[str, Any]:
+    """What the table of runs says about one run."""
+    seconds = dict(run.record.get("seconds") or {})
+    total, commit = seconds.pop("total", None), str(run.record.get("commit") or "")[:10]
+    kinds = {"notebooks": ["*.ipynb"], "tables": ["*.csv", "*.md"]}
+    linked = {
+        kind: [(path.name, run.link(path)) for pattern in patterns for path in sorted(run.folder.glob(pattern))]
+        for kind, patterns in kinds.items()
     }
+    return linked | {
+        "name": run.folder.name,
+        "notebook": run.notebook,
+        "seed": run.record.get("seed", "–"),
+        "seconds": "–" if total is None else _duration(total),
+        "record": run.link(FINISHED) if run.record else "",
+        "phases": [(name, _duration(value)) for name, value in seconds.items()],
+        "started": str(run.record.get("started", "no record kept")).replace("T", " ").replace("+00:00", " UTC"),
+        "commit": commit and f"commit {commit}{' + changes' if run.record.get('modified') else ''}",
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
+
+
+def _hardware(hardware: Mapping[str, Any]) -> str:
+    parts = [str(hardware[key]) for key in ("gpu", "processor", "system") if hardware.get(key)]
+    units = {"cores": "cores", "memory_gib": "GiB"}
+    return ", ".join([*parts, *(f"{hardware[key]:.0f} {unit}" for key, unit in units.items() if hardware.get(key))])
+
+
+def _versions(runs: Sequence[PageRun]) -> dict[str, str]:
+    """{package: its versions in these runs}; more than one version shows as such."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for package, version in (run.record.get("versions") or {}).items():
+            versions.setdefault(package, {})[version] = None
+    return {package: ", ".join(known) for package, known in versions.items()}

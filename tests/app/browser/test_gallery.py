@@ -1,6 +1,5 @@
 """The page over a folder of runs, in a browser, opened from a file: what a person does with it by mouse and keys."""
 
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from report_runs import save_results
 
-from backsight.app import report
 from backsight.app.report import write_report
 
 if TYPE_CHECKING:
@@ -58,11 +56,8 @@ CONTRAST = """() => {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = tmp_path_factory.mktemp("project")
-    results = save_results(project)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "project_root", lambda: project)
-        write_report(results)
+    results = save_results(tmp_path_factory.mktemp("project"))
+    write_report(results)
     return results
 
 
@@ -192,48 +187,6 @@ def test_figures_are_enlarged_and_focus_comes_back(open_page: OpenPage, url: str
     assert page.evaluate("document.activeElement === document.querySelectorAll('.paper')[1]")
 
 
-def test_a_number_tells_its_rows(open_page: OpenPage, url: str, folder: Path, shot: Shot) -> None:
-    page = open_page(url)
-    number = page.locator("td.number .from").first
-    number.focus()
-    page.keyboard.press("Enter")
-    popover = page.locator("#source")
-    assert popover.is_visible()
-    told = popover.inner_text()
-    line = int(re.search(r"quality-vit/metrics\.csv, line (\d+)", told)[1])
-    stands = (folder / "quality-vit" / "metrics.csv").read_text().splitlines()[line - 1].split(",")
-    assert "31.84" in stands
-    assert popover.locator("td.counted").all_inner_texts() == ["31.84"]
-    for value in stands:
-        assert value in told
-    shot(page, "gallery-number")
-    page.keyboard.press("Escape")
-    assert not popover.is_visible()
-    assert page.evaluate("document.activeElement === document.querySelector('td.number .from')")
-    number.click()
-    page.locator("td.number .from").nth(1).click()  # the next one replaces it
-    assert popover.locator("td.counted").all_inner_texts() == ["33.21"]
-    popover.get_by_role("button", name="Close").click()
-    page.locator("#frame-psnr").click()
-    assert "quickstart/frames.csv, line" in popover.inner_text()
-    difference = page.locator("[data-minus]").first
-    difference.click()
-    assert "one row minus one row" in popover.inner_text()
-    assert popover.locator("td.counted").count() == 2
-
-
-def test_a_mean_over_seeds_tells_all_its_rows(open_page: OpenPage, url: str) -> None:
-    page = open_page(url)
-    page.locator("td.number .from[data-rows*=' ']").first.click()
-    popover = page.locator("#source")
-    assert "the mean of 2 rows" in popover.inner_text()
-    assert "train-detr/metrics.csv" in popover.inner_text()
-    assert "train-detr-again/metrics.csv" in popover.inner_text()
-    shown = float(re.match(r"[\d.]+", popover.locator("h2").inner_text())[0])
-    values = [float(text) for text in popover.locator("td.counted").all_inner_texts()]
-    assert shown == pytest.approx(sum(values) / len(values), abs=0.051)
-
-
 def test_the_contents_mark_where_one_is(open_page: OpenPage, url: str) -> None:
     page = open_page(url)
     marked = page.locator(".contents [aria-current]")
@@ -255,7 +208,7 @@ def test_a_keyboard_is_enough(open_page: OpenPage, url: str) -> None:
     for _ in range(8):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.name"))
-    for name in ("picture", "target", "family", "depth", "play-button", "frame-psnr"):
+    for name in ("picture", "target", "family", "depth", "play-button"):
         assert name in reached
 
 
@@ -276,11 +229,6 @@ def test_it_is_composed_at_every_width(open_page: OpenPage, url: str, shot: Shot
     state(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     shot(page, f"gallery-{width}-{scheme}")
-    page.locator("td.number .from").first.click()
-    box = page.locator("#source").bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= width
-    shot(page, f"gallery-{width}-{scheme}-number")
 
 
 @each_scheme
@@ -298,5 +246,4 @@ def test_without_javascript_everything_is_there(open_page: OpenPage, url: str) -
     assert page.locator(".strip img").count() == 22
     for strip in page.locator(".strip").all():
         assert strip.is_visible()
-    assert page.locator("td.number .from").first.get_attribute("href") == "quality-vit/metrics.csv"
-    assert page.locator("td.number .from").first.get_attribute("title") == "quality-vit/metrics.csv, line 2"
+    assert page.locator("caption a").first.get_attribute("href") == "quality-vit/metrics.csv"
