@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.representation import Tokens
 from backsight.targets import check_target, load_target
-from backsight.targets.axes import Axes, match
+from backsight.targets.axes import Axes, guess
 from backsight.targets.base import Preprocessing, Target, seeded
-from backsight.targets.hooks import Place
-from backsight.targets.survey import Seen
-from backsight.targets.timm_blocks import TimmIntermediates, guess
-from backsight.targets.vit import TimmTransformer
+from backsight.targets.timm_models import TimmTarget
 
 SHALLOW = {"depth": 3}
 STAGES = {"depths": (1, 1, 3, 1)}
@@ -91,7 +88,6 @@ def test_taps(family: str) -> None:
     assert list(target.tap_set("components")) == components
     ends = target.record(images_for(target, 1), [target.taps[0], target.taps[-1]])
     assert tuple(each.prefix for each in ends.values() if isinstance(each, Tokens)) == prefixes
-    assert isinstance(target, TimmTransformer if family in ("ViT", "DeiT-3", "DINOv2 with registers") else Target)
     assert target.kind == "classifier"
 
 
@@ -154,47 +150,18 @@ def test_what_is_fed_back_has_to_fit() -> None:
         target(images_for(target), torch.ones(2, 32, 32, dtype=torch.bool))
 
 
-def test_axes_are_found_by_value() -> None:
-    known = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    tokens = known.flatten(2).transpose(1, 2)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    prefix = torch.randn(2, 2, 5)
-    tensors = {
-        "bchw": known,
-        "bhwc": known.permute(0, 2, 3, 1),
-        "bnc": tokens,
-        "bcn": known.flatten(2),
-        "behind a prefix": torch.cat([prefix, tokens], 1),
-        "permuted": tokens[:, order],
-        "permuted behind a prefix": torch.cat([prefix, tokens[:, order]], 1),
-        "in windows": tokens[:, order].unflatten(1, (2, 6)),
-    }
-    for name, tensor in tensors.items():
-        axes = match(tensor, known)
-        assert axes is not None, name
-        read = axes.tokens(tensor)
-        assert torch.equal(read.map(), known), name
-        assert torch.equal(axes.tensor(read), tensor), name
-        assert read.prefix == (2 if "prefix" in name else 0)
-    assert match(known + 1, known) is None
-    assert match(torch.randn(2, 5), known) is None
+def test_axes_are_guessed_from_what_the_model_calls_its_intermediates() -> None:
+    forms = [((8, 8), 16)]
+    assert guess((2, 16, 8, 8), forms, (64, 64)) == Axes("bchw", (8, 8))
+    assert guess((2, 8, 8, 16), forms, (64, 64)) == Axes("bhwc", (8, 8))
+    assert guess((2, 65, 16), forms, (64, 64)) == Axes("bnc", (8, 8), 1)
+    assert guess((2, 16, 64), forms, (64, 64)) == Axes("bcn", (8, 8))
+    assert guess((2, 16, 4, 64), forms, (64, 64)) is None  # tokens in patches are no picture
+    assert guess((2, 1, 256), forms, (64, 64)) is None  # a class token alone
+    assert guess((2, 7), forms, (64, 64)) is None
 
 
-def test_axes_of_other_tensors_follow_their_neighbours() -> None:
-    stage = Seen(Place(""), shape=(2, 16, 8, 8), axes=Axes("bchw", (8, 8)))
-    assert guess((2, 16, 8, 8), [stage], (64, 64)) == stage.axes
-    first_last = guess((2, 8, 8, 16), [stage], (64, 64))
-    assert first_last is not None
-    assert first_last.order == "bhwc"
-    assert guess((2, 16, 4, 64), [stage], (64, 64)) is None  # tokens in patches are no picture
-    assert guess((2, 1, 256), [stage], (64, 64)) is None  # a class token alone
-    assert guess((2, 7), [stage], (64, 64)) is None
-
-
-def test_models_without_intermediates_are_refused() -> None:
-    with pytest.raises(BacksightError, match="is a Linear, which has no forward_intermediates: use module_target"):
-        TimmIntermediates(nn.Linear(2, 2), "mine", "random", nn.Identity, Preprocessing((0.5,), (0.5,), (8, 8)))
-
+def test_models_without_a_cut_are_refused() -> None:
     class Around(nn.Module):
         """Two streams of which no module returns both."""
 
@@ -205,11 +172,8 @@ def test_models_without_intermediates_are_refused() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return (self.blocks[0](images) + self.blocks[1](images)).mean((2, 3))
 
-        def forward_intermediates(self, images: Tensor, **_: object) -> list[Tensor]:
-            return [self.blocks[0](images)]
-
     with pytest.raises(BacksightError, match="no module of this Around returns a picture through which everything"):
-        TimmIntermediates(Around(), "mine", "random", Around, Preprocessing((0.5,) * 3, (0.5,) * 3, (8, 8)))
+        TimmTarget(Around(), "mine", "random", Preprocessing((0.5,) * 3, (0.5,) * 3, (8, 8)))
 
 
 def test_names_are_checked_without_weights() -> None:

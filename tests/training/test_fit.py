@@ -20,7 +20,7 @@ from backsight.inverses.passes import readable
 from backsight.representation import Tokens
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.detr import Detr
-from backsight.targets.vit import TimmTransformer
+from backsight.targets.timm_models import TimmTarget
 from backsight.training import fit as fitting
 from backsight.training.fit import fit_direct, fit_modular, fit_polish
 from backsight.training.loop import train
@@ -37,11 +37,11 @@ def _images(count: int = 24, height: int = 32, width: int = 32, seed: int = 0) -
 
 
 @pytest.fixture(scope="module")
-def vit() -> TimmTransformer:
+def vit() -> TimmTarget:
     with seeded(0):
         model = VisionTransformer(img_size=(16, 40), patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
     usual = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (16, 40))
-    return TimmTransformer(model, "tiny-vit", "random", usual)
+    return TimmTarget(model, "tiny-vit", "random", usual)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, 
     settings = {**QUICK, "taps": ["blocks.0"], "steps": 6}
     whole = fit_direct(vit, _shown(vit), **settings)
 
-    class Stopping(TimmTransformer):
+    class Stopping(TimmTarget):
         calls = 0
 
         def record(self, *arguments, **options):

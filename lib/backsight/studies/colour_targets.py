@@ -22,7 +22,7 @@ from backsight.studies.colour import ColourRecord, Families, index_rows, merged,
 from backsight.studies.recolour import JudgedObjects, hue_shifts, open_objects
 from backsight.targets import Target
 from backsight.targets.base import Preprocessing, seeded
-from backsight.targets.vit import TimmTransformer
+from backsight.targets.timm_models import TimmTarget
 from backsight.training.loop import train
 from backsight.training.muon import Group
 
@@ -75,7 +75,7 @@ def train_small_vit(rule: str, steps: int, seed: int = 0, progress: bool = True)
     model = training.model
     size = (SMALL["img_size"], SMALL["img_size"])
     name = f"small ViT, {rule} hues"
-    return TimmTransformer(model, name, f"trained {steps} steps", Preprocessing(MEAN, STD, size), CLASS_NAMES)
+    return TimmTarget(model, name, f"trained {steps} steps", Preprocessing(MEAN, STD, size), CLASS_NAMES)
 
 
 def _small_scenes(rule: str, count: int, seed: int) -> Batch:

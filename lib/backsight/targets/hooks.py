@@ -1,14 +1,10 @@
 """The only file that registers a hook: read, replace and survey what the modules of a model return.
 
-    watching(model, look)           every call of every module in one pass
-    recording(model, places)        what lies at places
-    playing(model, values)          the same pass with other values at places: the rest of a model behind a tap
-    observe(model, run, images)     every call of one pass, in order: shapes, and which tensors are cuts
-    frozen(model)                   passes that leave a model of the user exactly as it was
-
-A *cut* is a tensor through which everything goes that the output knows of the image. It is found exactly, from the
-graph that autograd keeps of one pass: all paths from the output back to the image run through a cut, and none reads it
-before the module returns (an earlier tensor that is returned once more is no cut there).
+watching(model, look)           every call of every module in one pass
+recording(model, places)        what lies at places
+playing(model, values)          the same pass with other values at places: the rest of a model behind a tap
+observe(model, run, images)     every tensor of one pass, in order, and which of them are cuts
+frozen(model)                   passes that leave a model of the user exactly as it was
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +26,11 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 
+if TYPE_CHECKING:
+    from backsight.targets.axes import Axes
+
 Element = tuple[int | str, ...]
 Edge = tuple[Any, int]  # where a tensor comes out of autograd's graph: (node, which of its outputs)
-Look = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
 @dataclass(frozen=True)
@@ -61,26 +59,45 @@ class Found:
     """A float tensor that a module returns, or is given, in a pass.
 
     name: as a tap; kind: the module's class; leaf: it has no children; order: of the call's end in the pass, or before
-    the first end inside, for what is given; value: None unless it was to be kept, or where the model has written into
-    it since; cut: of the pass; with_companions: are all that the call returns one, taken together; used: the output
-    knows of it; same: a number that equal tensors of one pass share (a block and the container that ends with it), -1
-    where no path leads from the images to it. edge, clock (autograd's) and version are of the pass.
+    the first end inside, for what is given; edge, clock: autograd's; cut: of the pass; with_companions: are all that
+    the call returns one, taken together; used: the output knows of it; same: a number that equal tensors of one pass
+    share (a block and the container that ends with it), -1 where no path leads from the images to it.
+    What a second look adds: batch: the axis of the images, None where none is; split: the first axis holds the parts
+    of all images; constant: the same for every image; axes: how it is read, or None; flops: up to the end of the call,
+    of one image.
     """
 
     place: Place
-    kind: str = ""
-    leaf: bool = False
-    order: float = 0
-    shape: tuple[int, ...] = ()
-    value: Tensor | None = None
-    edge: Edge | None = None
-    clock: int = 0
-    version: int = 0
+    kind: str
+    leaf: bool
+    order: float
+    shape: tuple[int, ...]
+    edge: Edge | None
+    clock: int
     name: str = ""
     cut: bool = False
     with_companions: bool = False
     used: bool = False
     same: int = -1
+    batch: int | None = 0
+    split: bool = False
+    constant: bool = False
+    axes: Axes | None = None
+    flops: float = 0.0
+
+    @property
+    def form(self) -> Literal["map", "tokens", "vector", "other"]:
+        if self.axes is None:
+            return "other"
+        return "vector" if self.axes.grid == (1, 1) else "map" if "h" in self.axes.order else "tokens"
+
+    @property
+    def is_picture(self) -> bool:
+        return self.form in ("map", "tokens") and not self.constant
+
+    @property
+    def channels(self) -> int:
+        return 0 if self.axes is None else self.axes.channels(self.shape)
 
 
 def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]]:
@@ -104,10 +121,7 @@ def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]
 def element_of(output: Any, element: Element) -> Any:
     """What these keys lead to. Raises LookupError or AttributeError where they lead nowhere."""
     for key in element:
-        if isinstance(output, Mapping):
-            output = output[key]
-        else:
-            output = output[int(key)] if isinstance(output, (tuple, list)) else getattr(output, str(key))
+        output = output[key] if isinstance(output, (Mapping, tuple, list)) else getattr(output, str(key))
     return output
 
 
@@ -118,32 +132,28 @@ def with_element(output: Any, element: Element, value: Any) -> Any:
     key, *rest = element
     inner = with_element(element_of(output, (key,)), tuple(rest), value)
     if isinstance(output, tuple):
-        parts: list[Any] = list(output)
-        parts[int(key)] = inner
+        parts = [inner if number == key else part for number, part in enumerate(output)]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    changed = copy.copy(output)
     if isinstance(output, (Mapping, list)):
-        changed: Any = copy.copy(output)
-        changed[key] = inner
-        return changed
-    return dataclasses.replace(output, **{str(key): inner})
+        changed[key] = inner  # type: ignore[index]
+    else:
+        object.__setattr__(changed, str(key), inner)  # frozen data classes, too
+    return changed
 
 
 @contextmanager
-def watching(model: nn.Module, look: Look, enter: Callable[..., Any] | None = None) -> Iterator[None]:
+def watching(model: nn.Module, look: Callable[..., None], enter: Callable[..., Any] | None = None) -> Iterator[None]:
     """Call look(path, module, arguments, named arguments, output) after every call of every module.
 
     enter(path, module, arguments, named arguments): before each call; what it returns, if not None, takes their place.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for path, module in model.named_modules():
-            handles.append(module.register_forward_hook(partial(look, path), with_kwargs=True))
+            stack.callback(module.register_forward_hook(partial(look, path), with_kwargs=True).remove)
             if enter is not None:
-                handles.append(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
+                stack.callback(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -154,16 +164,13 @@ def recording(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[st
     """
     seen: dict[str, Any] = {}
 
-    def reader(name: str, place: Place) -> Callable[[Any], None]:
-        def read(value: Any) -> None:
-            value = element_of(value, place.element)
-            seen[name] = value.clone() if isinstance(value, Tensor) else value
-
-        return read
+    def read(name: str, place: Place, value: Any) -> None:
+        value = element_of(value, place.element)
+        seen[name] = value.clone() if isinstance(value, Tensor) else value
 
     with ExitStack() as stack:
         for name, place in places.items():
-            stack.enter_context(_visiting(model, place, reader(name, place)))
+            stack.enter_context(_visiting(model, place, partial(read, name, place)))
         yield seen
 
 
@@ -175,28 +182,23 @@ def playing(model: nn.Module, values: Mapping[Place, Tensor]) -> Iterator[None]:
     Raises BacksightError where a shape differs.
     """
 
-    def writer(place: Place, value: Tensor) -> Callable[[Any], Any]:
-        def write(output: Any) -> Any:
-            nonlocal value
-            present = element_of(output, place.element)
-            if present.shape != value.shape:
-                raise BacksightError(
-                    f"{place.module} returns {tuple(present.shape)} here, and {tuple(value.shape)} cannot stand for it."
-                )
-            value = value.to(present.dtype)
-            if place.side != "stream":
-                return with_element(output, place.element, value)
+    def write(place: Place, value: Tensor, output: Any) -> Any:
+        present = element_of(output, place.element)
+        if present.shape != value.shape:
+            raise BacksightError(
+                f"{place.module} returns {tuple(present.shape)} here, and {tuple(value.shape)} cannot stand for it."
+            )
+        if place.side == "stream":
             present.copy_(value)
             return None
-
-        return write
+        return with_element(output, place.element, value.to(present.dtype))
 
     with ExitStack() as stack:
         for place, value in values.items():
-            write = writer(place, value.clone())
-            stack.enter_context(_visiting(model, place, write, prepend=True))
+            visit = partial(write, place, value.clone())
+            stack.enter_context(_visiting(model, place, visit, prepend=True))
             if place.side == "output":
-                stack.enter_context(_visiting(model, place, write))
+                stack.enter_context(_visiting(model, place, visit))
         yield
 
 
@@ -211,9 +213,6 @@ def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepe
         changed = visit(value) if calls == place.call + 1 else None
         return value if changed is None else changed
 
-    def after(_module: nn.Module, _given: Any, output: Any) -> Any:
-        return visited(output)
-
     def before(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if place.element and place.element[0] in named:
             return given, visited(named)
@@ -224,32 +223,30 @@ def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepe
 
     module = model.get_submodule(place.module)
     if place.side == "output":
-        handle = module.register_forward_hook(after, prepend=prepend)
+        handle = module.register_forward_hook(lambda _module, _given, output: visited(output), prepend=prepend)
     else:
         handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
-    try:
+    with handle:
         yield
-    finally:
-        handle.remove()
 
 
-# Cuts
+# Cuts: tensors through which everything goes that the output knows of the image. They are found exactly, from the graph
+# that autograd keeps of one pass: all paths from the output back to the image run through a cut, and none reads it
+# before the module returns (an earlier tensor that is returned once more is no cut there).
 
 
-def observe(
-    model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool = False
-) -> tuple[list[Found], str]:
+def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor) -> tuple[list[Found], str]:
     """One pass of `run` on the images, seen from every module; the model is frozen and in eval().
 
     Returns what every call returns, in the order in which they end, with what is given to modules and a cut that none
-    returns; and why no cuts could be found from the images on, or "". keep: the tensors too.
+    returns; and why no cuts could be found from the images on, or "".
     Where autograd loses the images (no_grad, a leaf that is written into), the graph is begun at the input of the first
     module without children; where it cannot be had at all, there are no cuts.
     """
     reason = ""
     for inside in (False, True):
         try:
-            found, traced = _observed(model, run, images, keep, inside)
+            found, traced = _observed(model, run, images, inside)
         except BacksightError:
             raise
         except Exception as error:  # of the user's own model, under gradients
@@ -260,24 +257,25 @@ def observe(
         reason = reason or (
             "its output has no gradient with respect to the images (no_grad, inference_mode, detach or a discrete step)"
         )
-    with torch.no_grad():
-        return _observed(model, run, images, keep)[0], reason
+    return _observed(model, run, images, None)[0], reason
 
 
 def _observed(
-    model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, keep: bool, inside: bool | None = None
+    model: nn.Module, run: Callable[[Tensor], Any], images: Tensor, inside: bool | None
 ) -> tuple[list[Found], bool]:
-    """(what is found, does the output's graph reach the start?) of one pass; inside: start at the first leaf module."""
+    """(what is found, does the output's graph reach the start?) of one pass.
+
+    inside: the graph starts at the first leaf module, not at the images; None: without gradients.
+    """
     calls: list[list[Found]] = []  # what each of them returns
     given_to: list[Found | None] = []  # of the calls that have not ended
     given_first: list[Found] = []
     counts: Counter[str] = Counter()
     starts: list[Tensor] = []
 
-    def seen(place: Place, module: nn.Module, order: float, tensor: Tensor, keep: bool) -> Found:
-        value, version = (tensor.detach(), tensor._version) if keep else (None, 0)
-        known = (type(module).__name__, is_leaf(module), order, tuple(tensor.shape), value)
-        return Found(place, *known, _edge(tensor), torch.autograd._get_sequence_nr(), version)
+    def seen(place: Place, module: nn.Module, order: float, tensor: Tensor) -> Found:
+        known = (type(module).__name__, is_leaf(module), order, tuple(tensor.shape))
+        return Found(place, *known, _edge(tensor), torch.autograd._get_sequence_nr())
 
     def enter(path: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         first: Any = given[0] if given else next(iter(named.values()), None)
@@ -287,12 +285,12 @@ def _observed(
             starts.append(first.detach().requires_grad_(True).clone())
             first, given = starts[0], (starts[0], *given[1:])
         place = Place(path, counts[path], (), "stream")
-        given_to.append(seen(place, module, len(calls) - 0.5, first, False) if plain else None)
+        given_to.append(seen(place, module, len(calls) - 0.5, first) if plain else None)
         return given, named
 
     def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
         places = [(Place(path, counts[path], element), tensor) for element, tensor in tensors_in(output)]
-        calls.append([seen(place, module, len(calls), tensor, keep) for place, tensor in places])
+        calls.append([seen(place, module, len(calls), tensor) for place, tensor in places])
         given_first.extend(given for given in [given_to.pop()] if given is not None)
         counts[path] += 1
 
@@ -302,15 +300,12 @@ def _observed(
             starts.append(start := start.clone())
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
-    for returned in calls:
-        together = graph.all_pass(
-            {one.edge for one in returned if one.edge is not None}, returned[0].clock if returned else 0
-        )
+    for returned in (each for each in calls if each):
+        together = graph.all_pass({one.edge for one in returned if one.edge is not None}, returned[0].clock)
         for one in returned:
             one.with_companions = together
     found = [one for returned in calls for one in returned]
     numbers: dict[Edge | None, int] = {edge: n for n, edge in enumerate({one.edge for one in found} - {None})}
-    numbers[None] = -1
     for one in given_first:
         if graph.is_cut(one.edge, one.clock) and one.edge not in numbers:
             numbers[one.edge] = len(numbers)
@@ -318,10 +313,9 @@ def _observed(
     for one in found:
         place, step = one.place, f"@{one.place.call}" if counts[one.place.module] > 1 else ""
         one.name = f"{place.module}{step}{'@in' if place.side == 'stream' else brackets(place.element)}"
-        one.cut, one.used, one.same = graph.is_cut(one.edge, one.clock), one.edge in graph.known, numbers[one.edge]
+        one.cut, one.used = graph.is_cut(one.edge, one.clock), one.edge in graph.known
+        one.same = numbers.get(one.edge, -1)
         one.edge = None  # which would keep the whole graph
-        if one.value is not None and one.value._version != one.version:
-            one.value = None
     return sorted(found, key=lambda one: one.order), bool(starts) and _edge(starts[0]) in graph.known
 
 
@@ -337,37 +331,32 @@ def _edge(tensor: Tensor) -> Edge | None:
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
 
+def _reads(node: Any) -> list[Edge]:
+    return [edge for edge in node.next_functions if edge[0] is not None]
+
+
 class _Graph:
     """What autograd keeps of one pass, from the output's tensors (roots) to the leaf."""
 
     def __init__(self, roots: list[Edge]) -> None:
         self.roots = roots
         self.first_read: dict[Edge, int] = {}  # when the first operation read it, on autograd's clock
-        order: list[Any] = []  # every node after those that it reads from
-        entered: set[Any] = set()
+        # Paths are counted, exactly, as integers: down from a node to the leaf, up from the roots to an edge.
+        down: dict[Any, int] = {}  # every node after those that it reads
         pending = [(root, False) for root, _ in roots]
         while pending:
             node, done = pending.pop()
             if done:
-                order.append(node)
-            elif node not in entered:
-                entered.add(node)
-                pending.append((node, True))
-                pending.extend((before, False) for before, _ in node.next_functions if before is not None)
-        # Paths are counted, exactly, as integers: down from a node to the leaf, up from the roots to an edge.
-        down: dict[Any, int] = {}
-        for node in order:
-            before = [other for other, _ in node.next_functions if other is not None]
-            down[node] = sum(down[other] for other in before) if before else 1
-        up: Counter[Any] = Counter(root for root, _ in roots)
-        through: Counter[Edge] = Counter(roots)
-        for node in reversed(order):
-            for edge in node.next_functions:
-                if edge[0] is not None:
-                    up[edge[0]] += up[node]
-                    through[edge] += up[node]
-                    clock = node._sequence_nr()
-                    self.first_read[edge] = min(clock, self.first_read.get(edge, clock))
+                down[node] = sum(down[other] for other, _ in _reads(node)) or 1
+            elif node not in down:
+                pending += [(node, True), *((other, False) for other, _ in _reads(node))]
+        up, through = Counter(root for root, _ in roots), Counter(roots)
+        for node in reversed(down):
+            for edge in _reads(node):
+                up[edge[0]] += up[node]
+                through[edge] += up[node]
+                clock = node._sequence_nr()
+                self.first_read[edge] = min(clock, self.first_read.get(edge, clock))
         total = sum(down[root] for root, _ in roots)
         self.cuts = {edge for edge, paths in through.items() if paths * down[edge[0]] == total}
         self.known: set[Edge | None] = set(through)
@@ -386,10 +375,9 @@ class _Graph:
             if node in entered:
                 continue
             entered.add(node)
-            before = [edge for edge in node.next_functions if edge[0] is not None]
+            before, early = _reads(node), node._sequence_nr() < clock
             if not before:
                 return False
-            early = node._sequence_nr() < clock
             pending.extend(edge for edge in before if early or edge not in edges)
         return bool(self.roots)
 

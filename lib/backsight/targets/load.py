@@ -36,8 +36,7 @@ from backsight.targets.names import (
     resolve,
     shipped_names,
 )
-from backsight.targets.timm_blocks import TimmIntermediates
-from backsight.targets.vit import TimmTransformer
+from backsight.targets.timm_models import TimmTarget
 
 
 def load_target(
@@ -167,14 +166,10 @@ def _timm(
     if pretrained and fill and path is not None:
         with explained(source, f"model that {path.name} fits"):
             model.load_pretrained(str(path)) if state is None else model.load_state_dict(state)
-    if not fill and not isinstance(model, VisionTransformer):
-        return None
     preprocessing, classes = _timm_preprocessing(source, model, arguments, size), _timm_classes(source, model)
     weights = label if pretrained else "random"
-    if isinstance(model, VisionTransformer):
-        return TimmTransformer(model, source.name, weights, preprocessing, classes)
-    build = functools.partial(_constructed, source, arguments)
-    return TimmIntermediates(model, source.name, weights, build, preprocessing, classes)
+    build = None if isinstance(model, VisionTransformer) else functools.partial(_constructed, source, arguments)
+    return TimmTarget(model, source.name, weights, preprocessing, classes, build=build)
 
 
 def _constructed(

@@ -1,7 +1,7 @@
-"""What there is to tap in a model: two passes, seen from every module.
+"""What there is to tap in any model: two passes, seen from every module.
 
 survey(model, preprocessing, images)     every float tensor: its axes, and whether it is a cut
-recommended(survey)                      cuts on a grid, one name for each tensor
+recommended(found)                       cuts on a grid, one name for each tensor
 suggest_taps(model, images)              the same as a table, in the order of execution
 """
 
@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backsight.errors import BacksightError
-from backsight.targets.axes import SQUARES, Axes, moved, readings, squares_found, with_squares
+from backsight.targets.axes import SQUARES, readings, squares_found, with_squares
 from backsight.targets.base import Preprocessing, Size, device_of, dtype_of
 from backsight.targets.hooks import Element, Found, Place, brackets, element_of, frozen, observe, tensors_in, watching
 
@@ -31,58 +31,19 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-@dataclass
-class Seen(Found):
-    """A tensor, as the passes of a survey have shown it: of two images in the first.
-
-    axis: along which the images lie, None where none does; split: the first axis holds the parts of all images;
-    constant: the same for every image; axes: how it is read, or None; flops: up to the end of the call, of one image.
-    """
-
-    axis: int | None = 0
-    split: bool = False
-    constant: bool = False
-    axes: Axes | None = None
-    flops: float = 0.0
-
-    @property
-    def grid(self) -> Size | None:
-        return None if self.axes is None else self.axes.grid
-
-    @property
-    def form(self) -> Literal["map", "tokens", "vector", "other"]:
-        if self.axes is None:
-            return "other"
-        return "vector" if self.grid == (1, 1) else "map" if "h" in self.axes.order else "tokens"
-
-    @property
-    def is_picture(self) -> bool:
-        return self.form in ("map", "tokens") and not self.constant
-
-    @property
-    def channels(self) -> int:
-        return cast(Axes, self.axes).channels(self.shape)
-
-
 @dataclass(frozen=True)
 class Survey:
-    """What the passes of a model have shown: every call's tensors, in the order in which the calls end.
+    """What two passes have shown: every tensor, in the order in which the calls end.
 
-    calls: {(path, number): what the call returned, in words}; output: the model's own, None where it is none for
-    several images; flops: of the whole pass, of one image; reason: why no cuts could be found, or "".
+    calls: the module of every call; output: the model's own, None where it is none for several images; flops: of the
+    whole pass, of one image; reason: why no cuts could be found, or "".
     """
 
-    size: Size
-    seen: tuple[Seen, ...]
-    calls: Mapping[tuple[str, int], str] = field(default_factory=dict)
-    output: Element | None = None
-    flops: float = 0.0
-    reason: str = ""
-
-    def beside(self, seen: Seen) -> list[Seen]:
-        """The other tensors of the same output."""
-        place = seen.place
-        return [each for each in self.seen if each.place.whole == place.whole and each.place != place]
+    found: list[Found]
+    calls: list[str]
+    output: Element | None
+    flops: float
+    reason: str
 
 
 def suggest_taps(
@@ -109,49 +70,47 @@ def suggest_taps(
 
     model = plain(model)
     if isinstance(images, tuple):
-        channels = 3 if preprocess is None else len(preprocess.mean)
-        images = torch.rand(2, channels, *images, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(2, len(preprocess.mean) if preprocess else 3, *images, generator=_generator(0))
     elif not isinstance(images, Tensor):
-        examples = cast("Sequence[Any]", images)
-        first = [examples[number]["image"] for number in range(min(2, len(examples)))]
-        images = torch.stack(first) / (1 if first[0].is_floating_point() else 255)
+        first = torch.stack([images[number]["image"] for number in range(min(2, len(images)))])
+        images = first / (1 if first.is_floating_point() else 255)
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise BacksightError(
             f"suggest_taps needs float images (batch, channels, height, width) in [0, 1], or (height, width), not "
             f"{images.dtype} of shape {tuple(images.shape)}."
         )
     channels, size = images.shape[1], (images.shape[2], images.shape[3])
-    found = survey(model, preprocess or Preprocessing((0.0,) * channels, (1.0,) * channels, size), images, output)
-    chosen = {each.name for each in recommended(found)}
-    alias = _aliases(found)
+    result = survey(model, preprocess or Preprocessing((0.0,) * channels, (1.0,) * channels, size), images, output)
+    chosen, alias = recommended(result.found), _aliases(result.found)
     rows = []
-    for each in found.seen:
+    for each in result.found:
         if each.place.module and not each.constant:
-            row = {"tap": each.name, "module": each.kind, "form": each.form, **read_as(each), "cut": each.cut}
-            row["cost"] = round(each.flops / found.flops, 3) if found.flops else float("nan")
-            rows.append(row | {"same_as": alias.get(each.name, ""), "recommended": each.name in chosen})
+            cost = round(each.flops / result.flops, 3) if result.flops else math.nan
+            other = {"same_as": alias.get(each.name, ""), "recommended": each in chosen}
+            row = {"tap": each.name, "module": each.kind, "form": each.form, **read_as(each)}
+            rows.append({**row, "cut": each.cut, "cost": cost, **other})
     return pd.DataFrame(rows)
 
 
-def read_as(seen: Seen) -> dict[str, Any]:
-    shape = " × ".join("B" if axis == seen.axis else str(size) for axis, size in enumerate(seen.shape))
-    if seen.axes is None:
+def read_as(found: Found) -> dict[str, Any]:
+    """shape, axes, grid and prefix, for a table."""
+    shape = " × ".join("B" if axis == found.batch else str(size) for axis, size in enumerate(found.shape))
+    if found.axes is None:
         return {"shape": shape, "axes": "", "grid": "", "prefix": 0}
-    grid = " × ".join(map(str, seen.axes.grid))
-    return {"shape": shape, "axes": seen.axes.order, "grid": grid, "prefix": seen.axes.prefix}
+    grid = " × ".join(map(str, found.axes.grid))
+    return {"shape": shape, "axes": found.axes.order, "grid": grid, "prefix": found.axes.prefix}
 
 
-def recommended(found: Survey) -> list[Seen]:
+def recommended(found: Sequence[Found]) -> list[Found]:
     """Cuts on a grid, one name for each tensor: whole blocks and components, and the last of each grid.
 
     What modules are given counts where no module with parts returns a cut.
     """
     alias = _aliases(found)
-    on_grid = [each for each in found.seen if each.cut and each.is_picture and each.name not in alias]
-    on_grid = [each for each in on_grid if each.place.module]
+    on_grid = [each for each in found if each.cut and each.is_picture and each.place.module and each.name not in alias]
     composites = {each.place.module for each in on_grid if not each.leaf and each.place.side == "output"}
     cuts = [each for each in on_grid if each.place.side == "output" or not composites]
-    last = {each.grid: each.name for each in cuts}
+    last = {each.axes.grid: each.name for each in cuts if each.axes}
     chosen = []
     for each, following in zip(cuts, [*cuts[1:], None], strict=False):
         inside = any(each.place.module.startswith(f"{path}.") for path in composites)
@@ -161,21 +120,20 @@ def recommended(found: Survey) -> list[Seen]:
     return chosen
 
 
-def _aliases(found: Survey) -> dict[str, str]:
+def _aliases(found: Sequence[Found]) -> dict[str, str]:
     """{name: the name to prefer} of tensors that several modules return: a repeated block, else the outermost one; a
     place that is a cut before one that is none."""
-    modules = {(each.place.module, each.kind) for each in found.seen}
+    modules = {(each.place.module, each.kind) for each in found}
     kinds = Counter((path.rpartition(".")[0], kind) for path, kind in modules)
 
-    def preference(seen: Seen) -> tuple[bool, bool, int, int]:
-        path = seen.place.module
-        parent, _, name = path.rpartition(".")
-        repeated = not seen.leaf and name.isdigit() and kinds[parent, seen.kind] > 1
-        depth = path.count(".")
-        return not seen.cut, not repeated, -depth if repeated else depth, len(seen.place.element)
+    def preference(one: Found) -> tuple[bool, bool, int, int]:
+        parent, _, name = one.place.module.rpartition(".")
+        repeated = not one.leaf and name.isdigit() and kinds[parent, one.kind] > 1
+        depth = one.place.module.count(".")
+        return not one.cut, not repeated, -depth if repeated else depth, len(one.place.element)
 
-    groups: dict[int, list[Seen]] = {}
-    for each in found.seen:
+    groups: dict[int, list[Found]] = {}
+    for each in found:
         if each.same >= 0 and each.place.module and each.axes is not None:
             groups.setdefault(each.same, []).append(each)
     best = {same: min(group, key=preference).name for same, group in groups.items()}
@@ -183,12 +141,6 @@ def _aliases(found: Survey) -> dict[str, str]:
 
 
 # Two passes, seen from every module.
-
-
-def seen_in(found: Sequence[Found]) -> list[Seen]:
-    """What is found in a pass of two images; the first axis is theirs where it has two places."""
-    axes = [0 if one.shape[:1] == (2,) else None for one in found]
-    return [Seen(**vars(one), axis=axis, split=axis is None) for one, axis in zip(found, axes, strict=True)]
 
 
 def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, output: str | int | None = None) -> Survey:
@@ -199,113 +151,105 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     every image, and where on a grid a tensor holds which part of the picture.
     Raises BacksightError where a pass fails.
     """
-    device, dtype = device_of(model), dtype_of(model)
-    size, first = (images.shape[2], images.shape[3]), images[:1]
-    noise = torch.rand(first.shape, generator=torch.Generator().manual_seed(1)).to(images)
+    size, first, name = (images.shape[2], images.shape[3]), images[:1], type(model).__name__
+    noise = torch.rand(first.shape, generator=_generator(1)).to(images)
     two, ten = torch.cat([images, first.flip(3)])[:2], torch.cat([with_squares(first), noise])
+    device, dtype = device_of(model), dtype_of(model)
     two, ten = (preprocessing.normalise(each.to(device)).to(dtype) for each in (two, ten))
-    chosen: list[Element | None] = []
+    element: Element | None = None
 
     def run(batch: Tensor) -> Any:
+        nonlocal element
         returned = model(batch)
-        chosen[:] = [_output_element(returned, output, type(model).__name__)]
-        return None if chosen[0] is None else output_of(returned, chosen[0])
+        element = _output_element(returned, output, name)
+        return None if element is None else output_of(returned, element)
 
     with frozen(model), _explained(model, size):
         found, reason = observe(model, run, two)
         before = torch.get_rng_state()
-        seen = {each.place: each for each in seen_in(found)}
-        words, flops = _second_pass(model, ten, seen, size)
+        calls, flops = _second_pass(model, ten, found, size)
         if not torch.equal(before, torch.get_rng_state()):
             warnings.warn(
-                f"{type(model).__name__} draws random numbers in eval mode (a mask of its tokens, perhaps): the images "
-                "of a batch may be treated in different ways, the same in every pass.",
+                f"{name} draws random numbers in eval mode (a mask of its tokens, perhaps): the images of a batch may "
+                "be treated in different ways, the same in every pass.",
                 stacklevel=4,
             )
-    cost, calls = math.inf, dict[Place, list[Seen]]()
-    for each in reversed(seen.values()):
+    cost, returned = math.inf, dict[Place, list[Found]]()
+    for each in reversed(found):
         each.flops = cost = min(each.flops, cost)  # what a module is given costs no more than what follows
-        calls.setdefault(each.place.whole, []).insert(0, each)
-    for returned in calls.values():  # the element is not said of the one that is meant then
-        meant = chosen_of(returned)
+        returned.setdefault(each.place.whole, []).insert(0, each)
+    for tensors in returned.values():  # the element is not said of the one that is meant then
+        meant = chosen_of(tensors)
         meant.name = meant.name.removesuffix(brackets(meant.place.element))
     # What a module is given is a tap only where it is a representation, and not the picture itself.
-    pictures = {each.name for each in seen.values() if each.form in ("map", "tokens") and each.grid != size}
-    taps = tuple(each for each in seen.values() if each.place.side == "output" or each.name in pictures)
-    answers = [(ALL,), *(each.place.element for each in taps if not each.place.module and each.axis is not None)]
-    answered = chosen[0] if chosen[0] in answers else None
-    return Survey(size, taps, words, answered, flops, reason)
+    found = [f for f in found if f.place.side == "output" or (f.form in ("map", "tokens") and f.axes.grid != size)]  # type: ignore[union-attr]
+    answers = [(ALL,), *(each.place.element for each in found if not each.place.module and each.batch is not None)]
+    return Survey(found, calls, element if element in answers else None, flops, reason)
 
 
-def _second_pass(
-    model: nn.Module, inputs: Tensor, seen: dict[Place, Seen], size: Size
-) -> tuple[dict[tuple[str, int], str], float]:
-    """Fills axes and costs into `seen`; returns what every call returns, in words, and all operations."""
-    words: dict[tuple[str, int], str] = {}
-    counts: Counter[str] = Counter()
+def _second_pass(model: nn.Module, inputs: Tensor, found: Sequence[Found], size: Size) -> tuple[list[str], float]:
+    """Fills axes and costs into `found`; returns the module of every call, and all operations."""
+    at = {each.place: each for each in found}
+    calls: list[str] = []
     counter = FlopCounterMode(display=False)
 
     def look(path: str, _module: nn.Module, given: Any, _named: Any, output: Any) -> None:
-        flops = counter.get_total_flops() / len(inputs)
-        tensors = {Place(path, counts[path], element): tensor for element, tensor in tensors_in(output)}
-        if given:
-            tensors |= {Place(path, counts[path], (), "stream"): tensor for e, tensor in tensors_in(given[0]) if not e}
-        for place, tensor in tensors.items():
-            if place in seen:
-                seen[place] = replace(_read(seen[place], tensor, size), flops=flops)
-        words[path, counts[path]] = _words(output)
-        counts[path] += 1
+        call, flops = calls.count(path), counter.get_total_flops() / len(inputs)
+        tensors = {Place(path, call, element): tensor for element, tensor in tensors_in(output)}
+        if given and isinstance(given[0], Tensor):
+            tensors[Place(path, call, (), "stream")] = given[0]
+        for place in tensors.keys() & at:
+            at[place].flops = flops
+            _read(at[place], tensors[place], size)
+        calls.append(path)
 
     with watching(model, look), torch.no_grad(), warnings.catch_warnings(), counter:
         warnings.filterwarnings("ignore", r"Using `torch\.compile")  # of hooks that the counter sets on all modules
         model(inputs.clone())
-    return words, counter.get_total_flops() / len(inputs)
+    return calls, counter.get_total_flops() / len(inputs)
 
 
-def _read(seen: Seen, tensor: Tensor, size: Size) -> Seen:
+def _read(found: Found, tensor: Tensor, size: Size) -> None:
     """How a tensor of two images is to be read, by the same tensor of the second pass."""
-    pairs, grown = list(zip(seen.shape, tensor.shape, strict=False)), (2, len(SQUARES) + 2)
-    changed = [place for place, (before, after) in enumerate(pairs) if before != after]
-    axis = changed[0] if len(changed) == 1 and pairs[changed[0]] == grown else None
-    if axis is None or len(seen.shape) != tensor.ndim:
-        split = bool(seen.shape) and tensor.ndim > 0 and tensor.shape[0] * 2 == seen.shape[0] * (len(SQUARES) + 2)
-        return replace(seen, axis=None, split=split, constant=tuple(tensor.shape) == seen.shape)
-    if tensor.select(axis, 0).equal(tensor.select(axis, -1)):
-        return replace(seen, axis=axis, constant=True)
-    options = readings(seen.shape, axis, size)
+    images, shape = len(SQUARES) + 2, tuple(tensor.shape)
+    axes = [axis for axis, sides in enumerate(zip(found.shape, shape, strict=False)) if sides[0] != sides[1]]
+    if len(found.shape) != len(shape) or len(axes) != 1 or (found.shape[axes[0]], shape[axes[0]]) != (2, images):
+        found.batch, found.constant = None, found.shape == shape
+        found.split = shape[:1] != () and found.shape[:1] != () and shape[0] * 2 == found.shape[0] * images
+        return
+    found.batch = axis = axes[0]
+    found.constant = tensor.select(axis, 0).equal(tensor.select(axis, -1))
+    options = [] if found.constant else readings(found.shape, axis, size)
     if options and options[0].grid != (1, 1):
-        change = moved(tensor, axis)
-        found = {each: squares_found(each, change) for each in options}
-        options.sort(key=lambda each: -found[each][0])
+        squares = {each: squares_found(each, tensor) for each in options}
+        options.sort(key=lambda each: -squares[each][0])
         cells = math.prod(options[0].grid)
         # What tokens are is known by nothing else; a map has the picture's proportions, and a small one moves whole.
         if tensor.ndim == 3 or cells >= 100:
-            options = [each for each in options if found[each][1]]
-        elif found[options[0]][0] == 0 and cells >= 16:
+            options = [each for each in options if squares[each][1]]
+        elif squares[options[0]][0] == 0 and cells >= 16:
             options = []
-    return replace(seen, axis=axis, axes=options[0] if options else None)
+    found.axes = options[0] if options else None
 
 
-def chosen_of(found: Sequence[Seen]) -> Seen:
+def chosen_of(found: Sequence[Found]) -> Found:
     """Of the tensors of one call: the only cut, else the first on a grid, else the first."""
     cuts = [each for each in found if each.cut]
-    if len(cuts) == 1:
-        return cuts[0]
-    return next((each for each in found if each.is_picture), found[0])
+    return cuts[0] if len(cuts) == 1 else next((each for each in found if each.is_picture), found[0])
 
 
-def _output_element(found: Any, wanted: str | int | None, name: str) -> Element | None:
-    present = [element for element, _ in tensors_in(found)]
-    if wanted == ALL and present and not any(element[:1] == (ALL,) for element in present):
+def _output_element(returned: Any, wanted: str | int | None, name: str) -> Element | None:
+    present = [element for element, _ in tensors_in(returned)]
+    if wanted is None:
+        wanted = "logits" if any(element[:1] == ("logits",) for element in present) else None
+        return next((element for element in present if wanted is None or element[:1] == (wanted,)), None)
+    if chosen := [element for element in present if element[:1] == (wanted,)]:
+        return chosen[0]
+    if wanted == ALL and present:
         return (ALL,)
-    if wanted is not None:
-        if chosen := [element for element in present if element[:1] == (wanted,)]:
-            return chosen[0]
-        raise BacksightError(
-            f"{name} returns {_words(found)}, in which there is no floating-point tensor {wanted!r}; "
-            f"there are: {', '.join(map(brackets, present)) or 'none'}."
-        )
-    return next((element for element in present if element[:1] == ("logits",)), present[0] if present else None)
+    raise BacksightError(
+        f"{name} returns no floating-point tensor {wanted!r}; there are: {', '.join(map(brackets, present)) or 'none'}."
+    )
 
 
 def output_of(output: Any, element: Element) -> Tensor:
@@ -314,10 +258,8 @@ def output_of(output: Any, element: Element) -> Tensor:
     return torch.cat([tensor.flatten(1) for _, tensor in tensors_in(output)], dim=1)
 
 
-def _words(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a {'quantised ' if output.is_quantized else ''}tensor of {str(output.dtype).removeprefix('torch.')}"
-    return "nothing" if output is None else f"a {type(output).__name__}"
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
@@ -331,13 +273,10 @@ def _explained(model: nn.Module, size: Size) -> Iterator[None]:
         where = _where(model, error.__traceback__)
         place = f"{type(model).__name__}{f' in {where}' if where else ''}"
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if "does not require grad" in str(error):
-            raise BacksightError(
-                f"The forward pass of {place} takes gradients by itself (autograd), and a target is recorded frozen, "
-                f"without them: wrap that step in torch.enable_grad() with tensors that require them ({reason})."
-            ) from error
         parts = [name for name in ("vision_model", "visual", "vision_tower", "image_encoder") if hasattr(model, name)]
         hint = f" If it takes text too, give its .{parts[0]}." if parts else ""
+        if "does not require grad" in str(error):
+            hint = " It takes gradients by itself: wrap that in torch.enable_grad() with tensors that require them."
         raise BacksightError(
             f"The forward pass of {place} fails on images of {size} (height, width): {reason}.{hint}"
         ) from error
@@ -355,23 +294,16 @@ def _where(model: nn.Module, traceback: TracebackType | None) -> str:
 
 def plain(model: nn.Module) -> nn.Module:
     """Without the wrappers of torch.compile and data-parallel training. Raises where hooks would see nothing."""
-    while type(model).__name__ == "OptimizedModule" or isinstance(
-        model, nn.DataParallel | nn.parallel.DistributedDataParallel
-    ):
-        model = model.get_submodule("_orig_mod" if type(model).__name__ == "OptimizedModule" else "module")
-    if not isinstance(model, nn.Module):
+    while (wrapper := type(model).__name__) in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        model = model.get_submodule("_orig_mod" if wrapper == "OptimizedModule" else "module")
+    if not isinstance(model, nn.Module) or any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
+        kind = "TorchScript" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
         raise BacksightError(
-            f"A target is made of an nn.Module, not of a {type(model).__name__}: give the model that it was made from."
+            f"A target is made of an nn.Module whose parts run in Python, where hooks see them, not of {kind}: give the "
+            "model that it was made from."
         )
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise BacksightError(
-                f"{path or 'This model'} is TorchScript ({type(module).__name__}), which runs outside of Python, where "
-                "hooks see nothing: give the model that it was made from."
-            )
-    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise BacksightError(f"{path} lies on the meta device, without values: load the weights first.")
+    if meta := [path for path, tensor in model.state_dict(keep_vars=True).items() if getattr(tensor, "is_meta", False)]:
+        raise BacksightError(f"{meta[0]} lies on the meta device, without values: load the weights first.")
     if isinstance(model, torch.fx.GraphModule) and not any(
         node.op == "call_module" and node.target != "_guards_fn" for node in model.graph.nodes
     ):
