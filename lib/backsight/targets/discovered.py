@@ -229,8 +229,8 @@ class ModuleTarget(Discovered):
         if not chosen:
             present = ", ".join(brackets(each.place.element) or "the output itself" for each in found)
             raise BacksightError(
-                f"{tap} of {self.name} is no floating-point tensor that can be tapped: in {calls} calls, {path} returns "
-                f"{present or 'none'}."
+                f"{tap} of {self.name} is no floating-point tensor that can be tapped: in {calls} calls, {path} "
+                f"returns {present or 'none'}."
             )
         return chosen_of(chosen)
 

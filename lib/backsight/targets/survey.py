@@ -299,8 +299,8 @@ def plain(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
         kind = "TorchScript" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
         raise BacksightError(
-            f"A target is made of an nn.Module whose parts run in Python, where hooks see them, not of {kind}: give the "
-            "model that it was made from."
+            f"A target is made of an nn.Module whose parts run in Python, where hooks see them, not of {kind}: give "
+            "the model that it was made from."
         )
     if meta := [path for path, tensor in model.state_dict(keep_vars=True).items() if getattr(tensor, "is_meta", False)]:
         raise BacksightError(f"{meta[0]} lies on the meta device, without values: load the weights first.")

@@ -219,7 +219,8 @@ def _taps(model: nn.Module, found: Sequence[Found], forms: Sequence[tuple[Grid, 
     begin, end = (min(inner), max(inner)) if inner else (0, 0)
     entering = [each[0].order for each in outputs.values() if each[0].order < begin][-1:]
     sure = [readings(each.shape, 0, size) for tensors in outputs.values() for each in tensors if each.batch == 0]
-    usual = Counter(each[0].order for each in sure if len(each) == 1 and "h" in each[0].order).most_common(1)
+    orders = Counter(each[0].order for each in sure if len(each) == 1 and "h" in each[0].order)
+    usual = max(orders, key=lambda order: orders[order], default=None)
     groups: dict[tuple[int, ...], list[str]] = {}  # the modules that return the same tensors
     for path, tensors in outputs.items():
         groups.setdefault(tuple(each.same for each in tensors), []).append(path)
@@ -242,9 +243,7 @@ def _taps(model: nn.Module, found: Sequence[Found], forms: Sequence[tuple[Grid, 
         read = [each for each in outputs[path] if each.used or len(outputs[path]) == 1]
         for each in read:
             if each.batch == 0:
-                each.axes = _permuted(model, path, each.shape) or guess(
-                    each.shape, forms, size, usual[0][0] if usual else None
-                )
+                each.axes = _permuted(model, path, each.shape) or guess(each.shape, forms, size, usual)
         tensor = next((each for each in read if each.axes is not None), None)
         if tensor is None or (final and tensor.form == "vector"):
             continue
@@ -294,9 +293,8 @@ def _permutes(found: Sequence[Found], before: Found, after: Found) -> bool:
     one, two = before.axes, after.axes
     if one is None or two is None or (one.grid, one.prefix, before.channels) != (two.grid, two.prefix, after.channels):
         return False
-    return (one, before.shape) != (two, after.shape) and all(
-        _is_inside(before.place.module, {path}) for path in between
-    )
+    moved = (one, before.shape) != (two, after.shape)
+    return moved and all(_is_inside(before.place.module, {path}) for path in between)
 
 
 def _is_inside(path: str, others: Collection[str]) -> bool:
