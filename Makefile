@@ -1,5 +1,5 @@
-# make run    build the environment, then results/$(PRESET): every layer of both targets, the studies, and the page
-# make run PRESET=long  at the sizes of the committed run, results/reference
+# make run    build the environment, then results/quick: every layer of two targets by the shipped inverses, and the page
+# make run PRESET=long  all studies with inverses of their own, at the sizes of the committed run, results/reference
 # make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
 # make test   what is checked, with a pytest summary as the last line; make test-all: the slow tests too
 # make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-PRESET ?= default
+PRESET ?= quick
 CORES ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 VENV := .venv
@@ -66,7 +66,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf results/{default,long,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results/{quick,long,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-venv:

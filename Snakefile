@@ -2,7 +2,7 @@
 
 Every notebook goes through the strict runner.
 
-    snakemake --cores 2 --config preset=default                      (make run)
+    snakemake --cores 2 --config preset=quick                        (make run)
     snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
 A job is finished when its run.json is there, and made again when the preset's values for its notebook, the notebook or
@@ -20,7 +20,7 @@ from backsight.app.parameters import preset_path, read_preset
 from backsight.app.plan import graph_runs
 from backsight.app.runs import code_digest
 
-preset = config.get("preset", "default")
+preset = config.get("preset", "quick")
 preset_file = preset_path(preset)
 sections = read_preset(preset)
 backsight = f"{shlex.quote(sys.executable)} -m backsight.app.cli"

@@ -17,9 +17,9 @@ def dry_run(root: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_default_preset_is_a_graph(root: Path, write_notebook: NotebookWriter, tmp_path: Path) -> None:
+def test_the_long_preset_is_a_graph(root: Path, write_notebook: NotebookWriter, tmp_path: Path) -> None:
     """Every target, family and seed, every study; no notebook needs to be finished for the graph to be right."""
-    preset = "default"
+    preset = "long"
     graph = yaml.safe_load((root / "notebooks" / "presets" / f"{preset}.yaml").read_text())["graph"]
     targets, seeds, families = graph["targets"].values(), len(graph["seeds"]), len(graph["families"])
     studies = [study for target in targets for study in target.get("studies", [])]

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command(_run, "run one notebook, strictly")
     run.add_argument("notebook", metavar="NOTEBOOK", type=Path)
-    run.add_argument("-f", dest="preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    run.add_argument("-f", dest="preset", metavar="PRESET", help="quick, smoke, long, study, paper or a YAML file")
     lists = "one parameter; lists as in -p 'families=[linear, direct]'"
     run.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help=lists)
     run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
 
     plan = command(_plan, "list the runs of a preset, with the seconds that they last took")
-    plan.add_argument("preset", metavar="PRESET", help="default, smoke, paper or a YAML file")
+    plan.add_argument("preset", metavar="PRESET", help="quick, smoke, long, study, paper or a YAML file")
 
     fit = command(_fit, "fit inverses without a notebook, also under `accelerate launch`")
     fit.add_argument("target", metavar="TARGET", help="anything that load_target takes")

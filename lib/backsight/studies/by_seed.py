@@ -45,9 +45,11 @@ def families_by_seed(
     """
     by_seed = {}
     if not folder and (shipped := shipped_inverses(target)):
-        folder, seeds = shipped, sorted({header.seed for header in headers_for(shipped, target).values()})
+        own = {header.seed for header in headers_for(shipped, target).values()}
+        if some := [seed for seed in seeds if seed in own]:
+            folder, seeds = shipped, some
     for seed in _distinct(seeds):
-        found = load(folder, target, seed) if folder else _linear_family(target, count, seed, trained_on)
+        found = load(folder, target, seed) if folder else linear_family(target, count, seed, trained_on)
         chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}
         by_seed[seed] = {family: taps for family, taps in chosen.items() if taps}
     common = [family for family in by_seed[seeds[0]] if all(family in each for each in by_seed.values())]
@@ -78,7 +80,7 @@ def untrained_by_seed(
         if folder and headers_for(folder, untrained):
             families = dict(load(folder, untrained, seed))
         if "linear" not in families:
-            families = _linear_family(untrained, count, seed, trained_on) | families
+            families = linear_family(untrained, count, seed, trained_on) | families
         made[seed] = (untrained, families)
     return made
 
@@ -101,6 +103,7 @@ def _distinct(seeds: Sequence[int]) -> Sequence[int]:
     return seeds
 
 
-def _linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
+def linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
+    """{"linear": {tap: reconstruct}}, fitted here on `count` training images, others for every seed."""
     images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed, progress=False)}

@@ -20,7 +20,7 @@ from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Queries, Representation, Tokens
-from backsight.studies.by_seed import families_by_seed
+from backsight.studies.by_seed import families_by_seed, linear_family
 from backsight.studies.nulls import shuffled
 from backsight.targets import PIXELS, Target
 
@@ -148,17 +148,14 @@ def inverses_by_seed(
 ) -> tuple[Families, dict[int, dict[str, Reconstruct]]]:
     """The families at the target's taps (`families_by_seed`), and the linear inverses of the steps' ends, by seed.
 
-    With a folder only the latter are fitted here, without one both, in one pass a seed.
+    The latter are fitted here.
     """
-    ends = ends_of(target, (), steps)
-    if not folder:
-        both = families_by_seed(target.select(ends_of(target, target.taps, steps)), "", seeds, count, trained_on)
-        return both, {s: dict(each["linear"]) for s, each in both.items()}
     found = families_by_seed(target, folder, seeds, count, trained_on)
+    ends = ends_of(target, (), steps)
     if not ends:
         return found, {}
-    fitted = families_by_seed(target.select(ends), "", seeds, count, trained_on)
-    return found, {s: dict(each["linear"]) for s, each in fitted.items()}
+    between = target.select(ends)
+    return found, {seed: dict(linear_family(between, count, seed, trained_on)["linear"]) for seed in found}
 
 
 def chosen_families(
