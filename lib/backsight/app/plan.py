@@ -41,7 +41,8 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
                 for seed in numbers:
                     own = training | {"families": [family], "pretrained": not suffix, "seed": seed}
                     trained[f"train-{name}{suffix}-{family}-seed{seed}"] = GraphRun("train", "02_train_inverse", own)
-            judging = {"target": target, "trained_on": entry["train"], "inverses": results if families else "", "seeds": seeds}
+            inverses = results if families else ""  # the shipped ones
+            judging = {"target": target, "trained_on": entry["train"], "inverses": inverses, "seeds": seeds}
             judged = [(f"quality-{name}-{file_name(images)}", "03_quality", images) for images in entry["quality"]]
             judged += [
                 (f"{_question(notebook).replace('_', '-')}-{name}", notebook, entry["quality"][0])
