@@ -115,9 +115,7 @@ def _stock(folder):
     config = json.loads((folder / "config.json").read_text())
     if "architectures" in config:
         return getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
-    models = [timm.models.vision_transformer, timm.models.swin_transformer, timm.models.deit]
-    kind = next(getattr(each, config["architecture"]) for each in models if hasattr(each, config["architecture"]))
-    model = kind(**config["arguments"])
+    model = timm.create_model(config["architecture"], **config["model_args"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 

@@ -44,8 +44,9 @@ def target():
         torch.manual_seed(1)
         folder = Path(name)
         save_file(VisionTransformer(**arguments).state_dict(), folder / "model.safetensors", {"format": "pt"})
-        config = {"architecture": "VisionTransformer", "arguments": arguments, "classes": ["a", "b", "c"]}
-        config |= {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 16, 16], "interpolation": "bicubic"}
+        data = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 16, 16], "crop_pct": 1.0}
+        config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "label_names": ["a", "b", "c"]}
+        config |= {"pretrained_cfg": data}
         (folder / "config.json").write_text(json.dumps(config))
         yield load_target(str(folder))
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import transformers
 from torch import nn
 
 from backsight.targets import detr, mask2former, rt_detr, yolos
 from backsight.targets.base import Preprocessing, Target, seeded
-from backsight.targets.load import _timm
-from backsight.targets.names import Source
+from backsight.targets.timm_models import TimmTarget
 
 CLASSES = ("disc", "ring", "star")
 
@@ -63,17 +63,12 @@ TIMM: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
 def small_timm(name: str = "ViT", **changes: Any) -> Target:
     """One of TIMM; changes: of its arguments."""
     architecture, side, arguments = TIMM[name]
-    config = {
-        "architecture": architecture,
-        "arguments": {**arguments, "num_classes": 5, **changes},
-        "mean": (0.5, 0.4, 0.3),
-        "std": (0.2, 0.3, 0.4),
-        "input_size": (3, side, side),
-    }
-    source = Source(f"small {name}", "random", config=config)
-    target = _timm(source, pretrained=False, seed=0, size=None, arguments={}, fill=True)
-    assert target is not None
-    return target
+    build = partial(getattr(timm.models, architecture), num_classes=5, **{**arguments, **changes})
+    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (side, side))
+    with seeded(0):
+        model = build()
+    vit = isinstance(model, timm.models.VisionTransformer)
+    return TimmTarget(model, f"small {name}", "random", preprocessing, build=None if vit else build)
 
 
 # transformers

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.targets import Target, load_target
 from backsight.targets.base import seeded
-from backsight.targets.checkpoints import choose, misfit, read_tensors
+from backsight.targets.checkpoints import choose, read_tensors
 
 TINY: dict[str, Any] = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3}
 State = dict[str, Tensor]
@@ -64,7 +64,7 @@ def test_prefixes(tmp_path: Path, prefix: str, suffix: str) -> None:
     tensors = read_tensors(written(tmp_path / f"mine{suffix}", under(prefix)))
     choice = choose(tensors, STATE)
     assert choice.state.keys() == STATE.keys()
-    assert not choice.averaged
+    assert not choice.note
     assert all(torch.equal(value, STATE[name]) for name, value in choice.state.items())
 
 
@@ -288,14 +288,3 @@ def test_damaged_files(tmp_path: Path, content: bytes, suffix: str) -> None:
     (tmp_path / f"mine{suffix}").write_bytes(content)
     with pytest.raises(BacksightError, match=rf"mine\{suffix}.* is corrupt"):
         load(tmp_path / f"mine{suffix}")
-
-
-def test_misfit_in_words() -> None:
-    def state(**shapes: tuple[int, ...]) -> State:
-        return {name: torch.zeros(shape) for name, shape in shapes.items()}
-
-    own = {f"layers.{number}.a": torch.zeros(2, 2) for number in range(5)} | state(head=(3, 2))
-    assert misfit(own, own) == ""
-    assert misfit({**own, "counter": torch.tensor(1)}, own) == ""
-    assert misfit({**own, "layers.5.a": torch.zeros(2, 2)}, own) == "1 unexpected (layers.5.a)"
-    assert "5 missing (layers.0.a, layers.1.a, layers.2.a, …)" in misfit(state(head=(3, 2)), own)

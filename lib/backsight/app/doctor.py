@@ -78,11 +78,11 @@ def _kernel() -> Findings:
 
 def _data() -> Findings:
     from backsight.scenes.photographs import PHOTOGRAPHS, photograph_path
-    from backsight.targets import SHIPPED, check_target
+    from backsight.targets import SHIPPED, load_target
 
     for name in (*SHIPPED, *PHOTOGRAPHS):
         try:
-            check_target(name) if name in SHIPPED else photograph_path(name)
+            load_target(name, device="cpu") if name in SHIPPED else photograph_path(name)
             yield "OK", name, "shipped"
         except BacksightError as error:
             yield "FAIL", name, f"{error} Or restore it from git."

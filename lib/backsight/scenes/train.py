@@ -7,7 +7,6 @@ patch each class covers, with a linear head that exists during training only and
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.project import project_root, write_atomically, write_json
+from backsight.project import write_atomically, write_json
 from backsight.scenes.card import write_card
 from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, Batch, batch_of, drawn, patch_shares, scene_arrays
 from backsight.scenes.detectors import DeformableDetrTraining, DetrTraining
@@ -60,16 +59,14 @@ class VitTraining(nn.Module):
     """A classifier of timm that names the dominant object; the patch tokens after the last norm predict the shares."""
 
     slow: ClassVar[tuple[str, ...]] = ()
-    architecture: ClassVar[str] = "VisionTransformer"
+    architecture: ClassVar[str] = "vit_tiny_patch16_224"
     model: Any
 
     def __init__(self, arguments: dict[str, Any] = VIT_ARGUMENTS) -> None:
         super().__init__()
-        from timm.models import deit, swin_transformer, vision_transformer
+        import timm
 
-        homes = (vision_transformer, deit, swin_transformer)
-        kind = next(getattr(home, self.architecture) for home in homes if hasattr(home, self.architecture))
-        self.arguments, self.model = arguments, kind(**arguments)
+        self.arguments, self.model = arguments, timm.create_model(self.architecture, **arguments)
         self.patch_head = nn.Linear(self.model.num_features, BACKGROUND + 1)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -82,18 +79,21 @@ class VitTraining(nn.Module):
         return self.model(pixels)
 
     def save(self, folder: Path) -> None:
-        """Weights and the architecture's name and arguments, which are all that builds the model again."""
+        """As timm reads it: weights, and the architecture's name and arguments."""
         weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
         description = {
             "architecture": self.architecture,
-            "arguments": self.arguments,
-            "classes": list(CLASS_NAMES),
-            "mean": MEAN,
-            "std": STD,
-            "input_size": [3, SIZE, SIZE],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "model_args": self.arguments,
+            "num_classes": len(CLASS_NAMES),
+            "label_names": list(CLASS_NAMES),
+            "pretrained_cfg": {
+                "input_size": [3, SIZE, SIZE],
+                "mean": MEAN,
+                "std": STD,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+            },
         }
         write_json(folder / "config.json", description)
 
@@ -105,16 +105,11 @@ class DeitTraining(VitTraining):
     blocks are those of scenes-vit, so that the two differ by the distillation only.
     """
 
-    architecture = "VisionTransformerDistilled"
+    architecture = "deit_tiny_distilled_patch16_224"
 
     def __init__(self) -> None:
         super().__init__()
-        from timm.models.vision_transformer import VisionTransformer
-
-        folder = project_root() / "data" / "weights" / "scenes-vit"
-        teacher = VisionTransformer(**json.loads((folder / "config.json").read_text())["arguments"])
-        teacher.load_state_dict(load_file(folder / "model.safetensors"))
-        self.teacher = [teacher.eval().requires_grad_(False)]  # in a list: no part of what is trained or saved
+        self.teacher = [load_target("scenes-vit", device="cpu").model]  # in a list: no part of what is trained or saved
 
     def loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -128,7 +123,7 @@ class DeitTraining(VitTraining):
 class SwinTraining(VitTraining):
     """A Swin; the tokens at the end of the second and of the last stage predict the shares."""
 
-    architecture = "SwinTransformer"
+    architecture = "swin_tiny_patch4_window7_224"
 
     def __init__(self) -> None:
         super().__init__(SWIN_ARGUMENTS)

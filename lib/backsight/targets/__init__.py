@@ -9,7 +9,7 @@ A new family of models is one file that implements `Target`, and one line in `hu
 
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Stage, Target
 from backsight.targets.discovered import ModuleTarget, module_target
-from backsight.targets.load import check_target, list_targets, load_target
+from backsight.targets.load import list_targets, load_target
 from backsight.targets.names import SHIPPED, weights_folder
 from backsight.targets.survey import suggest_taps
 
@@ -21,7 +21,6 @@ __all__ = [
     "Preprocessing",
     "Stage",
     "Target",
-    "check_target",
     "list_targets",
     "load_target",
     "module_target",

@@ -1,60 +1,44 @@
 """Models of transformers by folder, checkpoint or hub id: detectors, encoders and classifiers of images.
 
 What transformers only warns about is refused here: weights that are missing, left over or of another shape.
-A new detector is a file with its class, and one line in DETECTORS.
+A new detector is one class, and one line in DETECTORS.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
-import logging
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.targets.base import TAP_SETS, Preprocessing, Size, Target, seeded
-from backsight.targets.checkpoints import (
-    Choice,
-    choose,
-    misfit,
-    read_object,
-    read_tensors,
-    unfit,
-    unique,
-    warn_of_unused,
-)
+from backsight.targets.checkpoints import Choice, choose, fitted, read_object, read_tensors
+from backsight.targets.detr import ConditionalDetr, DabDetr, DeformableDetr, Detr
 from backsight.targets.discovered import RECOMMENDED, ModuleTarget
+from backsight.targets.mask2former import Mask2Former
 from backsight.targets.names import Source, checked_preprocessing, explained, reason
+from backsight.targets.rt_detr import RtDetr
+from backsight.targets.yolos import Yolos
 
-# A detector's `model_type` in config.json: the file beside this one, and the class in it.
-DETECTORS = {
-    "detr": "detr:Detr",
-    "conditional_detr": "detr:ConditionalDetr",
-    "dab-detr": "detr:DabDetr",
-    "deformable_detr": "detr:DeformableDetr",
-    "rt_detr": "rt_detr:RtDetr",
-    "rt_detr_v2": "rt_detr:RtDetr",
-    "yolos": "yolos:Yolos",
-    "mask2former": "mask2former:Mask2Former",
+DETECTORS = {  # by `model_type` in config.json
+    "detr": Detr,
+    "conditional_detr": ConditionalDetr,
+    "dab-detr": DabDetr,
+    "deformable_detr": DeformableDetr,
+    "rt_detr": RtDetr,
+    "rt_detr_v2": RtDetr,
+    "yolos": Yolos,
+    "mask2former": Mask2Former,
 }
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-# Image processors of types of which transformers itself does not know one.
-PROCESSORS = {
-    "rt_detr_v2": "RTDetrImageProcessor",
-    "clip_vision_model": "CLIPImageProcessor",
-    "siglip_vision_model": "SiglipImageProcessor",
-}
 LARGEST_HEIGHT = 480  # of a batch of images where a detector's processor keeps the aspect ratio
 
 
@@ -65,13 +49,12 @@ class Encoder(ModuleTarget):
         return super().resolve_taps(RECOMMENDED if isinstance(taps, str) and taps in TAP_SETS else taps)
 
     def _randomised(self) -> nn.Module:
-        model = type(self.model)(self.model.config).eval().requires_grad_(False)
-        return _of_any_size(model) if isinstance(self.model.forward, functools.partial) else model
+        return _at_size(type(self.model)(self.model.config).eval().requires_grad_(False), self.image_size)
 
 
-def _of_any_size(model: nn.Module) -> nn.Module:
+def _at_size(model: nn.Module, size: Size) -> nn.Module:
     """Models that can resample their position embedding do so only when they are told to."""
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    if size != _own_size(model.config) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         model.forward = functools.partial(model.forward, interpolate_pos_encoding=True)
     return model
 
@@ -86,56 +69,39 @@ def configuration(source: Source, arguments: Mapping[str, Any]) -> Any:
     """transformers' own, of a folder or from the hub; arguments: over what it says."""
     import transformers
 
-    where, revision = _place(source)
+    settings = {"trust_remote_code": False, "return_unused_kwargs": True, **arguments}
     with explained(source, "model of transformers"):
-        config, unused = transformers.AutoConfig.from_pretrained(
-            where, revision=revision, trust_remote_code=False, return_unused_kwargs=True, **arguments
-        )
+        config, unused = transformers.AutoConfig.from_pretrained(**_place(source), **settings)
     if stray := sorted(unused.keys() & arguments.keys()):
         known = nearest(stray[0], [*config.to_dict()])
         raise BacksightError(f"The configuration of {source.name} has no {stray[0]!r}; {known}.")
     return config
 
 
-def _place(source: Source) -> tuple[str, str | None]:
-    """(folder or hub id, revision); a file that is named with a hub's id has that id's configuration."""
-    repository, _, revision = str(source.architecture).partition("@")
-    return (str(source.folder), None) if source.config else (repository, revision or None)
+def _place(source: Source) -> dict[str, Any]:
+    """Folder or hub id, and revision; a file that is named with a hub's id has that id's configuration."""
+    place = str(source.folder) if source.config else source.repository
+    return {
+        "pretrained_model_name_or_path": place,
+        "revision": source.architecture.partition("@")[2] or None,
+    }
 
 
-def transformers_target(
-    source: Source, config: Any, pretrained: bool, seed: int, size: Size | None, fill: bool
-) -> Target | None:
-    """fill=False: on the meta device and without weights, None where its taps are found by a pass."""
+def transformers_target(source: Source, config: Any, pretrained: bool, seed: int, size: Size | None) -> Target:
     with explained(source, "model of transformers"):
         kind, config = _model_class(source, config)
-        with torch.device("meta"):
-            own = unique(kind(config).to("meta"))  # some make a tensor where no context reaches
-    label, choice = source.label if pretrained else "random", None
-    if pretrained and source.checkpoint is not None:
-        choice = _transformers_choice(source, source.checkpoint, kind, config, own, fill)
-        label = choice.label(label)
-    if pretrained and fill:
-        model = _loaded(source, kind, config, choice)
-    else:
-        with seeded(seed), torch.device("cpu" if fill else "meta"), explained(source, kind.__name__):
-            model = kind(config).to("cpu" if fill else "meta")
-    named = [str(config.id2label[index]) for index in range(config.num_labels)]
+    with seeded(seed), explained(source, kind.__name__):
+        model, label = _loaded(source, kind, config) if pretrained else (kind(config), "random")
+    named = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     if config.model_type in DETECTORS:
-        module, _, adapter = DETECTORS[config.model_type].partition(":")
         provisional = Preprocessing((0.0,) * 3, (1.0,) * 3, (1, 1))  # the model itself says its stride
-        detector = getattr(import_module(f"backsight.targets.{module}"), adapter)
-        target = detector(model, source.name, provisional, label, named)
-        target.preprocessing = _processing(source, config, target.size_step)
-        return target
-    if not fill:
-        return None
-    preprocessing, model = _processing(source, config, None), model.eval().requires_grad_(False)
-    preprocessing = dataclasses.replace(preprocessing, size=size or preprocessing.size)
-    if preprocessing.size != _own_size(config):
-        model = _of_any_size(model)
+        detector = DETECTORS[config.model_type](model, source.name, provisional, label, named)
+        detector.preprocessing = _processing(source, config, size, detector.size_step)
+        return detector
+    preprocessing = _processing(source, config, size)
+    model = _at_size(model.eval().requires_grad_(False), preprocessing.size)
     target = Encoder(model, RECOMMENDED, preprocessing, name=source.name)
-    target.weights, target.classes = label, tuple(named) if "Classification" in kind.__name__ else None
+    target.weights, target.classes = label, named if "Classification" in kind.__name__ else None
     return target
 
 
@@ -144,9 +110,11 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
     import transformers
 
     if config.model_type in DETECTORS:
-        names = ("MODEL_FOR_OBJECT_DETECTION_MAPPING", "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING")
-        mappings = [getattr(transformers, name) for name in names]
-        return next(mapping[type(config)] for mapping in mappings if type(config) in mapping), config
+        boxes, masks = (
+            transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING,
+            transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+        )
+        return (boxes if type(config) in boxes else masks)[type(config)], config
     named = (config.architectures or [""])[0]
     if hasattr(config, "vision_config") and "ImageClassification" not in named:
         named, config = "", config.vision_config
@@ -161,54 +129,31 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
     return kind, config
 
 
-def _transformers_choice(
-    source: Source, path: Path, kind: Any, config: Any, own: Mapping[str, Tensor], fill: bool
-) -> Choice:
-    """The weights of a file, compared with the architecture as far as that can be done before transformers loads it:
-    it renames some names as it does, and a weight that is shared has two."""
-    tensors = read_tensors(path)
-    choice = choose(tensors, own)
-    common = [name for name in own if name in choice.state and own[name].ndim == choice.state[name].ndim > 0]
-    if not source.config.keys() & {"id2label", "num_labels"}:  # then only the weights say the number of classes
-        further = {choice.state[name].shape[0] - own[name].shape[0] for name in common} - {0}
-        if len(further) == 1:
-            config.num_labels = config.num_labels + further.pop()
-            with torch.device("meta"):
-                own = unique(kind(config).to("meta"))
-    state = choice.state
-    if fill:
-        own = {name: own[name] for name in common if own[name].shape == state[name].shape}
-        known = {name: state[name] for name in own}
-    else:  # the shapes of the names that differ have to pair
-        missing = Counter(tensor.shape for name, tensor in own.items() if name not in state)
-        spare = Counter(tensor.shape for name, tensor in state.items() if name not in own)
-        known = {name: t for name, t in own.items() if name not in state and missing[t.shape] <= spare[t.shape]}
-        known |= {name: t for name, t in state.items() if name in own or spare[t.shape] > missing[t.shape]}
-    if words := misfit(known, own):
-        raise unfit(source.name, path, words, choice)
-    return choice
-
-
-def _loaded(source: Source, kind: Any, config: Any, choice: Choice | None) -> nn.Module:
-    """The model with its weights (choice, or the hub's) in float32; transformers only warns where they do not fit."""
-    where, revision = _place(source)
+def _loaded(source: Source, kind: Any, config: Any) -> tuple[nn.Module, str]:
+    """The model with its weights (a file's, or the hub's) and the label of these."""
+    choice, place = Choice({}), _place(source)
+    if source.checkpoint is not None:
+        with torch.device("meta"):
+            own = kind(config).to("meta").state_dict()  # some make a tensor where no context reaches
+        choice = choose(read_tensors(source.checkpoint), own)
+        if not source.config.keys() & {"id2label", "num_labels"}:  # then only the weights say the number of classes
+            pairs = [(choice.state[name], tensor) for name, tensor in own.items() if name in choice.state]
+            further = {theirs.shape[0] - ours.shape[0] for theirs, ours in pairs if theirs.ndim == ours.ndim > 0} - {0}
+            config.num_labels += further.pop() if len(further) == 1 else 0
+        place = {"pretrained_model_name_or_path": None, "state_dict": choice.state}
     # Half-precision files are read as float32, or the processor would run in the file's type.
     settings = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
-    with seeded(0), _quietly(), explained(source, kind.__name__):
-        if choice is None:
-            model, report = kind.from_pretrained(where, revision=revision, **settings)
-        else:
-            model, report = kind.from_pretrained(None, state_dict=choice.state, **settings)
+    with _quietly():
+        model, report = kind.from_pretrained(**place, **settings)
     own = model.state_dict()
-    state = {name: tensor for name, tensor in own.items() if name not in report["missing_keys"]}
-    state |= {str(name): torch.empty(0) for name in report["unexpected_keys"]}
+    state = {name: choice.state.get(name, t) for name, t in own.items() if name not in report["missing_keys"]}
     state |= {str(name): torch.empty(shape, device="meta") for name, shape, _ in report["mismatched_keys"]}
-    path = source.checkpoint or Path(where)
-    if words := misfit(state, own):
-        raise unfit(source.name, path, words, choice)
-    if choice and "vision_config" not in source.config:  # else the other half is left out on purpose
-        warn_of_unused(path, [*choice.unused, *sorted(state.keys() - own.keys())])
-    return model
+    if "vision_config" in source.config:  # the other half is left out on purpose
+        choice = choice._replace(unused=())
+    else:
+        state |= {str(name): torch.empty(0) for name in report["unexpected_keys"]}
+    fitted(source.name, source.checkpoint or Path(source.repository), choice, state, own)
+    return model, source.label + choice.note
 
 
 @contextlib.contextmanager
@@ -218,7 +163,7 @@ def _quietly() -> Iterator[None]:
 
     shown, level = reports.is_progress_bar_enabled(), reports.get_verbosity()
     reports.disable_progress_bar()
-    reports.set_verbosity(logging.ERROR)
+    reports.set_verbosity_error()
     try:
         yield
     finally:
@@ -227,15 +172,11 @@ def _quietly() -> Iterator[None]:
             reports.enable_progress_bar()
 
 
-def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing:
+def _processing(source: Source, config: Any, size: Size | None, step: Size | None = None) -> Preprocessing:
     """What the model's own image processor does. step: of a detector, whose images may have any aspect ratio."""
     try:
-        processor = _processor(source, config)
-        if processor is None:  # no file: what its type usually does, at its own size
-            processor = _usual(config)()
-            if step is None and (own := _own_size(config)):
-                processor.size, processor.do_center_crop = {"height": own[0], "width": own[1]}, False
-        size, crop = _processed_size(processor, config, step)
+        processor = _processor(source, config, step)
+        usual, crop = _processed_size(processor, config, step)
         factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
         rows = ([row] * 3 if isinstance(row, (int, float)) else row for row in (mean, std))
@@ -243,7 +184,7 @@ def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing
         if getattr(processor, "do_flip_channel_order", False):
             raise ValueError("it takes the channels as blue, green, red")
         interpolation = INTERPOLATIONS.get(int(getattr(processor, "resample", None) or 2), "bilinear")
-        return checked_preprocessing(source, mean, std, 3, size, interpolation, crop)
+        return checked_preprocessing(source, mean, std, 3, size or usual, interpolation, crop)
     except BacksightError:
         raise
     except Exception as error:  # transformers raises many types on a file that somebody edited
@@ -252,28 +193,24 @@ def _processing(source: Source, config: Any, step: Size | None) -> Preprocessing
         ) from error
 
 
-def _usual(config: Any) -> Any:
+def _processor(source: Source, config: Any, step: Size | None) -> Any:
+    """The image processor of a folder or of the hub; where a folder has none, what its type usually does."""
     import transformers
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
 
-    processors: Any = IMAGE_PROCESSOR_MAPPING.get(type(config), {})
-    known = processors.get("torchvision")
-    return known or getattr(transformers, PROCESSORS.get(config.model_type, "ViTImageProcessor"))
-
-
-def _processor(source: Source, config: Any) -> Any:
-    """The image processor of a folder or of the hub, None where a folder has none."""
-    from transformers import AutoImageProcessor
-
-    where, revision = _place(source)
-    if source.config:
-        values = read_object(Path(where, "preprocessor_config.json"))
-        if not values and not Path(where, "processor_config.json").exists():
-            warnings.warn(f"{source.name} has no preprocessor_config.json: images are prepared as usual.", stacklevel=2)
-            return None
-        if values and not values.keys() & {"image_processor_type", "feature_extractor_type"}:
-            return _usual(config).from_pretrained(where)
-    return AutoImageProcessor.from_pretrained(where, revision=revision, trust_remote_code=False)
+    place, folder = _place(source), source.folder if source.config else None
+    values = read_object(folder / "preprocessor_config.json") if folder else {}
+    silent = folder and not (folder / "processor_config.json").exists()
+    if not silent or values.keys() & {"image_processor_type", "feature_extractor_type"}:
+        return transformers.AutoImageProcessor.from_pretrained(**place, trust_remote_code=False)
+    # transformers itself does not know one of "rt_detr_v2" and "clip_vision_model", but of "rt_detr" and "clip".
+    near = max((name for name in KNOWN if config.model_type.startswith(name)), key=len, default="vit")
+    usual = getattr(transformers, KNOWN[near]["torchvision"])
+    if values:
+        return usual.from_pretrained(**place)
+    warnings.warn(f"{source.name} has no preprocessor_config.json: images are prepared as usual.", stacklevel=2)
+    own = _own_size(config) if step is None else None
+    return usual(size={"height": own[0], "width": own[1]}, do_center_crop=False) if own else usual()
 
 
 def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Size, float]:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.targets.base import Precision, Preprocessing, Size, Target, seeded
-from backsight.targets.checkpoints import Choice, choose, misfit, read_tensors, unfit, warn_of_unused
-from backsight.targets.hugging_face import DETECTORS, configuration, transformers_target
+from backsight.targets.base import Precision, Size, Target, seeded
+from backsight.targets.checkpoints import choose, fitted, read_tensors
+from backsight.targets.hugging_face import configuration, transformers_target
 from backsight.targets.names import (
     SHIPPED,
     USUAL,
@@ -57,8 +56,21 @@ def load_target(
     Raises BacksightError, with nearest names, on an unknown name or tap, and where weights are missing, corrupt or of
     another model.
     """
-    target = _built(resolve(name), pretrained, seed, image_size, model_arguments)
-    assert target is not None
+    source = resolve(name)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise BacksightError(f"An image size is a side or (height, width) in pixels, not {image_size!r}.")
+    if pretrained and source.folder is not None and source.checkpoint is None:
+        raise BacksightError(f"The folder of {source.name} has no model.safetensors: put the weights there.")
+    config = None if source.is_timm else configuration(source, model_arguments)
+    if config is not None and config.model_type == "timm_wrapper":
+        source, config = dataclasses.replace(source, architecture=f"hf-hub:{source.architecture}"), None
+    if config is None:
+        target = _timm(source, pretrained, seed, size, dict(model_arguments))
+    else:
+        target = transformers_target(source, config, pretrained, seed, size)
+    if size is not None:
+        target.check_size(size)
     if taps is not None:
         target = target.select(taps)
     if device == "auto":
@@ -69,107 +81,55 @@ def load_target(
         raise BacksightError(f"The device {device!r} cannot be used here ({reason(error)}).") from error
 
 
-def check_target(
-    name: str, taps: str | Sequence[str] | None = None, image_size: int | Size | None = None, pretrained: bool = True
-) -> None:
-    """Raise BacksightError if `name` cannot be loaded here, has not these taps or takes no images of this size.
-
-    The model is built without its weights; those of a file are compared with it, others have to be reachable.
-    """
-    source = resolve(name)
-    if pretrained:
-        _built(source, True, 0, None, {}, fill=False)
-    if taps is not None or image_size is not None:
-        target = _built(source, False, 0, None, {}, fill=False) or _built(source, False, 0, None, {})
-        assert target is not None
-        target.resolve_taps("blocks" if taps is None else taps)
-        if image_size is not None:
-            target.check_size(_size(image_size))
-
-
 def list_targets() -> list[dict[str, str]]:
     """What can be inverted here and now: name, kind, status ("ready", "damaged", "to fetch" or "missing"), needs.
 
     Any other name of timm or transformers, folder or checkpoint works too; these are the usual ones.
     """
     rows = []
-    for name in dict.fromkeys([*shipped_names(), *SHIPPED]):
-        row = ("shipped", "missing", "notebooks/01_targets.ipynb")
+    for name in dict.fromkeys([*shipped_names(), *SHIPPED, *USUAL]):
+        status, needs = "ready", ""
         if name in shipped_names():
             try:
-                detector = resolve(name).config.get("model_type") in DETECTORS
-                row = ("detector" if detector else "classifier", "ready", "")
+                resolve(name)
             except BacksightError as error:
-                row = ("shipped", "damaged", str(error))
-        rows.append((name, *row))
-    for name in USUAL:
+                status, needs = "damaged", str(error)
+        elif name in SHIPPED:
+            status, needs = "missing", "notebooks/01_targets.ipynb"
+        elif not is_local(name):
+            status, needs = "to fetch", "its weights, once"
         kind = "detector" if any(word in name for word in ("detr", "yolos", "mask2former")) else "classifier"
-        rows.append((name, kind, *(("ready", "") if is_local(name) else ("to fetch", "its weights, once"))))
-    return [dict(zip(("name", "kind", "status", "needs"), row, strict=True)) for row in rows]
+        rows.append({"name": name, "kind": kind, "status": status, "needs": needs})
+    return rows
 
 
-def _size(size: int | Size) -> Size:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise BacksightError(f"An image size is a side or (height, width) in pixels, not {size!r}.")
-    return pair[0], pair[1]
-
-
-def _built(
-    source: Source,
-    pretrained: bool,
-    seed: int,
-    image_size: int | Size | None,
-    arguments: Mapping[str, Any],
-    fill: bool = True,
-) -> Target | None:
-    """The target; fill=False: on the meta device and without weights, None where its taps are found by a pass."""
-    from huggingface_hub import constants
-
-    size = None if image_size is None else _size(image_size)
-    if pretrained and source.folder is not None and source.checkpoint is None:
-        raise BacksightError(f"The folder of {source.name} has no model.safetensors: put the weights there.")
-    if pretrained and source.folder is None and constants.HF_HUB_OFFLINE and not is_local(source.name):
-        with explained(source, "model"):
-            raise OSError("offline")
-    config = None if source.is_timm else configuration(source, arguments)
-    if config is not None and config.model_type == "timm_wrapper":
-        source, config = dataclasses.replace(source, architecture=f"hf-hub:{source.architecture}"), None
-    if config is None:
-        target = _timm(source, pretrained, seed, size, dict(arguments), fill)
-    else:
-        target = transformers_target(source, config, pretrained, seed, size, fill)
-    if size is not None and target is not None:
-        target.preprocessing = dataclasses.replace(target.preprocessing, size=size)
-        target.check_size(size)
-    return target
-
-
-def _timm(
-    source: Source, pretrained: bool, seed: int, size: Size | None, arguments: dict[str, Any], fill: bool
-) -> Target | None:
+def _timm(source: Source, pretrained: bool, seed: int, size: Size | None, arguments: dict[str, Any]) -> Target:
+    from timm.data import resolve_model_data_config
     from timm.models import VisionTransformer
 
-    arguments = {**(source.config.get("arguments") or source.config.get("model_args") or {}), **arguments}
+    arguments = {**(source.config.get("model_args") or {}), **arguments}
     if size is not None:  # built for it where the model takes a size, run at it as it is where it does not
         with contextlib.suppress(BacksightError), torch.device("meta"):
             _constructed(source, {**arguments, "img_size": size})
             arguments["img_size"] = size
-    path, label, state = source.checkpoint, source.label, None
-    if path is not None and path.suffix == ".npz":
+    path, state, label, settings = source.checkpoint, None, source.label if pretrained else "random", {}
+    if pretrained and path is not None and path.suffix == ".npz":
         arguments["num_classes"] = _npz_classes(path)
+        settings = {"file": str(path), "custom_load": True}
     elif path is not None:
-        arguments, choice = _timm_choice(source, path, arguments)
-        state, label = choice.state, choice.label(source.label)
-    with seeded(seed), torch.device("cpu" if fill else "meta"):
-        model = _constructed(source, arguments, pretrained and path is None and fill)
-    if pretrained and fill and path is not None:
-        with explained(source, f"model that {path.name} fits"):
-            model.load_pretrained(str(path)) if state is None else model.load_state_dict(state)
-    preprocessing, classes = _timm_preprocessing(source, model, arguments, size), _timm_classes(source, model)
-    weights = label if pretrained else "random"
+        arguments, state, note = _timm_state(source, path, arguments)
+        label += note if pretrained else ""
+    with seeded(seed):
+        model = _constructed(source, arguments, pretrained and state is None, settings)
+    if pretrained and state is not None:
+        model.load_state_dict(state)
+    data = resolve_model_data_config(model)
+    built = arguments.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built = size or ((built, built) if isinstance(built, int) else tuple(built or data["input_size"][1:]))
+    look = data["mean"], data["std"], arguments.get("in_chans") or 3, built, data["interpolation"], data["crop_pct"]
+    preprocessing, classes = checked_preprocessing(source, *look), _timm_classes(model)
     build = None if isinstance(model, VisionTransformer) else functools.partial(_constructed, source, arguments)
-    return TimmTarget(model, source.name, weights, preprocessing, classes, build=build)
+    return TimmTarget(model, source.name, label, preprocessing, classes, build=build)
 
 
 def _constructed(
@@ -178,13 +138,11 @@ def _constructed(
     """A timm model; settings: over its pretrained configuration. Raises BacksightError where it cannot be built."""
     import timm
 
-    named = str(source.architecture or source.config.get("architecture", "VisionTransformer"))
+    named = str(source.architecture or source.config["architecture"])
     fields = {field.name for field in dataclasses.fields(timm.models.PretrainedCfg)} - {"architecture"}
     overlay = {**(source.config.get("pretrained_cfg") or {}), **source.config, **(settings or {})}
     overlay = {key: value for key, value in overlay.items() if key in fields}
     with explained(source, named):
-        if "arguments" in source.config:  # shipped ones name timm's class
-            return getattr(timm.models, named)(**arguments)
         arguments = {key: _layer(key, value) for key, value in arguments.items()}
         return timm.create_model(named, pretrained, pretrained_cfg_overlay=overlay, **arguments)
 
@@ -201,47 +159,46 @@ def _layer(argument: str, value: Any) -> Any:
     return layers[value]
 
 
-def _timm_choice(source: Source, path: Path, arguments: dict[str, Any]) -> tuple[dict[str, Any], Choice]:
-    """The weights of a file, and the arguments with the number of classes and the image size that they are for."""
+def _timm_state(source: Source, path: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The arguments with the number of classes and the image size that a file is for; its weights, and their note."""
     tensors = read_tensors(path)
     while True:
         with torch.device("meta"):
             model = _constructed(source, arguments)
         own = model.state_dict()
         choice = choose(tensors, own)
-        state, changes = choice.state, _size_in(model, choice.state, arguments)
-        if not changes and misfit(state, own) and "arguments" not in source.config:
-            state = _as_timm_reads(source, model, arguments, state)
+        changes = _size_in(model, choice.state, arguments)
+        state = choice.state if changes else _as_timm_reads(source, model, arguments, choice.state)
         changes = changes or _classes_in(model, state)
-        if not changes or changes.items() <= arguments.items():
+        if changes.items() <= arguments.items():
             break
         arguments = {**arguments, **changes}
-    if words := misfit(state, own):
-        raise unfit(source.name, path, words, choice)
-    warn_of_unused(path, [*choice.unused, *sorted(state.keys() - own.keys())])
-    return arguments, dataclasses.replace(choice, state={name: state[name] for name in own})
+    fitted(source.name, path, choice, state, own)
+    return arguments, {name: state[name] for name in own}, choice.note
 
 
 def _size_in(model: Any, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The image size that the position embedding of a file is for, where that is another than the model's."""
-    position, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    embed: Any = getattr(model, "patch_embed", None)
-    if position is None or not isinstance(own, Tensor) or not position.ndim == own.ndim == 3:
+    position, own, embed = (
+        state.get("pos_embed"),
+        getattr(model, "pos_embed", None),
+        getattr(model, "patch_embed", None),
+    )
+    if "img_size" in arguments or position is None or own is None or not position.ndim == own.ndim == 3:
         return {}
-    if "img_size" in arguments or position.shape[1] == own.shape[1] or not hasattr(embed, "patch_size"):
+    if position.shape[1] == own.shape[1] or not hasattr(embed, "grid_size"):
         return {}
-    rows, columns = embed.grid_size
-    for prefix in (own.shape[1] - rows * columns, 1, 0):  # files of other projects keep a class token there
+    for prefix in (own.shape[1] - math.prod(embed.grid_size), 1, 0):  # files of others keep a class token there
         side = math.isqrt(max(position.shape[1] - prefix, 0))
         if side and side * side == position.shape[1] - prefix:
-            size = (side * embed.patch_size[0], side * embed.patch_size[1])
-            return {} if (side, side) == (rows, columns) else {"img_size": size}
+            same = (side, side) == tuple(embed.grid_size)
+            return {} if same else {"img_size": tuple(side * pixels for pixels in embed.patch_size)}
     return {}
 
 
 def _classes_in(model: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The number of classes of a file's head, 0 where only the head is lacking, if that is another than the model's."""
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = model.pretrained_cfg.get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else heads
     rows = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
     lacking = [name for name in model.state_dict() if name not in state]
@@ -252,7 +209,7 @@ def _classes_in(model: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _as_timm_reads(
-    source: Source, model: Any, arguments: Mapping[str, Any], state: Mapping[str, Tensor]
+    source: Source, model: Any, arguments: Mapping[str, Any], state: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What timm's own loading makes of a file: other layouts are renamed (DINOv2, CLIP, DeiT-3), position embeddings
     resampled. Which filter a model has only its entry point knows, so the state is caught where it would be loaded."""
@@ -267,10 +224,10 @@ def _as_timm_reads(
     loading = mock.patch.object(nn.Module, "load_state_dict", catch)
     with contextlib.suppress(BacksightError), torch.device("meta"), loading:
         _constructed(source, arguments, True, settings)
-    return caught or dict(state)
+    return caught or state
 
 
-def _npz_classes(path: Path) -> int:
+def _npz_classes(path: Any) -> int:
     """Of Google's files of ViT, MLP-Mixer and BiT, which timm reads with the model's own load_pretrained."""
     import numpy as np
 
@@ -281,24 +238,10 @@ def _npz_classes(path: Path) -> int:
         raise BacksightError(f"The checkpoint {path.name} is corrupt or no .npz file ({reason(error)}).") from error
 
 
-def _timm_preprocessing(source: Source, model: Any, arguments: Mapping[str, Any], size: Size | None) -> Preprocessing:
-    """As the description says, or the model's own configuration; at the size that the model was built for."""
-    from timm.data import resolve_model_data_config
-
-    data = source.config if "arguments" in source.config else resolve_model_data_config(model)
-    built = arguments.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    built = size or ((built, built) if isinstance(built, int) else tuple(built or data["input_size"][1:]))
-    crop, interpolation = float(data.get("crop_pct") or 1.0), str(data.get("interpolation") or "bicubic")
-    channels = arguments.get("in_chans") or 3
-    return checked_preprocessing(source, data["mean"], data["std"], channels, built, interpolation, crop)
-
-
-def _timm_classes(source: Source, model: Any) -> tuple[str, ...] | None:
+def _timm_classes(model: Any) -> tuple[str, ...] | None:
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    settings = source.config.get("pretrained_cfg") or {}
-    labels = source.config.get("classes") or source.config.get("label_names") or settings.get("label_names")
-    if not labels and "arguments" not in source.config and model.num_classes > 0:
-        subset = infer_imagenet_subset(model)
-        labels = ImageNetInfo(subset).label_descriptions() if subset else None
+    labels = model.pretrained_cfg.get("label_names")
+    if not labels and model.num_classes > 0 and (subset := infer_imagenet_subset(model)):
+        labels = ImageNetInfo(subset).label_descriptions()
     return tuple(map(str, labels)) if labels and len(labels) == model.num_classes else None

@@ -11,7 +11,7 @@ from typing import Any
 from backsight.errors import BacksightError, nearest
 from backsight.project import project_root
 from backsight.targets.base import Preprocessing
-from backsight.targets.checkpoints import SUFFIXES, checkpoint_in, read_object
+from backsight.targets.checkpoints import NAMES, SUFFIXES, checkpoint_in, read_object
 
 SHIPPED = ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr", "scenes-deformable-detr")
 # Listed by `backsight targets`; any other name of timm or transformers works too.
@@ -27,25 +27,31 @@ USUAL = (
 )
 # fmt: on
 HUB = ("hf-hub:", "hf_hub:")
+PATHS = (".", "/", "~", "local-dir:")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for. label: `Target.weights` of its weights; architecture: a name of timm or of the hub, None
+    """What a name stands for. label: `Target.weights` of its weights; architecture: a name of timm or of the hub, ""
     where config, the folder's config.json, says what to build; checkpoint: a local file with the weights."""
 
     name: str
     label: str
-    architecture: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
     folder: Path | None = None
     checkpoint: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_timm(self) -> bool:
-        if self.architecture is None:
-            return bool(self.config.keys() & {"architecture", "arguments"})
+        if not self.architecture:
+            return "architecture" in self.config
         return "/" not in self.architecture or self.architecture.startswith(HUB)
+
+    @property
+    def repository(self) -> str:
+        """Of the hub, or the name of timm, without a revision."""
+        return (self.architecture.partition(":")[2] or self.architecture).partition("@")[0]
 
 
 def weights_folder() -> Path:
@@ -67,63 +73,52 @@ def resolve(name: str) -> Source:
     if not isinstance(name, str) or not name.strip():
         raise BacksightError("A target needs a name: `backsight targets` lists them.")
     placed = weights_folder() / (name.partition(":")[2] if name.startswith(HUB) else name)
-    if not name.startswith((".", "/", "~")) and placed.is_dir():
+    before, _, rest = ("", "", name) if name.startswith(HUB) else name.rpartition("@")
+    path, folder = Path(rest.removeprefix("local-dir:")).expanduser(), Path(before).expanduser()
+    if not name.startswith(PATHS) and placed.is_dir():
         label = "shipped" if (placed / "card.json").exists() else "pretrained"
-        named = None if (placed / "config.json").exists() else name
-        return _local(name, label, placed, checkpoint_in(placed), named)
+        named = "" if (placed / "config.json").exists() else name
+        return _described(Source(name, label, named, placed, checkpoint_in(placed)))
     if name in SHIPPED:
         raise BacksightError(
             f"The shipped target {name} is not in data/weights: restore the folder data/weights/{name} from the "
             f"repository or make it with notebooks/01_targets.ipynb ({_working()})."
         )
-    before, _, rest = ("", "", name) if name.startswith(HUB) else name.rpartition("@")
-    path = Path(rest.removeprefix("local-dir:")).expanduser()
-    if not path.exists() and not rest.startswith((".", "/", "~", "local-dir:")) and not rest.endswith(SUFFIXES):
-        return _known(Source(name, "pretrained", architecture=name))
     if not path.exists():
+        if not rest.startswith(PATHS) and not rest.endswith(SUFFIXES):
+            return _described(Source(name, "pretrained", name))
         raise BacksightError(f"There is no file or folder {str(path)!r}: check the path of the target.")
     if path.is_dir():
-        return _local(name, name, path, checkpoint_in(path), before or None)
+        return _described(Source(name, name, before, path, checkpoint_in(path)))
     if not path.name.endswith(SUFFIXES):
         raise BacksightError(
             f"{path.name} is no checkpoint: a target is a folder with config.json or a file in {', '.join(SUFFIXES)}."
         )
-    if before and Path(before).expanduser().is_dir():
-        return _local(name, name, Path(before).expanduser(), path, None)
-    return _local(name, name, path.parent, path, before or None)
+    if before and folder.is_dir():
+        return _described(Source(name, name, "", folder, path))
+    return _described(Source(name, name, before, path.parent, path))
 
 
-def _local(name: str, label: str, folder: Path, checkpoint: Path | None, architecture: str | None) -> Source:
-    config = {} if architecture is not None else read_object(folder / "config.json")
-    if architecture is None and not config:
-        raise BacksightError(
-            f"{checkpoint.name} says nothing of its architecture: put config.json beside it, or name the target "
-            "NAME@path/to/checkpoint with a name of timm or an owner/name of transformers."
-            if checkpoint
-            else f"The folder {folder.name} has neither config.json nor a checkpoint, so it is no target."
-        )
-    return _known(Source(name, label, architecture, config, folder, checkpoint))
-
-
-def _known(source: Source) -> Source:
-    """The source itself. Raises BacksightError where neither timm nor transformers can have a model of this name."""
+def _described(source: Source) -> Source:
+    """With its config.json. Raises BacksightError where neither timm nor transformers can have a model of this name."""
     import timm
 
-    if source.config and not source.config.keys() & {"architecture", "arguments", "model_type"}:
+    config = {} if source.architecture or source.folder is None else read_object(source.folder / "config.json")
+    if not source.architecture and not config.keys() & {"architecture", "model_type"}:
         raise BacksightError(
-            f"The config.json of {source.name} describes none of timm's models (architecture) and none of "
-            "transformers' (model_type): correct it."
+            f"{source.name} has no config.json that names a model of timm (architecture) or of transformers "
+            "(model_type): put one there, or name the target NAME@path/to/checkpoint with a name of timm or an "
+            "owner/name of transformers."
         )
-    named = str(source.architecture or source.config.get("architecture", ""))
-    if not source.is_timm or "arguments" in source.config or named.startswith(HUB):
-        return source
-    base, _, tag = named.partition(".")
-    if not timm.models.is_model(base):
-        known = [*SHIPPED, *USUAL, *timm.list_models()]
-        raise BacksightError(f"There is no target {named!r}; {nearest(named, known)} (`backsight targets` lists them).")
-    tags = timm.list_pretrained(f"{base}.*")
-    if tag and named not in tags:
-        raise BacksightError(f"timm has no weights {named}; there are: {', '.join(tags) or 'none'}.")
+    source = Source(source.name, source.label, source.architecture, source.folder, source.checkpoint, config)
+    named = str(source.architecture or config.get("architecture"))
+    if source.is_timm and not named.startswith(HUB):
+        base, _, tag = named.partition(".")
+        if not timm.models.is_model(base):
+            near = nearest(named, [*SHIPPED, *USUAL, *timm.list_models()])
+            raise BacksightError(f"There is no target {named!r}; {near} (`backsight targets` lists them).")
+        if tag and named not in (tags := timm.list_pretrained(f"{base}.*")):
+            raise BacksightError(f"timm has no weights {named}; there are: {', '.join(tags) or 'none'}.")
     return source
 
 
@@ -135,35 +130,30 @@ def _working() -> str:
 def is_local(name: str) -> bool:
     """Do the weights of a name lie in data/weights or in the hub's cache?"""
     import timm
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import try_to_load_from_cache
 
     if checkpoint_in(weights_folder() / name):
         return True
-    repository = (name.partition(":")[2] or name).partition("@")[0]
-    if "/" not in name:
-        repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or name
-    cache = file_download.repo_folder_name(repo_id=repository, repo_type="model")
-    return any(path.name.endswith(SUFFIXES) for path in Path(constants.HF_HUB_CACHE, cache, "snapshots").glob("*/*"))
+    repository = name if "/" in name else getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in NAMES if repository)
 
 
 @contextlib.contextmanager
 def explained(source: Source, what: str) -> Iterator[None]:
     """timm, transformers and the hub's client raise many types on descriptions that somebody edited, and without
     network; say in one sentence what is wrong. what: the kind of model that is built."""
-    from huggingface_hub.errors import EntryNotFoundError
-
     try:
         yield
     except BacksightError:
         raise
     except Exception as error:
-        if source.config or not isinstance(error, (OSError, EntryNotFoundError)):
+        if source.config or not isinstance(error, OSError):
             raise BacksightError(f"{source.name} describes no {what} ({reason(error)}): correct it.") from error
-        repository = (source.name.partition(":")[2] or source.name).partition("@")[0]
+        folder = f"data/weights/{source.repository}"
         raise BacksightError(
-            f"The files of {source.name} are neither in data/weights/{repository} nor in the Hugging Face cache, and "
-            f"the hub does not give them ({reason(error)}): on a machine with network run `hf download {repository} "
-            f"--local-dir data/weights/{repository}` and bring the folder here; {_working()}."
+            f"The files of {source.name} are neither in {folder} nor in the Hugging Face cache, and the hub does not "
+            f"give them ({reason(error)}): on a machine with network run `hf download {source.repository} --local-dir "
+            f"{folder}` and bring the folder here; {_working()}."
         ) from error
 
 
