@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,12 +14,11 @@ from backsight.data.features import features_or_images
 from backsight.data.images import open_images
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.files import save
-from backsight.inverses.module import Inverses
+from backsight.inverses.module import Inverses, named
+from backsight.inverses.passes import Images
 from backsight.representation import Representation
 
 if TYPE_CHECKING:
-    from backsight.data.features import FeatureStore
-    from backsight.data.images import ImageSource
     from backsight.targets.base import Target
 
 Reconstruct = Callable[[Representation], Tensor]
@@ -33,65 +31,48 @@ FAMILIES = {
     "map": "backsight.exact.map:fit_map",
 }  # later rooms are loaded by name, when they are needed
 SOLVED = ("exact", "map")  # no training: a fit of starts and covariances, and a search for every image
-Features = Literal["auto", "always", "never"]
 
 
 def fit(
     family: str,
     target: Target,
-    images: ImageSource | Tensor | FeatureStore,
-    validation: ImageSource | Tensor | FeatureStore | None = None,
+    images: Images,
+    validation: Images | None = None,
     *,
-    taps: str | Sequence[str] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    features: Features = "never",
+    features: str = "never",
     checkpoint: Path | None = None,
     **arguments: Any,
 ) -> Inverses:
     """The inverses of one family at the taps of the target; see `fit_linear`, `fit_direct`, ….
 
     arguments: of the family's function, those that it does not take are left out, so that all families can be fitted
-    by the same call: steps, batch_size, chain_fraction, linear (the Inverses of `fit_linear` that are there already),
-    modules (those of `fit_modular`, from which "modular_polished" and "map" start; else they are trained, or linear
-    ones fitted). features: whether what the target makes of the training images is recorded on disk and read from
-    there, "auto" where every image is shown twice or more. checkpoint: a folder to resume an interrupted training from.
+    by the same call: taps, seed, progress, steps, batch_size, chain_fraction, linear (the Inverses of `fit_linear` that
+    are there already), modules (those of `fit_modular`, from which "modular_polished" and "map" start; else they are
+    trained, or linear ones fitted). features: whether what the target makes of the training images is recorded on disk
+    and read from there: "never", "always", or "auto" where every image is shown twice or more. checkpoint: a folder to
+    resume an interrupted training from.
     Raises BacksightError on an unknown family, and where it can read no tap at all.
     """
-    function = _function(family)
+    if family not in FAMILIES:
+        raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, list(FAMILIES))}.")
+    function: Any = named(FAMILIES[family])
     taken = inspect.signature(function).parameters
-    trained = "steps" in taken
-    common: dict[str, Any] = {
-        "taps": taps,
-        "seed": seed,
-        "progress": progress,
-        "features": features,
-        "checkpoint": checkpoint,
-    }
+    if others := set(arguments) - set(taken):
+        known = {name for place in FAMILIES.values() for name in inspect.signature(named(place)).parameters}
+        if unknown := sorted(others - known):
+            raise TypeError(f"no inverse family takes {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
     if family == "modular_polished" and arguments.get("modules") is None:
-        arguments["modules"] = fit("modular", target, images, validation, **common, **arguments)
-    if trained:
-        often = arguments.get("steps", 400) * arguments.get("batch_size", 16) >= 2 * len(images)
-        if features == "always" or (features == "auto" and often):
-            source = cast("ImageSource | Tensor", images)  # a store stands where an ImageSource does
-            images = features_or_images(target, source, target.taps, progress=progress)
+        both = {"features": features, "checkpoint": checkpoint}
+        arguments["modules"] = fit("modular", target, images, validation, **both, **arguments)
+    if "steps" in taken:
+        shown = (arguments.get("steps") or 400) * arguments.get("batch_size", 16) / len(images)
+        if features == "always" or (features == "auto" and (arguments.get("epochs") or shown) >= 2):
+            source: Any = images
+            images = features_or_images(target, source, target.taps, progress=arguments.get("progress", True))
         if checkpoint is not None:
             arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}
-    if others := set(arguments) - set(taken):
-        known = {name for each in FAMILIES for name in inspect.signature(_function(each)).parameters}
-        if unknown := sorted(others - known):
-            raise TypeError(f"no inverse family takes {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
-    if "taps" in taken:
-        passed["taps"] = taps
-    return function(target, images, validation, seed=seed, progress=progress, **passed)
-
-
-def _function(family: str) -> Callable[..., Any]:
-    if family not in FAMILIES:
-        raise BacksightError(f"There is no inverse family {family!r}; {nearest(family, list(FAMILIES))}.")
-    home, _, name = FAMILIES[family].partition(":")
-    return getattr(import_module(home), name)
+    return function(target, images, validation, **passed)
 
 
 def fit_and_save(
@@ -117,9 +98,8 @@ def fit_and_save(
     fitted: dict[str, Inverses] = {}
     files: list[Path] = []
     for family in families:
-        given: dict[str, Any] = {"modules": fitted.get("modular"), "linear": fitted.get("linear")}
-        given["checkpoint"] = out / "checkpoints"
-        fitted[family] = fit(family, target, train, validation, seed=seed, **given, **training)
+        training |= {"modules": fitted.get("modular"), "linear": fitted.get("linear"), "seed": seed}
+        fitted[family] = fit(family, target, train, validation, checkpoint=out / "checkpoints", **training)
         if processes().is_main_process:
             files += save(fitted[family], out)
     processes().wait_for_everyone()

@@ -6,13 +6,13 @@ Its metadata holds one JSON object: {"format", "kind", "header", "configuration"
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
@@ -30,13 +30,11 @@ ORDER = ("linear", "direct", "modular", "modular_polished", "exact", "map")
 def save(inverses: Inverses, folder: Path | str, half: bool = False) -> list[Path]:
     """Write a family, one file a tap; what is there under the same name is replaced.
 
-    half: float16 wherever the values fit, but for what a module keeps as it is (half the size; computing stays
-    float32). Raises BacksightError where a module does not know its target, or a file cannot be written.
+    half: linear and trained modules as float16 wherever the values fit (half the size; computing stays float32).
+    Raises BacksightError where a module does not know its target, or a file cannot be written.
     """
-    return [
-        write(module, Path(folder) / f"{inverses.family}--{tap}.safetensors", half)
-        for tap, module in inverses.modules.items()
-    ]
+    named = {Path(folder) / f"{inverses.family}--{tap}.safetensors": module for tap, module in inverses.modules.items()}
+    return [write(module, path, half) for path, module in named.items()]
 
 
 def write(module: nn.Module, path: Path | str, half: bool = False) -> Path:
@@ -44,19 +42,49 @@ def write(module: nn.Module, path: Path | str, half: bool = False) -> Path:
     if module.header is None:
         raise BacksightError(f"The inverse of {module.source!r} does not know its target: set its header (header_for).")
     tensors = module.state_dict()
-    if half:
-        precise = tuple(
-            f"{name}.{prefix}".lstrip(".")
-            for name, part in module.named_modules()
-            for prefix in getattr(part, "precise", ())
-        )
-        tensors = {key: tensor if key.startswith(precise) else _halved(tensor) for key, tensor in tensors.items()}
+    if half and module.kind in ("linear", "inverse", "chain"):  # what is solved needs all of its digits
+        halves = {key: tensor.half() for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+        tensors |= {key: tensor for key, tensor in halves.items() if torch.isfinite(tensor).all()}
     return write_tensors(path, tensors, {"backsight": json.dumps({"format": FORMAT, **described(module)})})
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file, whole or not at all. Raises BacksightError where the folder cannot be written."""
+    owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    try:
+        return write_atomically(path, lambda temporary: save_file(owned, temporary, dict(metadata)))
+    except (OSError, SafetensorError) as error:
+        raise BacksightError(
+            f"{path} cannot be written ({error}): choose a folder that is writable and has space."
+        ) from error
 
 
 def read_header(path: Path | str) -> InverseHeader:
     """Where an inverse file comes from, without its target. Raises BacksightError as `read` does."""
     return _description(path)[0]
+
+
+def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
+    if not Path(path).is_file():
+        raise BacksightError(f"There is no inverse at {path}: check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})["backsight"])
+        number = int(description["format"])
+        if number == FORMAT:
+            return InverseHeader(**description["header"]), description
+    except (OSError, SafetensorError) as error:
+        raise BacksightError(
+            f"The inverse {path} is damaged or is no safetensors file ({error}): delete it and make it again."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise BacksightError(
+            f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."
+        ) from error
+    age, advice = ("a newer", "update backsight, or fit") if number > FORMAT else ("an older", "fit")
+    raise BacksightError(
+        f"The inverse {path} was made by {age} backsight (format {number}, not {FORMAT}): {advice} it again."
+    )
 
 
 def read(path: Path | str, target: Target) -> nn.Module:
@@ -71,15 +99,15 @@ def read(path: Path | str, target: Target) -> nn.Module:
             f"The inverse {path} was made for {header.target} with the weights {header.weights_hash}, not for "
             f"{target.name} with {target.weights_hash}: load that target, or fit an inverse for this one."
         )
-    tensors, _ = read_tensors(path, "inverse")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BacksightError(f"The inverse {path} holds NaN or infinite values in {key!r}: fit it again.")
     try:
+        tensors = load_file(path)
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"NaN or infinite values in {key!r}")
         with seeded(0):  # networks draw their first weights
             module = rebuilt(description, target)
         module.load_state_dict(tensors)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise BacksightError(
             f"The inverse {path} does not fit its own header ({reason}): it is damaged or of another version, fit it "
@@ -99,26 +127,28 @@ def load(folder: Path | str, target: Target, seed: int | None = None) -> dict[st
         raise BacksightError(f"{folder} is not a folder: give the run folder of 02_train_inverse as `inverses`")
     headers = headers_for(folder, target)
     if not headers:
-        _refuse_without_inverses(folder, target)
+        others = sorted({f"{each.target} ({each.weights_hash})" for each in map(read_header, inverse_files(folder))})
+        raise BacksightError(
+            f"no inverse for {target.name} with the weights {target.weights_hash} in {folder}, which has inverses of "
+            f"{', '.join(others) or 'no target'}: load that target, or run notebooks/02_train_inverse.ipynb with this "
+            "one"
+        )
     seeds = sorted({header.seed for header in headers.values()})
-    if len(seeds) > 1:
-        if seed not in seeds:
-            raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
-        headers = {path: header for path, header in headers.items() if header.seed == seed}
+    if len(seeds) > 1 and seed not in seeds:
+        raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
     families: dict[str, dict[str, nn.Module]] = {}
-    for path, header in headers.items():
+    depth = {tap: place for place, tap in enumerate(target.available_taps)}
+    ordered = sorted(headers.items(), key=lambda item: (ORDER.index(item[1].family), depth[item[1].source]))
+    for path, header in ordered:
+        if len(seeds) > 1 and header.seed != seed:
+            continue
         modules = families.setdefault(header.family, {})
         if header.source in modules:
             raise BacksightError(
                 f"{folder} holds two {header.family} inverses for {header.source} of {target.name}: name one run folder"
             )
         modules[header.source] = read(path, target)
-    depth = {tap: place for place, tap in enumerate(target.available_taps)}
-    families = dict(sorted(families.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
-    return {
-        family: Inverses({tap: modules[tap] for tap in sorted(modules, key=depth.__getitem__)})
-        for family, modules in families.items()
-    }
+    return {family: Inverses(modules) for family, modules in families.items()}
 
 
 def shipped_inverses(target: Target) -> Path | None:
@@ -137,73 +167,3 @@ def headers_for(folder: Path | str, target: Target) -> dict[Path, InverseHeader]
     headers = {path: read_header(path) for path in inverse_files(Path(folder))}
     own = (target.name, target.weights_hash)
     return {path: header for path, header in headers.items() if (header.target, header.weights_hash) == own}
-
-
-def _refuse_without_inverses(folder: Path, target: Target) -> None:
-    headers = [read_header(path) for path in inverse_files(folder)]
-    for header in headers:
-        if header.target == target.name:
-            raise BacksightError(
-                f"the inverses in {folder} were made for {target.name} with the weights {header.weights_hash}, not "
-                f"{target.weights_hash}: load that target, or fit inverses for this one."
-            )
-    names = sorted({header.target for header in headers})
-    hint = f"; it has inverses of {', '.join(names)}" if names else ""
-    raise BacksightError(
-        f"no inverse for {target.name} in {folder}{hint}: run notebooks/02_train_inverse.ipynb with this target"
-    )
-
-
-def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
-    _, metadata = read_tensors(path, "inverse", names=())
-    try:
-        description = json.loads(metadata["backsight"])
-        number = int(description["format"])
-        if number == FORMAT:
-            return InverseHeader(**description["header"]), description
-    except (KeyError, TypeError, ValueError) as error:
-        raise BacksightError(
-            f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."
-        ) from error
-    advice = "update backsight, or fit it again" if number > FORMAT else "fit it again"
-    age = "a newer" if number > FORMAT else "an older"
-    raise BacksightError(f"The inverse {path} was made by {age} backsight (format {number}, not {FORMAT}): {advice}.")
-
-
-def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file, first under a temporary name: the file is whole or not there.
-
-    Raises BacksightError where the folder cannot be written.
-    """
-    owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    try:
-        return write_atomically(path, lambda temporary: save_file(owned, temporary, dict(metadata)))
-    except (OSError, SafetensorError) as error:
-        raise BacksightError(
-            f"{path} cannot be written ({error}): choose a folder that is writable and has space."
-        ) from error
-
-
-def read_tensors(
-    path: Path | str, what: str, names: Sequence[str] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (all, or those of these names) and metadata of a safetensors file; `what` names it in the error.
-
-    Raises BacksightError where there is no such file, or it is damaged.
-    """
-    if not Path(path).is_file():
-        raise BacksightError(f"There is no {what} at {path}: check the path.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            chosen = file.keys() if names is None else names
-            return {key: file.get_tensor(key) for key in chosen}, dict(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BacksightError(
-            f"The {what} {path} is damaged or is no safetensors file ({error}): delete it and make it again."
-        ) from error
-
-
-def _halved(tensor: Tensor) -> Tensor:
-    """A float32 tensor as float16 where all of its values fit, others as they are."""
-    half = tensor.half() if tensor.dtype == torch.float32 else tensor
-    return half if bool(torch.isfinite(half).all()) else tensor

@@ -1,11 +1,8 @@
-"""Inverse modules: from what one tap holds to what an earlier tap held, or to the image.
+"""Inverse modules: from what one tap holds to what an earlier tap held, or to the image; chains and families of them.
 
-Every module is  linear(x) + scale * residual(x):  a closed-form ridge map, kept as it is, and a network of
-the kind of the stage it inverts, whose last layer starts at zero. Before any training a module *is* the ridge
-map (the mean, where no ridge map is defined: between sets of different size), and training has only to learn
-the rest.
-
-The networks are in networks.py. A chain of modules leads from any tap down to the image.
+Every trained module is  linear(x) + scale * residual(x):  a closed-form ridge map, kept as it is, and a network of
+the kind of the stage it inverts (networks.py), whose last layer starts at zero. Before any training a module *is* the
+ridge map (the mean, where no ridge map is defined), and training has only to learn the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -22,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.networks import RESIDUALS, Design, Surroundings
+from backsight.inverses.networks import RESIDUALS, Design
 from backsight.inverses.rows import PIXELS, Form, area, carried_padding, form_of
 from backsight.representation import Grid, Queries, Representation, Tokens
 
@@ -57,8 +54,16 @@ class InverseHeader:
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
 
-@dataclass(frozen=True)
-class Moments:
+def header_for(
+    target: Target, family: str, source: str, destination: str, images: Any = None, seed: int = 0
+) -> InverseHeader:
+    """The header of an inverse of this target; images: what it was fitted on, an ImageSource or a tensor."""
+    name, count = getattr(images, "name", None), 0 if images is None else len(images)
+    data = f"{name} {images.split}, {count} images" if isinstance(name, str) else f"{count} images"
+    return InverseHeader(family, target.name, target.weights, target.weights_hash, source, destination, data, seed)
+
+
+class Moments(NamedTuple):
     """First and second moments of a representation, of which the residuals take their units.
 
     mean, deviation: (P + 1, C): each prefix token by itself, then all grid tokens together; (1, C) for sets and
@@ -76,9 +81,8 @@ class Inverse(nn.Module):
     inverse(representation) -> images (B, 3, H, W) in [0, 1], or a Representation; `raw` gives the values without
     clamping. header: where it comes from; source_form, destination_form: what enters and leaves; history: the
     training, if it was trained in this process (step, module, split, loss, seconds).
-    A representation of another tap is accepted where its form agrees. What the fits return is frozen (and still
-    differentiable in the representation).
-    Raises BacksightError where it does not.
+    A representation of another tap is accepted where its form agrees; else BacksightError is raised. What the fits
+    return is frozen (and still differentiable in the representation).
     """
 
     kind = "inverse"
@@ -86,7 +90,6 @@ class Inverse(nn.Module):
     source_deviation: Tensor
     destination_mean: Tensor
     destination_deviation: Tensor
-    position: Tensor | None
 
     def __init__(
         self,
@@ -120,78 +123,60 @@ class Inverse(nn.Module):
 
     def raw(self, representation: Representation) -> Tensor:
         """Images (B, 3, H, W) or values (B, N, C) before any clamping."""
-        self._check(representation)
-        grids = representation.grids if isinstance(representation, Tokens) else ()
+        given, read = form_of(representation), self.source_form
+        if self.design.kind == "upsampling" and len(given.grids) == len(read.grids):
+            read = replace(read, grids=given.grids)  # convolutions do not mind other grids
+        if given != read:
+            raise BacksightError(
+                f"The inverse of {self.source!r} of {self.header.target} reads {self.source_form}, but was given "
+                f"{given}: feed it a representation of the same form."
+            )
+        start: Any = self._at_end(self.destination_mean)
         with torch.autocast(representation.values.device.type, enabled=False):
-            mean, deviation = (self._spread(m, grids) for m in (self.source_mean, self.source_deviation))
-            x = (representation.values.float() - mean) / deviation
-            start = self._start(representation)
-        around = self._surroundings(representation)
-        if around.source_padding is not None and isinstance(representation, Tokens):
-            hidden = F.pad(around.source_padding, (representation.prefix, 0))
-            x = x.masked_fill(hidden[..., None], 0.0)  # what is not looked at must not matter
-        return start + self.residual(x, around).float() * self._at_end(self.destination_deviation)
-
-    def _start(self, representation: Representation) -> Tensor:
-        """What the module gives before training: the ridge map, or the mean."""
-        if self.linear is None:
-            return self._at_end(self.destination_mean)
-        result = self.linear.raw(representation)
-        return result if isinstance(result, Tensor) else result.values
+            mean, deviation = (_spread(part, given.grids) for part in (self.source_mean, self.source_deviation))
+            values = (representation.values.float() - mean) / deviation
+            if self.linear is not None:
+                start = self.linear.raw(representation)
+        x: Any = Queries(values)
+        if isinstance(representation, Tokens):
+            if (padding := representation.padding) is not None:  # what is not looked at must not matter
+                values = values.masked_fill(F.pad(padding, (given.prefix, 0))[..., None], 0.0)
+            x = Tokens(values, given.grids, given.prefix, padding)
+        residual = self.residual(x, *self._surroundings(representation)).float()
+        return (start if isinstance(start, Tensor) else start.values) + residual * self._at_end(
+            self.destination_deviation
+        )
 
     def _at_end(self, moments: Tensor) -> Tensor:
         """(P + 1, C) of the destination -> (P + N, C), one row a token; (3, 1, 1) for pixels."""
-        form = self.design.destination
-        return moments[0][:, None, None] if form.kind == PIXELS else self._spread(moments, form.grids)
-
-    @staticmethod
-    def _spread(moments: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(P + 1, C) -> (P + N, C), one row for each token; (1, C) as it is."""
-        if len(moments) == 1:
-            return moments
-        return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, grids)), -1)])
+        form = self.destination_form
+        return moments[0][:, None, None] if form.kind == PIXELS else _spread(moments, form.grids)
 
     def forward(self, representation: Representation) -> Tensor | Representation:
         return self.wrap(self.raw(representation), representation)
 
     def wrap(self, values: Tensor, representation: Representation) -> Tensor | Representation:
         """What `forward` makes of `raw`: clamped images, or a representation with everything that travels along."""
-        form = self.design.destination
+        form = self.destination_form
         if form.kind == PIXELS:
             return values.clamp(0, 1)
         if form.kind == "queries":
             return Queries(values)
-        around = self._surroundings(representation)
-        return Tokens(
-            values, form.grids, form.prefix, around.padding, around.position if self.design.positioned else None
-        )
+        position, padding = self._surroundings(representation)
+        return Tokens(values, form.grids, form.prefix, padding, position if self.design.positioned else None)
 
-    def _surroundings(self, representation: Representation) -> Surroundings:
-        """Positional code and padding for the residual and, of the destination, for what it gives.
+    def _surroundings(self, representation: Representation) -> tuple[Tensor | None, Tensor | None]:
+        """(position, padding) of the destination's grid tokens.
 
-        They come from the source where it is on the destination's grids; else the code is the stored one, and the
-        padding that of the nearest token of the source.
+        They come from the source where it is on the same grids; else the code is the stored one, and the padding that
+        of the nearest token of the source.
         """
-        form, position, padding = self.design.destination, self.position, None
-        if not isinstance(representation, Tokens):
-            return Surroundings(position)
-        if representation.grids == form.grids:
-            if representation.position is not None and representation.channels == form.channels:
-                position = representation.position
-            padding = representation.padding
-        elif form.kind == "tokens":
-            padding = carried_padding(representation, form.grids)
-        return Surroundings(position, padding, representation.padding, representation.grids)
-
-    def _check(self, representation: Representation) -> None:
-        given, read = form_of(representation), self.design.source
-        if self.design.kind == "upsampling" and len(given.grids) == len(read.grids):
-            given = replace(given, grids=read.grids)  # convolutions do not mind other grids
-        if given != read:
-            raise BacksightError(
-                f"The inverse of {self.source!r} of {self.header.target} reads {read}, but was given "
-                f"{form_of(representation)}: feed it a representation of the same form."
-            )
+        form = self.destination_form
+        if not isinstance(representation, Tokens) or form.kind != "tokens":
+            return self.position, None
+        carried = representation.grids == form.grids and representation.channels == form.channels
+        position = representation.position if carried and representation.position is not None else self.position
+        return position, carried_padding(representation, form.grids)
 
     def configuration(self) -> dict[str, Any]:
         """Everything but the numbers in `state_dict()`, as JSON."""
@@ -205,18 +190,18 @@ class Inverse(nn.Module):
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Inverse:
         """An inverse whose numbers, and header, are still to be set."""
-        design, linear = with_forms(Design, configuration["design"]), configuration["linear"]
+        design, linear, variance, shape = (configuration[k] for k in ("design", "linear", "variance", "position"))
+        design = with_forms(Design, design)
         empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
-        source, destination = (Moments(each, each, configuration["variance"]) for each in empty)
-        shape = configuration["position"]
-        return cls(
-            InverseHeader("", "", "", "", "", ""),
-            design,
-            None if linear is None else cast("LinearInverse", rebuilt(linear, target)),
-            source,
-            destination,
-            None if shape is None else torch.zeros(shape),
-        )
+        moments = [Moments(each, each, variance) for each in empty]
+        like: Any = None if linear is None else rebuilt(linear, target)
+        position = None if shape is None else torch.zeros(shape)
+        return cls(InverseHeader("", "", "", "", "", ""), design, like, *moments, position)
+
+
+def _spread(moments: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """(P + 1, C) -> (P + N, C), one row for each token; (1, C) as it is."""
+    return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, grids)), -1)]) if len(moments) > 1 else moments
 
 
 class Chain(nn.Module):
@@ -224,31 +209,34 @@ class Chain(nn.Module):
 
     modules: {tap: its inverse}, modular or linear; those that `start` does not lead to are left out.
     chain(representation) -> images, or the representation where the last module ends.
-    Raises BacksightError where the ends do not meet: no module for `start`, other forms, other weights, a circle.
+    Raises BacksightError where the ends do not meet: no module for `start`, other forms, other weights.
     """
 
     kind = "chain"
 
-    def __init__(self, modules: Mapping[str, Inverse | LinearInverse], start: str) -> None:
+    def __init__(self, modules: Mapping[str, Any], start: str) -> None:
         super().__init__()
         if start not in modules:
             raise BacksightError(f"The chain has no module for its start {start!r}; {nearest(start, list(modules))}.")
         path = [modules[start]]
         while (tap := path[-1].destination) in modules:
-            _check_joint(path[-1], modules[tap], tap)
-            if modules[tap] in path:
+            before, after = path[-1], modules[tap]
+            if before.destination_form != after.source_form:
                 raise BacksightError(
-                    f"The chain from {start!r} runs in a circle at {tap!r}: leave one of its modules out."
+                    f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {before.destination_form}, "
+                    f"and the next reads {after.source_form}; fit both for the same taps and image size."
                 )
-            path.append(modules[tap])
-        self.path = cast("Sequence[Inverse | LinearInverse]", nn.ModuleList(path))
+            if before.header.weights_hash != after.header.weights_hash:
+                raise BacksightError(
+                    f"The chain breaks at {tap!r}: its modules invert different weights; fit both anew."
+                )
+            path.append(after)
+        self.path: Any = nn.ModuleList(path)
 
     @property
     def header(self) -> InverseHeader:
         """That of the first module, with the chain's own destination."""
-        first = self.path[0].header
-        assert first is not None
-        return replace(first, destination=self.destination)
+        return replace(self.path[0].header, destination=self.destination)
 
     @property
     def source(self) -> str:
@@ -260,14 +248,9 @@ class Chain(nn.Module):
 
     def forward(self, representation: Representation) -> Any:
         """Images (B, 3, H, W) in [0, 1], or the last representation."""
-        return self.intermediate(representation)[self.destination]
-
-    def intermediate(self, representation: Representation) -> dict[str, Any]:
-        """{tap: what the chain makes of it} on the way down; images under "pixels"."""
-        results: dict[str, Any] = {}
         for module in self.path:
-            representation = results[module.destination] = module(representation)
-        return results
+            representation = module(representation)
+        return representation
 
     def configuration(self) -> dict[str, Any]:
         return {"path": [described(module) for module in self.path]}
@@ -292,11 +275,6 @@ class Inverses(Mapping[str, nn.Module]):
         names = ("family", "target", "weights_hash")
         self.family, self.target, self.weights_hash = (getattr(headers[0], n) if headers else "" for n in names)
 
-    @property
-    def header(self) -> InverseHeader:
-        """Of the first module: data, seed and versions are the same for all."""
-        return next(iter(self.modules.values())).header
-
     def module(self, tap: str) -> nn.Module:
         """The stage alone, from this tap to its own destination."""
         if tap not in self.modules:
@@ -304,7 +282,7 @@ class Inverses(Mapping[str, nn.Module]):
         return self.modules[tap]
 
     def __getitem__(self, tap: str) -> nn.Module:
-        stage = self.module(tap)
+        stage: Any = self.module(tap)
         return stage if stage.destination == PIXELS else Chain(self.modules, tap)
 
     def __iter__(self) -> Iterator[str]:
@@ -312,9 +290,6 @@ class Inverses(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self.modules)
-
-    def __contains__(self, tap: object) -> bool:
-        return tap in self.modules
 
     def to(self, device: torch.device | str) -> Inverses:
         """Move all modules; returns self."""
@@ -324,31 +299,6 @@ class Inverses(Mapping[str, nn.Module]):
 
     def __repr__(self) -> str:
         return f"Inverses({self.family!r} of {self.target}: {', '.join(self.modules)})"
-
-
-def _check_joint(before: Inverse | LinearInverse, after: Inverse | LinearInverse, tap: str) -> None:
-    if before.destination_form != after.source_form or after.source != tap:
-        raise BacksightError(
-            f"The chain breaks at {tap!r}: the inverse of {before.source!r} makes {before.destination_form}, "
-            f"and the next, of {after.source!r}, reads {after.source_form}; fit both for the same taps and "
-            "image size."
-        )
-    assert before.header is not None
-    assert after.header is not None
-    if before.header.weights_hash != after.header.weights_hash:
-        raise BacksightError(f"The chain breaks at {tap!r}: its modules invert different weights; fit both anew.")
-
-
-def header_for(
-    target: Target, family: str, source: str, destination: str, images: Any = None, seed: int = 0, steps: int = 0
-) -> InverseHeader:
-    """The header of an inverse of this target; images: what it was fitted on, an ImageSource or a tensor."""
-    name, split = getattr(images, "name", None), getattr(images, "split", None)
-    count = 0 if images is None else len(images)
-    data = f"{name} {split}, {count} images" if isinstance(name, str) else f"{count} images"
-    return InverseHeader(
-        family, target.name, target.weights, target.weights_hash, source, destination, data, seed, steps
-    )
 
 
 # What files say of modules
@@ -362,11 +312,28 @@ KINDS = {
 }  # every one has kind, header, configuration() and build(configuration, target); later rooms are loaded by name
 
 
+def named(place: str) -> Any:
+    """What is at "module:name"."""
+    home, _, name = place.partition(":")
+    return getattr(import_module(home), name)
+
+
 def described(module: nn.Module) -> dict[str, Any]:
     """All but the numbers in `state_dict()`, as JSON; nested modules describe theirs the same way."""
     own: Any = module  # of one of KINDS
     header = None if own.header is None else asdict(own.header)
     return {"kind": own.kind, "header": header, "configuration": own.configuration()}
+
+
+def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
+    """The module that `described` told of, its numbers still to come by `load_state_dict`.
+
+    Raises KeyError on an unknown kind, and what torch and Python do where a description does not fit.
+    """
+    module = named(KINDS[description["kind"]]).build(description["configuration"], target)
+    if description["kind"] != "chain" and description["header"] is not None:
+        module.header = InverseHeader(**description["header"])
+    return module
 
 
 def with_forms(kind: type[Described], values: Mapping[str, Any]) -> Described:
@@ -379,17 +346,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
-    """The module that `described` told of, its numbers still to come by `load_state_dict`.
-
-    Raises ValueError on an unknown kind or field, and what torch and Python do where a description does not fit.
-    """
-    if description["kind"] not in KINDS:
-        raise ValueError(f"there is no kind of inverse {description['kind']!r}")
-    home, _, name = KINDS[description["kind"]].partition(":")
-    module = getattr(import_module(home), name).build(description["configuration"], target)
-    if description["kind"] != "chain" and description["header"] is not None:
-        module.header = InverseHeader(**description["header"])
-    return module

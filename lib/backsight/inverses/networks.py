@@ -1,50 +1,42 @@
 """The residual networks of inverse modules: one transformer, one upsampler, one MLP.
 
-    pixels  <- tokens                 upsampling: convolutions on the finest grid, then pixel shuffles
-    pixels  <- queries, predictions   transformer of a learned map that reads the set, then the same
-    tokens  <- tokens                 transformer on the source's grids; where the grids change, every cell is split
-                                      into the tokens under it and one more layer runs there; stages of convolutions
-                                      are upsampled, or split between residual convolutions; mlp for norms, projections
-    tokens  <- queries, predictions   transformer of the maps' codes, which reads the set
-    queries <- queries, predictions   transformer with a learned code for each query; mlp for heads and norms
-
-All attention layers are pre-norm, which the zero start of the residual needs; nothing depends on train or eval mode.
-The last layer of every network starts at zero.
+Each is called with what it reads, in units of its deviation, and with the positional code (1 | B, N, C) and the padding
+(B, N) of the destination's grid tokens, or None. Attention layers are pre-norm, which the zero start of the residual
+needs: the last layer of every network starts at zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.inverses.rows import PIXELS, Form, area, pack_source, plan_layout, resized, unpatchify
+from backsight.inverses.rows import PIXELS, Form, area, over, pack_source, plan_layout, resized, unpatchify
 from backsight.representation import Grid, Tokens
 
 if TYPE_CHECKING:
     from backsight.targets.base import Stage
 
-SPLIT_PARAMETERS = 2**24  # a larger linear map between grids is factored
 SHALLOW = 2  # convolution pairs, however deep the stage was
 LOCAL_STAGES = ("backbone", "convolution", "patch_embedding", "norm", "projection")  # without attention
-
-Kind = Literal["upsampling", "set_upsampling", "convolution", "encoder", "splitting", "decoder", "queries", "mlp"]
 
 
 @dataclass(frozen=True)
 class Design:
     """What a residual network is built from: the whole of it can be written down as JSON.
 
-    depth: layers, or convolution pairs on the grid; heads, hidden: of the attention layers and MLPs; width: channels of
-    the convolutions on the grid; patch: pixels under a token (or under a cell of the map that reads a set); positioned:
-    whether the destination has a positional code; mixing: what the tokens of "splitting" are mixed by.
+    kind: of RESIDUALS; depth: layers, or convolution pairs on the grid; heads, hidden: of the attention layers and
+    MLPs; width: channels of the convolutions on the grid; patch: pixels under a token (or under a cell of the map that
+    reads a set); positioned: whether the destination has a positional code; mixing: what the tokens of "splitting" are
+    mixed by, "attention" or "convolution".
     """
 
-    kind: Kind
+    kind: str
     source: Form
     destination: Form
     depth: int
@@ -53,21 +45,7 @@ class Design:
     width: int
     patch: Grid
     positioned: bool
-    mixing: Literal["attention", "convolution"] = "attention"
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a residual knows beside the values.
-
-    position: (1 | B, N, C) positional code and padding: (B, N) bool of the destination's grid tokens, or None;
-    source_padding: (B, M) bool and grids: of the source's tokens. Values of padded tokens are zero already.
-    """
-
-    position: Tensor | None = None
-    padding: Tensor | None = None
-    source_padding: Tensor | None = None
-    grids: tuple[Grid, ...] = ()
+    mixing: str = "attention"
 
 
 class Attention(nn.Module):
@@ -80,25 +58,12 @@ class Attention(nn.Module):
         self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
-    def forward(
-        self,
-        x: Tensor,
-        code: Tensor | None,
-        memory: Tensor | None = None,
-        memory_code: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        """x, code: (B, N, C); memory, memory_code: (B, M, C), or None for x itself; hidden: (B, M) bool or None."""
+    def forward(self, x: Tensor, code: Any, memory: Tensor | None, memory_code: Any, hidden: Tensor | None) -> Tensor:
+        """x: (B, N, C); memory: (B, M, C), or None for x itself; codes: of their shapes, or 0; hidden: (B, M) bool."""
         x = self.norm(x)
         memory, memory_code = (x, code) if memory is None else (memory, memory_code)
-        query, key, value = (
-            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for projected in (
-                self.query(x if code is None else x + code),
-                self.key(memory if memory_code is None else memory + memory_code),
-                self.value(memory),
-            )
-        )
+        projected = self.query(x + code), self.key(memory + memory_code), self.value(memory)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)
         mask = None if hidden is None else ~hidden[:, None, None, :]
         return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -115,28 +80,24 @@ class Layer(nn.Module):
         )
 
     def forward(
-        self,
-        x: Tensor,
-        code: Tensor | None = None,
-        hidden: Tensor | None = None,
-        memory: Tensor | None = None,
-        memory_code: Tensor | None = None,
+        self, x: Tensor, code: Any, hidden: Tensor | None, memory: Tensor | None = None, memory_code: Any = 0
     ) -> Tensor:
         if self.own is not None:
-            x = x + self.own(x, code, hidden=hidden)
+            x = x + self.own(x, code, None, 0, hidden)
         if self.crossed is not None:
-            x = x + self.crossed(x, code, memory, memory_code)
+            x = x + self.crossed(x, code, memory, memory_code, None)
         return x + self.mlp(x)
 
 
 class GridCodes(nn.Module):
-    """A learned code for each token: of its row and its column in its own grid, and of each prefix token."""
+    """A learned code for each token, of its row and its column in its own grid; for each prefix token or query."""
 
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.rows = nn.ParameterList(_codes(grid[0], form.channels) for grid in form.grids)
         self.columns = nn.ParameterList(_codes(grid[1], form.channels) for grid in form.grids)
-        self.prefix = _codes(form.prefix, form.channels) if form.prefix else None
+        alone = form.prefix or form.count
+        self.prefix = _codes(alone, form.channels) if alone else None
 
     def forward(self) -> Tensor:
         """(1, P + N, C)."""
@@ -169,12 +130,11 @@ class Shuffle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.factors[0] == self.factors[1]:
             return F.pixel_shuffle(x, self.factors[0])
-        grid = (x.shape[2], x.shape[3])
-        return unpatchify(x.flatten(2).transpose(1, 2), grid, self.factors)
+        return unpatchify(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]), self.factors)
 
 
 class Upsampling(nn.Module):
-    """Maps on one or more grids -> (B, channels, H, W): convolutions on the finest grid, then pixel shuffles.
+    """Tokens on one or more grids -> (B, channels, H, W): convolutions on the finest grid, then pixel shuffles.
 
     The number of shuffles follows from the prime factors of the patch (output cells a side of a grid cell), and the
     width halves with every shuffle, so that all resolutions cost about the same; the last shuffle makes the output, so
@@ -186,11 +146,10 @@ class Upsampling(nn.Module):
 
     def __init__(self, source: Form, channels: int, size: Grid, patch: Grid, width: int, depth: int) -> None:
         super().__init__()
-        self.grids, self.prefix, self.size = source.grids, source.prefix, size
-        finest = max(source.grids, key=area)
+        self.grids, self.size = source.grids, size
         # Where whole patches do not make the size, what they do make is resized, so that no cell is cut away.
-        self.fits = all(-(-side // step) == cells for side, step, cells in zip(size, patch, finest, strict=True))
-        *steps, last = _factors(*patch)
+        self.fits = over(size, patch) == max(source.grids, key=area)
+        *steps, last = _factors(patch)
         self.stems = nn.ModuleList(nn.Linear(source.channels, width) for _ in source.grids)
         self.from_prefix = nn.Linear(source.prefix * source.channels, width) if source.prefix else None
         self.stages = nn.ModuleList([nn.Sequential(*(ResidualConvolutions(width) for _ in range(depth)))])
@@ -204,101 +163,83 @@ class Upsampling(nn.Module):
         self.shuffle = Shuffle(last)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, grids: tuple[Grid, ...] = ()) -> Tensor:
-        """x: (B, P + N, C) on `grids` (default: those it was built for) -> (B, channels, H, W)."""
-        grids = grids or self.grids
-        maps = Tokens(x, grids, self.prefix).maps()
-        finest = max(grids, key=area)
-        parts = [stem(whole.movedim(1, 3)).movedim(3, 1) for stem, whole in zip(self.stems, maps, strict=True)]
+    def forward(self, x: Tokens) -> Tensor:
+        finest = max(x.grids, key=area)
+        parts = [stem(whole.movedim(1, 3)).movedim(3, 1) for stem, whole in zip(self.stems, x.maps(), strict=True)]
         y = torch.stack([part if part.shape[2:] == finest else F.interpolate(part, finest) for part in parts]).sum(0)
         if self.from_prefix is not None:
-            y = y + self.from_prefix(x[:, : self.prefix].flatten(1))[:, :, None, None]
+            y = y + self.from_prefix(x.prefix_values.flatten(1))[:, :, None, None]
         for stage in self.stages:
             y = stage(y)
         y = self.shuffle(self.head(F.gelu(self.norm(y))))
-        if grids != self.grids:
+        if x.grids != self.grids:
             return y
         return y[:, :, : self.size[0], : self.size[1]] if self.fits else F.interpolate(y, self.size, mode="bilinear")
 
 
 class UpsamplingResidual(nn.Module):
-    """Tokens -> pixels, or tokens of an equal or finer grid."""
+    """Tokens -> pixels, or tokens of an equal or finer grid; a set is first read by a learned map."""
 
     def __init__(self, design: Design) -> None:
         super().__init__()
-        end = design.destination
+        source, end, self.asking = design.source, design.destination, None
         self.flat = end.kind == "tokens"
-        self.upsampling = Upsampling(
-            design.source, end.channels, end.grids[0], design.patch, design.width, design.depth
-        )
+        if design.kind == "set_upsampling":
+            source = Form("tokens", design.width, (over(end.grids[0], design.patch),))
+            self.asking = Transformer(design, source, own=False)
+        self.upsampling = Upsampling(source, end.channels, end.grids[0], design.patch, design.width, design.depth)
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        y = self.upsampling(x, around.grids)
+    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        if self.asking is not None:
+            x = Tokens(self.asking(x, None, None), self.upsampling.grids)
+        y = self.upsampling(x)
         return y.flatten(2).transpose(1, 2) if self.flat else y
 
 
-class SetUpsamplingResidual(nn.Module):
-    """Queries or predictions -> pixels: a learned map asks the set, twice, and is then upsampled."""
+class Transformer(nn.Module):
+    """Tokens or queries -> the same form (values alone): layers that see positional codes.
 
-    def __init__(self, design: Design) -> None:
-        super().__init__()
-        size, width = design.destination.grids[0], design.width
-        grid = (-(-size[0] // design.patch[0]), -(-size[1] // design.patch[1]))
-        self.embed = nn.Linear(design.source.channels, width)
-        self.slots, self.map = _codes(design.source.count, width), _codes(area(grid), width)
-        self.layers = nn.ModuleList(Layer(width, design.heads, 2 * width, own=False, crossed=True) for _ in range(2))
-        self.upsampling = Upsampling(Form("tokens", width, (grid,)), 3, size, design.patch, width, design.depth)
-
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        memory, y = self.embed(x), self.map.expand(len(x), -1, -1)
-        for layer in self.layers:
-            y = layer(y, memory=memory, memory_code=self.slots)
-        return self.upsampling(y)
-
-
-class TransformerResidual(nn.Module):
-    """Tokens or queries -> the same form: layers that see positional codes.
-
-    Queries, and tokens on several grids, have learned codes too, which tell them apart. With a memory ("decoder") zeros
-    with the destination's codes read the set; where it has no positional code, one is learned.
+    Queries, and tokens on several grids, have learned codes too, which tell them apart. A set becomes another form by
+    reading: zeros with the form's codes, learned where there is no positional one, ask it in every layer.
     """
 
-    def __init__(self, design: Design) -> None:
+    def __init__(self, design: Design, form: Form, own: bool = True) -> None:
         super().__init__()
-        source, end, self.crossed = design.source, design.destination, design.kind == "decoder"
-        channels, self.prefix = end.channels, end.prefix
+        source, self.form, channels = design.source, form, form.channels
+        self.crossed = design.kind in ("decoder", "set_upsampling")
         self.embed = nn.Linear(source.channels, channels) if self.crossed else None
         self.slots = _codes(source.count, channels) if source.count else None
-        self.codes: nn.Parameter | GridCodes | None = None
-        if self.crossed and not design.positioned:
-            self.codes = _codes(end.count or sum(map(area, end.grids)), channels)
-        elif len(source.grids) > 1:
-            self.codes = GridCodes(source)
-        self.prefix_codes = _codes(self.prefix, channels) if self.crossed and self.prefix else None
+        learned = not (own and design.positioned) or form.prefix > 0 if self.crossed else len(source.grids) > 1
+        self.codes = GridCodes(form) if learned else None
         self.layers = nn.ModuleList(
-            Layer(channels, design.heads, design.hidden, crossed=self.crossed) for _ in range(design.depth)
+            Layer(channels, design.heads, design.hidden, own=own, crossed=self.crossed) for _ in range(design.depth)
         )
-        self.head = _head(channels, channels)
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        hidden = None if around.padding is None else F.pad(around.padding, (self.prefix, 0))
-        code = None if around.position is None else F.pad(around.position, (0, 0, self.prefix, 0))
-        if not self.crossed:
-            learned = self.codes() if isinstance(self.codes, GridCodes) else self.slots
-            code = learned if code is None else code if learned is None else code + learned
-            for layer in self.layers:
-                x = layer(x, code, hidden)
-            return self.head(x)
-        if isinstance(self.codes, Tensor):
-            code = F.pad(self.codes, (0, 0, self.prefix, 0))
-        assert code is not None
-        assert self.embed is not None
-        if self.prefix_codes is not None:
-            code = code + F.pad(self.prefix_codes, (0, 0, 0, code.shape[1] - self.prefix))
-        memory, y = self.embed(x), torch.zeros_like(code).expand(len(x), -1, -1)
+    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        form, slots = self.form, 0 if self.slots is None else self.slots
+        hidden = None if padding is None else F.pad(padding, (form.prefix, 0))
+        code = 0 if position is None else F.pad(position, (0, 0, form.prefix, 0))
+        code = code if self.codes is None else code + self.codes()
+        y, memory = x.values, None
+        if self.embed is None:
+            code = code + slots
+        else:
+            size = form.count or form.prefix + sum(map(area, form.grids))
+            memory, y = self.embed(y), y.new_zeros(len(y), size, form.channels)
         for layer in self.layers:
-            y = layer(y, code, hidden, memory, self.slots)
-        return self.head(y)
+            y = layer(y, code, hidden, memory, slots)
+        return y
+
+
+class TransformerResidual(Transformer):
+    """With a last layer that starts at zero."""
+
+    def __init__(self, design: Design) -> None:
+        super().__init__(design, design.destination)
+        self.head = _head(self.form.channels, self.form.channels)
+
+    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        return self.head(super().forward(x, position, padding))
 
 
 class SplittingResidual(nn.Module):
@@ -314,61 +255,50 @@ class SplittingResidual(nn.Module):
     def __init__(self, design: Design) -> None:
         super().__init__()
         source, end = self.source, self.destination = design.source, design.destination
-        self.layout = plan_layout(("", ""), source, end)
-        self.codes: GridCodes | None = None
-        self.end_codes: GridCodes | None = None
-        before: list[nn.Module]
-        after: list[nn.Module]
-        if design.mixing == "attention":
-            self.codes, self.end_codes = GridCodes(source), GridCodes(end)
-            heads = [_divisor(form.channels, design.heads) for form in (source, end)]
-            before = [Layer(source.channels, heads[0], design.hidden) for _ in range(design.depth)]
-            after = [Layer(end.channels, heads[1], 2 * end.channels)]
-        else:
-            before = [ResidualConvolutions(source.channels) for _ in range(design.depth)]
-            after = [ResidualConvolutions(end.channels)]
-        self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)
-        self.split = nn.ModuleDict(
-            {
-                name: _linear(block.inputs, block.outputs)
-                for name, block in self.layout.blocks.items()
-                if block.reading.what == "cells"
-            }
-        )
+        self.layout = plan_layout(("", ""), source, end, maximum_inputs=2**31)  # it learns what to read
+        attends = design.mixing == "attention"
+        self.codes, self.end_codes = (GridCodes(form) if attends else None for form in (source, end))
+
+        def layers(form: Form, count: int, hidden: int) -> nn.ModuleList:
+            heads = _divisor(form.channels, design.heads)
+            kinds: Any = (Layer, form.channels, heads, hidden) if attends else (ResidualConvolutions, form.channels)
+            return nn.ModuleList(kinds[0](*kinds[1:]) for _ in range(count))
+
+        self.before = layers(source, design.depth, design.hidden)
+        self.after = layers(end, 1, 2 * end.channels)
+        cells = {name: block for name, block in self.layout.blocks.items() if block.reading.what == "cells"}
+        self.split = nn.ModuleDict({name: nn.Linear(block.inputs, block.outputs) for name, block in cells.items()})
         self.first = nn.Linear(source.channels, end.channels) if end.prefix else None
         self.first_codes = _codes(end.prefix, end.channels) if end.prefix else None
         self.head = _head(end.channels, end.channels)
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        source, end = self.source, self.destination
-        code = None if self.codes is None else self.codes()
-        x = self._mixed(self.before, x, source, code, around.source_padding)
-        tokens = Tokens(x, source.grids, source.prefix, around.source_padding)
+    def forward(self, x: Tokens, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        end, layout = self.destination, self.layout
+        x = self._mixed(self.before, x, 0 if self.codes is None else self.codes())
         parts = []
         if self.first is not None:
-            equal = source.prefix == end.prefix
-            parts.append(self.first(tokens.prefix_values if equal else x.mean(1, keepdim=True)) + self.first_codes)
+            read = x.prefix_values if x.prefix == end.prefix else x.values.mean(1, keepdim=True)
+            parts.append(self.first(read) + self.first_codes)
         for level, (name, linear) in enumerate(self.split.items()):
-            block = self.layout.blocks[name]
-            rows = linear(pack_source(tokens, block)).unflatten(0, (len(x), -1))
-            grid, patch = block.reading.cells(source.grids), self.layout.patches[level]
-            whole = resized(unpatchify(rows, grid, patch, self.layout.canvas(block, level)), end.grids[level])
+            block = layout.blocks[name]
+            rows = linear(pack_source(x, block)).unflatten(0, (x.batch, -1))
+            cells, canvas = block.reading.cells(x.grids), layout.canvas(block, level)
+            whole = resized(unpatchify(rows, cells, layout.patches[level], canvas), end.grids[level])
             parts.append(whole.flatten(2).transpose(1, 2))
-        code = None if self.end_codes is None else self.end_codes()
-        if code is not None and around.position is not None:
-            code = code + F.pad(around.position, (0, 0, end.prefix, 0))
-        return self.head(self._mixed(self.after, torch.cat(parts, dim=1), end, code, around.padding))
+        code: Any = 0 if self.end_codes is None else self.end_codes()
+        if position is not None:
+            code = code + F.pad(position, (0, 0, end.prefix, 0))
+        y = Tokens(torch.cat(parts, dim=1), end.grids, end.prefix, padding)
+        return self.head(self._mixed(self.after, y, code).values)
 
-    def _mixed(
-        self, layers: nn.ModuleList, x: Tensor, form: Form, code: Tensor | None, padding: Tensor | None
-    ) -> Tensor:
-        if code is not None:
-            hidden = None if padding is None else F.pad(padding, (form.prefix, 0))
-            for layer in layers:
-                x = layer(x, code, hidden)
-            return x
-        maps = [nn.Sequential(*layers)(whole) for whole in Tokens(x, form.grids, form.prefix).maps()]
-        return torch.cat([x[:, : form.prefix], *(whole.flatten(2).transpose(1, 2) for whole in maps)], dim=1)
+    def _mixed(self, layers: nn.ModuleList, x: Tokens, code: Any) -> Tokens:
+        if self.codes is None:
+            maps = [nn.Sequential(*layers)(whole).flatten(2).transpose(1, 2) for whole in x.maps()]
+            return x.replace(torch.cat([x.prefix_values, *maps], dim=1))
+        hidden = None if x.padding is None else F.pad(x.padding, (x.prefix, 0))
+        for layer in layers:
+            x = x.replace(layer(x.values, code, hidden))
+        return x
 
 
 class MlpResidual(nn.Module):
@@ -381,20 +311,20 @@ class MlpResidual(nn.Module):
         self.middle = nn.Linear(design.hidden, design.hidden)
         self.head = _head(design.hidden, design.destination.channels)
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        x = self.embed(x) if self.slots is None else self.embed(x) + self.slots
-        return self.head(F.gelu(self.middle(F.gelu(x))))
+    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        y = self.embed(x.values) if self.slots is None else self.embed(x.values) + self.slots
+        return self.head(F.gelu(self.middle(F.gelu(y))))
 
 
-RESIDUALS: dict[Kind, type[nn.Module]] = {
-    "upsampling": UpsamplingResidual,
-    "convolution": UpsamplingResidual,
-    "set_upsampling": SetUpsamplingResidual,
-    "encoder": TransformerResidual,
-    "decoder": TransformerResidual,
-    "queries": TransformerResidual,
-    "splitting": SplittingResidual,
-    "mlp": MlpResidual,
+RESIDUALS: dict[str, type[nn.Module]] = {
+    "upsampling": UpsamplingResidual,  # tokens -> pixels
+    "convolution": UpsamplingResidual,  # tokens -> the tokens before a backbone
+    "set_upsampling": UpsamplingResidual,  # queries, predictions -> pixels
+    "encoder": TransformerResidual,  # tokens -> tokens on the same grids
+    "decoder": TransformerResidual,  # queries, predictions -> tokens, or another number of queries
+    "queries": TransformerResidual,  # queries -> queries
+    "splitting": SplittingResidual,  # tokens -> tokens on other grids, of other channels or prefix
+    "mlp": MlpResidual,  # through norms, projections and heads
 }
 
 
@@ -411,19 +341,19 @@ def design_for(
     positioned: whether the destination has a positional code; reduction: pixels a token side, used where it fits.
     Raises BacksightError where there is no module from the one form to the other.
     """
-    kind, patch = _kind(source, destination, stage), (1, 1)
     between = "" if stage is None else stage.kind
+    kind, patch = _kind(source, destination, between), (1, 1)
+    width = min(384, max(32, source.channels * 3 // 4 // 16 * 16))
+    layers, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
     if kind in ("upsampling", "convolution"):
         size, grid = destination.grids[0], max(source.grids, key=area)
-        patch = (-(-size[0] // grid[0]), -(-size[1] // grid[1]))
-        given = zip(size, reduction or patch, grid, strict=True)
-        if destination.kind == PIXELS and all(-(-side // step) == cells for side, step, cells in given):
-            patch = reduction or patch
+        patch = over(size, grid)
+        if destination.kind == PIXELS and reduction and over(size, reduction) == grid:
+            patch = reduction
     elif kind == "set_upsampling":
-        patch = reduction or (8, 8)
-    width = min(384, max(64 if kind == "set_upsampling" else 32, source.channels * 3 // 4 // 16 * 16))
-    layers, heads, hidden = SHALLOW, 4, 2 * max(source.channels, destination.channels)
-    mixing: Literal["attention", "convolution"] = "convolution" if between in LOCAL_STAGES else "attention"
+        patch, width = reduction or (8, 8), max(64, width)
+        hidden = 2 * width
+    mixing = "convolution" if between in LOCAL_STAGES else "attention"
     if stage is not None and kind in ("encoder", "decoder", "queries", "splitting") and mixing == "attention":
         layers = max(1, stage.depth)
         heads, hidden = stage.heads or heads, stage.hidden or hidden
@@ -432,12 +362,19 @@ def design_for(
     return Design(kind, source, destination, layers, heads, hidden, width, patch, positioned, mixing)
 
 
-def _kind(source: Form, destination: Form, stage: Stage | None) -> Kind:
-    between = "" if stage is None else stage.kind
+def _kind(source: Form, destination: Form, between: str) -> str:
     if destination.kind == PIXELS:
         return "upsampling" if source.kind == "tokens" else "set_upsampling"
     if source.kind == destination.kind == "tokens":
-        return _kind_between_tokens(source, destination, between)
+        if between in ("backbone", "convolution", "patch_embedding"):
+            finest, single = max(source.grids, key=area), destination.prefix == 0 and len(destination.grids) == 1
+            tall, wide = destination.grids[0]
+            return "convolution" if single and tall >= finest[0] and wide >= finest[1] else "splitting"
+        if (source.grids, source.prefix) != (destination.grids, destination.prefix):
+            return "splitting"
+        if between not in ("blocks", "encoder", "decoder"):
+            return "mlp"
+        return "encoder" if source.channels == destination.channels else "splitting"
     if source.kind == "tokens" or destination.kind == "predictions":
         raise BacksightError(
             f"There is no inverse module from {source} to {destination}: inverses run against the forward pass, in "
@@ -448,46 +385,20 @@ def _kind(source: Form, destination: Form, stage: Stage | None) -> Kind:
     return "mlp" if source.kind == "predictions" or between == "norm" else "queries"
 
 
-def _kind_between_tokens(source: Form, destination: Form, between: str) -> Kind:
-    if between in ("backbone", "convolution", "patch_embedding"):
-        finest, single = max(source.grids, key=area), destination.prefix == 0 and len(destination.grids) == 1
-        if single and all(side >= cells for side, cells in zip(destination.grids[0], finest, strict=True)):
-            return "convolution"
-        return "splitting"
-    if (source.grids, source.prefix) != (destination.grids, destination.prefix):
-        return "splitting"
-    if between not in ("blocks", "encoder", "decoder"):
-        return "mlp"
-    return "encoder" if source.channels == destination.channels else "splitting"
-
-
 def _divisor(channels: int, heads: int) -> int:
     """The largest number of heads, `heads` at most, that divides the channels."""
     return next(number for number in range(min(heads, channels), 0, -1) if channels % number == 0)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Module:
-    """A linear map, in two factors where it would have more than SPLIT_PARAMETERS."""
-    if inputs * outputs <= SPLIT_PARAMETERS:
-        return nn.Linear(inputs, outputs)
-    rank = max(16, SPLIT_PARAMETERS // (inputs + outputs))
-    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs))
-
-
-def _factors(tall: int, wide: int) -> list[Grid]:
+def _factors(patch: Grid) -> list[Grid]:
     """Prime factors of both sides, in pairs, the largest last; (1, 1) for sides of one."""
-    sides: list[list[int]] = []
-    for number in (tall, wide):
-        factors, divisor = [], 2
-        while number > 1:
-            while number % divisor == 0:
-                factors.append(divisor)
-                number //= divisor
-            divisor += 1
-        sides.append(factors)
-    length = max(1, *map(len, sides))
-    first, second = ([1] * (length - len(side)) + side for side in sides)
-    return list(zip(first, second, strict=True))
+    sides: list[list[int]] = [[], []]
+    for side, factors in zip(patch, sides, strict=True):
+        for prime in range(2, side + 1):
+            while side % prime == 0:
+                factors.insert(0, prime)
+                side //= prime
+    return list(zip_longest(*sides, fillvalue=1))[::-1] or [(1, 1)]
 
 
 def _codes(count: int, channels: int) -> nn.Parameter:
@@ -498,8 +409,7 @@ def _head(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(inputs), _zeroed(nn.Linear(inputs, outputs)))
 
 
-def _zeroed(layer: nn.Linear | nn.Conv2d) -> Any:
+def _zeroed(layer: Any) -> Any:
     nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.bias)
     return layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ def held_out_passes(
 ) -> Iterator[tuple[Tensor, dict[str, Representation], bool]]:
     """Every batch with its representations and whether it is held out: one forward pass an image."""
     state, seen = processes(), 0
-    for held_out, source in ((False, images), (True, validation)):
-        if source is None:
-            continue
+    for held_out, source in ((False, images), (True, validation)) if validation is not None else ((False, images),):
         own = share(source)
         bar = tqdm(
             recorded_batches(target, own, taps, batch_size),
@@ -71,7 +69,7 @@ def recorded_batches(
         for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
             yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
         return
-    source = cast("ImageSource | Tensor", images)  # a store stands where an ImageSource does
+    source: Any = images  # a store stands where an ImageSource does
     for batch in itertools.islice(batches(source, batch_size), steps):
         batch = batch.to(target.device)
         yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
