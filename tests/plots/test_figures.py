@@ -14,17 +14,17 @@ from matplotlib.text import Text
 from PIL import Image
 
 from backsight.errors import BacksightError
-from backsight.plots import style as figures
-from backsight.plots.cards import class_scores, training_curves
-from backsight.plots.grids import _broken, family_grid, merged_order, reconstruction_grid
-from backsight.plots.style import depth_curves, family_colour, inverse_order, png_bytes, target_colour
-from backsight.scenes.render import CLASSES, UNOWNED_HUES
+from backsight.plots.bars import bars
+from backsight.plots.depth import by_depth, curves
+from backsight.plots.grids import _broken, family_grid, merged_order, picture_table, reconstruction_grid
+from backsight.plots.matrix import matrices
+from backsight.plots.style import INVERSE_NAMES, ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
+from backsight.scenes.render import UNOWNED_HUES
 from backsight.tables import names
 from backsight.tables.names import RIGHT
 
 TAPS = ("backbone", "encoder.layers.0", "decoder.layernorm", "predictions")
 FAMILIES = ("linear", "direct", "modular", "modular_polished")
-HUES = {kind.name: kind.hue for kind in CLASSES}
 NULLS = ("null_mean", "null_shuffled", "null_untrained")
 
 
@@ -61,23 +61,39 @@ def picture(height: int = 8, width: int = 8, value: float = 0.5) -> np.ndarray:
     return (0.5 * ramp + 0.5 * value).astype(np.float32)
 
 
-def card() -> dict[str, object]:
-    names = ("all", "canonical", "colour-free", "disc", "star", "arrow")
-    scores = [
-        {"rule": rule, "measure": "top1", "classes": name, "value": 0.9 - 0.1 * (rule == "uniform") - 0.01 * i}
-        for rule in ("mixed", "uniform")
-        for i, name in enumerate(names)
-    ]
-    return {"target": "scenes-vit", "scores": scores}
-
-
 def history() -> pd.DataFrame:
     return pd.DataFrame(
-        {"step": step, "module": module, "split": split, "loss": 1.0 / step, "seconds": 0.1 * step}
-        for module in ("blocks.0", "blocks.1")
+        {"step": step, "module": module, "split": split, "value": 1.0 / step, "seconds": 0.1 * step}
+        for module in [f"blocks.{i}" for i in range(9)]
         for split, every in (("train", 1), ("validation", 5))
         for step in range(every, 11, every)
     )
+
+
+def training() -> ShownFigure:
+    return curves(history(), "Loss by step", "step", "module", "split", log="y", ylabel="loss")
+
+
+def matrix(taps: int) -> pd.DataFrame:
+    names = [f"blocks.{i}" for i in range(taps)]
+    rows = pd.DataFrame(
+        {"source_tap": down, "target_tap": across, "depth": i, "inverse": name, "value": i + 10.0 * j}
+        for i, down in enumerate(names)
+        for j, across in enumerate(names)
+        for name in ("linear", "modular")
+        if i != j
+    )
+    return rows.assign(target="scenes-vit", low=rows["value"] - 1, high=rows["value"] + 1, n=9).iloc[::-1]
+
+
+def shares() -> pd.DataFrame:
+    rows = pd.DataFrame(
+        {"tap": tap, "depth": depth, "inverse": inverse, "measure": measure, "value": value}
+        for depth, tap in enumerate(TAPS)
+        for inverse in ("linear", "modular")
+        for measure, value in (("share_keep", 0.7), ("share_revert", 0.3))
+    )
+    return rows.assign(target="scenes-vit", low=rows["value"] - 0.1, high=rows["value"] + 0.1, n=9)
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +102,25 @@ def drawn() -> dict[str, Figure]:
     images = np.stack([picture(6, 12, value) for value in (0.2, 0.8)])
     taps = {tap: np.clip(images * 0.9, 0, 1) for tap in TAPS}
     return {
-        "curves": depth_curves(pd.concat([tidy(), tidy("scenes-detr")])),
+        "curves": by_depth(pd.concat([tidy(), tidy("scenes-detr")]), "psnr", "What comes back"),
+        "training": training(),
+        "matrices": matrices(matrix(8), "Each through each"),
+        "bars": bars(shares(), "Kept or not", whiskers=["share_keep"]),
         "grid": reconstruction_grid(torch.from_numpy(images), taps),
         "families": family_grid(images[0], {"direct": {TAPS[1]: images[0] / 2}, "linear": {TAPS[0]: images[1]}}),
-        "training": training_curves(history()),
-        "classes": class_scores(card(), HUES),
+        "table": picture_table(
+            {"one": images, "none": [None, images[0]]}, "Two columns", {"none": ["", "–"]}, ["a", "b"]
+        ),
     }
 
 
-@pytest.mark.parametrize("kind", ["curves", "grid", "families", "training", "classes"])
+@pytest.mark.parametrize("kind", ["curves", "training", "matrices", "bars", "grid", "families", "table"])
 def test_texts_are_readable_and_nothing_is_cut_off(drawn: dict[str, Figure], kind: str) -> None:
     figure = drawn[kind]
     assert figure.get_size_inches()[0] == pytest.approx(6.5)
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert texts
-    assert min(text.get_fontsize() for text in texts) >= 7
+    assert min(text.get_fontsize() for text in texts) >= 8
     drawn_in = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())  # inches
     width, height = figure.get_size_inches()
     assert drawn_in.x0 > -0.02
@@ -111,7 +131,7 @@ def test_texts_are_readable_and_nothing_is_cut_off(drawn: dict[str, Figure], kin
 
 def test_nothing_global_changes() -> None:
     before = dict(matplotlib.rcParams)
-    figure = training_curves(history())
+    figure = training()
     assert dict(matplotlib.rcParams) == before
     data, size = figure._repr_png_()
     assert data.startswith(b"\x89PNG")
@@ -119,61 +139,86 @@ def test_nothing_global_changes() -> None:
 
 
 def test_a_png_is_the_same_every_time_and_carries_its_caption() -> None:
-    first, second = png_bytes(training_curves(history())), png_bytes(training_curves(history()))
+    first, second = png_bytes(training()), png_bytes(training())
     assert first == second
     with Image.open(io.BytesIO(first)) as image:
         assert set(image.info) == {"dpi", "Title", "Description"}
-        assert "blocks.1 0.1" in image.info["Description"]
+        assert "train, blocks.0: 1 to 0.1" in image.info["Description"]
 
 
-def test_a_png_says_whether_it_shows_images(drawn: dict[str, Figure]) -> None:
-    comments = {}
-    for kind, figure in drawn.items():
+def test_every_png_says_what_it_shows(drawn: dict[str, Figure]) -> None:
+    for figure in drawn.values():
         with Image.open(io.BytesIO(png_bytes(figure, dpi=50))) as image:
-            comments[kind] = image.info.get("Comment")
             assert image.info["Title"]
             assert image.info["Description"]
-    assert comments == dict.fromkeys(drawn) | {"grid": "pictures", "families": "pictures"}
 
 
-def test_curves_show_the_means_in_forward_order() -> None:
-    rows = tidy(seeds=(0, 2))
-    axes = depth_curves(rows).axes[0]
+def test_curves_show_the_values_in_forward_order_and_name_each_line_once() -> None:
+    axes = by_depth(tidy(), "psnr").axes[0]
     lines = {colors.to_hex(line.get_color()): line for line in axes.lines if line.get_marker() != "None"}
-    assert set(lines) == {family_colour(name) for name in FAMILIES}
-    np.testing.assert_allclose(lines[family_colour("direct")].get_ydata(), [30.0, 27.0, 24.0, 21.0])
+    assert set(lines) == {colour_of(name) for name in FAMILIES}
+    np.testing.assert_allclose(lines[colour_of("direct")].get_ydata(), [29.0, 26.0, 23.0, 20.0])
     dashed = [line for line in axes.lines if line.get_marker() == "None"]
     assert len(dashed) == len(NULLS)
     assert all(line.is_dashed() for line in dashed)
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TAPS)
-    lowest, highest = axes.dataLim.intervaly
-    assert lowest <= 16.5  # the bands cover the intervals of both seeds
-    assert highest == 32.5
-    assert "PSNR (dB)" in axes.get_ylabel()
+    assert sorted(text.get_text() for text in axes.texts) == sorted(look_of(name).label for name in FAMILIES + NULLS)
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    assert min(np.diff(heights)) > 0.03, "names of lines lie on one another"
+    assert axes.get_ylabel() == "PSNR (dB)"
 
 
-def test_every_data_set_has_its_own_panel() -> None:
-    rows = pd.concat([tidy(), tidy(dataset="photographs"), tidy("x")])
-    figure = depth_curves(rows)
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["scenes-vit · scenes, test", "x · scenes, test"] + [
-        f"{name} · photographs, test" for name in ("scenes-vit", "x")
-    ]
-    assert not figure.axes[3].lines  # not measured, and said so
+def test_every_target_and_data_set_has_its_own_panel_and_every_measure() -> None:
+    figure = by_depth(pd.concat([tidy(), tidy(dataset="photographs"), tidy("x")]), "psnr")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["scenes-vit · scenes, test", "scenes-vit · photographs, test", "x · scenes, test"]
+    rows = pd.concat([tidy(), tidy().assign(measure="ssim", ceiling=25.0)])
+    figure = by_depth(rows, ["ssim", "psnr", "r2"], levels={"on true images": "ceiling"})
+    assert sorted(axes.get_title(loc="left") for axes in figure.axes) == ["PSNR (dB)", "SSIM (1 = identical)"]
+    assert "n = 100 images" in figure.caption
+    assert "95 % intervals" in figure.caption
+
+
+def test_of_many_taps_four_lines_are_drawn() -> None:
+    figure = training()
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4]
+    assert {text.get_text() for axes in figure.axes for text in axes.texts} == {f"blocks.{i}" for i in (0, 3, 5, 8)}
+
+
+def test_no_step_at_all_has_a_place_on_a_logarithmic_axis() -> None:
+    rows = tidy(inverses=("linear",)).assign(steps=[0, 10, 100, 1000])
+    axes = curves(rows, "PSNR by steps", "steps", log="x").axes[0]
+    assert axes.lines[0].get_xdata()[0] == 0
+    assert axes.transData.transform((0, 20))[0] < axes.transData.transform((10, 20))[0]
 
 
 @pytest.mark.parametrize(
     ("rows", "measure", "named"),
     [
         (tidy(), "pnsr", "psnr"),
-        (tidy().drop(columns="low"), "psnr", "low"),
+        (tidy().drop(columns="value"), "psnr", "value"),
         (pd.concat([tidy(), tidy()]), "psnr", "linear at predictions"),
-        (tidy().assign(tap=None), "psnr", "psnr"),
+        (tidy().assign(tap=None), "psnr", "nothing to draw"),
     ],
 )
 def test_tables_that_would_mislead_are_refused(rows: pd.DataFrame, measure: str, named: str) -> None:
     with pytest.raises(BacksightError, match=named):
-        depth_curves(rows, measure)
+        by_depth(rows, measure)
+
+
+def test_a_matrix_has_the_order_of_the_taps_and_numbers_where_they_fit() -> None:
+    axes = matrices(matrix(3), "Each through each").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2"]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[np.nan, 10, 20], [1, np.nan, 21], [2, 12, np.nan]])
+    assert [text.get_text() for text in axes.texts] == ["10", "20", "1", "21", "2", "12"]
+    assert not matrices(matrix(9), "Each through each").axes[0].texts
+
+
+def test_stacked_bars_add_up_and_backward_is_the_other_way_round() -> None:
+    axes = bars(shares(), "Kept or not", backward=True).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["pred", "dec norm", "enc 0", "backbone"]
+    tops = [bar.get_y() + bar.get_height() for bar in axes.patches]
+    np.testing.assert_allclose(tops, [0.7] * 4 + [1.0] * 4)
 
 
 def test_a_grid_holds_the_pictures_unsmoothed_and_in_proportion(drawn: dict[str, Figure]) -> None:
@@ -221,26 +266,11 @@ def test_pictures_of_another_kind_are_refused(images: np.ndarray, made: dict, me
         reconstruction_grid(images, made)
 
 
-def test_class_scores_draw_both_colour_rules(drawn: dict[str, Figure]) -> None:
-    axes = drawn["classes"].axes[0]
-    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [0.87, 0.86, 0.85, 0.77, 0.76, 0.75])
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["disc (0°)", "star (0°)", "arrow (any hue)"]
-    with pytest.raises(BacksightError, match="no scores"):
-        class_scores({"target": "scenes-vit"}, HUES)
-
-
-def test_a_history_without_rows_or_columns_is_refused() -> None:
-    with pytest.raises(BacksightError, match="nothing was trained"):
-        training_curves(history().iloc[:0])
-    with pytest.raises(BacksightError, match="lacks the columns loss"):
-        training_curves(history().drop(columns="loss"))
-
-
 def test_colours_mean_one_thing() -> None:
-    assert not set(figures.FAMILY_COLOURS.values()) & set(figures.TARGET_COLOURS.values())
-    assert target_colour("vit_base_patch16_224") == target_colour("vit_base_patch16_224")
-    assert target_colour("vit_base_patch16_224") not in figures.FAMILY_COLOURS.values()
+    inverses = {look_of(name).colour for name in INVERSE_NAMES if not name.startswith("null_")} - {colour_of("probe")}
+    assert not inverses & {colour_of(name) for name in ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr")}
+    assert colour_of("vit_base_patch16_224") == colour_of("vit_base_patch16_224")
+    assert colour_of("vit_base_patch16_224") not in inverses
     assert inverse_order(["null_mean", "modular", "own", "linear"]) == ["linear", "modular", "own", "null_mean"]
 
 
@@ -248,6 +278,11 @@ def test_long_tap_names_break_at_their_dots() -> None:
     assert _broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
     assert _broken("blocks.2", 0.55) == ["blocks.2"]
     assert merged_order([["a", "c"], ["a", "b", "c", "d"]]) == ["a", "b", "c", "d"]
+
+
+def test_short_names_of_taps() -> None:
+    names = ["blocks.3", "encoder.layers.1.attn", "layers.0.blocks.1", "patch_embed", "norm"]
+    assert [short_tap(name) for name in names] == ["3", "enc 1.attn", "0.1", "embed", "norm"]
 
 
 def test_names_of_tables_are_those_of_the_rooms_that_make_them() -> None:

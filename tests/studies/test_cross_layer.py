@@ -8,15 +8,6 @@ import torch
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear
 from backsight.measures.pixels import psnr
-from backsight.plots.cross_layer import (
-    cross_grid,
-    cross_matrix,
-    decay_curve,
-    half_step_curves,
-    short_tap,
-    similarity_matrices,
-    slope_table,
-)
 from backsight.representation import Queries, Tokens
 from backsight.studies import cross_layer, layers
 from backsight.studies.layers import cross_application, translated
@@ -229,28 +220,3 @@ def test_the_families_asked_for_are_taken_and_others_are_named():
     assert layers.chosen_families(found, ["linear", "modular"], ["a"]) == {0: {"linear": {"a": len}}}
     with pytest.raises(BacksightError, match="linear, direct"):
         layers.chosen_families(found, ["modular"], ["a"])
-
-
-def test_figures_are_drawn_from_the_table_as_it_is_read_again(study, vit, images, tmp_path):
-    fitted, metrics = study
-    metrics.to_csv(tmp_path / "metrics.csv", index=False)
-    table = pd.read_csv(tmp_path / "metrics.csv")
-    for draw in (cross_matrix, similarity_matrices, decay_curve, half_step_curves):
-        figure = draw(table)
-        assert "n = 20 images" in figure.caption
-        assert figure.description
-    assert slope_table(table).loc[("blocks", "linear"), "decay_slope"].count("[") == 1
-    inverses = {tap: fitted[0][tap] for tap in vit.taps}
-    pictures = layers.cross_pictures(vit, images[:1], inverses)
-    figure = cross_grid(images[0], {pair: made[0] for pair, made in pictures.items()})
-    assert len(figure.axes) == 1 + len(pictures) == 17
-    assert figure.shows_images
-    with pytest.raises(BacksightError, match="no two of the taps"):
-        cross_grid(images[0], {("norm", "norm"): images[0]})
-    with pytest.raises(BacksightError, match="select one target"):
-        cross_matrix(pd.concat([table, table.assign(target="other")]))
-
-
-def test_short_names_of_taps():
-    names = ["blocks.3", "encoder.layers.1.attn", "layers.0.blocks.1", "patch_embed", "norm"]
-    assert [short_tap(name) for name in names] == ["3", "enc 1.attn", "0.1", "embed", "norm"]

@@ -10,8 +10,6 @@ from torch import nn
 
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
-from backsight.plots import efficiency as figures_efficiency
-from backsight.plots.style import ShownFigure
 from backsight.studies import efficiency, trainings
 from backsight.studies.trainings import ALL, METHODS, Cost, Setting, Starts, Trial
 from backsight.tables.values import METRIC_COLUMNS
@@ -212,37 +210,6 @@ def test_claims_can_come_out_either_way(metrics: pd.DataFrame) -> None:
     assert "tie" in numbers["direct (closed_form): the best learning rate is inside the range searched"]
     worse = metrics.assign(value=metrics["value"].where(metrics["inverse"] != "modular", 1.0))
     assert not efficiency.check_comparison(worse).set_index("claim")["holds"][claim]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "efficiency_curves",
-        "tap_scores",
-        "chain_errors",
-        "data_size_curves",
-        "search_curves",
-        "start_scores",
-        "cost_of_pictures",
-    ],
-)
-def test_figures_are_drawn_from_the_table_alone(metrics: pd.DataFrame, name: str) -> None:
-    figure = getattr(figures_efficiency, name)(metrics)
-    assert isinstance(figure, ShownFigure)
-    assert "95 % intervals" in figure.caption
-    assert figure.description
-    doubled = pd.concat([metrics, metrics.assign(target="another")])
-    with pytest.raises(BacksightError, match="select one target"):
-        getattr(figures_efficiency, name)(doubled)
-
-
-def test_pictures_of_methods_and_errors_of_tables(metrics: pd.DataFrame) -> None:
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
-    figure = figures_efficiency.method_grid(images, {"direct": images, "optimised_tv": images * 0.5}, "blocks.5")
-    assert figure.shows_images
-    assert "direct 100.0 dB" in figure.description
-    with pytest.raises(BacksightError, match="part 'data'"):
-        figures_efficiency.data_size_curves(metrics[metrics["part"] != "data"])
 
 
 def test_judged_taps_and_chains(setting: Setting) -> None:

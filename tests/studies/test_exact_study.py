@@ -17,13 +17,6 @@ from backsight.exact.inverse import ExactInverse, exact_inverses
 from backsight.exact.solver import Settings
 from backsight.exact.starts import StagedStart, fit_prior
 from backsight.inverses.linear import fit_linear
-from backsight.plots.exact import (
-    chain_figure,
-    half_step_figure,
-    roots_figure,
-    rules_figure,
-    second_root_figure,
-)
 from backsight.representation import Tokens
 from backsight.studies import exact as study
 from backsight.studies.exact import (
@@ -220,11 +213,6 @@ def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: 
     assert value(table, "tokens_right", rule="nearest to the staged start") == 0
     assert value(table, "tokens_right", rule="shortest") == 0
     assert value(table, "images_right", rule="most usual") == 1
-    names = [
-        label.get_text()
-        for label in rules_figure(table.assign(study="roots", weights="shipped")).axes[0].get_yticklabels()
-    ]
-    assert names[-1] == "most usual"
     guessed = rows_of(find_roots(inverse, LAST, truth, {"told": lambda y: truth[HALF].values[: y.batch]}, **QUIET))
     assert value(guessed, "tokens_right", rule="told start") == 1
     assert value(guessed, "tokens_right", rule="nearest to the told start") == 1
@@ -275,14 +263,7 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
         expected + 20 * math.log10(tokens - 1), abs=1e-3
     )
     assert shown.metrics[shown.metrics["picture"] == RANDOM_MOVE]["measure"].ne("residual").all()
-    figure = second_root_figure(shown.images, shown.pictures, shown.reached, shown.metrics)
-    assert figure.shows_images
-    assert figure.caption
     assert all(bool(each.all()) for each in shown.reached.values())
-    lost = {**shown.reached, ONE_TOKEN: torch.zeros(len(shown.images), dtype=torch.bool)}
-    drawn = second_root_figure(shown.images, shown.pictures, lost, shown.metrics)
-    marks = [axes.get_xlabel() for axes in drawn.axes if axes.get_xlabel() == "–"]
-    assert marks == ["–"] * 2 * len(shown.images[:4]), "a picture of no solution is not shown, for either family"
     with pytest.raises(BacksightError, match="decoded by all"):
         second_root_pictures(case, found, images, {"linear": {}}, **QUIET)
 
@@ -328,7 +309,7 @@ def test_where_exactness_ends_is_told_for_every_tap() -> None:
     assert "no tokens of the image" in made.loc["decoder.layers.0", "reason"]
 
 
-def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None:
+def test_the_whole_study_runs_small() -> None:
     target: Target = small_timm("ViT")
     shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
     families = {"linear": fit_linear(target, shown, taps=["patch_embed", "blocks.0"], progress=False)}
@@ -343,11 +324,3 @@ def test_the_whole_study_runs_small_and_its_figures_say_what_they_show() -> None
     assert set(chain.loc[chain["seeds"] == 2, "n"]) <= {0, 2}
     for _, part in chain[chain["measure"].isin(FATES)].groupby("seeds"):
         assert part["value"].sum() == pytest.approx(1)
-    # The small target's own weights are random as well: the others are named as trained here, to have both.
-    named = metrics.assign(weights=np.where(metrics["seeds"] == 1, "shipped", "random"))
-    for figure in (half_step_figure(named), roots_figure(named), chain_figure(named)):
-        assert "trained" in figure.caption
-        assert "n = " in figure.caption
-        assert figure.description
-    with pytest.raises(BacksightError, match="nothing to choose"):
-        rules_figure(named)

@@ -3,12 +3,10 @@
 import copy
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from backsight.errors import BacksightError
-from backsight.plots.factors import factor_curves, factor_heatmap
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.scenes.render import CLASSES, TEXTURES, render
 from backsight.studies.factors import (
@@ -198,29 +196,3 @@ def test_seeds_that_would_mislead_are_refused(seeds):
 def test_unknown_taps_and_too_few_scenes_are_refused():
     with pytest.raises(BacksightError, match="at least two scenes"):
         factor_table(Oracle(), test_count=1)
-
-
-# ------------------------------------------------------------------------------------------------------- figures
-
-
-def test_heatmap_prints_every_score_and_makes_the_sure_ones_bold(table):
-    axes = factor_heatmap(table).axes[0]
-    assert len(axes.texts) == len(FACTORS) * (len(TAPS) + len(NULLS) + 1)
-    weights = [text.get_weight() for text in axes.texts[: len(TAPS)]]
-    assert weights[TAPS.index("queries")] == "bold"
-    assert weights[TAPS.index("noise")] == "normal"
-
-
-def test_heatmap_of_many_taps_continues_below(table):
-    many = [table[table["tap"] == "noise"].assign(tap=f"blocks.{i}", depth=i) for i in range(30)]
-    assert len(factor_heatmap(pd.concat(many)).axes) == 3
-
-
-@pytest.mark.parametrize("draw", [factor_heatmap, factor_curves])
-def test_figures_refuse_what_they_cannot_draw(draw, table):
-    with pytest.raises(BacksightError, match="lacks the columns factor"):
-        draw(table.drop(columns="factor"))
-    with pytest.raises(BacksightError, match="no factor_score of a probe"):
-        draw(table[table["inverse"] != "probe"])
-    with pytest.raises(BacksightError, match="several scores of"):
-        draw(pd.concat([table, table]))

@@ -172,12 +172,12 @@ def test_maps_are_the_picture_in_parts(by_seed, target):
 
 
 def test_one_family_s_nulls_are_chosen_for_curves(by_seed, target):
-    from backsight.plots.style import depth_curves
+    from backsight.plots.depth import by_depth
 
     with pytest.raises(BacksightError, match="several values"):
-        depth_curves(metrics(by_seed.values.table()), "psnr")
+        by_depth(metrics(by_seed.values.table()), "psnr")
     chosen = with_nulls_of(metrics(by_seed.values.table()), "direct")
-    depth_curves(chosen, "psnr")
+    by_depth(chosen, "psnr")
     psnr = chosen[chosen.measure == "psnr"]
     assert dict(psnr[psnr.inverse.str.startswith("null_")].groupby("inverse").family.first().dropna()) == {
         "null_shuffled": "direct",

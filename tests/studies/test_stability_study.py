@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,15 +19,6 @@ from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr
-from backsight.plots.stability import (
-    amplification_by_step,
-    fragile_directions,
-    map_gain,
-    psnr_by_noise,
-    recoverable_by_depth,
-    reliability_curves,
-    uncertainty_pictures,
-)
 from backsight.studies.stability import Probes, Stability, disturbed, measure_stability, parse_noises
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
@@ -278,23 +268,3 @@ def test_exact_solves_are_judged_beside_the_others(
     alone = float(steps.loc[steps["step"] == "blocks.0", "value"].iloc[0])
     assert float(chain.loc[chain["step"] == "blocks.0", "value"].iloc[0]) == pytest.approx(alone, rel=0.25)
     assert with_exact.pictures["blocks.0", "float32"]["exact"].shape == (1, 3, 16, 24)
-
-
-def test_figures_tell_what_they_show(study: Stability, with_exact: Stability) -> None:
-    made = [
-        psnr_by_noise(study.metrics),
-        map_gain(study.metrics),
-        recoverable_by_depth(study.metrics),
-        amplification_by_step(with_exact.metrics),
-        reliability_curves(study.reliability, study.metrics),
-        uncertainty_pictures(study.images, study.pictures, study.deviations),
-        fragile_directions(study.metrics, study.images, study.directions, study.random_directions),
-    ]
-    for figure in made:
-        assert figure.caption.endswith(".")
-    value = value_of(study.metrics, "psnr", inverse="map", noise="float32")
-    assert f"map {value:.2f} dB" in made[0].description
-    lines = made[1].axes[0].get_lines()
-    assert any(np.allclose(line.get_ydata(), -0.1) for line in lines)
-    with pytest.raises(BacksightError, match="amplification_mean"):
-        amplification_by_step(study.metrics[~study.metrics["measure"].str.startswith("amplification")])

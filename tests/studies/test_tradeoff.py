@@ -10,7 +10,6 @@ from targets.examples import small_detector, small_timm
 from torch.nn.functional import interpolate, one_hot
 
 from backsight.errors import BacksightError
-from backsight.plots.tradeoff import by_depth, pictures_by_t, score_against_psnr, task_by_t
 from backsight.representation import Predictions, Tokens
 from backsight.scenes.render import CLASS_NAMES
 from backsight.studies.tradeoff import (
@@ -314,25 +313,3 @@ def test_the_answers_follow_from_the_intervals():
     assert dict(told) == {"psnr": "up", "top1": "down", "top1_random_hues": "cannot tell"}
     with pytest.raises(BacksightError, match="no change along t"):
         answers(pd.DataFrame(rows[-1:]))
-
-
-def test_figures_are_drawn_from_the_table_alone(result, tmp_path):
-    target, found = result
-    found.metrics.to_csv(tmp_path / "metrics.csv", index=False)
-    table = pd.read_csv(tmp_path / "metrics.csv")
-    for figure in (
-        task_by_t(table),
-        score_against_psnr(table),
-        by_depth(table, ["psnr"]),
-        by_depth(table, ["cka_to_start", "hue_error", "not there"]),
-    ):
-        assert "24 images; 2 training seeds, 95 %" in figure.caption
-        assert figure.description
-    tap = target.taps[-1]
-    shown = pictures_by_t(found.images, {name: pictures[tap] for name, pictures in found.pictures.items()}, tap)
-    assert shown.shows_images
-    assert len(shown.axes) == 5 * 4  # the input, the untouched target, t = 0 and t = 1
-    with pytest.raises(BacksightError, match="none of"):
-        by_depth(table, ["no such measure"])
-    with pytest.raises(BacksightError, match="neither top1 nor ap50"):
-        task_by_t(table[table.measure == "psnr"])

@@ -1,7 +1,6 @@
 """Reading the runs of a study, and drawing its figures from tables and pictures alone."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,8 @@ import pytest
 from study_tables import DETR_TAPS, VIT_TAPS, tables, write_study
 
 from backsight.errors import BacksightError
-from backsight.plots.grids import reconstruction_grid
 from backsight.plots.scheme import method_scheme
-from backsight.plots.targets import (
-    leading_family,
-    modular_against_direct,
-    plain_rows,
-    stacked_pictures,
-    targets_by_depth,
-)
-from backsight.studies.figures import StudyFigure, caption, save_figure, study_figures, write_figures
+from backsight.studies.figures import modular_minus_direct, quality_of_targets
 from backsight.tables.read import (
     COLOUR,
     CROSS_LAYER,
@@ -135,93 +126,35 @@ def test_the_reference_is_the_default() -> None:
     assert study_folder("results/default").name == "default"
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------- what several runs show
 
 
-def test_every_study_has_figures_and_what_is_absent_is_told(study: Study, tmp_path: Path) -> None:
-    said: list[str] = []
-    names = [drawn.name for drawn in study_figures(study, scheme=False, say=said.append)]
-    assert {"quality-targets", "modular-against-direct", "psnr-scenes-vit", "psnr-scenes-detr"} <= set(names)
-    assert len(names) == len(set(names))
-    assert [text for text in said if "quality-scenes-vit" in text and "pictures" in text]
-
-    said.clear()
-    alone = read_study(write_study(tmp_path, ("quality",)))
-    assert study_figures(alone, scheme=False, say=said.append)
-    for notebook in (CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF):
-        assert any(notebook in text for text in said), notebook
+def test_targets_are_compared_by_one_family_along_their_relative_depth(study: Study) -> None:
+    rows = quality_of_targets(study)
+    assert set(rows["inverse"]) == {"modular"}
+    assert set(rows["target"]) == {"scenes-vit", "scenes-detr"}
+    for _, of in rows[rows["measure"] == "psnr"].groupby("target"):
+        assert list(of["place"]) == sorted(of["place"])
+        assert (of["place"].min(), of["place"].max()) == (0, 1)
+        assert of["mean"].nunique() == 1
+    with pytest.raises(BacksightError, match="run it on photographs"):
+        quality_of_targets(study, "photographs")
 
 
-def test_captions_state_n_seeds_intervals_and_runs(study: Study, quality_rows: pd.DataFrame) -> None:
-    rows = quality_rows[quality_rows["measure"] == "psnr"]
-    text = caption(StudyFigure("psnr", "PSNR", targets_by_depth(rows, ["psnr"]), rows))
-    for said in ("**PSNR.**", "n = 50 images", "3 training seeds", "95 % bootstrap intervals", "scenes (test)"):
-        assert said in text
-    assert "Runs: `quality-scenes-detr`, `quality-scenes-vit`." in text
-    without = caption(StudyFigure("psnr", "PSNR", targets_by_depth(rows, ["psnr"]), rows.assign(low=np.nan)))
-    assert "no intervals" in without
-
-
-def test_two_figures_of_one_name_are_refused(study: Study, quality_rows: pd.DataFrame, tmp_path: Path) -> None:
-    drawn = StudyFigure("psnr", "PSNR", targets_by_depth(quality_rows, ["psnr"]), quality_rows)
-    with pytest.raises(BacksightError, match="two figures are called psnr"):
-        write_figures(tmp_path, [drawn, drawn], study)
-
-
-def test_one_null_of_each_kind_is_drawn(quality_rows: pd.DataFrame) -> None:
-    null = quality_rows[quality_rows["inverse"] == "null_shuffled"]
-    each = pd.concat([quality_rows.drop(null.index), null.assign(family="linear"), null.assign(family="modular")])
-    kept = plain_rows(each)
-    assert set(kept.loc[kept["inverse"] == "null_shuffled", "family"]) == {"modular"}
-    assert len(kept) == len(quality_rows)
-
-
-def test_targets_are_compared_by_one_family(quality_rows: pd.DataFrame) -> None:
-    assert leading_family(quality_rows) == "modular"
-    partly = quality_rows[(quality_rows["target"] == "scenes-vit") | (quality_rows["inverse"] != "modular")]
-    assert leading_family(partly) == "direct"
-    with pytest.raises(BacksightError, match="share no inverse family"):
-        leading_family(quality_rows[quality_rows["inverse"] == "null_mean"])
-
-
-@pytest.mark.parametrize(
-    ("draw", "match"),
-    [
-        (lambda rows: targets_by_depth(rows, ["top1"]), "none of these measures"),
-        (lambda rows: modular_against_direct(rows[rows["inverse"] == "modular"]), "no target has both"),
-        (lambda rows: stacked_pictures({}), "no picture to stack"),
-        (lambda rows: method_scheme(np.zeros((3, 4, 4)), {}), "no reconstruction to draw"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(
-    quality_rows: pd.DataFrame, draw: Callable[[pd.DataFrame], object], match: str
-) -> None:
-    with pytest.raises(BacksightError, match=match):
-        draw(quality_rows)
-
-
-def test_the_first_rows_of_saved_grids_are_stacked(tmp_path: Path) -> None:
-    images, made = pictures(3)
-    path = save_figure(tmp_path, "grid", reconstruction_grid(images, made))[0]
-    heights = [stacked_pictures({"grid": path}, rows=rows).get_size_inches()[1] for rows in (1, 2, 3, None)]
-    assert heights[0] < heights[1] < heights[2] < heights[3]
-    # A row of pictures more is the same height more, whichever row it is.
-    assert heights[2] - heights[1] == pytest.approx(heights[1] - heights[0], abs=0.12)
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(BacksightError, match="no picture that can be read"):
-        stacked_pictures({"text": tmp_path / "text.png"})
+def test_the_chain_is_held_against_the_direct_decoder_tap_by_tap(study: Study, quality_rows: pd.DataFrame) -> None:
+    gains = modular_minus_direct(study).set_index(["target", "tap"])
+    assert set(gains.index.get_level_values("tap")) == {*VIT_TAPS, *DETR_TAPS}
+    psnr = quality_rows[quality_rows["measure"] == "psnr"].set_index(["target", "tap"])
+    both = [psnr.loc[psnr["inverse"] == name, "value"] for name in ("modular", "direct")]
+    expected = (both[0] - both[1]).loc[gains.index]
+    np.testing.assert_allclose(gains["value"], expected)
+    assert (gains["low"] < gains["value"]).all()
 
 
 def test_the_scheme_shows_every_tap() -> None:
     images, made = pictures(1)
     figure = method_scheme(images[0], {tap: values[0] for tap, values in made.items()}, "scenes-vit")
     assert len(figure.axes) == 2 + len(VIT_TAPS)  # the page, the image, a picture a tap
-    assert figure.shows_images
     assert all(tap in figure.description for tap in VIT_TAPS)
-
-
-def test_the_depth_is_relative(quality_rows: pd.DataFrame) -> None:
-    axes = targets_by_depth(quality_rows, ["psnr"]).axes[0]
-    lengths = {len(line.get_xdata()) for line in axes.lines}
-    assert lengths == {len(VIT_TAPS), len(DETR_TAPS)}
-    assert all(min(line.get_xdata()) == 0 and max(line.get_xdata()) == 1 for line in axes.lines)
+    with pytest.raises(BacksightError, match="no reconstruction to draw"):
+        method_scheme(images[0], {})

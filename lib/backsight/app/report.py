@@ -18,15 +18,15 @@ from PIL import Image
 
 from backsight.app.frames import strips
 from backsight.app.runs import file_name
+from backsight.plots.depth import by_depth
 from backsight.plots.style import (
     MEASURE_NAMES,
-    depth_curves,
+    colour_of,
     inverse_order,
     look_of,
     over_seeds,
     png_bytes,
     taps_in_order,
-    target_colour,
 )
 from backsight.project import FINISHED, METRICS, read_json, write_atomically
 from backsight.tables.read import read_study, span, write_text
@@ -278,7 +278,7 @@ def _target(
     return {
         "name": name,
         "anchor": f"target-{file_name(name).lower()}",
-        "colour": target_colour(name),
+        "colour": colour_of(name),
         "facts": [(key, weights[key]) for key in ("weights", "hash") if key in weights],
         "studies": list(studies.items()),
         "groups": tables,
@@ -287,10 +287,10 @@ def _target(
 
 def _curves(groups: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
     """PSNR by depth of all targets in one figure, embedded; None without PSNR."""
-    rows = pd.concat([part[part["measure"] == "psnr"] for part in groups] or [pd.DataFrame()])
+    rows = pd.concat([over_seeds(part[part["measure"] == "psnr"]) for part in groups] or [pd.DataFrame()])
     if rows.empty:
         return None
-    figure = depth_curves(rows, "psnr")
+    figure = by_depth(rows, "psnr", "PSNR by depth", columns=2)
     width, height = (round(side * 200) for side in figure.get_size_inches())
     source = "data:image/png;base64," + base64.b64encode(png_bytes(figure, dpi=200)).decode("ascii")
     return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}

@@ -54,7 +54,6 @@ def method_scheme(image: np.ndarray, reconstructions: Mapping[str, np.ndarray], 
             f"Scheme: {count} frozen modules in a row, an inverse under each that leads back to the module before it, "
             f"and under each the picture rebuilt from it: {', '.join(reconstructions)}."
         )
-        figure.shows_images = True
     return figure
 
 

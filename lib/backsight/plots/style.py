@@ -1,40 +1,36 @@
-"""One look for all figures: what every inverse and measure is called and drawn like, and the forms that figures share.
+"""One look for all figures: what every inverse, target and measure is called and drawn like, and what figures share.
 
-Every function returns a matplotlib Figure, or draws into axes, and changes no global state. Colours mean the same thing
-everywhere: one for each inverse (LOOKS), other ones for targets. Figures are 6.5 inches wide, a text column, and no
-text is smaller than 7 points. Tidy rows are those of a metrics.csv.
+Figures are 6.5 inches wide, a text column, with text of 8 and 9 points; nulls are grey and dashed. Nothing global
+changes, and nothing is computed: values and intervals are those of the tidy rows (a metrics.csv).
 """
 
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from textwrap import fill
 from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from backsight.errors import BacksightError, nearest
 from backsight.tables.names import RANDOM_HUES
 
 COLUMN_WIDTH = 6.5  # inches
-PICTURES = "pictures"  # the Comment of a PNG that shows images
-SMALL, NORMAL = 7.0, 8.0  # points
+SMALL, NORMAL = 8.0, 9.0  # points
 NULL_COLOUR = "#5f5f5f"
-UNTRAINED_DASHES = (0, (1, 1.5))
 
 
 @dataclass(frozen=True)
 class Look:
-    """How an inverse is called and drawn; dashes: lengths on and off, () is a full line."""
+    """How a line, a bar or a share is called and drawn; dashes: lengths on and off, () is a full line."""
 
     label: str
     colour: str = NULL_COLOUR
@@ -48,95 +44,122 @@ class Look:
         return {"color": self.colour, **({"marker": self.marker} if self.marker else {}), **dashed}
 
 
-# seaborn's "colorblind" palette and two of Paul Tol's; inverses and targets never share a colour.
-LOOKS: Mapping[str, Look] = MappingProxyType(
-    {
-        "linear": Look("linear", "#0173b2", "o"),
-        "linear_uniform": Look("linear, fitted on uniform hues", "#ee7733", "o"),
-        "direct": Look("direct", "#de8f05", "s"),
-        "modular": Look("modular", "#029e73", "^"),
-        "modular_components": Look("modular, components", "#5a3d1a", "v"),
-        "modular_polished": Look("modular, polished", "#cc78bc", "D"),
-        "optimised_tv": Look("optimised, total variation", "#222222", "X"),
-        "optimised_prior": Look("optimised, deep image prior", "#7f7f7f", "P"),
-        "steadied": Look("start of MAP: decoder, steadied", "#6a51a3", "v", (3, 1.5)),
-        "map": Look("most probable (MAP)", "#000000", "P"),
-        "exact": Look("exact", "#8c510a", "X"),
-        "painter": Look("painter of canonical hues", "#ee6677"),
-        "null_mean": Look("null: mean image", dashes=(6, 2)),
-        "null_shuffled": Look("null: other image", dashes=(3, 1.5)),
-        "null_untrained": Look("null: untrained target", dashes=(1, 1.5)),
-        "null_colour_position": Look("null: colours, no model", dashes=(5, 1.5, 1, 1.5)),
-        "null_guess": Look("null: a guess", dashes=(1, 1.5)),
-        "null_constant": Look("null: constant deviation", dashes=(4, 1, 1, 1)),
-        "null_random": Look("null: random directions of the prior", dashes=(5, 2)),
-    }
-)
-INVERSE_NAMES: Mapping[str, str] = MappingProxyType({name: look.label for name, look in LOOKS.items()})
-FAMILY_COLOURS: Mapping[str, str] = MappingProxyType(
-    {name: look.colour for name, look in LOOKS.items() if not look.label.startswith("null")}
-)
-TARGET_COLOURS: Mapping[str, str] = MappingProxyType(
-    {
-        "scenes-vit": "#d55e00",
-        "scenes-deit": "#882255",
-        "scenes-swin": "#ca9161",
-        "scenes-detr": "#56b4e9",
-        "scenes-deformable-detr": "#332288",
-    }
-)
-_OTHER_COLOURS = ("#949494", "#ece133", "#fbafe4", "#44aa99")
+# seaborn's "colorblind" palette and three of Paul Tol's; an inverse and a target never share a colour.
+_TARGETS = {
+    "scenes-vit": Look("scenes-vit", "#d55e00", "o"),
+    "scenes-deit": Look("scenes-deit", "#882255", "s"),
+    "scenes-swin": Look("scenes-swin", "#ca9161", "^"),
+    "scenes-detr": Look("scenes-detr", "#56b4e9", "D"),
+    "scenes-deformable-detr": Look("scenes-deformable-detr", "#332288", "v"),
+}
+_INVERSES = {
+    "linear": Look("linear", "#0173b2", "o"),
+    "linear_uniform": Look("linear, uniform hues", "#ee7733", "o"),
+    "direct": Look("direct", "#de8f05", "s"),
+    "modular": Look("modular", "#029e73", "^"),
+    "modular_components": Look("modular, components", "#5a3d1a", "v"),
+    "modular_polished": Look("modular, polished", "#cc78bc", "D"),
+    "optimised_tv": Look("optimised, total variation", "#222222", "X"),
+    "optimised_prior": Look("optimised, deep prior", "#7f7f7f", "P"),
+    "steadied": Look("decoder, steadied", "#6a51a3", "v", (3, 1.5)),
+    "map": Look("most probable (MAP)", "#000000", "P"),
+    "map_error": Look("what MAP got wrong", "#b2182b", "D"),
+    "exact": Look("exact", "#8c510a", "X"),
+    "probe": Look("probe", "#d55e00", "o"),
+    "painter": Look("painter", "#ee6677"),
+    "null_mean": Look("mean image", dashes=(6, 2)),
+    "null_shuffled": Look("other image", dashes=(3, 1.5)),
+    "null_untrained": Look("untrained", dashes=(1, 1.5)),
+    "null_colour_position": Look("colours, no model", dashes=(5, 1.5, 1, 1.5)),
+    "null_guess": Look("a guess", dashes=(1, 1.5)),
+    "null_constant": Look("constant deviation", dashes=(4, 1, 1, 1)),
+    "null_random": Look("random directions", dashes=(5, 2)),
+}
+_PARTS = {
+    "block": Look("whole layer", "#3c3c3c", "o"),
+    "attention": Look("attention", "#e8a33d", "s"),
+    "cross_attention": Look("cross-attention", "#b05a9c", "D"),
+    "mlp": Look("MLP", "#4a8fb8", "^"),
+    "mixed": Look("typical hue", "#d55e00"),
+    "uniform": Look("any hue", "#ecb48f"),
+    "canonical": Look("a hue of its own", "#aa3377", "o"),
+    "colour_free": Look("colour-free (placebo)", "#228833", "s"),
+    "closed_form": Look("closed form", "#222222", "o"),
+    "random": Look("random weights", "#7f7f7f", "v"),
+    "trained": Look("trained", "#0173b2", "o"),
+    "untrained": Look("untrained", "#000000", "s", (3, 1.5)),
+    "share_keep": Look("keep the hue shown", "#4477aa"),
+    "share_revert": Look("revert to canonical", "#ee6677"),
+    "share_grey": Look("grey out", "#bbbbbb"),
+    "share_other": Look("another hue", "#ccbb44"),
+    "back": Look("back (error ≤ 1e-5)", "#0173b2"),
+    "another_root": Look("another exact root", "#de8f05"),
+    "near": Look("near (error ≤ 0.01)", "#56b4e9"),
+    "unsolved": Look("not solved", "#949494"),
+    "lost": Look("lost", "#949494"),
+    "error_grown": Look("error grown", "#cc78bc"),
+    "amplification_mean": Look("white noise", "#0173b2", "o"),
+    "amplification_largest": Look("worst direction", "#d55e00", "^"),
+    "amplification_chain": Look("all the way back", "#029e73", "s"),
+}
+LOOKS: Mapping[str, Look] = MappingProxyType(_TARGETS | _INVERSES | _PARTS)
+INVERSE_NAMES: Mapping[str, str] = MappingProxyType({name: look.label for name, look in _INVERSES.items()})
+_OTHER_COLOURS = ("#949494", "#999933", "#aa4499", "#44aa99")
 MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "psnr": "PSNR (dB)",
         "psnr_objects": "PSNR inside objects (dB)",
-        "psnr_boundary": "PSNR at object boundaries (dB)",
+        "psnr_boundary": "PSNR at boundaries (dB)",
         "psnr_background": "PSNR of the background (dB)",
         "ssim": "SSIM (1 = identical)",
         "r2": "R² (share of variance)",
         "mse": "mean squared error (range²)",
-        "feature_cosine": "cosine of features (1 = equal)",
         "cycle_cosine": "cosine of features (1 = equal)",
-        "perceptual": "distance in the target's features",
-        "hue_error": "hue error of the object (degrees)",
-        "delta_e": "colour difference ΔE",
+        "perceptual": "distance in early features",
+        "hue_error": "hue error of the object (°)",
         "edge_f1": "edge F1 (1 = all edges)",
         "mask_iou": "mask IoU (1 = identical)",
-        "texture_accuracy": "texture named (share of objects)",
+        "texture_accuracy": "texture named (share)",
         "lost": "structure lost (share)",
         "invented": "structure invented (share)",
         "retrieval_top1": "own image found first (share)",
-        "retrieval_rank": "rank of the own image (share before it)",
+        "retrieval_rank": "rank of own image (share)",
         "band_error": "error power / image power",
         "patch_r2": "R² of each part of the picture",
-        "top1_agreement": "top-1 agreement (share of images)",
+        "factor_score": "score of a probe (accuracy or R²)",
+        "top1_agreement": "top-1 agreement (share)",
         "map50": "mAP50 (0 to 1)",
-        "top1": "top-1 accuracy (share of images)",
+        "top1": "top-1 accuracy (share)",
         f"top1_{RANDOM_HUES}": "top-1, random hues",
-        "probe_top1": "top-1 of a linear probe fitted anew",
+        "probe_top1": "top-1, probe fitted anew",
         "ap50": "AP50 (0 to 1)",
         f"ap50_{RANDOM_HUES}": "AP50, random hues",
         "ap": "AP (0 to 1)",
         "cross_psnr": "PSNR (dB)",
         "cross_psnr_standardised": "PSNR (dB), channels standardised",
+        "cross_loss": "PSNR lost (dB)",
+        "step_loss": "PSNR lost (dB)",
+        "chain_error": "PSNR lost at the module (dB)",
+        "residual_update": "update ‖f(x)‖ / ‖x‖",
         "cka": "CKA (debiased)",
         "procrustes": "Procrustes similarity",
         "token_cosine": "cosine of tokens",
         "predictability_r2": "R², linear",
         "cka_to_start": "CKA to the untouched target",
-        "hue_error_shown": "angle to the hue shown (degrees)",
-        "hue_error_original": "angle to the original hue (degrees)",
-        "hue_error_canonical": "angle to the canonical hue (degrees)",
-        "chroma_kept": "chroma kept (share of chroma shown)",
-        "share_keep": "objects that keep the hue shown (share)",
-        "share_revert": "objects that revert to the canonical hue (share)",
-        "share_grey": "objects that grey out (share)",
-        "share_other": "objects in another hue (share)",
-        "reversion_index": "reversion index (0 none, 1 painter)",
-        "hue_follow": "colour that follows the hue shown",
-        "prototype_pull": "colour pulled to the prototype",
-        "hue_shift_kept": "share of a hue shift that is followed",
-        "colour_follow": "slope of colour made over shown",
+        "hue_error_shown": "angle to the hue shown (°)",
+        "chroma_kept": "chroma kept (share)",
+        "reversion_index": "reversion index (1: painter)",
+        "psnr_difference": "MAP − best decoder (dB)",
+        "recoverable": "recoverable directions",
+        "negative_determinant": "det < 0: it folds (share)",
+        "several_roots": "several roots (share)",
+        "truth_found": "truth among the roots",
+        "complete": "signs sum to 1: all found",
+        "roots": "roots found of a token, mean",
+        "tokens_right": "picked rightly (share)",
+        "survived": "images still right (share)",
+        "fragile_colour_share": "colour (share of energy)",
+        "fragile_detail_share": "fine detail (share of energy)",
     }
 )
 _STYLE: dict[Any, Any] = {
@@ -145,6 +168,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": NORMAL,
     "axes.labelsize": NORMAL,
     "axes.titlesize": NORMAL,
+    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -167,47 +191,40 @@ _STYLE: dict[Any, Any] = {
 
 
 def look_of(name: str) -> Look:
-    """The look of an inverse, the same in every figure; another one gets its look by its name."""
+    """The look of a name, the same in every figure; what LOOKS does not have gets a look by its name."""
     if name in LOOKS:
         return LOOKS[name]
-    label = name.replace("_", " ")
-    return Look(label, dashes=(4, 1, 1, 1)) if name.startswith("null_") else Look(label, _stable_choice(name), "v")
+    if name.startswith("null_"):
+        return Look(name.removeprefix("null_").replace("_", " "), dashes=(4, 1, 1, 1))
+    return Look(name.replace("_", " "), _OTHER_COLOURS[crc32(name.encode()) % len(_OTHER_COLOURS)], "v")
 
 
-def family_colour(family: str) -> str:
-    """The colour of an inverse family, the same in every figure."""
-    return look_of(family).colour
+def colour_of(name: str) -> str:
+    """The colour of an inverse or a target, the same in every figure."""
+    return look_of(name).colour
 
 
-def target_colour(target: str) -> str:
-    """The colour of a target, the same in every figure that compares targets; other targets get one by their name."""
-    return TARGET_COLOURS.get(target) or _stable_choice(target)
+family_colour = target_colour = colour_of
+FAMILY_COLOURS = {name: look.colour for name, look in _INVERSES.items() if not name.startswith("null_")}
 
 
-def _stable_choice(name: str) -> str:
-    return _OTHER_COLOURS[crc32(name.encode()) % len(_OTHER_COLOURS)]
-
-
-def depth_colours(names: Sequence[Any], colours: str = "viridis", end: float = 0.92) -> dict[Any, Any]:
-    """{name: colour}, from dark (shallow) to light (deep); the palest colours are left out."""
-    return {name: colormaps[colours](end * i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
-
-
-def measure_name(measure: str) -> str:
-    """What a measure is called on an axis, with its unit."""
-    return MEASURE_NAMES.get(measure, measure)
+def name_of(value: Any) -> str:
+    """What a measure (with its unit), an inverse, a target or a number is called in a figure."""
+    if not isinstance(value, str):
+        return f"{value:g}"
+    known = value in LOOKS or value.startswith("null_")
+    return MEASURE_NAMES.get(value) or (look_of(value).label if known else value)
 
 
 def inverse_order(names: Sequence[str]) -> list[str]:
-    """Inverse names in the order of every figure and table: known families, other families, nulls."""
-    known = list(LOOKS)
-    rank = {name: known.index(name) for name in known}
-    return sorted(set(names), key=lambda name: (name.startswith("null_"), rank.get(name, len(known)), name))
+    """Names in the order of every figure and table: known ones as in LOOKS, other ones, nulls."""
+    rank = {name: place for place, name in enumerate(LOOKS)}
+    return sorted(set(names), key=lambda name: (name.startswith("null_"), rank.get(name, len(rank)), name))
 
 
-def is_null(rows: pd.DataFrame) -> pd.Series:
-    """(rows,) bool: whether a row is of a null."""
-    return rows["inverse"].astype(str).str.startswith("null_")
+def depth_colours(names: Sequence[Any], colours: str = "viridis", end: float = 0.9) -> dict[Any, Any]:
+    """{name: colour}, from dark (shallow) to light (deep); the palest colours are left out."""
+    return {name: colormaps[colours](end * i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
 
 
 # ------------------------------------------------------------------------------------------------------- the figure
@@ -217,24 +234,20 @@ class ShownFigure(Figure):
     """A Figure that a notebook shows by itself, without pyplot: nothing is registered, nothing is shown twice.
 
     caption (one line, for everybody) and description (for those who cannot see it: what is drawn, and the main
-    numbers) travel in PNG and SVG files as Title and Description; a PNG that shows_images, not numbers, has the
-    Comment PICTURES. There the report reads them.
+    numbers) travel in PNG and SVG files as Title and Description. There the page of a run reads them.
     """
 
     caption: str = ""
     description: str = ""
-    shows_images: bool = False
 
     def savefig(self, fname: Any, **options: Any) -> None:
-        is_path = isinstance(fname, (str, os.PathLike))
-        suffix = os.path.splitext(fname)[1][1:] if is_path else ""
+        suffix = os.path.splitext(fname)[1][1:] if isinstance(fname, (str, os.PathLike)) else ""
         kind = (options.get("format") or suffix or "png").lower()
         if kind in ("png", "svg"):
-            said = {"Title": self.caption, "Description": self.description}
-            if kind == "png" and self.shows_images:
-                said["Comment"] = PICTURES
-            options["metadata"] = {key: text for key, text in said.items() if text} | (options.get("metadata") or {})
-        super().savefig(fname, **options)
+            texts = {"Title": self.caption, "Description": self.description}
+            options["metadata"] = {key: text for key, text in texts.items() if text} | (options.get("metadata") or {})
+        with rc_context(_STYLE):  # how many ticks there are is decided while they are drawn
+            super().savefig(fname, **options)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         width, height = self.get_size_inches() * 100
@@ -252,8 +265,8 @@ def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
 def styled_figure(width: float, height: float, layout: str | None = "constrained") -> Iterator[ShownFigure]:
     """A new figure in our style, in inches.
 
-    It is laid out before the style is left (ticks read it as late as that), and once: every later drawing, for a file
-    or for the notebook, would lay it out anew, to the same places and for half of its time.
+    It is laid out once: every later drawing, for a file or for the notebook, would lay it out anew, to the same places
+    and for half of its time.
     """
     with rc_context(_STYLE):
         figure = ShownFigure(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
@@ -271,207 +284,89 @@ def panels_of(figure: Figure, count: int, columns: int, **options: Any) -> list[
     return list(grid.flat[:count])
 
 
-def name_taps(axes: Axes, names: Sequence[str], rotation: float = 40) -> None:
-    """The names of taps, or steps, under the axis, one a place."""
-    axes.set_xticks(range(len(names)), list(names), rotation=rotation, ha="right", rotation_mode="anchor")
+def captioned(figure: ShownFigure, title: str, rows: pd.DataFrame, told: Sequence[str], note: str = "") -> ShownFigure:
+    """Title above; below it, and in the caption, what else has to be known, images, n, seeds and intervals of the rows.
 
-
-def legend_line(label: str, **style: Any) -> Line2D:
-    """A line of a legend."""
-    return Line2D([], [], label=label, **style)
-
-
-def legend_above(figure: Figure, handles: Sequence[Any], columns: int = 4, **options: Any) -> None:
-    """The legend above all panels."""
-    handles = list(handles)
-    style: dict[str, Any] = {"loc": "outside upper center", "ncols": min(columns, len(handles))} | options
-    figure.legend(handles=handles, **style)
-
-
-def legend_of_inverses(figure: Figure, names: Sequence[str]) -> None:
-    """Families in the first row, nulls in the second; a legend is filled by columns, hence the pairs."""
-    families = [name for name in names if not name.startswith("null_")]
-    nulls = [name for name in names if name.startswith("null_")]
-    rows = [row for row in (families, nulls) if row]
-    blank = legend_line(" ", linestyle="none")
-    handles = [
-        legend_line(look_of(name).label, **look_of(name).line) if name else blank
-        for column in zip_longest(*rows)
-        for name in column
-    ]
-    legend_above(figure, handles, max(map(len, rows)), handlelength=2.8)
+    told: the main numbers in words, for the description.
+    """
+    null = is_null(rows) if "inverse" in rows else pd.Series(False, rows.index)
+    rows = rows if null.all() else rows[~null]
+    about = "; ".join(filter(None, (where(rows), sample_size(rows))))
+    below = " ".join(filter(None, (note, f"{about}." if about else "")))
+    figure.suptitle(fill(title, 80), fontsize=NORMAL, weight="bold", x=0.01, ha="left")
+    figure.supxlabel(fill(below, 108), fontsize=SMALL, color=NULL_COLOUR, x=0.01, ha="left")
+    title = title if title.endswith("?") else f"{title}."
+    figure.caption, figure.description = f"{title} {below}", f"{title} {'; '.join(told)}."
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------------- tidy rows
 
 
+def is_null(rows: pd.DataFrame) -> pd.Series:
+    """(rows,) bool: whether a row is of a null."""
+    return rows["inverse"].astype(str).str.startswith("null_")
+
+
 def rows_of(table: pd.DataFrame, measure: str | Sequence[str], **columns: Any) -> pd.DataFrame:
-    """The rows of a measure (or of several); columns: {name: value, a list of values, or None for empty}.
+    """The rows of a measure (or of several) that have a value; columns: {name: value, a list of them, None: empty}.
 
     Raises BacksightError where a column or the measure is missing, or where no row is left.
     """
     measures = [measure] if isinstance(measure, str) else list(measure)
-    if missing := [name for name in ("measure", *columns) if name not in table]:
+    if missing := [name for name in ("measure", "value", *columns) if name not in table]:
         raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give rows of a metrics.csv.")
-    rows = table[table["measure"].isin(measures)]
-    if rows.empty:
-        known = [str(name) for name in dict.fromkeys(table["measure"].dropna())]
+    known = [str(name) for name in dict.fromkeys(table["measure"].dropna())]
+    if not set(measures) & set(known):
         raise BacksightError(f"the table has no measure {' or '.join(measures)}; {nearest(measures[0], known)}.")
+    rows = table[table["measure"].isin(measures) & table["value"].notna()]
     for name, value in columns.items():
-        wanted = value if isinstance(value, (list, tuple)) else [value]
-        rows = rows[rows[name].isna() if value is None else rows[name].isin(wanted)]
+        allowed = value if isinstance(value, (list, tuple, set)) else [value]
+        rows = rows[rows[name].isna() if value is None else rows[name].isin(allowed)]
     if rows.empty:
-        asked = ", ".join(f"{name} {value!r}" for name, value in columns.items())
+        asked = ", ".join(f"{name} {value!r}" for name, value in columns.items()) or "a value"
         raise BacksightError(f"the table has no {' or '.join(measures)} with {asked}: it was not measured in this run.")
     return rows
 
 
-def taps_in_order(rows: pd.DataFrame) -> list[str]:
+def taps_in_order(rows: pd.DataFrame, column: str = "tap") -> list[str]:
     """The taps of tidy rows by depth, in the order of the table where depths are equal."""
-    return list(dict.fromkeys(rows.sort_values("depth", kind="stable")["tap"]))
+    return list(dict.fromkeys(rows.sort_values("depth", kind="stable")[column]))
+
+
+def short_tap(tap: str) -> str:
+    """A tap's name where there is little room: `encoder.layers.1.attn` as `enc 1.attn`, `blocks.3` as `3`."""
+    name = re.sub(r"^(encoder|decoder)\.layers\.", lambda found: found[1][:3] + " ", tap)
+    name = re.sub(r"^layers\.(\d+)\.blocks\.", r"\1.", re.sub(r"^blocks\.(?=\d)", "", name))
+    return {"patch_embed": "embed", "decoder.layernorm": "dec norm", "predictions": "pred"}.get(name, name)
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each tap and inverse: value is the mean over seeds, low and high cover the interval of every seed.
+    """One row for each target, tap, inverse and measure of runs that hold a training seed each.
 
-    rows: tidy rows of one measure, target and data set. Returns columns tap, inverse, value, low, high, n, seeds
-    (n: images behind each seed's value, the smallest).
+    value is their mean, low and high cover the interval of every one, n counts the fewest images.
     """
-    groups = rows.groupby(["tap", "inverse"], sort=False)
-    aggregates = {"value": "mean", "low": "min", "high": "max", "n": "min", "seed": "nunique"}
-    return groups.agg(aggregates).rename(columns={"seed": "seeds"}).reset_index()
-
-
-def one_target(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows; raises BacksightError where they are of several targets."""
-    if rows["target"].nunique() > 1:
-        raise BacksightError(f"the table holds {', '.join(rows['target'].unique())}: select one target's rows first.")
-    return rows
-
-
-def span(numbers: Any) -> str:
-    """The smallest and the largest of some whole numbers, in words."""
-    numbers = pd.Series(numbers).dropna()
-    low, high = (int(numbers.min()), int(numbers.max())) if len(numbers) else (1, 1)
-    return f"{low}" if low == high else f"{low} to {high}"
+    keys = ["target", "weights", "dataset", "split", "measure", "tap", "depth", "inverse"]
+    parts = {"value": "mean", "low": "min", "high": "max", "n": "min", "seed": "nunique", "seeds": "max"}
+    table = rows.assign(seeds=rows["seeds"] if "seeds" in rows else 1)
+    table = table.groupby(keys, sort=False, dropna=False).agg(parts).reset_index()
+    return table.assign(seeds=table[["seed", "seeds"]].max(axis=1)).drop(columns="seed")
 
 
 def sample_size(rows: pd.DataFrame) -> str:
-    """ "n = 100 images; 3 training seeds" of tidy rows, as ranges where they differ."""
-    seeds = span(rows["seeds"]) if "seeds" in rows else "1"
-    return f"n = {span(rows['n'])} images; {seeds} training seed{'' if seeds == '1' else 's'}"
+    """ "n = 100 images, 3 training seeds, 95 % intervals" of tidy rows, as ranges where they differ."""
+    counted = []
+    for column, unit in (("n", "images"), ("seeds", "training seeds")):
+        numbers = rows[column].dropna() if column in rows else pd.Series([1] if column == "seeds" else [])
+        if len(numbers):
+            low, high = int(numbers.min()), int(numbers.max())
+            many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            counted.append(f"{'n = ' * (column == 'n')}{many} {unit[:-1] if high == 1 else unit}")
+    return ", ".join(counted + ["95 % intervals"] * ("low" in rows and bool(rows["low"].notna().any())))
 
 
 def where(rows: pd.DataFrame) -> str:
-    """Target, data set and split of tidy rows."""
-    first = rows.iloc[0]
-    return f"{first['target']} on {first['dataset']}, {first['split']}"
-
-
-def ends(rows: pd.DataFrame) -> str:
-    """A curve in words: its mean at the first and at the last tap that it has."""
-    if rows.empty:
-        return "not measured"
-    taps = taps_in_order(rows)
-    values = rows.groupby("tap")["value"].mean()
-    return f"{values[taps[0]]:.3g} at {taps[0]}, {values[taps[-1]]:.3g} at {taps[-1]}"
-
-
-def reach(rows: pd.DataFrame) -> np.ndarray:
-    """(2, n) lengths of error bars below and above the values."""
-    return np.abs(rows[["low", "high"]].to_numpy(float).T - rows["value"].to_numpy(float))
-
-
-# ------------------------------------------------------------------------------------------------------------ curves
-
-
-def draw_band(axes: Axes, x: Any, rows: pd.DataFrame, shade: float = 0.18, **style: Any) -> None:
-    """A line with its 95 % band; style: of the line."""
-    axes.plot(x, rows["value"], **style)
-    axes.fill_between(x, rows["low"], rows["high"], color=style["color"], alpha=shade, linewidth=0)
-
-
-def draw_bars(axes: Axes, x: Any, rows: pd.DataFrame, **style: Any) -> None:
-    """Values with their intervals as error bars; style: of Axes.errorbar."""
-    axes.errorbar(x, rows["value"], yerr=reach(rows), **{"capsize": 2, "elinewidth": 0.8, "markersize": 4, **style})
-
-
-def draw_curves(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
-    """One line for each inverse by depth with its band, nulls dashed and without; with several seeds their points."""
-    taps = taps_in_order(rows)
-    place = {tap: x for x, tap in enumerate(taps)}
-    means = over_seeds(rows)
-    for name in names:
-        line = means[means["inverse"] == name]
-        line = line.assign(x=line["tap"].map(place)).sort_values("x")
-        if line.empty:
-            continue
-        look = look_of(name)
-        if name.startswith("null_"):
-            axes.plot(line["x"], line["value"], **look.line)
-            continue
-        draw_band(axes, line["x"], line, **look.line)
-        if line["seeds"].max() > 1:
-            points = rows[rows["inverse"] == name]
-            axes.scatter(points["tap"].map(place), points["value"], s=7, color=look.colour, alpha=0.35)
-    name_taps(axes, taps)
-    axes.margins(x=0.03)
-
-
-def depth_curves(metrics: pd.DataFrame, measure: str = "psnr") -> ShownFigure:
-    """A measure by depth: one line for each inverse family with its 95 % band, nulls dashed.
-
-    metrics: tidy rows (METRIC_COLUMNS). Columns of panels are targets (with their weights where these differ), rows
-    are data sets and splits. With several seeds the line is their mean, the faint points are the seeds, and the band
-    covers all of their intervals. Raises BacksightError for an unknown measure, and where two rows claim one point of
-    one seed.
-    """
-    rows = _rows_at_taps(metrics, measure)
-    several_weights = rows.groupby("target")["weights"].nunique().max() > 1
-    rows["panel"] = rows["target"] + (" (" + rows["weights"].astype(str) + ")" if several_weights else "")
-    targets = list(dict.fromkeys(rows["panel"]))
-    datasets = list(dict.fromkeys(zip(rows["dataset"], rows["split"], strict=True)))
-    names = inverse_order(list(rows["inverse"]))
-    label = measure_name(measure)
-    with styled_figure(COLUMN_WIDTH, 2.3 * len(datasets) + 0.75) as figure:
-        grid = figure.subplots(len(datasets), len(targets), squeeze=False, sharey=True)
-        for (row, column), axes in np.ndenumerate(grid):
-            dataset, split = datasets[row]
-            axes.set_title(f"{targets[column]} · {dataset}, {split}")
-            at = (rows["panel"] == targets[column]) & (rows["dataset"] == dataset) & (rows["split"] == split)
-            if at.any():
-                draw_curves(axes, rows[at], names)
-            else:
-                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=NULL_COLOUR)
-                axes.set_xticks([])
-            if column == 0:
-                axes.set_ylabel(label)
-        figure.supxlabel("tap, shallow → deep", fontsize=NORMAL)
-        legend_of_inverses(figure, names)
-        figure.caption = "Lines are inverses with their 95 % intervals; dashed lines are nulls."
-        told = []
-        for (panel, dataset, split), part in rows.groupby(["panel", "dataset", "split"], sort=False):
-            lines = [f"{name} {ends(part[part['inverse'] == name])}" for name in inverse_order(list(part["inverse"]))]
-            told.append(f"{panel} on {dataset}, {split}: {'; '.join(lines)}.")
-        figure.description = f"Curves of {label} by depth, one for each inverse. {' '.join(told)}"
-    return figure
-
-
-def _rows_at_taps(metrics: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A copy of the rows of a measure that have a tap and a value."""
-    needed = ("target", "weights", "dataset", "split", "tap", "depth", "inverse", "value", "low", "high", "seed")
-    if missing := [column for column in needed if column not in metrics]:
-        raise BacksightError(f"the table lacks the columns {', '.join(missing)}: give rows of a metrics.csv.")
-    rows = rows_of(metrics, measure)
-    rows = rows[rows["tap"].notna() & rows["value"].notna()].copy()
-    if rows.empty:
-        raise BacksightError(f"the table has no value of {measure} at any tap: choose another measure.")
-    rows[["dataset", "split"]] = rows[["dataset", "split"]].astype(object).fillna("unnamed")
-    keys = ["target", "weights", "dataset", "split", "tap", "inverse", "seed"]
-    if (twice := rows.duplicated(keys)).any():
-        first = rows[twice].iloc[0]
-        raise BacksightError(
-            f"the table holds several values of {measure} for {first.inverse} at {first.tap} of {first.target} on "
-            f"{first.dataset} with seed {first.seed}: select the rows of one run or of one perturbation first."
-        )
-    return rows
+    """Targets, data sets and splits of tidy rows, as far as they say."""
+    names = ", ".join(dict.fromkeys(rows["target"].dropna().astype(str))) if "target" in rows else ""
+    images = rows.reindex(columns=["dataset", "split"]).dropna().drop_duplicates().itertuples(index=False)
+    return " on ".join(filter(None, (names, ", ".join(f"{dataset} ({split})" for dataset, split in images))))

@@ -1,0 +1,91 @@
+"""Bars: shares that add up to one, or values side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from backsight.errors import BacksightError
+from backsight.plots.style import (
+    COLUMN_WIDTH,
+    NORMAL,
+    ShownFigure,
+    captioned,
+    look_of,
+    name_of,
+    panels_of,
+    short_tap,
+    styled_figure,
+    taps_in_order,
+)
+
+
+def bars(
+    rows: pd.DataFrame,
+    title: str,
+    x: str = "tap",
+    part: str = "measure",
+    panel: str = "inverse",
+    *,
+    stacked: bool = True,
+    whiskers: Sequence[str] = (),
+    columns: int = 2,
+    backward: bool = False,
+    xlabel: str = "tap, shallow → deep",
+    ylabel: str = "share",
+    note: str = "",
+) -> ShownFigure:
+    """A bar for each value of `x` and `part`, stacked or side by side; a panel for each value of `panel`.
+
+    rows: tidy, one row a bar; x is in the order of `depth`, backward the other way round; parts have the order in which
+    the rows name them. whiskers: the parts whose 95 % intervals are drawn; side by side all have them.
+    Raises BacksightError where there is nothing to draw.
+    """
+    if rows.empty:
+        raise BacksightError(f"there is nothing to draw of {title!r}: the table has no such rows.")
+    panels, parts = list(dict.fromkeys(rows[panel])), list(dict.fromkeys(rows[part]))
+    columns, down = min(columns, len(panels)), -(-len(panels) // min(columns, len(panels)))
+    alike = rows.groupby(panel)[x].agg(frozenset).nunique() == 1
+    with styled_figure(COLUMN_WIDTH, 1.25 * down + 1.4) as figure:
+        grid = panels_of(figure, len(panels), columns, sharey=True)
+        for place, (axes, which) in enumerate(zip(grid, panels, strict=True)):
+            at = rows[rows[panel] == which]
+            names = taps_in_order(at, x) if at["depth"].notna().all() else list(dict.fromkeys(at[x]))
+            names = names[::-1] if backward else names
+            base = np.zeros(len(names))
+            for number, name in enumerate(parts):
+                of = at[at[part] == name].set_index(x).reindex(names)
+                values, wide = of["value"].to_numpy(float), 0.8 if stacked else 0.8 / len(parts)
+                places = np.arange(len(names)) + (0 if stacked else wide * (number - (len(parts) - 1) / 2))
+                axes.bar(places, values, wide, base if stacked else 0, color=look_of(name).colour, linewidth=0)
+                if not stacked or name in whiskers:
+                    shift = 0.15 * (whiskers.index(name) - (len(whiskers) - 1) / 2) if stacked else 0
+                    _whiskers(axes, places + shift, base + values if stacked else values, of)
+                base += np.nan_to_num(values)
+            texts = names if len(panels) == 1 else [short_tap(str(name)) for name in names]
+            axes.set_xticks(range(len(names)), texts, rotation=40, ha="right", rotation_mode="anchor")
+            axes.grid(False, axis="x")
+            if len(panels) > 1:
+                axes.set_title(name_of(which))
+            if place >= len(panels) - columns:
+                axes.set_xlabel(xlabel)
+            if place % columns == 0:
+                axes.set_ylabel(ylabel if down == 1 else "")
+            if alike and place < len(panels) - columns:
+                axes.tick_params(labelbottom=False)
+        if down > 1:
+            figure.supylabel(ylabel, fontsize=NORMAL)
+        handles = [Patch(color=look_of(name).colour, label=look_of(name).label) for name in parts]
+        grid[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        told = []
+        for (which, name), of in rows.groupby([panel, part], sort=False):
+            told.append(f"{name_of(which)}, {look_of(str(name)).label}: {of.value.min():.3g} to {of.value.max():.3g}")
+        return captioned(figure, title, rows, told, note)
+
+
+def _whiskers(axes: Axes, places: Any, tops: Any, rows: pd.DataFrame) -> None:
+    reach = np.abs(rows[["low", "high"]].to_numpy(float).T - rows["value"].to_numpy(float))
+    axes.errorbar(places, tops, reach, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=1.5)
