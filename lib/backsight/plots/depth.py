@@ -113,7 +113,7 @@ def curves(
                     axes.axhline(known.iloc[0], color=NULL_COLOUR, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
                     ends[axes][label] = (float(known.iloc[0]), NULL_COLOUR)
             if len(panels) > 1 or panel != "measure":
-                axes.set_title(fill(name_of(which), 26 if columns > 2 else 60, replace_whitespace=False))
+                axes.set_title(fill(name_of(which), 28 if columns > 2 else 60, replace_whitespace=False))
             if place >= len(panels) - columns:
                 axes.set_xlabel(xlabel)
             if place % columns == 0 and down == 1:
@@ -175,6 +175,8 @@ def _draw(
         places = (line[x].map(names.index) + (0 if band else 0.08 * side)).sort_values()
         line = line.loc[places.index]
     null = "inverse" in line and str(line["inverse"].iloc[0]).startswith("null_")
+    if len(line) == 1:
+        style = {"marker": "_", "markersize": 12} | style
     if band or null:
         axes.plot(places, line["value"], **style)
         if not null and "low" in line:

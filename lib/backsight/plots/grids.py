@@ -24,6 +24,7 @@ from backsight.plots.style import (
 )
 
 _MOST_COLUMNS = 11  # at 6.5 inches a picture is then half an inch wide, and its PSNR still fits below it
+_LARGEST = 1.4  # inches a side of a picture
 
 
 def as_pictures(values: Any, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -101,11 +102,12 @@ def _tap_grid(inputs: np.ndarray, rows: Sequence[tuple[str, Mapping[str, np.ndar
     taps = merged_order([list(pictures) for _, pictures in rows])
     if not taps:
         raise BacksightError("there is no reconstruction to draw: give at least one tap.")
-    width, gap, caption, between = COLUMN_WIDTH, 0.05, 0.18, 0.16
+    gap, caption, between = 0.05, 0.18, 0.16
     blocks = math.ceil(len(taps) / (_MOST_COLUMNS - 1))
     across = math.ceil(len(taps) / blocks)
     left = 0.36 if any(label for label, _ in rows) else 0.02
-    cell = (width - left - 0.02) / (across + 1) - gap
+    cell = min((COLUMN_WIDTH - left - 0.02) / (across + 1) - gap, _LARGEST)
+    width = left + 0.02 + (across + 1) * (cell + gap)
     tall = cell * inputs.shape[2] / inputs.shape[3]
     names = {tap: _broken(tap, cell) for tap in taps}
     header = 0.27 + 0.13 * max(len(lines) for lines in names.values())
@@ -193,9 +195,10 @@ def picture_table(
     first = next(iter(columns.values()))
     shape = np.shape(next(picture for picture in first if picture is not None))
     labels = 0.075 * max(map(len, row_labels), default=0)
-    tall = (COLUMN_WIDTH - labels) / len(columns) * shape[1] / shape[2] + 0.18 * bool(captions)
+    cell = min((COLUMN_WIDTH - labels) / len(columns), _LARGEST)
+    tall = cell * shape[1] / shape[2] + 0.18 * bool(captions)
     lines = max(title.count("\n") for title in columns) + 1
-    with styled_figure(COLUMN_WIDTH, tall * len(first) + 0.16 * lines + 0.1) as figure:
+    with styled_figure(labels + cell * len(columns), tall * len(first) + 0.16 * lines + 0.1) as figure:
         figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
         grid = figure.subplots(len(first), len(columns), squeeze=False)
         for column, (title, pictures) in enumerate(columns.items()):

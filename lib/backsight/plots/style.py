@@ -348,7 +348,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["target", "weights", "dataset", "split", "measure", "tap", "depth", "inverse"]
     parts = {"value": "mean", "low": "min", "high": "max", "n": "min", "seed": "nunique", "seeds": "max"}
-    table = rows.assign(seeds=rows["seeds"] if "seeds" in rows else 1)
+    table = rows.assign(seeds=rows.get("seeds", 1))
     table = table.groupby(keys, sort=False, dropna=False).agg(parts).reset_index()
     return table.assign(seeds=table[["seed", "seeds"]].max(axis=1)).drop(columns="seed")
 
