@@ -24,10 +24,10 @@ _SCENE = re.compile(r"scene (\d{1,6})(?: hue ([0-2]?\d{1,2}|3[0-5]\d))?")
 
 
 class Picture(NamedTuple):
-    """image: (1, 3, H, W) in [0, 1]; mask: (1, H, W) bool, of a scene's largest object, or None; words: for people."""
+    """image: (1, 3, H, W) in [0, 1]; mask: (1, H, W) bool, a scene's largest object, else all; words: for people."""
 
     image: Tensor
-    mask: Tensor | None
+    mask: Tensor
     words: str
 
 
@@ -42,7 +42,7 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
     check_pictures([name])
     if (scene_name := _SCENE.fullmatch(name)) is None:
         words = f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
-        return Picture(picture(name, size), None, words)
+        return Picture(picture(name, size), torch.ones(1, *size, dtype=torch.bool), words)
     number, hue = scene_name.groups()
     set_hue = None if hue is None else float(hue)
     options = replace(DEFAULT_OPTIONS, set_hue=set_hue, hue_shift=hue_shift, recolour="dominant")

@@ -12,7 +12,7 @@ import anywidget
 import traitlets
 from torch import Tensor
 
-from backsight.app.explorer.pictures import as_png
+from backsight.app.explorer.workbench import ENLARGED, as_png
 
 BROWSER = Path(__file__).resolve().parent / "browser"
 
@@ -20,10 +20,9 @@ BROWSER = Path(__file__).resolve().parent / "browser"
 class Picture(anywidget.AnyWidget):
     """A picture with a grid of patches to choose from, and boxes of object queries.
 
-    png: the file's bytes; rows, columns: of patches, 0 where none can be chosen; marks: {"erased" | "shuffled" |
-    "swapped": patches}; mode: which of them a click changes; boxes: query, label, says, x, y, w, h (shares of the
-    picture, from its centre), removed; queries: whether boxes can be clicked.
-    Messages: {"kind": "patch", "patch", "on"} and {"kind": "query", "query"}.
+    png: the file's bytes; grid: rows and columns of patches, () where none can be chosen; marks: {"erased" |
+    "shuffled" | "swapped": patches}; mode: which of them a click changes; boxes: of `workbench.Answer`; removed:
+    queries; clickable: whether boxes are. Messages: {"kind": "patch", "patch", "on"} and {"kind": "query", "query"}.
     """
 
     _esm = BROWSER / "picture.js"
@@ -31,23 +30,22 @@ class Picture(anywidget.AnyWidget):
     title = traitlets.Unicode().tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)
     caption = traitlets.Unicode().tag(sync=True)
-    rows = traitlets.Int(0).tag(sync=True)
-    columns = traitlets.Int(0).tag(sync=True)
+    grid: traitlets.List = traitlets.List().tag(sync=True)
     marks = traitlets.Dict().tag(sync=True)
     mode = traitlets.Unicode("erased").tag(sync=True)
     boxes: traitlets.List = traitlets.List().tag(sync=True)
-    queries = traitlets.Bool(False).tag(sync=True)
+    removed: traitlets.List = traitlets.List().tag(sync=True)
+    clickable = traitlets.Bool(False).tag(sync=True)
 
     def show(self, image: Tensor, **traits: Any) -> None:
         """Put the image (1, 3, H, W) and the traits into the page at once."""
         with self.hold_sync():
-            self.set_trait("png", as_png(image[0], enlarged=True))
-            for name, value in traits.items():
+            for name, value in {"png": as_png(image[0], ENLARGED), **traits}.items():
                 self.set_trait(name, value)
 
 
 class Strip(anywidget.AnyWidget):
-    """All depths, one button each. depths: tap, png (a data address), score; chosen: the tap that is looked at.
+    """All depths, one button each. depths: tap, png (a data address), text; chosen: the tap that is looked at.
 
     Message: {"kind": "tap", "tap"}.
     """
@@ -55,7 +53,6 @@ class Strip(anywidget.AnyWidget):
     _esm = BROWSER / "strip.js"
     depths: traitlets.List = traitlets.List().tag(sync=True)
     chosen = traitlets.Unicode().tag(sync=True)
-    label = traitlets.Unicode("All depths").tag(sync=True)
 
 
 class Drop(anywidget.AnyWidget):
@@ -65,13 +62,11 @@ class Drop(anywidget.AnyWidget):
 
 
 class Frame(anywidget.AnyWidget):
-    """The browser around the page. query: of the address, which follows it; started: the page was opened already.
+    """The browser around the page. query: of the address, which follows it where the page stands alone.
 
-    Messages from it: {"kind": "opened", "query"}, {"kind": "copied", "text"}; to it: {"kind": "download", "name"} with
-    the file, {"kind": "copy", "text", "what", "link"}.
+    Message to it: {"kind": "download", "name"} with the file.
     """
 
     _esm = BROWSER / "frame.js"
     _css = BROWSER / "page.css"
     query = traitlets.Unicode().tag(sync=True)
-    started = traitlets.Bool(False).tag(sync=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-import subprocess
-import sys
+import webbrowser
 from pathlib import Path
 
 from backsight.errors import BacksightError
 from backsight.project import project_root
 
-NOTEBOOK = Path("notebooks") / "08_explorer.ipynb"
 LOOPBACK = "127.0.0.1"
 SHARE = Path(__file__).resolve().parent / "share"
 
@@ -21,42 +20,35 @@ def served_alone() -> bool:
     return os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
 
 
-def free_port(wanted: int = 0) -> int:
-    """`wanted` where it is free, 0 for any. Raises BacksightError where the wanted port is taken."""
+def serve(port: int = 0, browser: bool = True) -> int:
+    """Serve the page until it is interrupted, for those who know the address that is printed: it holds a token.
+
+    port: 0 for any free one. Raises BacksightError where it cannot be used.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, wanted))
+            probe.bind((LOOPBACK, port))
         except (OSError, OverflowError) as error:
-            raise BacksightError(f"Port {wanted} cannot be used ({error}): give another --port.") from error
-        return int(probe.getsockname()[1])
+            raise BacksightError(f"Port {port} cannot be used ({error}): give another --port.") from error
+        port = probe.getsockname()[1]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(SHARE), os.environ.get("JUPYTER_PATH")]))
+    os.environ["JUPYTER_TOKEN"] = secrets.token_urlsafe(24)  # not an argument: other users see those of a process
+    address = f"http://{LOOPBACK}:{port}/?token={os.environ['JUPYTER_TOKEN']}"
+    print(f"The explorer: {address}   (Ctrl-C ends it)", flush=True)
+    from voila.app import Voila  # reads the paths
 
+    class Server(Voila):
+        def launch_browser(self) -> None:
+            webbrowser.open(address)  # voila's own opens the page without the token
 
-def command(port: int, browser: bool = True) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the page at the port, and its environment."""
-    notebook = project_root() / NOTEBOOK
-    if not notebook.is_file():
-        raise BacksightError(f"{NOTEBOOK} is not in this project: run this from a checkout of backsight.")
-    options = [
-        f"--Voila.ip={LOOPBACK}",
-        f"--port={port}",
-        "--Voila.port_retries=0",
-        "--template=backsight",
-        "--VoilaConfiguration.file_allowlist=^$",
-        "--Voila.log_level=WARN",
-        *([] if browser else ["--no-browser"]),
-    ]
-    environment = dict(os.environ)
-    environment["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(SHARE), environment.get("JUPYTER_PATH", "")]))
-    return [sys.executable, "-m", "voila", str(notebook), *options], environment
-
-
-def serve(port: int = 0, browser: bool = True) -> int:
-    """Serve the page until it is interrupted; says the address. Returns the server's exit status."""
-    chosen = free_port(port)
-    arguments, environment = command(chosen, browser)
-    print(f"The explorer: http://{LOOPBACK}:{chosen}/   (Ctrl-C ends it)", flush=True)
-    try:
-        return subprocess.run(arguments, env=environment, check=False).returncode
-    except KeyboardInterrupt:
-        return 0
+    Server.launch_instance(
+        [
+            str(project_root() / "notebooks" / "08_explorer.ipynb"),
+            *(f"--Voila.ip={LOOPBACK}", f"--port={port}", "--Voila.port_retries=0", "--Voila.auto_token=True"),
+            "--Voila.tornado_settings={'allow_remote_access': False}",  # the Host of a request is checked
+            *("--template=backsight", "--VoilaConfiguration.file_allowlist=^$", "--Voila.log_level=WARN"),
+            *([] if browser else ["--no-browser"]),
+        ]
+    )
+    return 0
