@@ -19,10 +19,11 @@ from backsight.measures.hue import (
     shares,
 )
 from backsight.representation import Predictions, Tokens
-from backsight.studies.colour import colour_rows, index_rows, null_places, record_colours
-from backsight.studies.colour_accuracy import accuracy_rows, answer_refusal, average_precisions
-from backsight.studies.colour_targets import prototype_eyes_rows, small_accuracy, told_apart, train_small_vit
+from backsight.studies.colour import colour_values, index_values, null_places, record_colours
+from backsight.studies.colour_accuracy import accuracy_values, answer_refusal, average_precisions
+from backsight.studies.colour_targets import prototype_eyes_values, small_accuracy, told_apart, train_small_vit
 from backsight.studies.recolour import Perturbation, Truth, colour_perturbations, open_objects, to_rgb
+from backsight.tables.pooling import metrics
 from backsight.tables.values import METRIC_COLUMNS
 
 
@@ -116,41 +117,42 @@ def population():
 
 
 def index_of(population, made, category="canonical"):
+    """{measure: value} of all images, each once."""
     labels, hues, canonical, shown = population
     members = canonical if category == "canonical" else ~canonical
-    return reversion(respond(shown, made), hues, labels, canonical, members, resamples=200)
+    statistics = reversion(respond(shown, made), hues, labels, canonical, members)
+    return {name: statistic(np.ones((1, len(labels))))[0] for name, statistic in statistics.items()}
 
 
 def test_index_is_0_for_a_perfect_inverse_and_1_for_a_painter(population):
     _labels, hues, canonical, shown = population
     perfect = index_of(population, shown)
-    assert perfect.index == pytest.approx((0, 0, 0), abs=1e-12)
-    assert perfect.follow[0] == pytest.approx(1)
+    assert perfect["reversion_index"] == pytest.approx(0, abs=1e-12)
+    assert perfect["hue_follow"] == pytest.approx(1)
     paint = 0.4 * np.exp(1j * np.radians(hues)) * np.ones_like(shown)
     for free in (shown, 0 * shown):  # a painter may leave colour-free objects as they are, or grey
         painter = index_of(population, np.where(canonical, paint, free))
-        assert painter.index == pytest.approx((1, 1, 1), abs=1e-12)
-        assert painter.pull[0] == pytest.approx(0.4 / 0.6)
-        assert painter.n == 40
+        assert painter["reversion_index"] == pytest.approx(1, abs=1e-12)
+        assert painter["prototype_pull"] == pytest.approx(0.4 / 0.6)
 
 
 def test_index_of_a_mixture_is_the_share_of_the_prototype(population):
     _, hues, canonical, shown = population
     paint = 0.6 * np.exp(1j * np.radians(hues))
     made = np.where(canonical, 0.75 * shown + 0.25 * paint, shown)
-    assert index_of(population, made).index[0] == pytest.approx(0.25)
+    assert index_of(population, made)["reversion_index"] == pytest.approx(0.25)
 
 
 def test_honest_nulls_have_no_index(population):
     """Paler pictures, a colour cast over everything, and grey ones: no class pulls anywhere."""
     shown = population[-1]
-    assert index_of(population, 0.3 * shown).index[0] == pytest.approx(0, abs=1e-12)
+    assert index_of(population, 0.3 * shown)["reversion_index"] == pytest.approx(0, abs=1e-12)
     cast = index_of(population, 0.5 * shown + 0.2 * np.exp(1j))
-    assert cast.index == pytest.approx((0, 0, 0), abs=1e-9)
-    assert index_of(population, 0 * shown).index == (0, 0, 0)
+    assert cast["reversion_index"] == pytest.approx(0, abs=1e-9)
+    assert index_of(population, 0 * shown)["reversion_index"] == 0
     noise = np.random.default_rng(1).normal(0, 0.005, (2, *shown.shape)) @ np.eye(shown.shape[1])
-    grey = index_of(population, noise[0] + 1j * noise[1]).index
-    assert abs(grey[0]) < 0.05
+    grey = index_of(population, noise[0] + 1j * noise[1])
+    assert abs(grey["reversion_index"]) < 0.05
 
 
 def test_a_constant_picture_pulls_nowhere_however_pale_the_objects_shown_are(population):
@@ -160,35 +162,27 @@ def test_a_constant_picture_pulls_nowhere_however_pale_the_objects_shown_are(pop
     shown = curve(np.linspace(0, 350, 60)) / 0.6 * chroma
     constant = np.full_like(shown, 0.1 * np.exp(0.4j))
     for category in ("canonical", "colour_free"):
-        assert index_of((labels, hues, canonical, shown), constant, category).index == pytest.approx(
-            (0, 0, 0), abs=1e-9
-        )
+        index = index_of((labels, hues, canonical, shown), constant, category)["reversion_index"]
+        assert index == pytest.approx(0, abs=1e-9)
 
 
 def test_placebo_of_colour_free_classes_is_zero_when_classes_pull_nowhere(population):
     _, hues, canonical, shown = population
     paint = 0.6 * np.exp(1j * np.radians(hues))
     made = np.where(canonical, paint, 0.5 * shown + 0.1)
-    assert index_of(population, made, "colour_free").index[0] == pytest.approx(0, abs=1e-9)
-    assert index_of(population, made).index[0] > 0.8
+    assert index_of(population, made, "colour_free")["reversion_index"] == pytest.approx(0, abs=1e-9)
+    assert index_of(population, made)["reversion_index"] > 0.8
 
 
-def test_seeds_are_clusters_and_images_without_hue_are_left_out(population):
+def test_images_without_hue_are_left_out(population):
     labels, hues, canonical, shown = population
-    paint = 0.6 * np.exp(1j * np.radians(hues)) * np.ones_like(shown)
-    response = respond(shown, np.stack([shown, np.where(canonical, paint, shown)]))
+    response = respond(shown, shown)
     assert isinstance(response, Response)
-    assert response.follow.shape == (2, 60)
-    both = reversion(response, hues, labels, canonical, canonical, resamples=200)
-    assert both.index[0] == pytest.approx(0.5)
-    assert both.index[1] < 0.05
-    assert both.index[2] > 0.95
+    assert response.follow.shape == (60,)
     grey = shown.copy()
     grey[:, :10] = 0
-    assert index_of((labels, hues, canonical, grey), grey).n == 40 - canonical[:10].sum()
-    nothing = reversion(response, np.full(60, np.nan), labels, canonical, canonical)
-    assert nothing.n == 0
-    assert np.isnan(nothing.index[0])
+    assert index_of((labels, hues, canonical, grey), grey)["hue_follow"] == pytest.approx(1)
+    assert reversion(response, np.full(60, np.nan), labels, canonical, canonical) == {}
     with pytest.raises(BacksightError, match="three"):
         respond(shown[:2], shown[:2])
 
@@ -224,7 +218,7 @@ def record():
 
 @pytest.fixture(scope="module")
 def table(record):
-    return pd.DataFrame(colour_rows(record))
+    return metrics(colour_values(record))
 
 
 def chosen(table, measure, inverse="linear", category="canonical", **columns):
@@ -267,8 +261,8 @@ def test_rows_are_tidy_with_intervals_and_unique(table):
     assert np.allclose(sums, 1)
 
 
-def test_index_rows_are_those_of_the_whole_table(record, table):
-    rows = pd.DataFrame(index_rows(record))
+def test_index_values_are_those_of_the_whole_table(record, table):
+    rows = metrics(index_values(record))
     here = table[table.measure.isin(["reversion_index", "hue_follow", "prototype_pull"]) & (table.region == "object")]
     assert len(rows) == len(here)
     assert np.allclose(sorted(rows.value), sorted(here.value))
@@ -323,13 +317,13 @@ def test_top1_counts_the_judged_objects(record):
     objects = record.objects
     logits = torch.nn.functional.one_hot(torch.from_numpy(objects.labels) + 1, len(objects.classes) + 1).float()
     target = Oracle(("nothing", *objects.classes))
-    rows = accuracy_rows(target, objects, [Perturbation("grey")], [logits])
-    assert {row["category"]: row["value"] for row in rows} == dict.fromkeys(objects.categories, 1.0)
-    assert all(row["seeds"] == 1 and row["measure"] == "top1" for row in rows)
+    rows = metrics(accuracy_values(target, objects, [Perturbation("grey")], [logits]))
+    assert dict(zip(rows.category, rows.value, strict=True)) == dict.fromkeys(objects.categories, 1.0)
+    assert rows[["seeds", "measure"]].drop_duplicates().to_numpy().tolist() == [[1, "top1"]]
     assert "does not know" in answer_refusal(Oracle(("cat",)), objects)
     assert "names no classes" in answer_refusal(EyesOnly(), objects)
     with pytest.raises(BacksightError, match="not know"):
-        accuracy_rows(Oracle(("cat",)), objects, [], [])
+        accuracy_values(Oracle(("cat",)), objects, [], [])
 
 
 # ----------------------------------------------------------------------------------------- targets of known habit
@@ -339,7 +333,7 @@ def test_top1_counts_the_judged_objects(record):
 def test_index_of_prototype_eyes_is_their_share(record, share):
     """The target holds the prototype, the inverse is perfect: the whole pass has a known answer."""
     families = {0: {"linear": {"retina": lambda tokens: tokens.map()}}}
-    rows = pd.DataFrame(prototype_eyes_rows(EyesOnly(), record.objects, families, share, shifts=6))
+    rows = metrics(prototype_eyes_values(EyesOnly(), record.objects, families, share, shifts=6))
     index = rows[(rows.measure == "sanity_reversion_index") & (rows.category == "canonical")]
     assert index.value.tolist() == pytest.approx([share], abs=0.02)
 

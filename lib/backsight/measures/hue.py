@@ -14,6 +14,7 @@ class. Then
 with a denominator of at least LEAST_COLOUR, so that a picture without colour has the index 0 and noise does not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,6 @@ SEPARATION = 60.0  # degrees that shown and canonical hue are apart where revert
 GREY_SHARE = 0.25  # of the chroma shown: an object that keeps less is grey
 LEAST_COLOUR = 0.1  # of the chroma shown: the smallest denominator of the reversion index
 OUTCOMES = ("keep", "revert", "grey", "other")
-RESAMPLES = 1000
 
 
 def object_chroma(images: Tensor, masks: Tensor) -> np.ndarray:
@@ -120,7 +120,7 @@ def shares(shown: np.ndarray, made: np.ndarray, canonical: np.ndarray) -> dict[s
 
 @dataclass(frozen=True)
 class Response:
-    """A response curve taken apart, for each image (and training seed): see `respond`.
+    """A response curve taken apart, for each image: see `respond`.
 
     follow: real, 1 where the colour turns with the hue shown; still: complex, the part that does not turn, as chroma of
     the range; level: (N,) mean chroma shown.
@@ -152,64 +152,46 @@ def respond(shown: np.ndarray, made: np.ndarray) -> Response:
     return Response(np.where(seen, follow, np.nan), np.where(seen, still, np.nan), level)
 
 
-@dataclass(frozen=True)
-class Reversion:
-    """(value, low, high) of the index, of its two parts, and the number of images."""
-
-    index: tuple[float, float, float]
-    follow: tuple[float, float, float]
-    pull: tuple[float, float, float]
-    n: int
+Weighted = Callable[[np.ndarray], np.ndarray]  # (R, N) how often each image counts in each of R draws -> (R,)
 
 
 def reversion(
-    response: Response,
-    hues: np.ndarray,
-    labels: np.ndarray,
-    canonical: np.ndarray,
-    members: np.ndarray,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Reversion:
-    """The reversion index of some images, with 95 % intervals from a bootstrap of training seeds and of images.
+    response: Response, hues: np.ndarray, labels: np.ndarray, canonical: np.ndarray, members: np.ndarray
+) -> dict[str, Weighted]:
+    """The reversion index of some images and its two parts, as statistics of how often each of N images counts.
 
-    response: follow, still (S, N) of S training seeds; hues: (N,) canonical (or placebo) hue in degrees; labels: (N,)
-    classes; canonical: (N,) bool, False for the colour-free classes that calibrate; members: (N,) bool, the images
-    whose index is wanted. Images of a class never calibrate that class, so that the placebo of the colour-free
-    classes is judged as honestly as the canonical ones. Where no colour-free image is left, nothing is subtracted.
-    Chroma is averaged before it is divided by the chroma shown: divided image by image, one constant picture would pull
-    pale and vivid objects differently, and so seem to know their classes.
+    response: follow, still (N,); hues: (N,) canonical (or placebo) hue in degrees; labels: (N,) classes; canonical:
+    (N,) bool, False for the colour-free classes that calibrate; members: (N,) bool, the images whose index is wanted.
+    Returns {"reversion_index", "hue_follow", "prototype_pull"}, {} where no member has hues. Images of a class never
+    calibrate that class, so that the placebo of the colour-free classes is judged as honestly as the canonical ones.
+    Where no colour-free image is left, nothing is subtracted. Chroma is averaged before it is divided by the chroma
+    shown: divided image by image, one constant picture would pull pale and vivid objects differently, and so seem to
+    know their classes.
     """
-    follow, still = np.atleast_2d(response.follow), np.atleast_2d(response.still)
-    known = ~np.isnan(hues) & ~np.isnan(follow).any(0)
+    known = ~np.isnan(hues) & ~np.isnan(response.follow)
     members = members & known
     if not members.any():
-        nothing = (np.nan, np.nan, np.nan)
-        return Reversion(nothing, nothing, nothing, 0)
-    generator = np.random.default_rng(seed)
-    count, images = follow.shape
-    by_seed = np.vstack([np.ones(count), generator.multinomial(count, np.full(count, 1 / count), resamples)])
-    by_image = np.vstack([np.ones(images), generator.multinomial(images, np.full(images, 1 / images), resamples)])
-    by_seed /= count
+        return {}
+    still, follow = np.where(known, response.still, 0), np.where(known, response.follow * response.level, 0)
+    away = np.exp(-1j * np.radians(np.where(known, hues, 0)))
     classes, group = np.unique(labels, return_inverse=True)
     one_hot = np.eye(len(classes))[group]  # (N, classes)
-    free = by_image * (known & ~canonical)
-    still_drawn = by_seed @ np.where(known, still, 0)  # (R, N): mean over the seeds drawn
-    follow_drawn = by_seed @ np.where(known, follow * response.level, 0)
-    sums, weights = (free * still_drawn) @ one_hot, free @ one_hot
-    others = weights.sum(1, keepdims=True) - weights
-    with np.errstate(divide="ignore", invalid="ignore"):
-        common = np.where(others > 0, (sums.sum(1, keepdims=True) - sums) / others, 0)  # (R, classes)
-    away = np.exp(-1j * np.radians(np.where(known, hues, 0)))
-    pulls = np.real((still_drawn - common[:, group]) * away)
-    chosen = by_image * members
-    total = chosen @ response.level
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pull, turning = (chosen * pulls).sum(1) / total, (chosen * follow_drawn).sum(1) / total
-    index = pull / np.maximum(np.maximum(turning, 0) + np.abs(pull), LEAST_COLOUR)
-    return Reversion(_interval(index), _interval(turning), _interval(pull), int(members.sum()))
 
+    def parts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        free, chosen = weights * (known & ~canonical), weights * members
+        sums, counts = (free * still) @ one_hot, free @ one_hot
+        others = counts.sum(1, keepdims=True) - counts
+        with np.errstate(divide="ignore", invalid="ignore"):
+            common = np.where(others > 0, (sums.sum(1, keepdims=True) - sums) / others, 0)  # (R, classes)
+            pulls, total = np.real((still - common[:, group]) * away), chosen @ response.level
+            return (chosen * pulls).sum(1) / total, (chosen * follow).sum(1) / total
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    low, high = np.nanquantile(values[1:], [0.025, 0.975])
-    return float(values[0]), float(low), float(high)
+    def index(weights: np.ndarray) -> np.ndarray:
+        pull, turning = parts(weights)
+        return pull / np.maximum(np.maximum(turning, 0) + np.abs(pull), LEAST_COLOUR)
+
+    return {
+        "reversion_index": index,
+        "hue_follow": lambda weights: parts(weights)[1],
+        "prototype_pull": lambda weights: parts(weights)[0],
+    }

@@ -1,4 +1,4 @@
-"""The colour study's pass over images and perturbations, and its tidy tables.
+"""The colour study's pass over images and perturbations, and its values.
 
 Every perturbed picture goes through the target once; each inverse paints it from each tap, and of what it paints only
 the colour of the object is kept: one complex number (`colour.object_chroma`). All measures are taken from these.
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,7 +22,8 @@ from backsight.measures.hue import chroma_kept, hue_distance, hue_of, object_chr
 from backsight.representation import Predictions, concatenate
 from backsight.scenes.render import SceneOptions
 from backsight.studies.recolour import JudgedObjects, Perturbation, painted
-from backsight.tables.pool import metrics_row, pooled_rows
+from backsight.tables.pooling import influence
+from backsight.tables.values import NO_SEED, Values
 from backsight.targets import PIXELS, Target
 
 Families = Mapping[int, Mapping[str, Mapping[str, Reconstruct]]]  # {training seed: {family: {tap: inverse}}}
@@ -41,8 +43,8 @@ class Key:
 class ColourRecord:
     """Colours of the judged objects under every perturbation.
 
-    shown: (P, N) complex; made: {Key: {training seed: (P, N) complex}}, NaN where a perturbation was not measured;
-    outputs: of each perturbation the target's answer on all images.
+    shown: (P, N) complex, 0 where a perturbation was not inverted; made: {Key: {training seed: (P, N) complex}}, NaN
+    where a perturbation was not measured; outputs: of each perturbation the target's answer on all images.
     """
 
     target: Target
@@ -132,11 +134,15 @@ def record_colours(
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             batch = pictures[part]
+            if not perturbation.inverted:
+                if answers:
+                    answered.append(target(batch))
+                continue
             shown[place, part] = object_chroma(batch, objects.masks[part])
             if mean_image is not None:
-                note(Key("null_mean", PIXELS), 0, place, part, mean_image.expand_as(batch))
+                note(Key("null_mean", PIXELS), NO_SEED, place, part, mean_image.expand_as(batch))
             canonical = painted(batch, objects.masks[part], hues[part]).clamp(0, 1)
-            note(Key("painter", PIXELS), 0, place, part, canonical)
+            note(Key("painter", PIXELS), NO_SEED, place, part, canonical)
             recorded = target.record(torch.lerp(batch, canonical, prototype_eyes), taps)
             if answers:  # from the deepest tap: never dearer than another whole pass
                 answered.append(target.from_tap(taps[-1], recorded[taps[-1]]))
@@ -188,108 +194,93 @@ def _joined(answers: Sequence[Tensor | Predictions]) -> Tensor | Predictions:
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def colour_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
-    """Tidy rows: the measures of each perturbation (families only), of the response curve pooled, and the index.
+def colour_values(record: ColourRecord) -> pd.DataFrame:
+    """Values of each perturbation that was inverted, of the whole response curve, and the reversion index.
 
-    Rows with perturbation "hue_shift" and no hue_shift pool the whole curve; there, and under each single shift,
-    shares are of the cases whose hue shown is `colour.SEPARATION` degrees or more from the canonical one.
+    Rows with perturbation "hue_shift" and no hue_shift are of the whole curve: the mean over the shifts of an image;
+    there, and under each single shift, shares are of the cases whose hue shown is `hue.SEPARATION` degrees or more
+    from the canonical one. Nulls have the curve only.
     """
-    rows: list[dict[str, Any]] = []
+    values = _values(record)
     for key, by_seed in record.made.items():
-        null = key.inverse.startswith("null_") or key.inverse == "painter"
-        common = _columns(record, key)
-        if not null:
-            for place in range(len(record.perturbations)):
-                rows += _measure_rows(record, by_seed, [place], seed, common)
-        for region in ("object", "image"):
-            curve = _curve(record, region, by_seed)
-            if len(curve) < 3:
-                continue
-            pooled = common | _pooled(region)
-            rows += _measure_rows(record, by_seed, curve, seed, pooled)
-            rows += _index_rows(record, by_seed, curve, seed, pooled)
-    return [row for row in rows if row["n"] != 1]  # one object that kept a hue says nothing of the others
+        single = not key.inverse.startswith("null_") and key.inverse != "painter"
+        for train_seed, colours in by_seed.items():
+            for place, perturbation in enumerate(record.perturbations):
+                if single and not np.isnan(colours[place]).any():
+                    _add_measures(values, record, key, train_seed, [place], perturbation.columns)
+            for region in ("object", "image"):
+                if len(curve := _curve(record, region, colours)) >= 3:
+                    _add_measures(values, record, key, train_seed, curve, _whole_curve(region))
+                    _add_index(values, record, key, train_seed, curve, region)
+    return values.table()
 
 
-def index_rows(record: ColourRecord, seed: int = 0) -> list[dict[str, Any]]:
-    """The rows of `colour_rows` that hold the reversion index and its parts, of the object's response curve."""
-    rows: list[dict[str, Any]] = []
+def index_values(record: ColourRecord) -> pd.DataFrame:
+    """The reversion index and its parts, of the object's response curve."""
+    values = _values(record)
     for key, by_seed in record.made.items():
-        if len(curve := _curve(record, "object", by_seed)) >= 3:
-            rows += _index_rows(record, by_seed, curve, seed, _columns(record, key) | _pooled("object"))
-    return rows
+        for train_seed, colours in by_seed.items():
+            if len(curve := _curve(record, "object", colours)) >= 3:
+                _add_index(values, record, key, train_seed, curve, "object")
+    return values.table()
 
 
-def _pooled(region: str) -> dict[str, Any]:
-    """The columns of a row that pools a whole response curve."""
+def _values(record: ColourRecord) -> Values:
+    return Values(record.target, record.objects.name, record.objects.split, range(len(record.objects)))
+
+
+def _whole_curve(region: str) -> dict[str, Any]:
     return {"perturbation": "hue_shift", "region": region, "hue_shift": np.nan, "amount": np.nan}
 
 
-def _columns(record: ColourRecord, key: Key) -> dict[str, Any]:
-    target, objects = record.target, record.objects
-    at = {"tap": key.tap, "depth": target.depth(key.tap), "inverse": key.inverse, "family": key.family or key.inverse}
-    place = {"dataset": objects.name, "split": objects.split}
-    return {"target": target.name, "weights": target.weights, **place, **at}
-
-
-def _curve(record: ColourRecord, region: str, by_seed: Mapping[int, np.ndarray]) -> list[int]:
+def _curve(record: ColourRecord, region: str, colours: np.ndarray) -> list[int]:
     """Places of the region's hue shifts at which these colours were measured."""
-    first = next(iter(by_seed.values()))
     return [
         place
         for place, perturbation in enumerate(record.perturbations)
-        if perturbation.kind == "hue_shift" and perturbation.region == region and not np.isnan(first[place]).any()
+        if perturbation.kind == "hue_shift" and perturbation.region == region and not np.isnan(colours[place]).any()
     ]
 
 
-def _measure_rows(
-    record: ColourRecord, by_seed: Mapping[int, np.ndarray], places: list[int], seed: int, common: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Rows of all measures, averaged over the perturbations `places` for each image first."""
-    objects = record.objects
-    shown, original = record.shown[places], record.shown[0]
-    made = np.stack([table[places] for table in by_seed.values()])  # (S, P, N)
-    values = {
+def _add_measures(
+    values: Values, record: ColourRecord, key: Key, train_seed: int, places: list[int], columns: Mapping[str, Any]
+) -> None:
+    """All measures, the mean over the perturbations `places` for each image."""
+    objects, shown, made = record.objects, record.shown[places], record.made[key][train_seed][places]
+    for measure, table in {
         "hue_error_shown": hue_distance(hue_of(made), hue_of(shown)),
-        "hue_error_original": hue_distance(hue_of(made), hue_of(original)),
-        "hue_error_canonical": hue_distance(hue_of(made), objects.hues),
         "chroma_kept": chroma_kept(shown, made),
         **shares(shown, made, objects.hues),
-    }
-    columns = common if len(places) > 1 else common | record.perturbations[places[0]].columns
-    rows = []
-    for measure, table in values.items():
-        of_images = _mean_over_places(table)
-        for category, members in objects.categories.items():
-            if not np.isnan(of_images[:, members]).all():
-                rows += pooled_rows(of_images[:, members], measure, seed, category=category, **columns)
-    return rows
+    }.items():
+        counted = (~np.isnan(table)).sum(0)
+        mean = np.where(counted > 0, np.nansum(table, 0) / np.maximum(counted, 1), np.nan)
+        _add(values, record, key, train_seed, measure, mean, columns)
 
 
-def _mean_over_places(table: np.ndarray) -> np.ndarray:
-    """(S, P, N) to (S, N): the mean over perturbations of the values that exist."""
-    exists = ~np.isnan(table)
-    counted = exists.sum(1)
-    return np.where(counted > 0, np.where(exists, table, 0).sum(1) / np.maximum(counted, 1), np.nan)
+def _add(
+    values: Values,
+    record: ColourRecord,
+    key: Key,
+    train_seed: int,
+    measure: str,
+    numbers: np.ndarray,
+    columns: Mapping[str, Any],
+) -> None:
+    for category, members in record.objects.categories.items():
+        given: dict[str, Any] = {"tap": key.tap, "inverse": key.inverse, "family": key.family or key.inverse}
+        given |= {"category": category, **columns}
+        values.add(measure, {train_seed: np.where(members, numbers, np.nan)}, **given)
 
 
-def _index_rows(
-    record: ColourRecord, by_seed: Mapping[int, np.ndarray], curve: list[int], seed: int, common: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _add_index(values: Values, record: ColourRecord, key: Key, train_seed: int, curve: list[int], region: str) -> None:
+    """What each image contributes to the index of a category; images of colour-free classes calibrate all of them."""
     objects = record.objects
-    response = respond(record.shown[curve], np.stack([table[curve] for table in by_seed.values()]))
-    rows = []
+    response = respond(record.shown[curve], record.made[key][train_seed][curve])
     for category, members in objects.categories.items():
-        if category == "unlabelled":
-            continue
-        found = reversion(response, objects.hues, objects.labels, objects.canonical, members, seed)
-        if not found.n:
-            continue
-        measures = {"reversion_index": found.index, "hue_follow": found.follow, "prototype_pull": found.pull}
-        for measure, (value, low, high) in measures.items():
-            row = metrics_row(measure, value, low, high, found.n, seed, category=category, **common)
-            rows.append(row | {"seeds": len(by_seed)})
-    return rows
+        for measure, statistic in reversion(response, objects.hues, objects.labels, objects.canonical, members).items():
+            given: dict[str, Any] = {"tap": key.tap, "inverse": key.inverse, "family": key.family or key.inverse}
+            given |= {"category": category, **_whole_curve(region)}
+            values.add(measure, {train_seed: influence(statistic, len(objects))}, **given)
 
 
 @torch.no_grad()

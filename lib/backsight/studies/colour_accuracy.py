@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -11,10 +12,9 @@ from backsight.errors import BacksightError
 from backsight.measures.agreement import Matches, class_precisions, find_objects
 from backsight.representation import Predictions
 from backsight.studies.recolour import JudgedObjects, Perturbation, Truth
-from backsight.tables.pool import metrics_row, pooled_rows
+from backsight.tables.pooling import influence
+from backsight.tables.values import Values
 from backsight.targets import Target
-
-RESAMPLES = 300
 
 
 def answer_refusal(target: Target, objects: JudgedObjects) -> str:
@@ -28,57 +28,39 @@ def answer_refusal(target: Target, objects: JudgedObjects) -> str:
     return ""
 
 
-def accuracy_rows(
+def accuracy_values(
     target: Target,
     objects: JudgedObjects,
     perturbations: Sequence[Perturbation],
     outputs: Sequence[Tensor | Predictions],
-    seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> pd.DataFrame:
     """top1 of the judged object (classifier) or AP50 of all objects (detector), for each perturbation and category.
 
-    outputs: of each perturbation, for all images. A target has no training seed here: `seeds` is 1 and the intervals
-    are over images. AP50 is the mean over the category's classes; under white surroundings the judged object is the
-    only one. Columns tap, depth and inverse stay empty.
+    outputs: of each perturbation, for all images. AP50 is the mean over the category's classes; under white
+    surroundings the judged object is the only one. Columns tap, depth and inverse stay empty.
     """
     if refusal := answer_refusal(target, objects):
         raise BacksightError(refusal)
     assert target.classes is not None
     number = np.array([target.classes.index(name) for name in objects.classes])
-    rows: list[dict[str, Any]] = []
-    about = {"target": target.name, "weights": target.weights, "dataset": objects.name, "split": objects.split}
+    values = Values(target, objects.name, objects.split, range(len(objects)))
     for perturbation, output in zip(perturbations, outputs, strict=True):
-        common = about | perturbation.columns
-        if isinstance(output, Tensor):
-            hits = (output.argmax(1).cpu().numpy() == number[objects.labels]).astype(float)
-            for category, members in objects.categories.items():
-                rows += pooled_rows(hits[members], "top1", seed, category=category, **common)
-            continue
         alone = perturbation.kind == "white_surroundings"
         truth = [Truth(t.labels[:1], t.boxes[:1]) if alone else t for t in objects.truth]
-        rows += [row | common | {"seeds": 1} for row in _precision_rows(output, truth, number, objects, seed)]
-    return rows
+        for category, members in objects.categories.items():
+            given: dict[str, Any] = {"category": category, **perturbation.columns}
+            if isinstance(output, Tensor):
+                hits = (output.argmax(1).cpu().numpy() == number[objects.labels]).astype(float)
+                values.add("top1", np.where(members, hits, np.nan), **given)
+                continue
+            chosen = set(objects.labels[members])
 
+            def precision(weights: np.ndarray) -> np.ndarray:
+                by_class = average_precisions(output, truth, number, weights)  # noqa: B023
+                return np.nanmean(np.stack([p for label, p in by_class.items() if label in chosen]), axis=0)  # noqa: B023
 
-def _precision_rows(
-    output: Predictions, truth: Sequence[Truth], number: np.ndarray, objects: JudgedObjects, seed: int
-) -> list[dict[str, Any]]:
-    """Rows of AP50 for each category, from one set of resampled images."""
-    generator = np.random.default_rng(seed)
-    count = len(truth)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    weights = np.vstack([np.ones(count), drawn])
-    owns = {int(label): bool(own) for label, own in zip(objects.labels, objects.canonical, strict=True)}
-    every = average_precisions(output, truth, number, weights)
-    rows = []
-    for category in objects.categories:
-        chosen = [label for label, own in owns.items() if own == (category == "canonical") and label in every]
-        if not chosen:
-            continue
-        mean = np.nanmean(np.stack([every[label] for label in chosen]), axis=0)
-        low, high = np.nanquantile(mean[1:], [0.025, 0.975])
-        rows.append(metrics_row("ap50", float(mean[0]), float(low), float(high), count, seed, category=category))
-    return rows
+            values.add("ap50", influence(precision, len(objects)), **given)
+    return values.table()
 
 
 def average_precisions(

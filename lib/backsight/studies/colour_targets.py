@@ -18,7 +18,7 @@ from backsight.scenes.dataset import MEAN, STD, Batch
 from backsight.scenes.render import CLASS_NAMES, SceneOptions, render_many
 from backsight.scenes.train import VitTraining
 from backsight.studies.by_seed import families_by_seed
-from backsight.studies.colour import ColourRecord, Families, index_rows, merged, record_colours, uniform_by_seed
+from backsight.studies.colour import ColourRecord, Families, index_values, merged, record_colours, uniform_by_seed
 from backsight.studies.recolour import JudgedObjects, hue_shifts, open_objects
 from backsight.targets import Target
 from backsight.targets.base import Preprocessing, seeded
@@ -109,10 +109,10 @@ def small_accuracy(target: Target, rules: Sequence[str] = ("strict", "uniform"),
     return pd.DataFrame(rows)
 
 
-def habit_rows(
+def habit_values(
     target: Target, n: int, seeds: Sequence[int], fit_images: int, shifts: int = 12, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Rows of the reversion index of a target on test scenes, by linear inverses that know typical colours and not.
+) -> pd.DataFrame:
+    """Values of the reversion index of a target on test scenes, by linear inverses that know typical colours and not.
 
     The measures are called sanity_reversion_index, sanity_hue_follow and sanity_prototype_pull. Inverse "linear" is
     fitted on scenes of the mixed rule, "linear_uniform" on scenes of uniform hues.
@@ -122,13 +122,13 @@ def habit_rows(
     record = record_colours(
         target, objects, [*hue_shifts(shifts)], families, answers=False, nulls=False, seed=seed, progress=False
     )
-    return _sanity(record, seed)
+    return _sanity(record)
 
 
-def prototype_eyes_rows(
+def prototype_eyes_values(
     target: Target, objects: JudgedObjects, families: Families, share: float, shifts: int = 12, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Rows of the reversion index of a target that is shown its objects `share` of the way to their canonical hue.
+) -> pd.DataFrame:
+    """Values of the reversion index of a target that is shown its objects `share` of the way to their canonical hue.
 
     families: of the target itself. A perfect inverse would have an index of about `share`.
     """
@@ -143,12 +143,13 @@ def prototype_eyes_rows(
         seed=seed,
         progress=False,
     )
-    return [row | {"target": f"{target.name}, prototype eyes {share:g}"} for row in _sanity(record, seed)]
+    return _sanity(record).assign(target=f"{target.name}, prototype eyes {share:g}")
 
 
-def _sanity(record: ColourRecord, seed: int) -> list[dict[str, Any]]:
-    rows = [row for row in index_rows(record, seed) if row["inverse"] != "painter"]
-    return [row | {"measure": f"{SANITY}{row['measure']}"} for row in rows]
+def _sanity(record: ColourRecord) -> pd.DataFrame:
+    values = index_values(record)
+    values = values[values["inverse"] != "painter"]
+    return values.assign(measure=SANITY + values["measure"])
 
 
 def told_apart(rows: pd.DataFrame, first: str, second: str, category: str = "canonical") -> pd.DataFrame:

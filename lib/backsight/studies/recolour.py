@@ -6,9 +6,9 @@ other source, is changed pixel by pixel inside the mask.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,15 +17,11 @@ from torch import Tensor
 from backsight.data.images import ImageSource, Preprocessed, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.scenes.render import CLASS_NAMES, CLASSES, Scene, SceneOptions, render_many
-from backsight.tables.names import PERMUTATIONS
 
-Kind = Literal["none", "set_hue", "hue_shift", "grey", "channels", "saturation", "brightness", "white_surroundings"]
-KINDS: tuple[str, ...] = (
-    *("none", "set_hue", "hue_shift", "grey", "channels", "saturation", "brightness", "white_surroundings"),
-)
+Kind = Literal["none", "set_hue", "hue_shift", "grey", "saturation", "white_surroundings"]
+KINDS: tuple[str, ...] = get_args(Kind)
 EXACT: tuple[str, ...] = ("set_hue", "hue_shift", "grey", "white_surroundings")  # what scenes render by themselves
 SET_HUES = (0.0, 60.0, 120.0, 180.0, 240.0, 300.0)  # red, green, blue as the paper, and the hues between them
-FACTORS = (0.5, 1.5)  # of saturation and brightness, the controls
 CONCENTRATION = 0.5  # mean length of a class's hue vectors (0: any hue, 1: one hue) from which it has a prototype
 FEWEST_EXAMPLES = 10  # training objects that a prototype needs
 NO_NUMBER = float("nan")
@@ -36,8 +32,8 @@ class Perturbation:
     """What is done to the colours, and where.
 
     kind: "set_hue" to `amount` degrees, "hue_shift" by `hue_shift` degrees, "grey" (saturation 0, value kept),
-    "channels" in the order PERMUTATIONS[amount], "saturation" and "brightness" times `amount`, "white_surroundings"
-    (all but the object is white) or "none". region: "object" (inside its mask) or "image".
+    "saturation" times `amount`, "white_surroundings" (all but the object is white) or "none". region: "object" (inside
+    its mask) or "image".
     """
 
     kind: Kind
@@ -52,10 +48,13 @@ class Perturbation:
             raise BacksightError(f"a perturbation is of the 'object' or of the 'image', not of {self.region!r}")
         if self.kind == "hue_shift" and not math.isfinite(self.hue_shift):
             raise BacksightError("the perturbation hue_shift needs hue_shift, in degrees")
-        if self.kind in ("set_hue", "channels", "saturation", "brightness") and not math.isfinite(self.amount):
+        if self.kind in ("set_hue", "saturation") and not math.isfinite(self.amount):
             raise BacksightError(f"the perturbation {self.kind} needs an amount")
-        if self.kind == "channels" and self.amount not in range(len(PERMUTATIONS)):
-            raise BacksightError(f"channels are permuted in the orders 0 to {len(PERMUTATIONS) - 1}, not {self.amount}")
+
+    @property
+    def inverted(self) -> bool:
+        """Whether pictures are inverted under it; under the others the target alone is asked for its answer."""
+        return self.kind in ("none", "hue_shift") or (self.kind, self.region) == ("set_hue", "object")
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -81,20 +80,10 @@ def colour_perturbations(shifts: int = 24) -> list[Perturbation]:
     if shifts < 3 or shifts % 3:
         raise BacksightError(f"the response curve needs 3, 6, … 24 … hue shifts, not {shifts}: 120° is among them")
     chosen = [NONE]
-    for region in ("object", "image"):
+    regions: tuple[Literal["object", "image"], ...] = ("object", "image")
+    for region in regions:
         chosen += hue_shifts(shifts, region)
-        settings: list[tuple[str, Iterable[float]]] = [
-            ("set_hue", SET_HUES),
-            ("grey", (NO_NUMBER,)),
-            ("channels", range(len(PERMUTATIONS))),
-            ("saturation", FACTORS),
-            ("brightness", FACTORS),
-        ]
-        chosen += [
-            Perturbation(kind, region, amount=float(amount))  # type: ignore[arg-type]
-            for kind, amounts in settings
-            for amount in amounts
-        ]
+        chosen += [Perturbation("set_hue", region, amount=hue) for hue in SET_HUES] + [Perturbation("grey", region)]
     return [*chosen, Perturbation("white_surroundings", "image")]
 
 
@@ -147,8 +136,6 @@ def perturb(images: Tensor, masks: Tensor, perturbation: Perturbation) -> Tensor
 def _changed(images: Tensor, perturbation: Perturbation) -> Tensor:
     if perturbation.kind == "none":
         return images
-    if perturbation.kind == "channels":
-        return images[:, list(PERMUTATIONS[int(perturbation.amount)])]
     hue, saturation, value = to_hsv(images).unbind(1)
     if perturbation.kind == "set_hue":
         hue = torch.full_like(hue, perturbation.amount)
@@ -156,10 +143,8 @@ def _changed(images: Tensor, perturbation: Perturbation) -> Tensor:
         hue = hue + perturbation.hue_shift
     elif perturbation.kind == "grey":
         saturation = torch.zeros_like(saturation)
-    elif perturbation.kind == "saturation":
-        saturation = (saturation * perturbation.amount).clamp(0, 1)
     else:
-        value = (value * perturbation.amount).clamp(0, 1)
+        saturation = (saturation * perturbation.amount).clamp(0, 1)
     return to_rgb(torch.stack([hue, saturation, value], 1))
 
 

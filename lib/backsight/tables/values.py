@@ -91,7 +91,9 @@ class Values:
         columns["photograph"] = [name for count in counts for name in self.photographs[:count]]
         columns["value"] = np.concatenate([array for _, array, _ in self._parts])
         columns["weight"] = np.concatenate([weights for _, _, weights in self._parts])
-        return pd.DataFrame(columns)[[*COLUMNS, *(name for name in columns if name not in COLUMNS)]]
+        return pd.DataFrame(columns).dropna(subset="value")[
+            [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
+        ]
 
 
 def _numbers(values: Numbers) -> np.ndarray:
