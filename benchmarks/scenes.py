@@ -10,8 +10,8 @@ from pathlib import Path
 
 from table import Row, interleaved, write
 
-from backsight.scenes.dataset import scene_arrays
-from backsight.scenes.render import render_many, write_coco
+from backsight.scenes.dataset import scene_arrays, write_coco
+from backsight.scenes.render import render_many
 
 IMAGES = 1000
 

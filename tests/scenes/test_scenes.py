@@ -12,6 +12,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 from skimage.color import rgb2hsv
 
 from backsight.errors import BacksightError
+from backsight.scenes.dataset import cached, write_coco
 from backsight.scenes.render import (
     CLASS_NAMES,
     CLASSES,
@@ -19,10 +20,8 @@ from backsight.scenes.render import (
     SPLIT_PHOTOGRAPHS,
     UNOWNED_HUES,
     SceneOptions,
-    cached,
     render,
     render_many,
-    write_coco,
 )
 
 splits = st.sampled_from(sorted(SPLIT_PHOTOGRAPHS))

@@ -189,7 +189,8 @@ def test_a_folder_without_masks_is_judged_as_a_whole(tmp_path):
 
 
 def test_coco_objects_come_with_masks_and_prototypes(tmp_path):
-    from backsight.scenes.render import SceneOptions, write_coco
+    from backsight.scenes.dataset import write_coco
+    from backsight.scenes.render import SceneOptions
 
     options = SceneOptions(rule="strict", minimum_area=0.3)
     for split, there in (("train", "train"), ("test", "val")):

@@ -29,7 +29,7 @@ from backsight.project import available_cores
 
 # Sources that are no folders, each with the function that gives a `Generated`.
 GENERATORS = {
-    "scenes": "backsight.scenes.render:generated",
+    "scenes": "backsight.scenes.dataset:generated",
     "photographs": "backsight.scenes.photographs:generated",
 }
 WORTH_WORKERS = 2000  # images that are read by processes of their own, where there are cores to spare

@@ -11,32 +11,21 @@ products), so the bytes do not depend on the processor.
 """
 
 import colorsys
-import json
 import math
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
 
-from backsight.errors import BacksightError, SourceError
-from backsight.project import cache_folder
+from backsight.errors import BacksightError
 from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS, photograph
-
-if TYPE_CHECKING:
-    from backsight.data.images import Generated
 
 Array = np.ndarray
 Polygon = tuple[tuple[float, float], ...]
 
-SCENES_COUNT = 1024  # where no count is given
 VERSION = 1  # part of the cache key: raise it whenever a change alters a rendered byte
 SUPERSAMPLING = 4
 _STEP = 15  # brightness of one covered sub-pixel in the mean of 16: keeps that mean an exact integer below 256
@@ -432,90 +421,3 @@ def _boxes(masks: Array) -> Array:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         boxes[i] = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
     return boxes
-
-
-# ---------------------------------------------------------------------------------------------- COCO layout on disk
-
-
-def write_coco(
-    folder: Path,
-    split: str,
-    count: int,
-    seed: int = 0,
-    size: int = 64,
-    options: SceneOptions = DEFAULT_OPTIONS,
-    progress: bool = False,
-) -> None:
-    """Render a split into `folder` in COCO's layout: `{split}2017/*.png`, `annotations/instances_{split}2017.json`.
-
-    The annotations carry, beside COCO's own keys, the object's hue, texture and whether it dominates; the images
-    carry the name of the photograph behind them.
-    """
-    from pycocotools import mask as coco_mask
-
-    pictures = folder / f"{split}2017"
-    pictures.mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    scenes = render_many(split, count, seed, size, options)
-    for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", total=count, leave=False, disable=not progress)):
-        name = f"{index:012d}.png"
-        Image.fromarray(scene.image).save(pictures / name, compress_level=1)
-        images.append({"id": index, "file_name": name, "height": size, "width": size, "background": scene.background})
-        codes = coco_mask.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
-        for position, code in enumerate(codes):
-            hue = float(scene.hues[position])
-            annotations.append(
-                {
-                    **{"id": len(annotations) + 1, "image_id": index},
-                    "category_id": int(scene.labels[position]) + 1,
-                    "bbox": scene.boxes[position].tolist(),
-                    "area": int(scene.masks[position].sum()),
-                    "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
-                    **{"iscrowd": 0, "hue": None if math.isnan(hue) else hue},
-                    **{"texture": scene.textures[position], "dominant": position == 0},
-                }
-            )
-    categories = [{"id": i + 1, "name": c.name, "hue": c.hue} for i, c in enumerate(CLASSES)]
-    information = {"description": "backsight scenes", "version": VERSION, "seed": seed, "options": asdict(options)}
-    content = {"info": information, "images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-
-
-def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> "Generated":
-    """Scenes of a split (default: test; 1024 where no count is given), as `open_images` asks for them."""
-    from backsight.data.images import Generated
-
-    split = split or "test"
-    if split not in SPLIT_PHOTOGRAPHS:
-        raise SourceError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
-    chosen = options if isinstance(options, SceneOptions) else DEFAULT_OPTIONS
-    folder = cached(split, SCENES_COUNT if count is None else count, seed, size, chosen)
-    files = {path.stem: path for path in sorted((folder / f"{split}2017").iterdir())}
-    return Generated(split, files, folder / "annotations" / f"instances_{split}2017.json", to_size=True)
-
-
-def cached(
-    split: str,
-    count: int,
-    seed: int = 0,
-    size: int = 64,
-    options: SceneOptions = DEFAULT_OPTIONS,
-    progress: bool = True,
-) -> Path:
-    """The folder of `write_coco`, made on first use and kept; of several processes that ask at once, one makes it."""
-    render(split, 0, seed, size, options)  # bad arguments are refused before anything is written
-    key = json.dumps([VERSION, split, count, seed, size, asdict(replace(options))], sort_keys=True)
-    name = f"{split}-{count}-{size}px-seed{seed}-{sha256(key.encode()).hexdigest()[:10]}"
-    scenes = cache_folder() / "scenes"
-    folder, made = scenes / name, scenes / f".making-{name}"
-    if folder.is_dir():
-        return folder
-    scenes.mkdir(parents=True, exist_ok=True)
-    with FileLock(scenes / f".{name}.lock"):
-        if not folder.is_dir():
-            shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-            write_coco(made, split, count, seed, size, options, progress)
-            made.rename(folder)
-    return folder

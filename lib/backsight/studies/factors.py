@@ -29,7 +29,8 @@ from backsight.errors import BacksightError
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.project import read_json
 from backsight.representation import Representation, Tokens
-from backsight.scenes.render import CLASSES, SPLIT_PHOTOGRAPHS, TEXTURES, cached
+from backsight.scenes.dataset import cached
+from backsight.scenes.render import CLASSES, SPLIT_PHOTOGRAPHS, TEXTURES
 from backsight.tables.values import Values
 from backsight.targets import Target
 
