@@ -1,7 +1,6 @@
 """Cross-application: the diagonal is the plain reconstruction, slopes are exact, verdicts go either way."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -13,10 +12,9 @@ from backsight.studies import cross_layer, layers
 from backsight.studies.layers import cross_application, translated
 from backsight.studies.nulls import null_mean
 from backsight.tables.names import SLOPES
-from backsight.tables.values import METRIC_COLUMNS
+from backsight.tables.pooling import metrics
+from backsight.tables.values import METRIC_COLUMNS, Values
 from backsight.targets import load_target
-
-ABOUT = {"target": "scenes-vit", "weights": "shipped", "dataset": "smooth", "split": "test"}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +40,17 @@ def study(vit, images):
     null = vit.untrained(0)
     untrained = {0: (null, {"linear": fit_linear(null, train, taps=null.taps, progress=False)})}
     moments = layers.tap_moments(vit, train, vit.taps)
-    rows = cross_layer.cross_rows(vit, test, linear, untrained, null_mean(train), moments, columns=ABOUT)
+    values = Values(vit, "smooth", "test", range(len(test)))
+    cross_layer.add_cross(values, vit, test, linear, untrained, null_mean(train), moments)
     blocks = layers.block_steps(vit, vit.taps)
-    rows += cross_layer.similarity_rows(vit, test, vit.taps, [*blocks, *steps], columns=ABOUT)
-    rows += cross_layer.similarity_rows(null, test, vit.taps, [*blocks, *steps], null=True, columns=ABOUT)
+    cross_layer.add_similarity(values, vit, test, vit.taps, [*blocks, *steps])
+    cross_layer.add_similarity(values, null, test, vit.taps, [*blocks, *steps], null=True)
     maps = cross_layer.fit_predictors(vit, {0: train[:20], 1: train[20:]}, vit.taps, steps)
     for inverse, shuffle in (("linear", False), ("null_shuffled", True)):
         errors = cross_layer.prediction_errors(vit, test, maps, shuffle=shuffle)
-        rows += cross_layer.predictability_rows(vit, errors, inverse, vit.taps, steps, columns=ABOUT)
-    rows += cross_layer.half_step_rows(vit, test, fitted, steps, columns=ABOUT)
-    return fitted, pd.DataFrame(rows)
+        cross_layer.add_predictability(values, vit, errors, inverse, vit.taps, steps, seeds=(0, 1))
+    cross_layer.add_half_steps(values, vit, test, fitted, steps)
+    return fitted, metrics(values.table())
 
 
 def test_the_diagonal_is_the_plain_reconstruction_exactly(vit, images, study):
@@ -133,7 +132,9 @@ def test_stages_on_several_grids_share_one_decay(images):
     swin = load_target(
         "scenes-swin", taps=["patch_embed", "layers.0.blocks.0", "layers.0", "layers.1.blocks.0", "layers.1"]
     )
-    rows = pd.DataFrame(cross_layer.similarity_rows(swin, images[:16], swin.taps, columns=ABOUT))
+    values = Values(swin, "smooth", "test", range(16))
+    cross_layer.add_similarity(values, swin, images[:16], swin.taps)
+    rows = metrics(values.table())
     slope = rows[rows["measure"] == "cka_slope"].iloc[0]
     alike = rows[(rows["measure"] == "cka") & (rows["inverse"] == "features")]
     expected = (alike["distance"] * (1 - alike["value"])).sum() / (alike["distance"] ** 2).sum()
@@ -176,43 +177,32 @@ def test_the_slope_of_a_synthetic_matrix_is_exact(vit):
 
 
 def test_every_row_has_its_interval_and_every_measure_its_nulls(study):
-    _, metrics = study
-    assert set(METRIC_COLUMNS) <= set(metrics.columns)
-    assert metrics[["value", "low", "high", "n", "seeds", "group", "component"]].notna().all().all()
-    assert (metrics["low"] <= metrics["value"] + 1e-9).all()
-    assert (metrics["value"] <= metrics["high"] + 1e-9).all()
-    found = metrics.groupby("measure")["inverse"].agg(set)
+    _, table = study
+    assert set(METRIC_COLUMNS) <= set(table.columns)
+    assert table[["value", "low", "high", "n", "seeds", "group", "component"]].notna().all().all()
+    assert (table["low"] <= table["value"] + 1e-9).all()
+    assert (table["value"] <= table["high"] + 1e-9).all()
+    found = table.groupby("measure")["inverse"].agg(set)
     assert found["cross_psnr"] == {"linear", "null_mean", "null_shuffled", "null_untrained"}
     assert found["cka"] == found["procrustes"] == {"features", "null_shuffled", "null_untrained"}
     assert found["predictability_r2"] == {"linear", "null_shuffled"}
     for name in SLOPES:
-        rows = metrics[(metrics["measure"] == name) & ~metrics["inverse"].str.startswith("null_")]
+        rows = table[(table["measure"] == name) & ~table["inverse"].str.startswith("null_")]
         assert len(rows) == 1, "one number for each target and group"
         assert rows.iloc[0][["group", "distance"]].tolist() == ["blocks", 2]
-    assert set(metrics.loc[metrics["measure"] == "step_loss", "component"]) == {"attention", "mlp"}
-    assert set(metrics.loc[metrics["measure"] == "residual_update", "component"]) == {"block", "attention", "mlp"}
+    assert set(table.loc[table["measure"] == "step_loss", "component"]) == {"attention", "mlp"}
+    assert set(table.loc[table["measure"] == "residual_update", "component"]) == {"block", "attention", "mlp"}
 
 
 def test_a_tap_predicts_itself_moved_and_not_another_image(study):
-    _, metrics = study
-    rows = metrics[metrics["measure"] == "predictability_r2"]
+    _, table = study
+    rows = table[table["measure"] == "predictability_r2"]
     linear = rows[rows["inverse"] == "linear"]["value"].mean()
     assert linear > rows[rows["inverse"] == "null_shuffled"]["value"].mean() + 0.3
-    slope = metrics[metrics["measure"] == "r2_slope"].iloc[0]
+    slope = table[table["measure"] == "r2_slope"].iloc[0]
     near = rows[(rows["inverse"] == "linear") & (rows["component"] == "block") & (rows["group"] == "blocks")]
     expected = (near["distance"] * (1 - near["value"])).sum() / (near["distance"] ** 2).sum()
     assert slope["value"] == pytest.approx(expected)
-
-
-def test_claims_are_read_off_the_numbers(study):
-    _, metrics = study
-    claims = cross_layer.check_cross_claims(metrics).set_index("claim")
-    own = next(claim for claim in claims.index if "its own inverse" in claim)
-    assert claims.loc[own, "cases"] == 4
-    worse = metrics.copy()
-    diagonal = (worse["measure"] == "cross_psnr") & (worse["source_tap"] == worse["target_tap"])
-    worse.loc[diagonal, "value"] = 0
-    assert not cross_layer.check_cross_claims(worse).set_index("claim").loc[own, "holds"]
 
 
 def test_the_families_asked_for_are_taken_and_others_are_named():

@@ -47,36 +47,18 @@ def cka_from_products(products: np.ndarray) -> np.ndarray:
 
 def procrustes_pairs(
     features: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(value, low, high), each (len(pairs),): orthogonal Procrustes similarity in [0, 1] with its 95 % interval.
+) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """Orthogonal Procrustes similarity in [0, 1] of pairs of layers, (len(pairs),), as a statistic of the indices of
+    the minibatches that are kept; and their number.
 
     1 for features equal up to rotation, shift and one scale: the cosine between the centred features after the best
     rotation, |XᵀY|_* / (|X| |Y|); 0 where one of them is constant. It is not debiased: independent features of C
     channels score about sqrt(C / R), which the null of shuffled features shows. Source: Schönemann 1966; as a
-    similarity of layers: Williams et al., NeurIPS 2021. The interval is a jackknife that leaves out one minibatch at a
-    time (a bootstrap would repeat rows, and the similarity grows as rows become fewer). Pairs need not have equal
-    numbers of channels.
+    similarity of layers: Williams et al., NeurIPS 2021. Minibatches are to be left out, not drawn twice: the similarity
+    grows as rows become fewer. Pairs need not have equal numbers of channels.
     """
     moments = _cross_moments(_minibatches(features), pairs)
-    return jackknife(lambda kept: _procrustes_from(moments, kept), len(moments[0]))
-
-
-def jackknife(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(value, low, high) of a statistic of some of `count` groups, 95 % by leaving out one group at a time.
-
-    statistic: of the kept groups' indices. With fewer than 2 groups the interval is NaN. Source: Efron & Tibshirani,
-    An Introduction to the Bootstrap, chapter 11, with Student's t of count - 1 degrees of freedom.
-    """
-    from scipy.stats import t
-
-    every = np.arange(count)
-    value = np.asarray(statistic(every), float)
-    if count < 2:
-        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    without = np.stack([np.asarray(statistic(np.delete(every, left_out)), float) for left_out in every])
-    error = np.sqrt((count - 1) * without.var(axis=0))
-    reach = t.ppf(0.975, count - 1) * error
-    return value, value - reach, value + reach
+    return lambda kept: _procrustes_from(moments, kept), len(moments[0])
 
 
 def token_cosine(first: Representation, second: Representation) -> Tensor:

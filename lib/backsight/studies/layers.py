@@ -320,7 +320,6 @@ def placed(target: Target, pair: Pair, component: Component = "block") -> dict[s
     group = layer_group(target, pair[0])
     return {
         "tap": pair[0],
-        "depth": target.depth(pair[0]),
         "source_tap": pair[0],
         "target_tap": pair[1],
         "group": group if group == layer_group(target, pair[1]) else "",

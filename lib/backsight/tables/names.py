@@ -1,7 +1,6 @@
 """Names that tables hold: studies write them, figures and claims read them."""
 
 from collections.abc import Mapping
-from itertools import permutations
 from types import MappingProxyType
 
 # Families whose inverse speaks for a layer, and whose inverse reads another image's features: the first that is there.
@@ -17,15 +16,10 @@ SLOPES: Mapping[str, str] = MappingProxyType(
     {
         "decay_slope": "dB lost a layer",
         "decay_slope_standardised": "dB lost a layer, channels standardised",
-        "decay_slope_share": "share of the PSNR above the mean image lost a layer",
         "cka_slope": "1 - CKA a layer",
         "r2_slope": "1 - R² a layer",
     }
 )
-
-# 05_colour: hues, and the five orders of the channels that change something.
-UNOWNED_HUES = (180.0, 300.0)  # degrees that no class owns, as scenes.render has them
-PERMUTATIONS: tuple[tuple[int, ...], ...] = tuple(permutations(range(3)))[1:]
 
 # 10_tradeoff: inverses, what a change is measured against, the end of a score on hues that say nothing of the class.
 FRESH, JOINT, OF_START = "linear", "linear_joint", "linear_of_start"

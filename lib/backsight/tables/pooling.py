@@ -136,13 +136,17 @@ def _draws(seed: int, seeds: int, units: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def influence(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
-    """(N,) what each of `count` images contributes to a statistic that is no mean, such as an average precision.
+    """(N, …) what each of `count` images contributes to a statistic that is no mean, such as an average precision.
 
-    statistic: (R,) values of weights (R, N), how often each image counts in each of R draws. The contributions are
+    statistic: (R, …) values of weights (R, N), how often each image counts in each of R draws. The contributions are
     jackknife pseudo-values, moved so that their mean is the statistic of all images: pooled as any other values they
     give it and its interval. Source: Efron & Tibshirani, An Introduction to the Bootstrap, 11.5.
     """
-    whole = float(statistic(np.ones((1, count)))[0])
-    without = statistic(1 - np.eye(count))
+    whole = np.asarray(statistic(np.ones((1, count)))[0], float)
+    if count < 2:
+        return whole[None]
+    without = np.asarray(statistic(1 - np.eye(count)), float)
     known = ~np.isnan(without)
-    return whole + (count - 1) * (without[known].mean() - without) if known.any() else without
+    with np.errstate(invalid="ignore"):
+        mean = np.where(known, without, 0).sum(0) / known.sum(0)
+    return whole + (count - 1) * (mean - without)

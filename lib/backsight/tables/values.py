@@ -56,7 +56,7 @@ class Values:
         if len(self.photographs) != len(self.images):
             raise BacksightError(f"{len(self.images)} images need a photograph each, not {len(self.photographs)}.")
         self.common = {"target": target.name, "weights": target.weights, "dataset": dataset, "split": split, **common}
-        self._parts: list[tuple[dict[str, Any], np.ndarray, np.ndarray]] = []
+        self._parts: list[tuple[dict[str, Any], np.ndarray, np.ndarray, list[Any]]] = []
 
     def add(
         self,
@@ -66,31 +66,34 @@ class Values:
         inverse: str | None = None,
         *,
         weight: Numbers | None = None,
+        clusters: Sequence[Any] | None = None,
         **columns: Any,
     ) -> None:
         """(N',) values of the first N' images, or {training seed: (N',)}; NaN: an image without this measure.
 
         weight: (N',) how much each value counts where they are pooled. With value = 1 − error / total and weight =
         total the mean is the R² of all images; with value = hits / trials and weight = trials it is their share.
+        clusters: (N',) what is drawn for an interval, in the place of the photographs.
         """
         depth = None if tap is None else self.target.depth(tap)
         told = {"tap": tap, "depth": depth, "inverse": inverse, "measure": measure, **self.common, **columns}
         for train_seed, numbers in (values if isinstance(values, Mapping) else {NO_SEED: values}).items():
             array = _numbers(numbers)
             weights = np.ones(len(array)) if weight is None else _numbers(weight)
-            self._parts.append(({**told, "train_seed": train_seed}, array, weights))
+            drawn = self.photographs[: len(array)] if clusters is None else list(clusters)
+            self._parts.append(({**told, "train_seed": train_seed}, array, weights, drawn))
 
     def table(self) -> pd.DataFrame:
         """One row a value: COLUMNS, weight, and those of the study; train_seed is NO_SEED where nothing was trained."""
-        counts = [len(array) for _, array, _ in self._parts]
-        names = dict.fromkeys(name for told, _, _ in self._parts for name in told)
+        counts = [len(array) for _, array, *_ in self._parts]
+        names = dict.fromkeys(name for told, *_ in self._parts for name in told)
         columns: dict[str, Any] = {
-            name: pd.Series([told.get(name) for told, _, _ in self._parts]).repeat(counts).to_numpy() for name in names
+            name: pd.Series([told.get(name) for told, *_ in self._parts]).repeat(counts).to_numpy() for name in names
         }
         columns["image"] = [name for count in counts for name in self.images[:count]]
-        columns["photograph"] = [name for count in counts for name in self.photographs[:count]]
-        columns["value"] = np.concatenate([array for _, array, _ in self._parts])
-        columns["weight"] = np.concatenate([weights for _, _, weights in self._parts])
+        columns["photograph"] = [name for *_, drawn in self._parts for name in drawn]
+        columns["value"] = np.concatenate([array for _, array, *_ in self._parts])
+        columns["weight"] = np.concatenate([weights for _, _, weights, _ in self._parts])
         return pd.DataFrame(columns).dropna(subset="value")[
             [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
         ]
