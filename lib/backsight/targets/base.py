@@ -9,7 +9,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 PIXELS = "pixels"
 TAP_SETS = ("blocks", "components", "fine")
 
-StageKind = Literal[
-    "patch_embedding", "backbone", "projection", "blocks", "convolution", "encoder", "decoder", "norm", "heads"
-]
-Kind = Literal["classifier", "detector", "module"]
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Size = tuple[int, int]
 
@@ -44,7 +40,9 @@ class Stage:
     part of a block counts as one); heads: attention heads; hidden: MLP width, 0 where there is none.
     """
 
-    kind: StageKind
+    kind: Literal[
+        "patch_embedding", "backbone", "projection", "blocks", "convolution", "encoder", "decoder", "norm", "heads"
+    ]
     depth: int
     heads: int
     hidden: int
@@ -66,8 +64,7 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the zero-centred images that the model was trained on."""
-        mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
-        std = images.new_tensor(self.std).view(1, -1, 1, 1)
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
 
@@ -78,7 +75,7 @@ class Target(ABC):
     taps: the selected ones in forward order; available_taps: all of them; classes: names, or None if unknown.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[Literal["classifier", "detector", "module"]]
     precision: Precision = "float32"
 
     def __init__(
@@ -90,9 +87,7 @@ class Target(ABC):
         classes: Sequence[str] | None = None,
         taps: str | Sequence[str] = "blocks",
     ) -> None:
-        self.model = self._put_to_rest(model)
-        self.name = name
-        self.weights = weights
+        self.model, self.name, self.weights = self._put_to_rest(model), name, weights
         self.preprocessing = preprocessing
         self.classes = None if classes is None else tuple(classes)
         self.taps = self.resolve_taps(taps)
@@ -180,7 +175,7 @@ class Target(ABC):
             )
         with torch.set_grad_enabled(gradient):
             recorded = self._canonical(wanted, seen, output, images, padding)
-            return {tap: representation.apply(_widened) for tap, representation in recorded.items()}
+            return {tap: _wide(representation) for tap, representation in recorded.items()}
 
     def __call__(self, images: Tensor, padding: Tensor | None = None, gradient: bool = False) -> Tensor | Predictions:
         """The model's own output: logits (B, K) of a classifier, Predictions of a detector."""
@@ -233,18 +228,13 @@ class Target(ABC):
 
     @contextmanager
     def _in_precision(self) -> Iterator[None]:
-        if self.precision in ("bfloat16", "float16"):
-            with torch.autocast(self.device.type, getattr(torch, self.precision)):
-                yield
-            return
-        before = torch.get_float32_matmul_precision()
-        try:
-            if self.precision == "tf32":
+        with ExitStack() as stack:
+            if self.precision in ("bfloat16", "float16"):
+                stack.enter_context(torch.autocast(self.device.type, getattr(torch, self.precision)))
+            elif self.precision == "tf32":
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
                 torch.set_float32_matmul_precision("high")
             yield
-        finally:
-            if self.precision == "tf32":
-                torch.set_float32_matmul_precision(before)
 
     @property
     def image_size(self) -> Size:
@@ -276,11 +266,11 @@ class Target(ABC):
 
         rows = []
         for tap, held in self.record(torch.rand(1, len(self.preprocessing.mean), *self.image_size), taps).items():
-            kind, shape = type(held).__name__.lower(), " × ".join(["B", *map(str, held.values.shape[1:])])
             grids, prefix = (held.grids, held.prefix) if isinstance(held, Tokens) else ((), 0)
-            grid = ", ".join(f"{height} × {width}" for height, width in grids)
-            rows.append((tap, kind, shape, grid, prefix, self.depth(tap)))
-        return pd.DataFrame(rows, columns=["tap", "kind", "shape", "grid", "prefix", "depth"])
+            row = {"tap": tap, "kind": type(held).__name__.lower(), "shape": times("B", *held.values.shape[1:])}
+            row |= {"grid": ", ".join(times(*grid) for grid in grids), "prefix": prefix, "depth": self.depth(tap)}
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         """Tap names in forward order from "blocks", "components", "fine", one name or a list of names.
@@ -298,14 +288,11 @@ class Target(ABC):
 
     def check_images(self, images: Tensor, padding: Tensor | None = None) -> None:
         """Raise BacksightError if these are not (B, 3, H, W) float images in [0, 1] of a size the model takes."""
-        if images.ndim != 4 or images.shape[1] != len(self.preprocessing.mean):
+        channels = len(self.preprocessing.mean)
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise BacksightError(
-                f"{self.name} takes images of shape (batch, {len(self.preprocessing.mean)}, height, width), "
-                f"not {tuple(images.shape)}."
-            )
-        if not images.is_floating_point():
-            raise BacksightError(
-                f"{self.name} takes float images in [0, 1], not {images.dtype}: divide them by 255 first."
+                f"{self.name} takes float images of shape (batch, {channels}, height, width) in [0, 1], not "
+                f"{images.dtype} of shape {tuple(images.shape)}; of bytes, divide them by 255 first."
             )
         if images.device.type != "meta" and images.numel():
             low, high = torch.stack(images.detach().aminmax()).tolist()  # one wait for the device
@@ -357,6 +344,11 @@ class Target(ABC):
             raise BacksightError(f"In {self.name} the tap {previous!r} does not lie before {tap!r}: swap them.")
 
 
+def times(*sides: object) -> str:
+    """ "B × 16 × 48", for tables."""
+    return " × ".join(map(str, sides))
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
@@ -365,12 +357,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _wide(output: Tensor | Predictions) -> Tensor | Predictions:
-    return _widened(output) if isinstance(output, Tensor) else output.apply(_widened)
+def _wide(value: Any) -> Any:
+    """What half-precision passes return, in float32: tensors, and what holds them."""
+    if not isinstance(value, Tensor):
+        return value.apply(_wide)
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def hash_of(model: nn.Module) -> str:

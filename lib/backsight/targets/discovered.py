@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.representation import Representation, Tokens
+from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import ORDERS, USUAL_PREFIX, Axes, Order, readings
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of, redrawn
 from backsight.targets.hooks import Found, Place, brackets, frozen, is_leaf, playing
-from backsight.targets.survey import ALL, chosen_of, output_of, plain, read_as, recommended, survey
+from backsight.targets.survey import ALL, output_of, plain, read_as, recommended, survey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = (224, 224)
 RECOMMENDED = "recommended"
 ATTENTION = re.compile(r"(?i)attention|attn|msa")
-_NAME = re.compile(r"(?P<path>[^@\[\]]+)(@(?P<call>\d+))?(?P<given>@in)?(?P<element>(\[[^\[\]]+\])*)")
 
 
 class Discovered(Target):
@@ -49,13 +47,15 @@ class Discovered(Target):
     _found: list[Found]
     _chosen: dict[str, Found]  # by tap
 
-    @abstractmethod
-    def _axes_at(self, size: Size) -> Mapping[str, Axes]:
-        """How the taps are read in images of this size."""
+    def _axes_of(self, tap: str, shape: Sequence[int], size: Size) -> Axes:
+        """How a tensor of this shape is read at the tap, in images of this size."""
+        axes = self._chosen[tap].axes
+        assert axes is not None
+        return axes
 
-    @abstractmethod
     def _size_of(self, tap: str, tokens: Tokens) -> Size:
         """Of images whose tokens at the tap lie on this grid."""
+        return self.image_size
 
     def _beside(self, found: Found) -> list[Found]:
         """The other tensors of the same output."""
@@ -69,6 +69,11 @@ class Discovered(Target):
         different = {each.same: each for each in beside if each.same not in (found.same, -1)}
         return {brackets(each.place.element): each for each in different.values()}
 
+    def _form(self, tap: str) -> tuple[Grid, int, int]:
+        """Grid, channels and prefix tokens at the model's own size."""
+        axes = self._axes_of(tap, self._chosen[tap].shape, self.image_size)
+        return axes.grid, self._chosen[tap].channels, axes.prefix
+
     def _places(self, taps: Sequence[str]) -> dict[str, Place]:
         places = {tap: self._chosen[tap].place for tap in taps}
         for tap in taps:
@@ -78,21 +83,21 @@ class Discovered(Target):
     def _canonical(
         self, taps: Sequence[str], seen: Mapping[str, Any], output: Any, images: Tensor, padding: Tensor | None
     ) -> dict[str, Representation]:
-        axes = self._axes_at((images.shape[2], images.shape[3]))
         recorded: dict[str, Representation] = {}
         for tap in taps:
             companions = self._companions(self._chosen[tap])
             context = {key: _first(seen[f"{tap} {key}"], each.batch, len(images)) for key, each in companions.items()}
-            recorded[tap] = replace(axes[tap].tokens(seen[tap]), context=context)
+            axes = self._axes_of(tap, seen[tap].shape, (images.shape[2], images.shape[3]))
+            recorded[tap] = replace(axes.tokens(seen[tap]), context=context)
         return recorded
 
     def _rest(self, tap: str, representation: Any) -> Any:
-        axes, channels = self._axes_at(self.image_size)[tap], self._chosen[tap].channels
+        grid, channels, prefix = self._form(tap)
         fits = isinstance(representation, Tokens) and len(representation.grids) == 1
-        if not fits or (representation.channels, representation.prefix) != (channels, axes.prefix):
+        if not fits or (representation.channels, representation.prefix) != (channels, prefix):
             raise BacksightError(
-                f"{tap} of {self.name} holds tokens of {channels} channels on one grid behind {axes.prefix} prefix "
-                f"tokens, not a representation {representation.signature}."
+                f"{tap} of {self.name} holds tokens of {channels} channels on one grid behind {prefix} prefix tokens, "
+                f"not a representation {representation.signature}."
             )
         lacking = [key for key in self._companions(self._chosen[tap]) if key not in representation.context]
         if lacking:
@@ -105,7 +110,7 @@ class Discovered(Target):
     def _replayed(self, tap: str, tokens: Tokens, image: Tensor) -> Any:
         """A forward pass in which the tap's output is these tokens, whatever the image (1, C, …) is."""
         size, found = self._size_of(tap, tokens), self._chosen[tap]
-        value = self._axes_at(size)[tap].tensor(tokens)
+        value = self._axes_of(tap, found.shape, self.image_size).tensor(tokens)
         tensors = {found.same: value.reshape(len(value), *found.shape[1:]) if value.ndim < len(found.shape) else value}
         for key, each in self._companions(found).items():
             context = tokens.context[key]
@@ -165,7 +170,7 @@ class ModuleTarget(Discovered):
         for tap, found in ((tap, self._chosen[tap]) for tap in self.taps):
             cut = "yes" if found.cut else "with its companions" if found.with_companions else "no"
             element = brackets(found.place.element) or ALL
-            rows.append({"tap": tap, "module": found.kind, "element": element, **read_as(found), "cut": cut})
+            rows.append(read_as(found, element=element) | {"tap": tap, "cut": cut})
         return pd.DataFrame(rows)
 
     def _put_to_rest(self, model: nn.Module) -> nn.Module:
@@ -203,36 +208,23 @@ class ModuleTarget(Discovered):
     def _named(self, tap: str) -> Found:
         """Which tensor a name means. Raises BacksightError with the reason where it means none."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        parts = _NAME.fullmatch(tap)
-        path = tap if tap in modules or parts is None else parts["path"]
+        path = re.split(r"[@\[]", tap)[0]
         if not path or path not in modules:
-            raise BacksightError(
-                f"{self.name} has no tap {tap!r}; {nearest(path, [name for name in modules if name])}."
-            )
+            raise BacksightError(f"{self.name} has no tap {tap!r}; {nearest(path, list(filter(None, modules)))}.")
         # A module that lies in two places runs under the name of the first.
-        path = next(name for name, each in self.model.named_modules() if each is modules[path])
-        call, given, element = (parts["call"], parts["given"], parts["element"]) if parts else (None, None, "")
-        if (calls := self._survey.calls.count(path)) == 0:
+        first = next(name for name, each in self.model.named_modules() if each is modules[path])
+        named: dict[str, Found] = {}
+        for each in (each for each in self._found if each.place.module == first):
+            element = brackets(each.place.element)
+            named |= {each.name: each, each.name.removesuffix(element) + element: each}
+        wanted = first + re.sub("['\" ]", "", tap[len(path) :])
+        if wanted not in named:
+            calls = self._survey.calls.count(first)
             raise BacksightError(
-                f"These taps of {self.name} never run in a forward pass: {tap}; perhaps only its parameters are used, "
-                "or its forward() is called directly."
+                f"{tap} is no tap of {self.name}, in which {path} runs {calls} times in a forward pass"
+                + (f" and returns these floating-point tensors: {', '.join(named) or 'none'}." if calls else ".")
             )
-        if call is None and calls > 1:
-            raise BacksightError(
-                f"{path} of {self.name} runs more than once in a forward pass, {calls} times: say which of its "
-                f"outputs is meant, '{path}@0' to '{path}@{calls - 1}'."
-            )
-        here = Place(path, int(call or 0), side="stream" if given else "output")
-        found = [each for each in self._found if each.place.whole == here]
-        element = re.sub("['\" ]", "", element)
-        chosen = [each for each in found if brackets(each.place.element) == element] if element else found
-        if not chosen:
-            present = ", ".join(brackets(each.place.element) or "the output itself" for each in found)
-            raise BacksightError(
-                f"{tap} of {self.name} is no floating-point tensor that can be tapped: in {calls} calls, {path} "
-                f"returns {present or 'none'}."
-            )
-        return chosen_of(chosen)
+        return named[wanted]
 
     def _with_axes(self, tap: str, found: Found) -> Found:
         what = f"{tap} of {self.name} holds a tensor of shape {found.shape} for 2 images"
@@ -266,17 +258,11 @@ class ModuleTarget(Discovered):
             )
         return found
 
-    def _axes_at(self, size: Size) -> Mapping[str, Axes]:
-        return {tap: found.axes for tap, found in self._chosen.items() if found.axes}
-
-    def _size_of(self, tap: str, tokens: Tokens) -> Size:
-        return self.image_size
-
     # What lies between them.
 
     @property
     def reduction(self) -> Size:
-        grid = self._axes_at(self.image_size)[self.taps[0]].grid
+        grid, *_ = self._form(self.taps[0])
         return -(-self.image_size[0] // grid[0]), -(-self.image_size[1] // grid[1])
 
     def check_size(self, size: Size) -> None:

@@ -8,12 +8,12 @@ suggest_taps(model, images)              the same as a table, in the order of ex
 from __future__ import annotations
 
 import math
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backsight.errors import BacksightError
 from backsight.targets.axes import SQUARES, readings, squares_found, with_squares
-from backsight.targets.base import Preprocessing, Size, device_of, dtype_of
+from backsight.targets.base import Preprocessing, Size, device_of, dtype_of, times
 from backsight.targets.hooks import Element, Found, Place, brackets, element_of, frozen, observe, tensors_in, watching
 
 if TYPE_CHECKING:
@@ -81,24 +81,19 @@ def suggest_taps(
         )
     channels, size = images.shape[1], (images.shape[2], images.shape[3])
     result = survey(model, preprocess or Preprocessing((0.0,) * channels, (1.0,) * channels, size), images, output)
+    shown = [each for each in result.found if each.place.module and not each.constant]
+    table = pd.DataFrame([read_as(each, form=each.form) | {"cut": each.cut} for each in shown])
+    table["cost"] = [round(each.flops / result.flops, 3) if result.flops else math.nan for each in shown]
     chosen, alias = recommended(result.found), _aliases(result.found)
-    rows = []
-    for each in result.found:
-        if each.place.module and not each.constant:
-            cost = round(each.flops / result.flops, 3) if result.flops else math.nan
-            other = {"same_as": alias.get(each.name, ""), "recommended": each in chosen}
-            row = {"tap": each.name, "module": each.kind, "form": each.form, **read_as(each)}
-            rows.append({**row, "cut": each.cut, "cost": cost, **other})
-    return pd.DataFrame(rows)
+    return table.assign(same_as=[alias.get(each.name, "") for each in shown], recommended=[e in chosen for e in shown])
 
 
-def read_as(found: Found) -> dict[str, Any]:
-    """shape, axes, grid and prefix, for a table."""
-    shape = " × ".join("B" if axis == found.batch else str(size) for axis, size in enumerate(found.shape))
-    if found.axes is None:
-        return {"shape": shape, "axes": "", "grid": "", "prefix": 0}
-    grid = " × ".join(map(str, found.axes.grid))
-    return {"shape": shape, "axes": found.axes.order, "grid": grid, "prefix": found.axes.prefix}
+def read_as(found: Found, **further: str) -> dict[str, Any]:
+    """A row of a table: tap, module, what is said further, shape, axes, grid and prefix."""
+    shape = times(*("B" if axis == found.batch else size for axis, size in enumerate(found.shape)))
+    axes = ("", "", 0) if found.axes is None else (found.axes.order, times(*found.axes.grid), found.axes.prefix)
+    known = zip(("axes", "grid", "prefix"), axes, strict=True)
+    return {"tap": found.name, "module": found.kind, **further, "shape": shape, **dict(known)}
 
 
 def recommended(found: Sequence[Found]) -> list[Found]:
@@ -264,51 +259,37 @@ def _generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def _explained(model: nn.Module, size: Size) -> Iterator[None]:
-    """A failure of the user's own forward pass, with the module where it failed."""
+    """A failure of the user's own forward pass, with the innermost module where it failed."""
     try:
         yield
     except BacksightError:
         raise
     except Exception as error:
-        where = _where(model, error.__traceback__)
-        place = f"{type(model).__name__}{f' in {where}' if where else ''}"
+        names = {id(module): path for path, module in model.named_modules()}
+        ran = [names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        where = f" in {inner[-1]}" if (inner := [path for path in ran if path]) else ""
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         parts = [name for name in ("vision_model", "visual", "vision_tower", "image_encoder") if hasattr(model, name)]
         hint = f" If it takes text too, give its .{parts[0]}." if parts else ""
         if "does not require grad" in str(error):
             hint = " It takes gradients by itself: wrap that in torch.enable_grad() with tensors that require them."
         raise BacksightError(
-            f"The forward pass of {place} fails on images of {size} (height, width): {reason}.{hint}"
+            f"The forward pass of {type(model).__name__}{where} fails on images of {size} (height, width): {reason}.{hint}"
         ) from error
-
-
-def _where(model: nn.Module, traceback: TracebackType | None) -> str:
-    """The innermost of the model's modules that was running."""
-    names = {id(module): path for path, module in model.named_modules()}
-    where = ""
-    while traceback is not None:
-        where = names.get(id(traceback.tb_frame.f_locals.get("self")), "") or where
-        traceback = traceback.tb_next
-    return where
 
 
 def plain(model: nn.Module) -> nn.Module:
     """Without the wrappers of torch.compile and data-parallel training. Raises where hooks would see nothing."""
     while (wrapper := type(model).__name__) in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         model = model.get_submodule("_orig_mod" if wrapper == "OptimizedModule" else "module")
-    if not isinstance(model, nn.Module) or any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
-        kind = "TorchScript" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    nodes = model.graph.nodes if isinstance(model, torch.fx.GraphModule) else ()
+    dissolved = nodes and not any(node.op == "call_module" and node.target != "_guards_fn" for node in nodes)
+    if not modules or dissolved or any(isinstance(each, torch.jit.ScriptModule) for each in modules.values()):
         raise BacksightError(
-            f"A target is made of an nn.Module whose parts run in Python, where hooks see them, not of {kind}: give "
-            "the model that it was made from."
+            f"A target is made of an nn.Module whose parts run in Python, where hooks see them, not of a {wrapper} "
+            "(TorchScript or an exported graph): give the model that it was made from."
         )
     if meta := [path for path, tensor in model.state_dict(keep_vars=True).items() if getattr(tensor, "is_meta", False)]:
         raise BacksightError(f"{meta[0]} lies on the meta device, without values: load the weights first.")
-    if isinstance(model, torch.fx.GraphModule) and not any(
-        node.op == "call_module" and node.target != "_guards_fn" for node in model.graph.nodes
-    ):
-        raise BacksightError(
-            "This model is an exported graph, in which its modules are dissolved, so that there is nothing to tap: "
-            "give the model that it was made from."
-        )
     return model

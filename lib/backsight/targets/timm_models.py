@@ -25,7 +25,7 @@ from backsight.representation import Grid, Tokens
 from backsight.targets.axes import Axes, guess, readings
 from backsight.targets.base import PIXELS, Preprocessing, Size, Stage, redrawn
 from backsight.targets.discovered import ATTENTION, Discovered, block_sizes
-from backsight.targets.hooks import Found, observe, recording
+from backsight.targets.hooks import Found, observe
 from backsight.targets.names import reason
 
 NUMBERED_AT_THE_TOP = re.compile(r"(?i)(block|stage|layer|level|cell|mixed)\w*\d\w*")
@@ -79,7 +79,8 @@ class TimmTarget(Discovered):
                 "everything goes that its output knows of the image."
             )
         self._chosen = {tap: each.found for tap, each in self._taps.items()}
-        self._known: dict[Size, Mapping[str, Axes] | str] = {}  # by the size of the images; or why it is refused
+        self._taken: set[Size] = set()  # further sizes of images
+        self._sizes: dict[tuple[str, Grid], Size] = {}  # of the images that gave a tap this grid
         super().__init__(model, name, preprocessing, weights, classes, taps)
         embedding = getattr(model, "patch_embed", None)
         strip = [side % cell for side, cell in zip(self.image_size, self.reduction, strict=True)]
@@ -102,42 +103,35 @@ class TimmTarget(Discovered):
             return []
         return [((each.shape[2], each.shape[3]), each.shape[1]) for each in maps]
 
-    def _axes_at(self, size: Size) -> Mapping[str, Axes]:
-        """Raises BacksightError, with the reason, where the model does not take images of this size."""
+    def _axes_of(self, tap: str, shape: Sequence[int], size: Size) -> Axes:
+        own = super()._axes_of(tap, shape, size)
         if size == self.image_size:
-            return {tap: found.axes for tap, found in self._chosen.items() if found.axes}
-        if size not in self._known:
-            try:
-                self._known[size] = self._read_at(size)
-            except (BacksightError, *PASS_ERRORS) as error:
-                self._known[size] = reason(error)
-        axes = self._known[size]
-        if isinstance(axes, str):
-            raise BacksightError(
-                f"{self.name} does not take images of {size} (height, width): {axes}; its own size is "
-                f"{self.image_size}."
-            )
+            return own
+        like = [each for each in readings(shape, 0, size, own.order) if each.prefix == own.prefix]
+        if not like and tuple(shape[1:]) != self._chosen[tap].shape[1:]:  # some resize the images
+            raise BacksightError(f"{tap} of {self.name} holds no picture in images of {size} (height, width).")
+        axes = like[0] if like else own
+        self._sizes.setdefault((tap, axes.grid), size)
         return axes
 
-    def _read_at(self, size: Size) -> dict[str, Axes]:
-        with torch.no_grad(), recording(self.model, {tap: each.place for tap, each in self._chosen.items()}) as seen:
-            self.model(self._blank(1, size))
-        read = {}
-        for tap, axes in self._axes_at(self.image_size).items():
-            if seen[tap].shape[1:] == self._chosen[tap].shape[1:]:  # some resize the images
-                read[tap] = axes
-                continue
-            like = [each for each in readings(seen[tap].shape, 0, size, axes.order) if each.prefix == axes.prefix]
-            if not like:
-                raise BacksightError(f"{tap} holds no picture then")
-            read[tap] = like[0]
-        return read
-
     def _size_of(self, tap: str, tokens: Tokens) -> Size:
-        own, grid, (height, width) = self._axes_at(self.image_size)[tap].grid, tokens.grids[0], self.image_size
-        sizes = {size: axes[tap].grid for size, axes in self._known.items() if not isinstance(axes, str)}
-        known = [size for size, there in {self.image_size: own, **sizes}.items() if there == grid]
-        return known[0] if known else (height * grid[0] // own[0], width * grid[1] // own[1])
+        (rows, columns), grid, (height, width) = self._form(tap)[0], tokens.grids[0], self.image_size
+        size = (height * grid[0] // rows, width * grid[1] // columns)
+        return size if grid == (rows, columns) else self._sizes.get((tap, grid), size)
+
+    def check_size(self, size: Size) -> None:
+        """Raises BacksightError, with the reason, where the model does not take images of this size."""
+        if size in (self.image_size, *self._taken):
+            return
+        try:
+            with torch.no_grad():
+                self.model(self._blank(1, size))
+        except PASS_ERRORS as error:
+            raise BacksightError(
+                f"{self.name} does not take images of {size} (height, width): {reason(error)}; its own size is "
+                f"{self.image_size}."
+            ) from error
+        self._taken.add(size)
 
     @property
     def available_taps(self) -> tuple[str, ...]:
@@ -155,11 +149,6 @@ class TimmTarget(Discovered):
         ends = [tap for tap, after in pairwise(inner) if self._form(tap) != self._form(after)]
         return (first, *ends, *inner[-1:])
 
-    def _form(self, tap: str) -> tuple[Grid, int, int]:
-        """Grid, channels and prefix tokens at the model's own size."""
-        axes = self._axes_at(self.image_size)[tap]
-        return axes.grid, self._chosen[tap].channels, axes.prefix
-
     @property
     def reduction(self) -> Size:
         embedding = getattr(self.model, "patch_embed", None)
@@ -167,9 +156,6 @@ class TimmTarget(Discovered):
             return tuple(embedding.feat_ratio(as_scalar=False))
         grid = self._form(self.available_taps[0])[0]
         return max(1, round(self.image_size[0] / grid[0])), max(1, round(self.image_size[1] / grid[1]))
-
-    def check_size(self, size: Size) -> None:
-        self._axes_at((size[0], size[1]))
 
     def stage(self, tap: str, previous: str) -> Stage:
         self._refuse_order(tap, previous)
