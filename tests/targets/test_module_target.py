@@ -223,9 +223,9 @@ class Recurrent(nn.Module):
 
 def test_a_module_that_is_called_several_times() -> None:
     model = _made(Recurrent)
-    with pytest.raises(BacksightError, match="runs 3 times in a forward pass .*tensors: block@0, .*block@2"):
+    with pytest.raises(BacksightError, match=r"runs 3 times in a forward pass .*tensors: block@0, .*block@2"):
         module_target(model, ["block"], image_size=(16, 24))
-    with pytest.raises(BacksightError, match="tensors: block@0, .*block@2"):
+    with pytest.raises(BacksightError, match=r"tensors: block@0, .*block@2"):
         module_target(model, ["block@3"], image_size=(16, 24))
     target = module_target(model, ["block@2", "stem", "block@0"], image_size=(16, 24))
     assert target.taps == ("stem", "block@0", "block@2")

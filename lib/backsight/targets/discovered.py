@@ -92,7 +92,7 @@ class Discovered(Target):
         return recorded
 
     def _rest(self, tap: str, representation: Any) -> Any:
-        grid, channels, prefix = self._form(tap)
+        _, channels, prefix = self._form(tap)
         fits = isinstance(representation, Tokens) and len(representation.grids) == 1
         if not fits or (representation.channels, representation.prefix) != (channels, prefix):
             raise BacksightError(

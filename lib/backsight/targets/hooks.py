@@ -14,15 +14,17 @@ import dataclasses
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from backsight.errors import BacksightError
 
@@ -58,13 +60,12 @@ class Place:
 class Found:
     """A float tensor that a module returns, or is given, in a pass.
 
-    name: as a tap; kind: the module's class; leaf: it has no children; order: of the call's end in the pass, or before
-    the first end inside, for what is given; edge, clock: autograd's; cut: of the pass; with_companions: are all that
-    the call returns one, taken together; used: the output knows of it; same: a number that equal tensors of one pass
-    share (a block and the container that ends with it), -1 where no path leads from the images to it.
-    What a second look adds: batch: the axis of the images, None where none is; split: the first axis holds the parts
-    of all images; constant: the same for every image; axes: how it is read, or None; flops: up to the end of the call,
-    of one image.
+    kind, leaf: the module's class, and whether it has no children; order: of the call's end in the pass, or before the
+    first end inside, for what is given; edge, clock: autograd's; name: as a tap; cut: of the pass; with_companions: all
+    that the call returns are one together; used: the output knows of it; same: a number that equal tensors share (a
+    block and the container that ends with it), -1 where no path leads from the images to it.
+    What a reading adds: batch: the axis of the images, None where none is; split: the first axis holds the parts of all
+    images; constant: the same for every image; axes: or None; flops: up to the end of the call, of one image.
     """
 
     place: Place
@@ -150,9 +151,9 @@ def watching(model: nn.Module, look: Callable[..., None], enter: Callable[..., A
     """
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            stack.callback(module.register_forward_hook(partial(look, path), with_kwargs=True).remove)
+            stack.enter_context(module.register_forward_hook(partial(look, path), with_kwargs=True))
             if enter is not None:
-                stack.callback(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
         yield
 
 
@@ -170,7 +171,7 @@ def recording(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[st
 
     with ExitStack() as stack:
         for name, place in places.items():
-            stack.enter_context(_visiting(model, place, partial(read, name, place)))
+            stack.enter_context(_visit(model, place, partial(read, name, place)))
         yield seen
 
 
@@ -189,28 +190,24 @@ def playing(model: nn.Module, values: Mapping[Place, Tensor]) -> Iterator[None]:
                 f"{place.module} returns {tuple(present.shape)} here, and {tuple(value.shape)} cannot stand for it."
             )
         if place.side == "stream":
-            present.copy_(value)
-            return None
+            return present.copy_(value)
         return with_element(output, place.element, value.to(present.dtype))
 
     with ExitStack() as stack:
         for place, value in values.items():
             visit = partial(write, place, value.clone())
-            stack.enter_context(_visiting(model, place, visit, prepend=True))
+            stack.enter_context(_visit(model, place, visit, prepend=True))
             if place.side == "output":
-                stack.enter_context(_visiting(model, place, visit))
+                stack.enter_context(_visit(model, place, visit))
         yield
 
 
-@contextmanager
-def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepend: bool = False) -> Iterator[None]:
-    """Call `visit` with what is at the place; what it returns, if not None, takes that place."""
-    calls = 0
+def _visit(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepend: bool = False) -> RemovableHandle:
+    """Hooks `visit` to the place; what it returns, if not None, takes that place."""
+    numbers, module = count(), model.get_submodule(place.module)
 
     def visited(value: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        changed = visit(value) if calls == place.call + 1 else None
+        changed = visit(value) if next(numbers) == place.call else None
         return value if changed is None else changed
 
     def before(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -221,13 +218,9 @@ def _visiting(model: nn.Module, place: Place, visit: Callable[[Any], Any], prepe
         first = next(iter(named))
         return given, {**named, first: visited(named[first])}
 
-    module = model.get_submodule(place.module)
     if place.side == "output":
-        handle = module.register_forward_hook(lambda _module, _given, output: visited(output), prepend=prepend)
-    else:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
-    with handle:
-        yield
+        return module.register_forward_hook(lambda _module, _given, output: visited(output), prepend=prepend)
+    return module.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
 
 
 # Cuts: tensors through which everything goes that the output knows of the image. They are found exactly, from the graph
@@ -289,9 +282,9 @@ def _observed(
         return given, named
 
     def look(path: str, module: nn.Module, _given: Any, _named: Any, output: Any) -> None:
-        places = [(Place(path, counts[path], element), tensor) for element, tensor in tensors_in(output)]
-        calls.append([seen(place, module, len(calls), tensor) for place, tensor in places])
-        given_first.extend(given for given in [given_to.pop()] if given is not None)
+        here = partial(Place, path, counts[path])
+        calls.append([seen(here(element), module, len(calls), tensor) for element, tensor in tensors_in(output)])
+        given_first.extend(filter(None, [given_to.pop()]))
         counts[path] += 1
 
     with torch.set_grad_enabled(inside is not None), watching(model, look, enter):
@@ -300,21 +293,19 @@ def _observed(
             starts.append(start := start.clone())
         output = run(start)
     graph = _Graph([edge for _, tensor in tensors_in(output) if (edge := _edge(tensor)) is not None])
-    for returned in (each for each in calls if each):
-        together = graph.all_pass({one.edge for one in returned if one.edge is not None}, returned[0].clock)
+    found = [one for returned in calls for one in returned]
+    known = {one.edge for one in found}
+    found += {one.edge: one for one in given_first[::-1] if one.edge not in known and graph.is_cut(one)}.values()
+    numbers = {edge: number for number, edge in enumerate({one.edge for one in found} - {None})}
+    for returned in calls:
+        together = graph.all_pass(returned)
         for one in returned:
             one.with_companions = together
-    found = [one for returned in calls for one in returned]
-    numbers: dict[Edge | None, int] = {edge: n for n, edge in enumerate({one.edge for one in found} - {None})}
-    for one in given_first:
-        if graph.is_cut(one.edge, one.clock) and one.edge not in numbers:
-            numbers[one.edge] = len(numbers)
-            found.append(one)
     for one in found:
-        place, step = one.place, f"@{one.place.call}" if counts[one.place.module] > 1 else ""
-        one.name = f"{place.module}{step}{'@in' if place.side == 'stream' else brackets(place.element)}"
-        one.cut, one.used = graph.is_cut(one.edge, one.clock), one.edge in graph.known
-        one.same = numbers.get(one.edge, -1)
+        step = f"@{one.place.call}" if counts[one.place.module] > 1 else ""
+        one.name = f"{one.place.module}{step}{'@in' if one.place.side == 'stream' else brackets(one.place.element)}"
+        one.cut, one.used, one.same = graph.is_cut(one), one.edge in graph.known, numbers.get(one.edge, -1)
+    for one in found:
         one.edge = None  # which would keep the whole graph
     return sorted(found, key=lambda one: one.order), bool(starts) and _edge(starts[0]) in graph.known
 
@@ -359,25 +350,26 @@ class _Graph:
                 self.first_read[edge] = min(clock, self.first_read.get(edge, clock))
         total = sum(down[root] for root, _ in roots)
         self.cuts = {edge for edge, paths in through.items() if paths * down[edge[0]] == total}
-        self.known: set[Edge | None] = set(through)
+        self.known = set(through)
 
-    def is_cut(self, edge: Edge | None, clock: int) -> bool:
-        """Do all paths run through it, and has none read it before `clock`?"""
-        return edge in self.cuts and self.first_read.get(edge, clock) >= clock
+    def is_cut(self, one: Found) -> bool:
+        """Do all paths run through it, and has none read it before?"""
+        return one.edge in self.cuts and self.first_read.get(one.edge, one.clock) >= one.clock
 
-    def all_pass(self, edges: set[Edge], clock: int) -> bool:
-        """Does no path from the roots to the leaf avoid these edges, read after `clock`?"""
-        if len(edges) < 2 or any(edge in self.cuts for edge in edges):
-            return any(self.is_cut(edge, clock) for edge in edges)
+    def all_pass(self, returned: Sequence[Found]) -> bool:
+        """Does no path from the roots to the leaf avoid these tensors of one call, read after it?"""
+        edges = {one.edge for one in returned} - {None}
+        if len(edges) < 2 or edges & self.cuts:
+            return any(self.is_cut(one) for one in returned)
         pending, entered = [edge for edge in self.roots if edge not in edges], set[Any]()
         while pending:
             node, _ = pending.pop()
             if node in entered:
                 continue
             entered.add(node)
-            before, early = _reads(node), node._sequence_nr() < clock
-            if not before:
+            if not (before := _reads(node)):
                 return False
+            early = node._sequence_nr() < returned[0].clock
             pending.extend(edge for edge in before if early or edge not in edges)
         return bool(self.roots)
 

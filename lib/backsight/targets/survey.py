@@ -273,9 +273,8 @@ def _explained(model: nn.Module, size: Size) -> Iterator[None]:
         hint = f" If it takes text too, give its .{parts[0]}." if parts else ""
         if "does not require grad" in str(error):
             hint = " It takes gradients by itself: wrap that in torch.enable_grad() with tensors that require them."
-        raise BacksightError(
-            f"The forward pass of {type(model).__name__}{where} fails on images of {size} (height, width): {reason}.{hint}"
-        ) from error
+        what = f"The forward pass of {type(model).__name__}{where}"
+        raise BacksightError(f"{what} fails on images of {size} (height, width): {reason}.{hint}") from error
 
 
 def plain(model: nn.Module) -> nn.Module:
