@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from backsight.training.muon import Group, Optimizers, orthogonalised
+from backsight.training.muon import Group, optimizers, orthogonalised, step_all
 
 SHAPES = [(6, 9), (9, 6), (6, 9), (7, 7), (1, 5), (12, 1), (4, 2, 3, 3)]
 
@@ -21,14 +21,14 @@ def test_the_steps_are_those_of_torch(stacked: int, monkeypatch: pytest.MonkeyPa
     """Also one matrix at a time; a kernel is a matrix of its outputs."""
     monkeypatch.setattr("backsight.training.muon.STACKED_VALUES", stacked)
     ours, theirs, start = _module(), [nn.Parameter(p.detach().flatten(1).clone()) for p in _module()], _module()
-    optimizers = Optimizers({"m": ours}, 0.02, 0.1)
+    stepping = optimizers(ours.named_parameters(), 0.1)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
             other.grad = mine.grad.flatten(1).clone()
-        optimizers.step(0.02)
+        step_all(stepping, 0.02)
         reference.step()
     for mine, other, first in zip(ours, theirs, start, strict=True):
         moved = (other - first.flatten(1)).norm()
@@ -40,18 +40,18 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     module = _module([(3, 4), (5,), (4, 3), (6,)])
     before = [parameter.detach().clone() for parameter in module]
     module[0].grad, module[1].grad = torch.ones(3, 4), torch.ones(5)
-    Optimizers({"m": module}, 0.1, 0.1).step(0.1)
+    step_all(optimizers(module.named_parameters(), 0.1), 0.1)
     assert [torch.equal(p, b) for p, b in zip(module, before, strict=True)] == [False, False, True, True]
 
 
 def test_a_group_decides_optimizer_rate_and_decay() -> None:
     module = _module([(3, 4), (3, 4), (3, 4)])
     groups = {"0": Group(False, decay=0), "1": Group(False, rate=0.1, decay=0), "2": Group(True)}
-    optimizers = Optimizers({"m": module}, 1.0, 0.5, lambda name, parameter: groups[name])
+    stepping = optimizers(module.named_parameters(), 0.5, lambda name, parameter: groups[name])
     before = [parameter.detach().clone() for parameter in module]
     for parameter in module:
         parameter.grad = torch.ones_like(parameter)
-    optimizers.step(0.01)
+    step_all(stepping, 0.01)
     moved = [(p - b).abs().mean().item() for p, b in zip(module, before, strict=True)]
     assert moved[0] == pytest.approx(0.01, rel=1e-3)  # AdamW's first step is the rate
     assert moved[1] == pytest.approx(0.001, rel=1e-2)

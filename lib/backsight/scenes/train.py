@@ -239,7 +239,7 @@ def train_target(
         seed=recipe.seed,
         validate=lambda: {recipe.target: -evaluate(training, validation, device)["all"][measure]},
         validate_every=recipe.evaluate_every,
-        checkpoint=folder / "checkpoint.safetensors",
+        checkpoint=folder / "checkpoint.pt",
         identity=asdict(recipe),
         title=recipe.target,
         progress=progress,

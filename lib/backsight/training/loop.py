@@ -6,49 +6,33 @@ state too: a training that was interrupted and resumed ends in the same weights,
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.data.distributed import average, processes
 from backsight.errors import BacksightError
 from backsight.targets.base import seeded
-from backsight.training.muon import Group, Optimizers, default_group
+from backsight.training.muon import Group, default_group, optimizers, step_all
 
 HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
-ALL = ""  # of modules that are kept together
 LOGGED_POINTS = 200  # rows of each module in the history, however long the training
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds besides tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
-    summed: int = 0
-    history: list[tuple[int, str, str, float, float]] = field(default_factory=list)
 
 
 def gpu_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 where it is fast: on GPUs that have it. A CPU may emulate it, a hundred times slower."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    if there and torch.cuda.is_bf16_supported(including_emulation=False):
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
 
@@ -95,8 +79,8 @@ def train(
     validate() -> {name: number}, the same on all processes, called before the first step, every `validate_every` steps
     (a tenth of the training by default) and at the end. Each module ends with the weights of its own best number, or,
     `together`, all with those of the step whose mean number is best; they may be those that they came with.
-    checkpoint: a safetensors file, written every `checkpoint_every` steps, resumed from where it exists, removed at the
-    end; `identity` says what the training is, and a checkpoint of another one is refused.
+    checkpoint: a file, written every `checkpoint_every` steps, resumed from where it exists, removed at the end;
+    `identity` says what the training is, and a checkpoint of another one is refused.
     Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all
     processes, and the first one writes the checkpoint.
     On return the modules are in eval mode, and the global random state is as it was.
@@ -105,15 +89,14 @@ def train(
     Raises BacksightError on a NaN or infinite loss or gradient (naming step and module; no weight has changed by it),
     and on a checkpoint that is damaged or of another training.
     """
-    if steps < 0:
-        raise BacksightError(f"A training needs a number of steps of at least 0, not {steps}.")
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
     trained = {name: parameters for name, parameters in trained.items() if parameters}
     whole = nn.ModuleList(modules.values()).eval()
-    if not trained or steps == 0:
+    if not trained or steps < 1:
         return pd.DataFrame([], columns=list(HISTORY_COLUMNS))
     device, first = next(iter(trained.values()))[0].device, processes().is_main_process
-    optimizers = Optimizers(modules, learning_rate, weight_decay, group, betas)
+    named = (pair for module in modules.values() for pair in module.named_parameters() if pair[1].requires_grad)
+    stepping = optimizers(named, weight_decay, group, betas)
     identity = {
         **(identity or {}),
         "schedule": [steps, schedule, learning_rate, weight_decay, warmup, gradient_norm, validate_every, together],
@@ -123,21 +106,23 @@ def train(
     }
     validate_every = validate_every or max(1, steps // 10)
     log_every = max(1, steps // LOGGED_POINTS)
-    state, best = _State(), dict[str, Tensor]()
     random = torch.cuda if device.type == "cuda" else torch  # whose state is kept; dropout draws where the modules are
     path = None if checkpoint is None else Path(checkpoint)
+    # What a checkpoint holds besides modules and optimizers; recent: losses since the last row of the history.
+    state = SimpleNamespace(step=0, seconds=0.0, history=[], recent={}, best={}, weights={})
     with seeded(seed, device):
         if path is not None and path.exists():
-            content = _load_checkpoint(path, identity, device)
-            state, best = _State(**content["state"]), content["best"]
+            content = _read(path, identity, device)
+            vars(state).update(content["state"])
             whole.load_state_dict(content["weights"])
-            optimizers.load_state_dict(content["optimizers"])
+            for optimizer, held in zip(stepping, content["optimizers"], strict=True):
+                optimizer.load_state_dict(held)
             random.set_rng_state(content["random"].cpu())
         started = time.perf_counter() - state.seconds
 
         def log(split: str, numbers: Mapping[str, float]) -> None:
-            seconds = time.perf_counter() - started
-            state.history.extend((state.step, name, split, number, seconds) for name, number in numbers.items())
+            now = time.perf_counter() - started
+            state.history.extend((state.step, name, split, number, now) for name, number in numbers.items())
 
         def validated() -> None:
             """Keep the weights of every module whose number is a new best."""
@@ -147,44 +132,39 @@ def train(
             with torch.no_grad(), gpu_autocast(device):
                 numbers = dict(validate())
             log("validation", numbers)
-            for name, number in ({ALL: sum(numbers.values()) / len(numbers)} if together else numbers).items():
+            for name, number in ({"": sum(numbers.values()) / len(numbers)} if together else numbers).items():
                 if number < state.best.get(name, math.inf):
                     state.best[name] = number
-                    prefix = "" if name == ALL else f"{list(modules).index(name)}."
-                    weights = {key: tensor for key, tensor in whole.state_dict().items() if key.startswith(prefix)}
-                    best.update({key: tensor.clone() for key, tensor in weights.items()})
+                    prefix = "" if together else f"{list(modules).index(name)}."
+                    for key, tensor in whole.state_dict().items():
+                        if key.startswith(prefix):
+                            state.weights[key] = tensor.clone()
 
         if state.step == 0:
             validated()
         hidden = not (progress and first)
         with tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=hidden) as bar:
-            while state.step < steps:
+            for step in range(state.step, steps):
                 whole.train()
-                numbers = _gradients(trained, losses(batch_at(state.step), state.step), device, gradient_norm, state)
-                optimizers.step(learning_rate_at(state.step, schedule or steps, learning_rate, warmup))
-                state.step += 1
-                state.summed += 1
+                numbers = _gradients(trained, losses(batch_at(step), step), device, gradient_norm, step)
+                step_all(stepping, learning_rate_at(step, schedule or steps, learning_rate, warmup))
+                state.step = step + 1
                 bar.update()
                 for name, number in numbers.items():
-                    state.sums[name] = state.sums.get(name, 0.0) + number
+                    state.recent.setdefault(name, []).append(number)
                 if state.step % log_every == 0 or state.step == steps:
-                    means = {name: total / state.summed for name, total in state.sums.items()}
+                    means = {name: sum(values) / len(values) for name, values in state.recent.items()}
                     bar.set_postfix(loss=f"{sum(means.values()) / len(means):.4f}")
                     log("train", means)
-                    state.sums, state.summed = {}, 0
+                    state.recent.clear()
                 if state.step % validate_every == 0 or state.step == steps:
                     validated()
                 if path is not None and first and state.step % checkpoint_every == 0 and state.step < steps:
                     state.seconds = time.perf_counter() - started
-                    content = {
-                        "state": asdict(state),
-                        "identity": identity,
-                        "weights": whole.state_dict(),
-                        "best": best,
-                    }
-                    content |= {"optimizers": optimizers.state_dict(), "random": random.get_rng_state()}
-                    _save_checkpoint(path, content)
-    whole.load_state_dict(best, strict=False)
+                    content = {"identity": identity, "state": vars(state), "weights": whole.state_dict()}
+                    content["optimizers"] = [optimizer.state_dict() for optimizer in stepping]
+                    _write(path, content | {"random": random.get_rng_state()})
+    whole.load_state_dict(state.weights, strict=False)
     whole.eval()
     processes().wait_for_everyone()
     if path is not None and first:
@@ -197,7 +177,7 @@ def _gradients(
     losses: Iterable[tuple[str, Tensor]],
     device: torch.device,
     gradient_norm: float,
-    state: _State,
+    step: int,
 ) -> dict[str, float]:
     """Backward loss by loss, and the clip of each module; the losses. Waits for the device once, at the end."""
     parameters = [parameter for listed in trained.values() for parameter in listed]
@@ -219,7 +199,7 @@ def _gradients(
     for name, number in zip((*values, *trained), numbers, strict=True):
         if not math.isfinite(number):
             raise BacksightError(
-                f"The loss or gradient of {name!r} became {number} at step {state.step}: lower the learning rate, or "
+                f"The loss or gradient of {name!r} became {number} at step {step}: lower the learning rate, or "
                 "look at the images of this batch."
             )
     return dict(zip(values, numbers, strict=False))
@@ -237,52 +217,28 @@ def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = gradient if by else None
 
 
-def _save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Written beside it under a name of its own, which a killed training leaves and its resumption writes over."""
     temporary = path.with_name(f".{path.name}.partial")
-    tensors: dict[str, Tensor] = {}
-    metadata = {"content": json.dumps(_described(content, tensors))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata))
+        torch.save(content, temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own of a full disk
         temporary.unlink(missing_ok=True)
         raise BacksightError(f"{path} cannot be written ({error}): choose a folder with space.") from error
 
 
-def _load_checkpoint(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _read(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            content = _restored(json.loads(file.metadata()["content"]), file)
-        there = content["identity"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = torch.load(path, map_location=device, weights_only=True)
+        other = content["identity"]
+    except Exception as error:  # whatever a damaged file makes torch stumble over
         raise BacksightError(f"{path} is a damaged checkpoint, or none ({error}): delete it.") from error
-    here = json.loads(json.dumps(identity))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
+    for key in sorted(other.keys() | identity.keys()):
+        if other.get(key) != identity.get(key):
             raise BacksightError(
-                f"The checkpoint {path} belongs to another training ({key} is {there.get(key)} there and "
-                f"{here.get(key)} here): delete it, or name another file."
+                f"The checkpoint {path} belongs to another training ({key} is {other.get(key)} there and "
+                f"{identity.get(key)} here): delete it, or name another file."
             )
     return content
-
-
-def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of nested dictionaries and lists; their tensors go to `tensors`, which share no memory."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name, "stride": value.stride()}  # sums come out the same in the same order alone
-    if isinstance(value, Mapping):  # as pairs: keys may be numbers
-        return {"pairs": [[key, _described(item, tensors)] for key, item in value.items()]}
-    return [_described(item, tensors) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _restored(value: Any, file: Any) -> Any:
-    if isinstance(value, dict):
-        if "tensor" in value:
-            tensor = file.get_tensor(value["tensor"])
-            return tensor.new_empty_strided(tensor.shape, value["stride"]).copy_(tensor)
-        return {key: _restored(item, file) for key, item in value["pairs"]}
-    return [_restored(item, file) for item in value] if isinstance(value, list) else value

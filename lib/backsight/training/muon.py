@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,76 +29,66 @@ def default_group(name: str, parameter: Tensor) -> Group:
     return Group(parameter.ndim in (2, 4) and "head" not in name)
 
 
-class Optimizers:
-    """Muon and AdamW as one, each parameter stepped as `group` says.
+def optimizers(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    group: Callable[[str, Tensor], Group] = default_group,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> list[torch.optim.Optimizer]:
+    """Muon, AdamW, or both, for named parameters; see `step_all`."""
+    grouped: dict[Group, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters:
+        grouped[group(name, parameter)].append(parameter)
+    matrices, others = (
+        [
+            {"params": listed, "rate": key.rate, "weight_decay": weight_decay * key.decay}
+            for key, listed in grouped.items()
+            if key.muon == muon
+        ]
+        for muon in (True, False)
+    )
+    found = [Muon(matrices)] if matrices else []
+    return [*found, torch.optim.AdamW(others, betas=betas, fused=True)] if others else found
 
-    Muon steps along the orthogonalised (Nesterov) momentum of a matrix; a kernel (outputs, inputs, h, w) is one of
-    (outputs, everything else). The same steps as torch.optim.Muon(…, adjust_lr_fn="match_rms_adamw"), which always
-    works in bfloat16, one matrix at a time: a hundred times as long as float32 on a CPU without it.
+
+def step_all(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Of all parameters that have a gradient, each at its group's share of the learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate"]
+        optimizer.step()
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonalised (Nesterov) momentum of a matrix; a kernel is one of (outputs, everything else).
+
+    The same steps as torch.optim.Muon(…, adjust_lr_fn="match_rms_adamw"), which always works in bfloat16, one matrix at
+    a time: a hundred times as long as float32 on a CPU without it.
     Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024; Liu et al., arXiv 2502.16982.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        learning_rate: float,
-        weight_decay: float,
-        group: Callable[[str, Tensor], Group] = default_group,
-        betas: tuple[float, float] = (0.9, 0.95),
-    ) -> None:
-        grouped: dict[Group, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in (pair for module in modules.values() for pair in module.named_parameters()):
-            if parameter.requires_grad:
-                grouped[group(name, parameter)].append(parameter)
-        self.weight_decay = weight_decay
-        self.matrices = {key: parameters for key, parameters in grouped.items() if key.muon}
-        self.momenta: dict[Tensor, dict[str, Tensor]] = {p: {} for listed in self.matrices.values() for p in listed}
-        others = [
-            {"params": parameters, "share": key.rate, "weight_decay": weight_decay * key.decay}
-            for key, parameters in grouped.items()
-            if not key.muon
-        ]
-        self.adamw = torch.optim.AdamW(others, lr=learning_rate, betas=betas, fused=True) if others else None
-
-    def step(self, learning_rate: float) -> None:
-        """Of all parameters that have a gradient."""
-        for key, parameters in self.matrices.items():
-            self._muon(parameters, learning_rate * key.rate, self.weight_decay * key.decay)
-        if self.adamw is not None:
-            for group in self.adamw.param_groups:
-                group["lr"] = learning_rate * group["share"]
-            self.adamw.step()
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
-    def _muon(self, parameters: Sequence[Tensor], learning_rate: float, weight_decay: float) -> None:
-        shaped: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter in parameters:
-            if parameter.grad is not None:
-                if not (state := self.momenta[parameter]):
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-                direction = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
-                shaped[tuple(sorted(direction.shape))].append((parameter, direction))
-        for (rows, columns), pairs in shaped.items():
-            count, scale = max(1, STACKED_VALUES // (rows * columns)), ADAMW_STEP * math.sqrt(columns)
-            for part in (pairs[first : first + count] for first in range(0, len(pairs), count)):
-                wide = torch.stack([d if len(d) == rows else d.T for _, d in part])
-                for (parameter, direction), step in zip(part, orthogonalised(wide), strict=True):
-                    step = step if len(direction) == rows else step.T
-                    parameter.mul_(1 - learning_rate * weight_decay)
-                    parameter.add_(step.reshape(parameter.shape), alpha=-learning_rate * scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "momenta": list(self.momenta.values()),
-            "adamw": None if self.adamw is None else self.adamw.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for momentum, known in zip(self.momenta.values(), state["momenta"], strict=True):
-            momentum.update(known)
-        if self.adamw is not None:
-            self.adamw.load_state_dict(state["adamw"])
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shaped: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                    momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+                    direction = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
+                    shaped[tuple(sorted(direction.shape))].append((parameter, direction))
+            for (rows, columns), pairs in shaped.items():
+                count, scale = max(1, STACKED_VALUES // (rows * columns)), ADAMW_STEP * math.sqrt(columns)
+                for part in (pairs[first : first + count] for first in range(0, len(pairs), count)):
+                    wide = torch.stack([d if len(d) == rows else d.T for _, d in part])
+                    for (parameter, direction), turned in zip(part, orthogonalised(wide), strict=True):
+                        turned = turned if len(direction) == rows else turned.T
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                        parameter.add_(turned.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
