@@ -24,7 +24,7 @@ from backsight.targets.timm_models import TimmTarget
 from backsight.training import fit as fitting
 from backsight.training.fit import fit_direct, fit_modular, fit_polish
 from backsight.training.loop import train
-from backsight.training.starts import batch_moments, stage_pairs, whole_moments
+from backsight.training.starts import moments_of, power_sums, stage_pairs
 
 QUICK = {"steps": 2, "batch_size": 4, "ridge_images": 24, "progress": False}
 
@@ -192,37 +192,21 @@ def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, 
     assert _same(whole["blocks.0"], resumed["blocks.0"])
 
 
-def test_validation_images_are_counted_once_and_passed_once(vit, monkeypatch) -> None:
-    """Where batches are kept and where they are not; one batch whose images cannot be read is left out."""
+def test_validation_images_are_counted_once(vit, monkeypatch) -> None:
+    """Also where the last batch is smaller."""
     images = _shown(vit, 10)
     inverses = fit_direct(vit, images, **{**QUICK, "steps": 0}).modules
     monkeypatch.setattr(fitting, "RECORDING_BATCH", 4)
-    passes: list[int] = []
-    recorded = fitting.recorded_batches
-
-    def counted(target, part, *arguments):
-        passes.append(len(part))
-        return iter(()) if torch.equal(part, images[4:8]) else recorded(target, part, *arguments)
-
-    monkeypatch.setattr(fitting, "recorded_batches", counted)
-    kept: dict = {}
-    found = [fitting._validated(vit, inverses, images, kept) for _ in range(2)]
-    assert passes == [4, 4, 2]
-    assert found[0] == found[1]
-    monkeypatch.setattr(fitting, "KEPT_BYTES", 0)
-    assert fitting._validated(vit, inverses, images, {}) == found[0]
-    rest = torch.cat([images[:4], images[8:]])
-    held = vit.record(rest)
+    losses, held = fitting._validated(vit, inverses, images), vit.record(images)
     for tap, inverse in inverses.items():
-        assert found[0][tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), rest)) / inverse.variance)
+        assert losses[tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), images)) / inverse.variance)
 
 
-def test_what_an_inverse_must_not_see_is_left_out_and_all_else_is_counted() -> None:
+def test_what_an_inverse_must_not_see_is_left_out() -> None:
     tokens = Tokens(torch.ones(2, 4, 3), ((2, 2),), 0, torch.zeros(2, 4, dtype=torch.bool), torch.ones(1, 4, 3))
     seen = Tokens(tokens.values, tokens.grids, 0, tokens.padding, tokens.position, {"pyramid": torch.ones(2, 999)})
     plain = readable(seen)
     assert not plain.context
-    assert fitting._bytes(fitting.Batch(torch.ones(2), {"tap": plain})) == 4 * (2 + 24 + 12) + 8
 
 
 def test_running_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> None:
@@ -231,8 +215,7 @@ def test_running_moments_keep_prefix_tokens_apart_and_leave_padding_out() -> Non
     padding = torch.zeros(50, 4, dtype=torch.bool)
     padding[::2, 3] = True
     values[::2, 4] = 100
-    parts = [batch_moments(values[part], 1, padding[part]) for part in (slice(0, 7), slice(7, 50))]
-    moments = whole_moments(parts, tokens=5)
+    moments = moments_of(sum(power_sums(values[part], 1, padding[part]) for part in (slice(0, 7), slice(7, 50))), 5)
     grid = values[:, 1:][~padding]
     torch.testing.assert_close(moments.mean, torch.stack([values[:, 0].mean(0), grid.mean(0)]))
     deviation = torch.stack([values[:, 0].std(0, unbiased=False), grid.std(0, unbiased=False)])

@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,44 +24,18 @@ from torch import Tensor
 
 from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
-from backsight.data.images import ImageSource, batches, unit_floats
+from backsight.data.images import batches, unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.module import Chain, Inverse, Inverses, header_for
-from backsight.inverses.passes import readable, recorded_batches
-from backsight.inverses.rows import PIXELS, form_of
+from backsight.inverses.passes import Images, readable, recorded_batches
+from backsight.inverses.rows import PIXELS
 from backsight.representation import Representation, Tokens, concatenate
 from backsight.targets.base import Target
 from backsight.training.loop import gpu_autocast, train
-from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Sample, Starts, stage_pairs, untrained
+from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, untrained
 
-Images = ImageSource | FeatureStore | Tensor
-
-STEPS, POLISHING_STEPS = 400, 100
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
-KEPT_BYTES = 2**30  # of representations of validation images; what is beyond is computed anew at each validation
-
-
-class Batch(NamedTuple):
-    """Images (B, 3, H, W) in [0, 1] and their representations, plain float32, on the target's device."""
-
-    images: Tensor
-    recorded: Mapping[str, Representation]
-
-
-class Settings(NamedTuple):
-    """What the fits hand on; taps: recorded for every batch; identity: what a checkpoint must agree in besides."""
-
-    family: str
-    taps: Sequence[str]
-    steps: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    checkpoint: Path | str | None
-    workers: int | None
-    progress: bool
-    identity: Mapping[str, Any]
 
 
 def fit_direct(
@@ -77,7 +52,6 @@ def fit_direct(
     starts: Starts | None = None,
     ridge_images: int = RIDGE_IMAGES,
     checkpoint: Path | str | None = None,
-    workers: int | None = None,
     progress: bool = True,
 ) -> Inverses:
     """One decoder from every tap straight to pixels, all trained from the same frozen passes, where the target is.
@@ -86,24 +60,20 @@ def fit_direct(
     `load_target` takes them, default the target's own. steps: 400 by default, or epochs: passes over the images.
     batch_size: images of a step, of all processes together. starts: closed-form maps {(tap, "pixels"): LinearInverse}
     that are there already, None for a start at the mean with random weights; the others are fitted on `ridge_images`
-    of the images. checkpoint: a file to resume from, see `training.loop.train`. workers: processes that read images
-    ahead, by default by the machine.
+    of the images. checkpoint: a file to resume from, see `training.loop.train`.
     Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
     taps = target.taps if taps is None else target.resolve_taps(taps)
-    steps = _steps(STEPS, steps, epochs, images, batch_size)
-    settings = Settings("direct", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
-    samples = _samples(images, validation, ridge_images, seed)
-    inverses, _, _ = untrained(
-        target, samples, [(tap, PIXELS) for tap in taps], "direct", starts or {}, seed=seed, progress=progress
-    )
+    steps = _steps(400, steps, epochs, images, batch_size)
+    fit = _Fit("direct", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
+    inverses, _, _ = untrained(target, *fit.samples(ridge_images), taps, "direct", starts or {}, False, seed, progress)
 
     def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
         for tap, inverse in inverses.items():
             yield tap, F.mse_loss(inverse.raw(batch.recorded[tap]), batch.images) / inverse.variance
 
-    return _trained(target, images, samples[1], inverses, losses, settings)
+    return fit.trained(inverses, losses)
 
 
 def fit_modular(
@@ -122,7 +92,6 @@ def fit_modular(
     starts: Starts | None = None,
     ridge_images: int = RIDGE_IMAGES,
     checkpoint: Path | str | None = None,
-    workers: int | None = None,
     progress: bool = True,
 ) -> Inverses:
     """One module for every stage: from each tap to the tap before it, from the first to pixels.
@@ -141,21 +110,17 @@ def fit_modular(
     Returns the inverses, in forward order: `inverses[tap]` is the chain, `inverses.module(tap)` the stage alone.
     Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
     """
-    for name, value in {"chain_fraction": chain_fraction, "image_share": image_share}.items():
+    shares = {"chain_fraction": chain_fraction, "image_share": image_share}
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise BacksightError(f"{name} is a share from 0 to 1, not {value}.")
     taps = target.taps if taps is None else target.resolve_taps(taps)
-    steps = _steps(STEPS, steps, epochs, images, batch_size)
-    identity = {"chain_fraction": chain_fraction, "image_share": image_share}
-    settings = Settings(
-        "modular", taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, identity
+    steps = _steps(400, steps, epochs, images, batch_size)
+    fit = _Fit(
+        "modular", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress, shares
     )
-    samples = _samples(images, validation, ridge_images, seed)
-    _, first = next(recorded_batches(target, samples[0], taps, 1))
-    pairs = list(stage_pairs(target, taps, {tap: form_of(held) for tap, held in first.items()}))
-    viewed = [end for _, end in dict.fromkeys(pairs) if end != PIXELS] if image_share > 0 else []
     inverses, views, pixel_variance = untrained(
-        target, samples, pairs, "modular", starts or {}, viewed, seed=seed, progress=progress
+        target, *fit.samples(ridge_images), taps, "modular", starts or {}, image_share > 0, seed, progress
     )
 
     def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
@@ -165,18 +130,17 @@ def fit_modular(
             given, inverse = batch.recorded[tap], inverses[tap]
             if tap in made and chain_fraction > 0:
                 given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
-            wanted = batch.recorded.get(inverse.destination)
+            truth = batch.recorded.get(inverse.destination)
             values = inverse.raw(given)
             made[inverse.destination] = values.detach()
-            loss = _error(values, batch.images if wanted is None else wanted) / inverse.variance
-            if (view := views.get(inverse.destination)) is not None and wanted is not None:
-                reconstructed: Any = inverse.wrap(values, given)
-                shown, true = cast("Tensor", view.raw(reconstructed)), cast("Tensor", view.raw(wanted))
-                seen = F.mse_loss(shown, true) / pixel_variance
+            loss = _error(values, batch.images if truth is None else truth) / inverse.variance
+            if (view := views.get(inverse.destination)) is not None and truth is not None:
+                reconstruction: Any = inverse.wrap(values, given)
+                seen = F.mse_loss(_pixels(view, reconstruction), _pixels(view, truth)) / pixel_variance
                 loss = image_share * seen + (1 - image_share) * loss
             yield tap, loss
 
-    return _trained(target, images, samples[1], inverses, losses, settings)
+    return fit.trained(inverses, losses)
 
 
 def fit_polish(
@@ -191,7 +155,6 @@ def fit_polish(
     learning_rate: float = 3e-4,
     seed: int = 0,
     checkpoint: Path | str | None = None,
-    workers: int | None = None,
     progress: bool = True,
 ) -> Inverses:
     """Train all modules of a chain together on the pixels it ends in: a family of its own, "modular_polished".
@@ -202,10 +165,8 @@ def fit_polish(
     Other arguments: see `fit_direct`; here 100 steps.
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
-    steps = _steps(POLISHING_STEPS, steps, epochs, images, batch_size)
-    family, taps = "modular_polished", list(modules)
-    settings = Settings(family, taps, steps, batch_size, learning_rate, seed, checkpoint, workers, progress, {})
-    held_out = _samples(images, validation, 0, seed)[1]
+    steps, family = _steps(100, steps, epochs, images, batch_size), "modular_polished"
+    fit = _Fit(family, target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
     order = _chain_order(target, modules)
     polished = {tap: copy.deepcopy(module).to(target.device) for tap, module in modules.modules.items()}
     for inverse in polished.values():  # those that no chain runs through are only renamed
@@ -213,8 +174,7 @@ def fit_polish(
         inverse.residual.requires_grad_(True)
 
     def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
-        generator = _generator(seed, step)
-        entries = (torch.randperm(len(batch.images), generator=generator) + step) % len(order)
+        entries = (torch.randperm(len(batch.images), generator=_generator(seed, step)) + step) % len(order)
         rows = torch.empty(0, dtype=torch.long)
         flowing: Any = None  # a representation, in the end the images
         for place, tap in reversed(list(enumerate(order))):
@@ -222,141 +182,139 @@ def fit_polish(
                 given = batch.recorded[tap].index(entering.to(target.device))
                 flowing = given if flowing is None else concatenate([flowing, given])
                 rows = torch.cat([rows, entering])
-            if flowing is None:
-                continue
-            inverse, wanted = polished[tap], batch.recorded.get(polished[tap].destination)
-            values = inverse.raw(flowing)
-            flowing = values if wanted is None else inverse.wrap(values, flowing)
+            if flowing is not None:
+                values = polished[tap].raw(flowing)
+                flowing = values if place == 0 else polished[tap].wrap(values, flowing)
         yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
-    return _trained(target, images, held_out, polished, losses, settings)
+    return fit.trained(polished, losses)
 
 
-def _trained(
-    target: Target,
-    images: Images,
-    held_out: Sample | None,
-    inverses: dict[str, Inverse],
-    losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]],
-    settings: Settings,
-) -> Inverses:
-    """Train, and tell in the headers what was seen and how good the pictures were."""
-    together = settings.family != "direct"
-    times = settings.steps * settings.batch_size / len(images)
-    seen = f"each seen {times:.3g} times" if times >= 1 else f"{times:.1%} of them seen"
-    kept: dict[int, Batch | None] = {}
-    history = train(
-        inverses,
-        losses,
-        _stream(target, images, settings),
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        checkpoint=settings.checkpoint,
-        validate=None if held_out is None else lambda: _validated(target, inverses, share(held_out), kept),
-        together=together,
-        identity={
-            "target": target.weights_hash,
-            "family": settings.family,
-            "data": _identity_of(images),
-            "batch_size": settings.batch_size,
-            **settings.identity,
-        },
-        title=f"{settings.family.replace('_', ' ')} inverses of {target.name} ({len(images)} images, {seen})",
-        progress=settings.progress,
-    )
-    judged = history[history["split"] == "validation"].pivot(index="step", columns="module", values="loss")
-    if together and len(judged):
-        judged = judged.loc[[judged.mean(axis=1).idxmin()]]
-    for tap, inverse in inverses.items():
-        inverse.requires_grad_(False)
-        inverse.history = history[history["module"].isin([tap, PIXELS])].reset_index(drop=True)
-        header = header_for(target, settings.family, tap, inverse.destination, images, settings.seed)
-        steps = inverse.header.steps + (settings.steps if len(history) else 0)
-        loss = float(judged[tap].min()) if len(judged) else None
-        inverse.header = replace(header, data=f"{header.data}, {seen}", steps=steps, validation_loss=loss)
-    return Inverses(inverses)
+class Batch(NamedTuple):
+    """Images (B, 3, H, W) in [0, 1] and their representations, plain float32, on the target's device."""
+
+    images: Tensor
+    recorded: Mapping[str, Representation]
+
+
+@dataclass
+class _Fit:
+    """What the three fits have in common; identity: what a checkpoint must agree in besides."""
+
+    family: str
+    target: Target
+    images: Images
+    validation: Images | None
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    checkpoint: Path | str | None
+    progress: bool
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def held_out(self) -> FeatureStore | Tensor | None:
+        """The images that choose the weights."""
+        return None if self.validation is None else _sample(self.validation, VALIDATION_IMAGES, self.seed)
+
+    def samples(self, ridge_images: int) -> tuple[FeatureStore | Tensor, FeatureStore | Tensor | None]:
+        """The images that starts and moments are measured on, and those that choose the weights."""
+        return _sample(self.images, max(ridge_images, MOMENT_IMAGES), self.seed), self.held_out
+
+    def trained(
+        self, inverses: dict[str, Inverse], losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]]
+    ) -> Inverses:
+        """Train, and tell in the headers what was seen and how good the pictures were."""
+        target, images, together = self.target, self.images, self.family != "direct"
+        times = self.steps * self.batch_size / len(images)
+        seen = f"each seen {times:.3g} times" if times >= 1 else f"{times:.1%} of them seen"
+        held_out = None if self.held_out is None else share(self.held_out)
+        identity = {"target": target.weights_hash, "family": self.family, "data": images_digest(images)}
+        history = train(
+            inverses,
+            losses,
+            self.stream(list(inverses)),
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            checkpoint=self.checkpoint,
+            validate=None if held_out is None else lambda: _validated(target, inverses, held_out),
+            together=together,
+            identity={**identity, "batch_size": self.batch_size, **self.identity},
+            title=f"{self.family.replace('_', ' ')} inverses of {target.name} ({len(images)} images, {seen})",
+            progress=self.progress,
+        )
+        judged = history[history["split"] == "validation"].pivot(index="step", columns="module", values="loss")
+        if together and len(judged):
+            judged = judged.loc[[judged.mean(axis=1).idxmin()]]
+        for tap, inverse in inverses.items():
+            inverse.requires_grad_(False)
+            inverse.history = history[history["module"].isin([tap, PIXELS])].reset_index(drop=True)
+            header = header_for(target, self.family, tap, inverse.destination, images, self.seed)
+            steps = inverse.header.steps + (self.steps if len(history) else 0)
+            loss = float(judged[tap].min()) if len(judged) else None
+            inverse.header = replace(header, data=f"{header.data}, {seen}", steps=steps, validation_loss=loss)
+        return Inverses(inverses)
+
+    def stream(self, taps: Sequence[str]) -> Callable[[int], Batch]:
+        """Batch k of this process's shuffled images, a pure function of k; in order they are read as a stream.
+
+        A store of features gives the representations with the images.
+        """
+        if self.batch_size % (number := processes().num_processes):
+            raise BacksightError(
+                f"{number} processes cannot share a batch of {self.batch_size} images: choose a multiple."
+            )
+        target, own, size = self.target, share(self.images), self.batch_size // number
+        following, stream = -1, iter(())
+
+        def read(start: int) -> Iterator[Any]:
+            if isinstance(own, FeatureStore):
+                own.check(target)
+                return own.passes(size, self.seed, self.steps, start=start, taps=taps)
+            return ((drawn, None) for drawn in batches(own, size, self.seed, steps=self.steps, start=start, raw=True))
+
+        def batch_at(step: int) -> Batch:
+            nonlocal following, stream
+            stream = stream if step == following else read(step)
+            following, (shown, recorded) = step + 1, next(stream)
+            if target.device.type == "cuda" and torch.cuda.is_available():
+                shown = shown.pin_memory()
+            shown = unit_floats(shown.to(target.device, non_blocking=True))
+            if recorded is None:
+                with torch.no_grad(), gpu_autocast(target.device):
+                    recorded = target.record(shown, taps)
+            return Batch(shown, {tap: readable(recorded[tap].to(target.device)) for tap in taps})
+
+        return batch_at
 
 
 @torch.no_grad()
-def _validated(
-    target: Target, inverses: Mapping[str, Inverse], images: Sample, kept: dict[int, Batch | None]
-) -> dict[str, float]:
-    """{tap: squared error of the pictures from it / their variance}, over the images of all processes.
-
-    images: this process's; kept: of its batches, what the target makes of them, up to KEPT_BYTES.
-    """
+def _validated(target: Target, inverses: Mapping[str, Inverse], images: FeatureStore | Tensor) -> dict[str, float]:
+    """{tap: squared error of the pictures from it / their variance}, over the images of all processes."""
     whole = Inverses(inverses)
     unit = next(inverse.variance for inverse in inverses.values() if inverse.destination == PIXELS)
     totals = torch.zeros(len(inverses) + 1, dtype=torch.float64)
-    for start in range(0, len(images), RECORDING_BATCH):
-        which = slice(start, start + RECORDING_BATCH)
-        if start in kept:
-            batch = kept[start]
-        else:
-            part = images[which] if isinstance(images, Tensor) else images.subset(which)
-            batch = next(
-                (Batch(*held) for held in recorded_batches(target, part, list(inverses), RECORDING_BATCH)), None
-            )
-            if sum(map(_bytes, [*kept.values(), batch])) <= KEPT_BYTES:
-                kept[start] = batch
-        if batch is None:  # none of these can be read
-            continue
-        errors = [F.mse_loss(whole[tap](batch.recorded[tap]), batch.images) / unit for tap in whole]
-        totals += torch.tensor([*torch.stack(errors).tolist(), 1.0], dtype=torch.float64) * len(batch.images)
+    for batch, recorded in recorded_batches(target, images, list(inverses), RECORDING_BATCH):
+        errors = [F.mse_loss(whole[tap](recorded[tap]), batch) / unit for tap in whole]
+        totals += torch.tensor([*torch.stack(errors).tolist(), 1.0], dtype=torch.float64) * len(batch)
     average([totals])
     return dict(zip(inverses, (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
-def _stream(target: Target, images: Images, settings: Settings) -> Callable[[int], Batch]:
-    """Batch k of this process's shuffled images, a pure function of k; in order they are read as a stream.
-
-    A store of features gives the representations with the images.
-    """
-    _, taps, steps, batch_size, _, seed, _, workers, _, _ = settings
-    if batch_size % (number := processes().num_processes):
-        raise BacksightError(f"{number} processes cannot share a batch of {batch_size} images: choose a multiple.")
-    own, size = share(images), batch_size // number
-
-    def read(start: int) -> Iterator[Any]:
-        if isinstance(own, FeatureStore):
-            own.check(target)
-            return own.passes(size, seed, steps, start=start, taps=taps)
-        return ((drawn, None) for drawn in batches(own, size, seed, workers, steps, start=start, raw=True))
-
-    following, stream = -1, read(0)
-
-    def batch_at(step: int) -> Batch:
-        nonlocal following, stream
-        stream = stream if step == following else read(step)
-        following, (shown, recorded) = step + 1, next(stream)
-        if target.device.type == "cuda" and torch.cuda.is_available():
-            shown = shown.pin_memory()
-        shown = unit_floats(shown.to(target.device, non_blocking=True))
-        if recorded is None:
-            with torch.no_grad(), gpu_autocast(target.device):
-                recorded = target.record(shown, taps)
-        return Batch(shown, {tap: readable(recorded[tap].to(target.device)) for tap in taps})
-
-    return batch_at
+def _pixels(view: Any, representation: Representation) -> Tensor:
+    return view.raw(representation)
 
 
-def _bytes(batch: Batch | None) -> int:
-    """Of all tensors."""
-    if batch is None:
-        return 0
-    parts = [batch.images, *(part for held in batch.recorded.values() for part in vars(held).values())]
-    return sum(tensor.nbytes for tensor in parts if isinstance(tensor, Tensor))
-
-
-def _error(values: Tensor, wanted: Tensor | Representation) -> Tensor:
+def _error(values: Tensor, truth: Tensor | Representation) -> Tensor:
     """Mean squared error of values from images, or from a representation's values where they are no padding."""
-    if isinstance(wanted, Tensor):
-        return F.mse_loss(values, wanted)
-    if not isinstance(wanted, Tokens) or wanted.padding is None:
-        return F.mse_loss(values, wanted.values)
-    counted = ~F.pad(wanted.padding, (wanted.prefix, 0))
-    return F.mse_loss(values[counted], wanted.values[counted])
+    if isinstance(truth, Tensor):
+        return F.mse_loss(values, truth)
+    if not isinstance(truth, Tokens) or truth.padding is None:
+        return F.mse_loss(values, truth.values)
+    counted = ~F.pad(truth.padding, (truth.prefix, 0))
+    return F.mse_loss(values[counted], truth.values[counted])
 
 
 def _steps(default: int, steps: int | None, epochs: float | None, images: Images, batch_size: int) -> int:
@@ -367,17 +325,7 @@ def _steps(default: int, steps: int | None, epochs: float | None, images: Images
     return math.ceil(epochs * len(images) / batch_size)
 
 
-def _identity_of(images: Images) -> str:
-    return images_digest(images)
-
-
-def _samples(images: Images, validation: Images | None, ridge_images: int, seed: int) -> tuple[Any, Sample | None]:
-    """Those of the images that starts and moments are measured on (none for 0), and those that choose the weights."""
-    held_out = None if validation is None else _sample(validation, VALIDATION_IMAGES, seed)
-    return _sample(images, max(ridge_images, MOMENT_IMAGES), seed) if ridge_images else None, held_out
-
-
-def _sample(images: Images, count: int, seed: int) -> Sample:
+def _sample(images: Images, count: int, seed: int) -> FeatureStore | Tensor:
     """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W), or of a store."""
     count = min(count, len(images))
     if isinstance(images, FeatureStore):

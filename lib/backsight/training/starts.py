@@ -16,10 +16,8 @@ from backsight.inverses.module import Inverse, Moments, header_for
 from backsight.inverses.networks import design_for
 from backsight.inverses.passes import recorded_batches
 from backsight.inverses.rows import PIXELS, Form, Pair, area, form_of, plan_layout
-from backsight.representation import Tokens
 from backsight.targets.base import Target, seeded
 
-Sample = FeatureStore | Tensor
 Starts = Mapping[Pair, LinearInverse | None]
 
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
@@ -31,26 +29,25 @@ STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
 
 def untrained(
     target: Target,
-    samples: tuple[Any, Sample | None],
-    pairs: Sequence[Pair],
+    sample: FeatureStore | Tensor,
+    held_out: FeatureStore | Tensor | None,
+    taps: Sequence[str],
     family: str,
     starts: Starts,
-    viewed: Sequence[str] = (),
-    *,
+    viewed: bool,
     seed: int,
     progress: bool,
 ) -> tuple[dict[str, Inverse], dict[str, LinearInverse], float]:
-    """An inverse for every pair, exactly the closed-form map; the maps from `viewed` taps to pixels; pixels' variance.
+    """An inverse for every tap, exactly the closed-form map; maps from the stages' ends to pixels; pixels' variance.
 
-    The views tell how much of a picture an error at the tap is. All maps come from one pass over the samples, of the
-    training and of the validation images.
+    The second, where `viewed`, tell how much of a picture an error at the tap is. All maps come from one pass over the
+    samples, of the training and of the validation images.
     """
-    sample, held_out = samples
-    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair if tap != PIXELS))
+    stages = family == "modular"
     first, moments = _measured(target, sample, taps)
     forms = {tap: form_of(held) for tap, held in first.items()}
-    stages = family == "modular"
-    views = {tap: Request(tap, PIXELS) for tap in viewed}
+    pairs = list(stage_pairs(target, taps, forms)) if stages else [(tap, PIXELS) for tap in taps]
+    views = {end: Request(end, PIXELS) for _, end in pairs if viewed and end != PIXELS}
     missing = {
         pair: Request(*pair, START_CONTEXT, (PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR) if stages else 0.0)
         for pair in pairs
@@ -61,22 +58,16 @@ def untrained(
         fitted = fit_linear_pairs(target, sample, requests, validation=held_out, seed=seed, progress=progress)
     known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
     inverses = {}
-    for source, destination in pairs:
-        end = first[destination]
-        position = end.position[:1] if isinstance(end, Tokens) and end.position is not None else None
-        design = design_for(
-            forms[source],
-            forms[destination],
-            target.stage(source, destination) if stages else None,
-            positioned=position is not None,
-            reduction=target.reduction,
-        )
-        header = header_for(target, family, source, destination, seed=seed)
+    for source, end in pairs:
+        code = getattr(first[end], "position", None)
+        stage = target.stage(source, end) if stages else None
+        design = design_for(forms[source], forms[end], stage, positioned=code is not None, reduction=target.reduction)
+        header = header_for(target, family, source, end, seed=seed)
         # Each module is drawn anew from the seed, so that it does not depend on which others there are.
         with seeded(seed):
-            start = copy.deepcopy(known.get((source, destination)))
-            inverse = Inverse(header, design, start, moments[source], moments[destination], position)
-        inverses[source] = inverse.to(target.device)
+            start = copy.deepcopy(known.get((source, end)))
+            code = None if code is None else code[:1]
+            inverses[source] = Inverse(header, design, start, moments[source], moments[end], code).to(target.device)
     return inverses, {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}, moments[PIXELS].variance
 
 
@@ -88,41 +79,38 @@ def _has_linear(target: Target, pair: Pair, forms: Mapping[str, Form]) -> bool:
     return True
 
 
-def _measured(target: Target, sample: Sample, taps: Sequence[str]) -> tuple[dict[str, Any], dict[str, Moments]]:
+def _measured(
+    target: Target, sample: FeatureStore | Tensor, taps: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Moments]]:
     """The first image of every tap and of the pixels, and the moments of all, in a stream."""
     first: dict[str, Any] = {}
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {tap: [] for tap in (PIXELS, *taps)}
+    sums: dict[str, Tensor] = {}
     for images, recorded in recorded_batches(target, sample, taps, RECORDING_BATCH, limit=MOMENT_IMAGES):
         first = first or {PIXELS: images[:1], **{tap: held.index(0) for tap, held in recorded.items()}}
-        parts[PIXELS].append(batch_moments(images.flatten(2).transpose(1, 2)))
+        parts = {PIXELS: power_sums(images.flatten(2).transpose(1, 2))}
         for tap, held in recorded.items():
-            prefix, padding = getattr(held, "prefix", 0), getattr(held, "padding", None)
-            parts[tap].append(batch_moments(held.values, prefix, padding))
+            parts[tap] = power_sums(held.values, getattr(held, "prefix", 0), getattr(held, "padding", None))
+        sums = {tap: part + sums.get(tap, 0) for tap, part in parts.items()}
     tokens = {tap: 1 if tap == PIXELS else held.values.shape[1] for tap, held in first.items()}
-    return first, {tap: whole_moments(batches, tokens[tap]) for tap, batches in parts.items()}
+    return first, {tap: moments_of(part, tokens[tap]) for tap, part in sums.items()}
 
 
-def batch_moments(values: Tensor, prefix: int = 0, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows (G, 1), mean (G, C), mean square (G, C)) of the groups: each prefix token, then all tokens of the grid.
+def power_sums(values: Tensor, prefix: int = 0, padding: Tensor | None = None) -> Tensor:
+    """(G, 3, C): number, sum and sum of squares of the groups: each prefix token, then all tokens of the grid.
 
     values: (B, P + N, C); padding: (B, N) bool, True = left out. In float64, where the device has it.
     """
     values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
     grid = values[:, prefix:].flatten(0, 1) if padding is None else values[:, prefix:][~padding]
     groups = [*values[:, :prefix].unbind(1), grid]
-    rows = values.new_tensor([float(len(group)) for group in groups])[:, None]
-    mean = torch.stack([group.mean(0) for group in groups])
-    spread = torch.stack([group.var(0, unbiased=False) for group in groups])
-    return rows, mean, spread + mean.square()
+    return torch.stack([torch.stack([torch.ones_like(x).sum(0), x.sum(0), x.square().sum(0)]) for x in groups])
 
 
-def whole_moments(batches: Sequence[tuple[Tensor, Tensor, Tensor]], tokens: int) -> Moments:
-    """Of all batches together; tokens: of an image, the prefix among them."""
-    rows, means, squares = (torch.stack(part) for part in zip(*batches, strict=True))
-    share = rows / rows.sum(0)
-    mean = (share * means).sum(0)
-    # About the mean of all: a large mean must not swallow the spread.
-    spread = (share * (squares - means.square() + (means - mean).square())).sum(0)
+def moments_of(sums: Tensor, tokens: int) -> Moments:
+    """Of the images behind these power sums; tokens: of an image, the prefix among them."""
+    rows, first, second = sums.unbind(1)
+    mean = first / rows
+    spread = (second / rows - mean.square()).clamp(min=0)
     deviation = spread.sqrt()
     # A channel that hardly moves is not blown up to the size of the others.
     deviation = deviation.clamp(min=0.01 * float(deviation.mean()) + 1e-12)
