@@ -161,7 +161,7 @@ def test_epochs_and_the_share_that_is_seen(vit) -> None:
 
 def test_a_batch_that_processes_cannot_share_is_refused(vit, monkeypatch) -> None:
     monkeypatch.setattr(fitting, "processes", lambda: type("Three", (), {"num_processes": 3}))
-    with pytest.raises(BacksightError, match="3 processes cannot share a batch of 4"):
+    with pytest.raises(BacksightError, match="3 processes cannot share 4 images a batch"):
         fit_direct(vit, _shown(vit), **QUICK)
 
 

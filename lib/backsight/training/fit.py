@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,16 +64,9 @@ def fit_direct(
     Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
-    taps = target.taps if taps is None else target.resolve_taps(taps)
     steps = _steps(400, steps, epochs, images, batch_size)
     fit = _Fit("direct", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
-    inverses, _, _ = untrained(target, *fit.samples(ridge_images), taps, "direct", starts or {}, False, seed, progress)
-
-    def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
-        for tap, inverse in inverses.items():
-            yield tap, F.mse_loss(inverse.raw(batch.recorded[tap]), batch.images) / inverse.variance
-
-    return fit.trained(inverses, losses)
+    return fit.stages(taps, starts or {}, ridge_images, chain_fraction=0, image_share=0)
 
 
 def fit_modular(
@@ -96,51 +89,22 @@ def fit_modular(
 ) -> Inverses:
     """One module for every stage: from each tap to the tap before it, from the first to pixels.
 
-    All modules are trained side by side from one frozen pass a batch, each on its own loss in the space of its
-    destination; no gradient runs from one to the next. What is validated is the chain: all modules come from the one
-    step at which the pictures that their chains make from all taps were best.
-    chain_fraction: in a chain a module is fed what the modules above have made, not what the target held. For
-    this share of the images a tap is drawn where a chain starts, and every module below it learns from the
-    chain's output (without gradient) instead of the true representation, towards the same true destination. It
-    costs nothing. image_share: how much of a stage's loss is measured in the picture, as the error that the closed-form
-    map from its destination to pixels makes of it; the rest is the error in the destination's own space. Where few
-    directions hold most of the variance, as after a LayerNorm, the latter hardly sees what pictures are made of, and
-    training would lose it again. chain_fraction=0 with image_share=0 is the plain modular training of the paper.
+    All are trained side by side from one frozen pass a batch, each on its own loss in the space of its destination; no
+    gradient runs from one to the next. What is validated is the chain: all modules come from the one step at which the
+    pictures that their chains make from all taps were best.
+    chain_fraction: in a chain a module is fed what the modules above have made. For this share of the images a tap is
+    drawn where a chain starts, and every module below it learns from the chain's output (without gradient) instead of
+    the true representation, towards the same true destination. image_share: how much of a stage's loss is measured in
+    the picture that the closed-form map from its destination to pixels makes; the rest is the error in the
+    destination's own space, which hardly sees what pictures are made of where few directions hold most of the variance,
+    as after a LayerNorm. Both 0 is the plain modular training of the paper.
     Other arguments: see `fit_direct`; `starts` may hold {(tap, previous tap): LinearInverse}.
     Returns the inverses, in forward order: `inverses[tap]` is the chain, `inverses.module(tap)` the stage alone.
-    Raises BacksightError on unknown taps, stages without a module, unfit images, and a NaN or infinite loss.
+    Raises BacksightError as `fit_direct` does, and on stages without a module.
     """
-    shares = {"chain_fraction": chain_fraction, "image_share": image_share}
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise BacksightError(f"{name} is a share from 0 to 1, not {value}.")
-    taps = target.taps if taps is None else target.resolve_taps(taps)
     steps = _steps(400, steps, epochs, images, batch_size)
-    fit = _Fit(
-        "modular", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress, shares
-    )
-    inverses, views, pixel_variance = untrained(
-        target, *fit.samples(ridge_images), taps, "modular", starts or {}, image_share > 0, seed, progress
-    )
-
-    def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
-        entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
-        made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
-        for place, tap in reversed(list(enumerate(taps))):
-            given, inverse = batch.recorded[tap], inverses[tap]
-            if tap in made and chain_fraction > 0:
-                given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
-            truth = batch.recorded.get(inverse.destination)
-            values = inverse.raw(given)
-            made[inverse.destination] = values.detach()
-            loss = _error(values, batch.images if truth is None else truth) / inverse.variance
-            if (view := views.get(inverse.destination)) is not None and truth is not None:
-                reconstruction: Any = inverse.wrap(values, given)
-                seen = F.mse_loss(_pixels(view, reconstruction), _pixels(view, truth)) / pixel_variance
-                loss = image_share * seen + (1 - image_share) * loss
-            yield tap, loss
-
-    return fit.trained(inverses, losses)
+    fit = _Fit("modular", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
+    return fit.stages(taps, starts or {}, ridge_images, chain_fraction, image_share)
 
 
 def fit_polish(
@@ -160,9 +124,8 @@ def fit_polish(
     """Train all modules of a chain together on the pixels it ends in: a family of its own, "modular_polished".
 
     modules: what `fit_modular` gave; they are copied, not changed. The images of a batch start their chains at
-    different taps, equally many at each, and join on the way down. What the modules make between is no longer
-    tied to what the target holds: look at intermediate representations of the modular family instead.
-    Other arguments: see `fit_direct`; here 100 steps.
+    different taps, equally many at each, and join on the way down. What the modules make between is no longer tied to
+    what the target holds. Other arguments: see `fit_direct`; here 100 steps.
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
     steps, family = _steps(100, steps, epochs, images, batch_size), "modular_polished"
@@ -199,7 +162,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class _Fit:
-    """What the three fits have in common; identity: what a checkpoint must agree in besides."""
+    """What the three fits have in common."""
 
     family: str
     target: Target
@@ -211,26 +174,66 @@ class _Fit:
     seed: int
     checkpoint: Path | str | None
     progress: bool
-    identity: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def held_out(self) -> FeatureStore | Tensor | None:
         """The images that choose the weights."""
         return None if self.validation is None else _sample(self.validation, VALIDATION_IMAGES, self.seed)
 
-    def samples(self, ridge_images: int) -> tuple[FeatureStore | Tensor, FeatureStore | Tensor | None]:
-        """The images that starts and moments are measured on, and those that choose the weights."""
-        return _sample(self.images, max(ridge_images, MOMENT_IMAGES), self.seed), self.held_out
+    def stages(
+        self,
+        taps: str | Sequence[str] | None,
+        starts: Starts,
+        ridge_images: int,
+        chain_fraction: float,
+        image_share: float,
+    ) -> Inverses:
+        """Start and train one module from every tap, to pixels or to the end of its stage."""
+        identity = {"chain_fraction": chain_fraction, "image_share": image_share}
+        for name, value in identity.items():
+            if not 0 <= value <= 1:
+                raise BacksightError(f"{name} is a share from 0 to 1, not {value}.")
+        target, seed = self.target, self.seed
+        taps = target.taps if taps is None else target.resolve_taps(taps)
+        sample = _sample(self.images, max(ridge_images, MOMENT_IMAGES), seed)
+        inverses, views, pixel_variance = untrained(
+            target, sample, self.held_out, taps, self.family, starts, image_share > 0, seed, self.progress
+        )
+
+        def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+            entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
+            made: dict[str, Tensor] = {}  # by the tap that a module ends at, without gradient
+            for place, tap in reversed(list(enumerate(taps))):
+                given, inverse = batch.recorded[tap], inverses[tap]
+                end = inverse.destination
+                if tap in made and chain_fraction > 0:
+                    given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
+                truth: Any = batch.recorded.get(end, batch.images)
+                values = inverse.raw(given)
+                made[end] = values.detach()
+                loss = _error(values, truth) / inverse.variance
+                if end in views:
+                    seen = F.mse_loss(views[end].raw(inverse.wrap(values, given)), views[end].raw(truth))
+                    loss = image_share * seen / pixel_variance + (1 - image_share) * loss
+                yield tap, loss
+
+        return self.trained(inverses, losses, identity)
 
     def trained(
-        self, inverses: dict[str, Inverse], losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]]
+        self,
+        inverses: dict[str, Inverse],
+        losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]],
+        identity: Mapping[str, Any] | None = None,
     ) -> Inverses:
-        """Train, and tell in the headers what was seen and how good the pictures were."""
+        """Train, and tell in the headers what was seen and how good the pictures were.
+
+        identity: what a checkpoint must agree in, besides what is the same of all fits.
+        """
         target, images, together = self.target, self.images, self.family != "direct"
         times = self.steps * self.batch_size / len(images)
         seen = f"each seen {times:.3g} times" if times >= 1 else f"{times:.1%} of them seen"
         held_out = None if self.held_out is None else share(self.held_out)
-        identity = {"target": target.weights_hash, "family": self.family, "data": images_digest(images)}
+        common = {"target": target.weights_hash, "family": self.family, "data": images_digest(images)}
         history = train(
             inverses,
             losses,
@@ -241,7 +244,7 @@ class _Fit:
             checkpoint=self.checkpoint,
             validate=None if held_out is None else lambda: _validated(target, inverses, held_out),
             together=together,
-            identity={**identity, "batch_size": self.batch_size, **self.identity},
+            identity={**common, "batch_size": self.batch_size, **(identity or {})},
             title=f"{self.family.replace('_', ' ')} inverses of {target.name} ({len(images)} images, {seen})",
             progress=self.progress,
         )
@@ -264,7 +267,7 @@ class _Fit:
         """
         if self.batch_size % (number := processes().num_processes):
             raise BacksightError(
-                f"{number} processes cannot share a batch of {self.batch_size} images: choose a multiple."
+                f"{number} processes cannot share {self.batch_size} images a batch: choose a multiple."
             )
         target, own, size = self.target, share(self.images), self.batch_size // number
         following, stream = -1, iter(())
@@ -303,10 +306,6 @@ def _validated(target: Target, inverses: Mapping[str, Inverse], images: FeatureS
     return dict(zip(inverses, (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
-def _pixels(view: Any, representation: Representation) -> Tensor:
-    return view.raw(representation)
-
-
 def _error(values: Tensor, truth: Tensor | Representation) -> Tensor:
     """Mean squared error of values from images, or from a representation's values where they are no padding."""
     if isinstance(truth, Tensor):
@@ -318,11 +317,11 @@ def _error(values: Tensor, truth: Tensor | Representation) -> Tensor:
 
 
 def _steps(default: int, steps: int | None, epochs: float | None, images: Images, batch_size: int) -> int:
-    if epochs is None:
-        return default if steps is None else steps
-    if steps is not None or epochs <= 0:
-        raise BacksightError(f"steps = {steps} and epochs = {epochs}: give one of them, above 0.")
-    return math.ceil(epochs * len(images) / batch_size)
+    if None not in (steps, epochs):
+        raise BacksightError(f"steps = {steps} and epochs = {epochs}: give one of them.")
+    if epochs is not None:
+        return math.ceil(epochs * len(images) / batch_size)
+    return default if steps is None else steps
 
 
 def _sample(images: Images, count: int, seed: int) -> FeatureStore | Tensor:
@@ -350,14 +349,10 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 def _chain_order(target: Target, modules: Inverses) -> list[str]:
     """The taps of a chain that runs through all modules, the one that ends in pixels first."""
-    if modules.weights_hash != target.weights_hash:
-        raise BacksightError(
-            f"These modules invert {modules.target} with the weights {modules.weights_hash}, not {target.name} with "
-            f"{target.weights_hash}: fit them for this one."
-        )
     longest = max((Chain(modules.modules, tap).path for tap in modules), key=len, default=())
-    if not longest or longest[-1].destination != PIXELS:
+    if modules.weights_hash != target.weights_hash or not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
-            f"The modules of {', '.join(modules)} are no chain down to pixels: give all of one fit_modular()."
+            f"The modules of {', '.join(modules)} are no chain down to pixels, or not of {target.name} with these "
+            "weights: give all of one fit_modular() of this target."
         )
     return [module.source for module in reversed(longest)]

@@ -71,23 +71,20 @@ def train(
 ) -> pd.DataFrame:
     """Train the modules side by side, where they are, with one gradient clip for each.
 
-    losses(batch, step) yields (name, scalar), one after the other: each goes backward before the next is computed, so
-    that only one graph is held. A value may depend on nothing but the arguments, the weights and torch's random state,
-    and the names are the same in every step. batch_at(step) is a pure function of the step.
-    group(name, parameter): which optimizer takes it, at which rate. schedule: steps over which the rate would fall
-    (default: `steps`; fewer are stopped half-way down).
+    losses(batch, step) yields (name, scalar): each goes backward before the next is computed, so that only one graph is
+    held; the names are the same in every step. batch_at(step) is a pure function of the step. group(name, parameter):
+    which optimizer takes it. schedule: steps over which the rate falls, if not `steps`.
     validate() -> {name: number}, the same on all processes, called before the first step, every `validate_every` steps
     (a tenth of the training by default) and at the end. Each module ends with the weights of its own best number, or,
     `together`, all with those of the step whose mean number is best; they may be those that they came with.
     checkpoint: a file, written every `checkpoint_every` steps, resumed from where it exists, removed at the end;
     `identity` says what the training is, and a checkpoint of another one is refused.
-    Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all
-    processes, and the first one writes the checkpoint.
+    Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all.
     On return the modules are in eval mode, and the global random state is as it was.
 
     Returns the history: step, module, split ("train": mean since the row before; or "validation"), loss, seconds.
-    Raises BacksightError on a NaN or infinite loss or gradient (naming step and module; no weight has changed by it),
-    and on a checkpoint that is damaged or of another training.
+    Raises BacksightError on a NaN or infinite loss or gradient (no weight has changed by it), and on a checkpoint that
+    is damaged or of another training.
     """
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
     trained = {name: parameters for name, parameters in trained.items() if parameters}
@@ -110,19 +107,19 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     # What a checkpoint holds besides modules and optimizers; recent: losses since the last row of the history.
     state = SimpleNamespace(step=0, seconds=0.0, history=[], recent={}, best={}, weights={})
+    holders = [whole, *stepping]
     with seeded(seed, device):
         if path is not None and path.exists():
             content = _read(path, identity, device)
             vars(state).update(content["state"])
-            whole.load_state_dict(content["weights"])
-            for optimizer, held in zip(stepping, content["optimizers"], strict=True):
-                optimizer.load_state_dict(held)
+            for holder, held in zip(holders, content["holders"], strict=True):
+                holder.load_state_dict(held)
             random.set_rng_state(content["random"].cpu())
         started = time.perf_counter() - state.seconds
 
         def log(split: str, numbers: Mapping[str, float]) -> None:
-            now = time.perf_counter() - started
-            state.history.extend((state.step, name, split, number, now) for name, number in numbers.items())
+            state.seconds = time.perf_counter() - started
+            state.history += [(state.step, name, split, number, state.seconds) for name, number in numbers.items()]
 
         def validated() -> None:
             """Keep the weights of every module whose number is a new best."""
@@ -161,8 +158,8 @@ def train(
                     validated()
                 if path is not None and first and state.step % checkpoint_every == 0 and state.step < steps:
                     state.seconds = time.perf_counter() - started
-                    content = {"identity": identity, "state": vars(state), "weights": whole.state_dict()}
-                    content["optimizers"] = [optimizer.state_dict() for optimizer in stepping]
+                    held = [holder.state_dict() for holder in holders]
+                    content = {"identity": identity, "state": vars(state), "holders": held}
                     _write(path, content | {"random": random.get_rng_state()})
     whole.load_state_dict(state.weights, strict=False)
     whole.eval()
@@ -191,7 +188,14 @@ def _gradients(
             break
         loss.backward()
         values[name] = loss.detach().float()
-    _average_gradients(parameters)
+    if processes().num_processes > 1:
+        # Means over the processes, each giving zeros for what its batch did not reach; what none reached stays None.
+        reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        average([reached])
+        average(gradients)
+        for parameter, gradient, by in zip(parameters, gradients, reached.tolist(), strict=True):
+            parameter.grad = gradient if by else None
     means = torch.stack(list(values.values()))
     average([means])
     norms = [nn.utils.clip_grad_norm_(listed, gradient_norm) for listed in trained.values()]
@@ -203,18 +207,6 @@ def _gradients(
                 "look at the images of this batch."
             )
     return dict(zip(values, numbers, strict=False))
-
-
-def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Means over the processes, each giving zeros for what its batch did not reach; what none reached stays None."""
-    if processes().num_processes == 1:
-        return
-    reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    average([reached])
-    average(gradients)
-    for parameter, gradient, by in zip(parameters, gradients, reached.tolist(), strict=True):
-        parameter.grad = gradient if by else None
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def untrained(
     viewed: bool,
     seed: int,
     progress: bool,
-) -> tuple[dict[str, Inverse], dict[str, LinearInverse], float]:
+) -> tuple[dict[str, Inverse], dict[str, Any], float]:
     """An inverse for every tap, exactly the closed-form map; maps from the stages' ends to pixels; pixels' variance.
 
     The second, where `viewed`, tell how much of a picture an error at the tap is. All maps come from one pass over the
@@ -122,23 +122,20 @@ def moments_of(sums: Tensor, tokens: int) -> Moments:
 def stage_pairs(target: Target, taps: Sequence[str], forms: Mapping[str, Form] | None = None) -> Iterator[Pair]:
     """(tap, destination) of every stage of a chain: the tap before it, or "pixels" for the first.
 
-    A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse ends
-    where the backbone's does. As a stage of its own its inverse, ill-conditioned as it is, would blow up what the
-    modules above leave of error. forms: of the taps; tokens on several grids were made from more than the tap before,
-    so that their inverse goes on to the nearest tap on a grid as fine as their finest: through a coarser one, what the
-    fine levels hold would be lost.
+    A projection (a linear map of single tokens) belongs to the backbone before it, as in the paper: its inverse,
+    ill-conditioned as it is, would blow up what the modules above leave of error. forms: of the taps; tokens on several
+    grids go on to the nearest tap on a grid as fine as their finest: through a coarser one, what the fine levels hold
+    would be lost.
     """
     ends: dict[str, str] = {}
+
+    def holds(earlier: Form, later: Form) -> bool:
+        finest = max(map(area, later.grids)) if len(later.grids) > 1 else 0
+        return earlier.kind != "tokens" or max(map(area, earlier.grids)) >= finest
+
     for place, tap in enumerate(taps):
-        earlier = [other for other in taps[:place] if forms is None or _holds(forms[other], forms[tap])]
+        earlier = [other for other in taps[:place] if forms is None or holds(forms[other], forms[tap])]
         previous = earlier[-1] if earlier else PIXELS
         projected = previous != PIXELS and target.stage(tap, previous).kind == "projection"
         ends[tap] = ends[previous] if projected else previous
         yield tap, ends[tap]
-
-
-def _holds(earlier: Form, later: Form) -> bool:
-    """Whether a chain may go from the later tap through the earlier one."""
-    if len(later.grids) < 2 or earlier.kind != "tokens":
-        return True
-    return max(map(area, earlier.grids)) >= max(map(area, later.grids))
