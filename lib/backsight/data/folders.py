@@ -181,7 +181,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
 def _of_shard(shard: Path) -> Iterator[tuple[str, Entry]]:
     for member in members(shard):
         id = f"{shard.stem}/{member.name}"
-        yield id, Entry(id, f"{shard}::{member.name}", member.label, member=member)
+        yield id, Entry(id, f"{shard}::{member.name}", member=member)
 
 
 def _class_folders(places: Sequence[Path]) -> set[str]:

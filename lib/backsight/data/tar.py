@@ -1,9 +1,7 @@
 """Images in tar shards, as WebDataset lays them out, read in any order without unpacking.
 
-    imagenet1k-train-0000.tar      n01440764_10026.jpg      an image: what its extension says
-                                   n01440764_10026.cls      its class as a number, where it has one
-
-A shard's index (where each image's bytes lie, and its class) is made once and kept in the cache folder.
+Names are cut at their first dot: a.seg.png belongs to a.jpg and is no image. Where each image's bytes lie in a shard is
+found once, and kept in the cache folder.
 """
 
 import json
@@ -16,17 +14,16 @@ from backsight.data.decode import READABLE
 from backsight.errors import SourceError
 from backsight.project import cache_folder, read_json, write_json
 
-FORMAT = 1  # part of the cache key: raise it whenever an index is made in another way
+FORMAT = 2  # part of the cache key: raise it whenever an index is made in another way
 
 
 class Member(NamedTuple):
-    """An image of a shard: its name, where its `size` bytes lie, and its class number or None."""
+    """An image of a shard: its name, and where its `size` bytes lie."""
 
     shard: str
     name: str
     offset: int
     size: int
-    label: int | None = None
 
     def read(self) -> bytes:
         """Its bytes. Raises OSError, and ValueError where the shard ends before."""
@@ -41,8 +38,8 @@ class Member(NamedTuple):
 def members(shard: Path) -> list[Member]:
     """The images of a shard in the order of their names, from the cache where it knows the shard as it is.
 
-    Raises SourceError for a shard that is cut short, compressed or no tar file, that holds no image, or whose class is
-    no number; and where the index cannot be kept.
+    Raises SourceError for a shard that is cut short, compressed or no tar file, or holds no image; and where the index
+    cannot be kept.
     """
     try:
         state = shard.stat()
@@ -57,35 +54,21 @@ def members(shard: Path) -> list[Member]:
     return [Member(str(shard), *image) for image in index["images"]]
 
 
-def _scanned(shard: Path) -> list[tuple[str, int, int, int | None]]:
-    """(name, offset, size, label) of each image."""
+def _scanned(shard: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of each image."""
     places: dict[str, tuple[int, int]] = {}  # of equal names the last counts, as when a tar file is unpacked
-    labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in filter(tarfile.TarInfo.isreg, tar):
-                key, extension = _key(member.name)
-                if extension in READABLE:
+                if f".{Path(member.name).name.partition('.')[2]}".lower() in READABLE:
                     places[member.name] = (member.offset_data, member.size)
-                elif extension == ".cls":
-                    labels[key] = int(Member(str(shard), member.name, member.offset_data, member.size).read())
             # tarfile takes a missing end, or a damaged header, for the end of the archive.
             if any(Member(str(shard), "end", tar.offset, tarfile.BLOCKSIZE).read()):
                 raise ValueError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, ValueError) as error:
         raise SourceError(
-            f"the shard {shard} is cut short, damaged or compressed, or a class is no number ({error}): copy it again, "
-            "as a plain tar file"
+            f"the shard {shard} is cut short, damaged or compressed ({error}): copy it again, as a plain tar file"
         ) from error
     if not places:
-        raise SourceError(
-            f"the shard {shard} holds no images (key.jpg, and key.cls): unpack tar files inside tar files first"
-        )
-    return [(name, *places[name], labels.get(_key(name)[0])) for name in sorted(places)]
-
-
-def _key(name: str) -> tuple[str, str]:
-    """What the files of one image share, and the extension: the name is cut at the first dot after the folders."""
-    folder, _, file = name.rpartition("/")
-    key, dot, extension = file.partition(".")
-    return f"{folder}/{key}", (dot + extension).lower()
+        raise SourceError(f"the shard {shard} holds no images (key.jpg …): unpack tar files inside tar files first")
+    return [(name, *places[name]) for name in sorted(places)]
