@@ -6,6 +6,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from conftest import NotebookWriter
-from test_snakefile import SNAKEMAKE
+from test_snakefile import SNAKEMAKE, dry_run
 
 STEPS, KILLED_AFTER = 12, 5  # lines of the journal
 # A training of STEPS steps with a checkpoint after each; what it has done is told in a journal outside its folder.
@@ -168,3 +169,29 @@ def test_a_killed_graph_ends_as_if_uninterrupted(graph: list[str], root: Path, t
     steps = [line for line in done() if line.startswith("step")]
     assert len(steps) == len(set(steps)) >= STEPS - 1
     assert "resuming the interrupted run" in log.read_text()
+
+    assert "Nothing to be done" in dry_run(root, *graph[2:])
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(f"{preset.read_text()}\n00_train: {{out: elsewhere}}\n")  # its results would be stale
+    assert "Params have changed" in dry_run(root, *graph[2:])
+
+
+def test_a_failed_job_does_not_cost_the_page(root: Path, write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    fine = """\
+from backsight.app.runs import open_run
+from backsight.tables.values import METRIC_COLUMNS
+run = open_run(out, "00_fine", {})
+run.save_metrics([dict.fromkeys(METRIC_COLUMNS) | {"target": "scenes-vit"}])
+run.finish()
+"""
+    write_notebook('out = ""', fine, name="00_fine", folder=tmp_path / "notebooks")
+    write_notebook('out = ""', "1 / 0", name="01_fails", folder=tmp_path / "notebooks")
+    preset, results = tmp_path / "tiny.yaml", tmp_path / "results"
+    jobs = {"once": ["00_fine", "01_fails"], "targets": {}, "families": [], "seeds": [0]}
+    preset.write_text(yaml.safe_dump({"graph": jobs}))
+    places = (f"preset={preset}", f"notebooks={tmp_path / 'notebooks'}", f"results={results}")
+    command = [*SNAKEMAKE, "--cores", "1", "--keep-going", "--config", *places]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    page = (results / "tiny" / "index.html").read_text(encoding="utf-8")
+    assert "fails (it was started and did not finish)" in " ".join(page.split())

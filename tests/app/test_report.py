@@ -242,6 +242,13 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "index.html").exists()
 
 
+def test_a_figure_belongs_to_the_longest_name_that_its_own_holds(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "both", "03_quality", {"targets": ["vit_base", "org/vit_base.mae"]}, rows(VIT))
+    save_png(run / "figures" / "psnr-org-vit_base.mae.png")
+    (section,) = write_report(tmp_path).read_text(encoding="utf-8").split('id="target-org-vit_base.mae"')[1:]
+    assert "both/figures/psnr-org-vit_base.mae.png" in section.split("</section>")[0]
+
+
 def test_a_run_without_a_table_is_on_the_page(folder: Path, tmp_path: Path) -> None:
     save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT))
     save_run(tmp_path / "targets", "01_targets", {})

@@ -245,6 +245,12 @@ def test_a_notebook_that_stops_early_is_not_complete(write_notebook: NotebookWri
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_run_of_another_notebook_is_left_alone(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    start_run(tmp_path / "run", {"notebook": "other", "parameters": {}})
+    with pytest.raises(BacksightError, match="a run of other"):
+        plan_run(write_notebook("steps = 1", "steps"), out=tmp_path / "run")
+
+
 def test_a_folder_of_the_user_is_left_alone(write_notebook: NotebookWriter, tmp_path: Path) -> None:
     """Such as the notebooks' own, whose notebook the executed one would replace."""
     notebook = write_notebook("steps = 1", "steps")
@@ -257,7 +263,7 @@ def test_a_folder_of_the_user_is_left_alone(write_notebook: NotebookWriter, tmp_
 def test_only_the_same_run_is_resumed(
     write_notebook: NotebookWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted by other parameters, another notebook or other code: start afresh, without its checkpoints."""
+    """Interrupted by other parameters or other code: start afresh, without its checkpoints."""
     said: list[str] = []
     notebook = write_notebook("steps = 1\nout = ''", "steps")
     folder = tmp_path / "run"
@@ -266,17 +272,17 @@ def test_only_the_same_run_is_resumed(
     for change, words in [
         ({}, "resuming"),
         ({"parameters": {"steps": 2}}, "with other steps"),
-        ({"notebook": "other"}, "a run of other"),
         ({"code_digest": "older"}, "of other code"),
     ]:
         start_run(folder, plan.identity | change)
-        for name in ("checkpoints/step.pt", "figures/depth.png", "figures/notes.txt"):
+        for name in ("checkpoints/step.pt", "figures/depth.png", "figures/notes.txt", "mine.ipynb"):
             write_atomically(folder / name, lambda temporary: temporary.write_text(""))
         with pytest.raises(FileNotFoundError):  # nothing was executed: there is no notebook to check
             run_plan(plan, say=said.append)
         assert words in said[-2]
         assert (folder / "checkpoints").exists() == (folder / "figures" / "depth.png").exists() == (not change)
-        assert (folder / "figures" / "notes.txt").exists()  # no run made it
+        assert (folder / "figures" / "notes.txt").exists()  # no run made these
+        assert (folder / "mine.ipynb").exists()
 
 
 def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path) -> None:

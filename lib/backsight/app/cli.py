@@ -46,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     lists = "one parameter; lists as in -p 'families=[linear, direct]'"
     run.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help=lists)
     run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
-    run.add_argument("--check", action="store_true", help="only check and show the parameters")
     run.add_argument("--fresh", action="store_true", help="run again even where an equal run is finished")
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
 
@@ -84,13 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from backsight.app.parameters import describe_parameters
     from backsight.app.runner import NotebookError, plan_run, run_plan
 
     plan = plan_run(options.notebook, options.preset, options.assignments, options.out)
-    if options.check:
-        print(describe_parameters(plan.notebook, plan.values))
-        return 0
     try:
         run_plan(plan, options.fresh, options.verbose)
     except NotebookError as error:

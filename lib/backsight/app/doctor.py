@@ -12,7 +12,7 @@ from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from backsight.errors import BacksightError
-from backsight.project import available_cores, project_root, results_root, shown
+from backsight.project import project_root, results_root, shown
 
 FREE_DISK_GIB = 2
 Findings = Iterator[tuple[str, str, str]]
@@ -86,14 +86,10 @@ def _data() -> Findings:
             yield "OK", name, "shipped"
         except BacksightError as error:
             yield "FAIL", name, f"{error} Or restore it from git."
-    for name in ("data/coco", "data/imagenet"):
-        verdict = "OK" if (project_root() / name).is_dir() else "NOTE"
-        yield verdict, name, "is there" if verdict == "OK" else "is not there; only the paper preset needs it"
 
 
 def _machine(root: Path) -> Findings:
     free, results = shutil.disk_usage(root).free / 2**30, results_root()
-    yield "OK", "cores", str(available_cores())
     yield "OK" if free >= FREE_DISK_GIB else "FAIL", "disk", f"{free:.0f} GiB free (a run needs {FREE_DISK_GIB})"
     place = next(folder for folder in (results, *results.parents) if folder.exists())
     writable = place.is_dir() and os.access(place, os.W_OK)

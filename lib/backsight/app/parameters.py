@@ -30,14 +30,12 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook file as it was read: its text (nbformat 4), the source of its code cells, and of its parameters the
-    defaults and the comments by name."""
+    """A notebook as it was read: its text (nbformat 4), the source of its code cells, its parameters' defaults."""
 
     path: Path
     text: str
     code: Sequence[str]
     defaults: Mapping[str, Any]
-    comments: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -77,20 +75,17 @@ def read_notebook(path: str | Path) -> Notebook:
         code = ["".join(cell["source"]) for cell in cells]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BacksightError(f"{path} is not a notebook that can be read ({type(error).__name__}).") from error
-    source = "\n".join(tagged)
-    defaults, comments = {}, {}
+    defaults = {}
     try:
-        for statement in ast.parse(source).body:
+        for statement in ast.parse("\n".join(tagged)).body:
             match statement:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value):
                     defaults[name] = ast.literal_eval(value)
-                    last_line = source.splitlines()[(statement.end_lineno or 1) - 1]
-                    comments[name] = last_line.partition("  # ")[2]
                 case _:
                     raise ValueError(f"{ast.unparse(statement)!r} is not `name = literal`")
     except (SyntaxError, ValueError) as error:
         raise BacksightError(f"the parameters cell of {path}: {error}.") from error
-    return Notebook(path, text, code, defaults, comments)
+    return Notebook(path, text, code, defaults)
 
 
 def _notebooks() -> Path:
@@ -153,9 +148,3 @@ def _value_of(text: str, kind: Any) -> Any:
         with suppress(ValueError, SyntaxError, yaml.YAMLError):
             return read(literal)
     return text
-
-
-def describe_parameters(notebook: Notebook, values: Mapping[str, Any]) -> str:
-    """One line for each parameter: its value, and the notebook's comment on it."""
-    lines = [f"  {name} = {value!r}  # {notebook.comments[name]}" for name, value in values.items()]
-    return "\n".join([f"{shown(notebook.path)}:", *lines])

@@ -42,7 +42,7 @@ PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", 
 BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
 # What a run makes: removed before another one starts in its folder, since results must not be mixed.
 OF_A_RUN = (
-    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES, "*.ipynb", "frames", "checkpoints"),
+    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES, "frames", "checkpoints"),
     *("figures/*.png", "figures/*.svg", "inverses/**/*.safetensors"),
 )
 
@@ -103,8 +103,11 @@ def plan_run(
     folder = Path(chosen).absolute() if chosen else run_folder(values.get("out") or "", opened.name)
     if "out" in values:
         values["out"] = shown(folder)
-    is_new = not folder.is_dir() or (folder / FINISHED).exists() or (folder / STARTED).exists()
-    if not is_new and (others := sorted(path.name for path in folder.iterdir() if path.name not in BESIDE_RUNS)):
+    held = read_json(folder / FINISHED) or read_json(folder / STARTED)
+    if held is not None and held.get("notebook") != opened.name:
+        raise BacksightError(f"{shown(folder)} holds a run of {held.get('notebook')}. Give another folder by --out.")
+    there = folder.iterdir() if held is None and folder.is_dir() else ()
+    if others := sorted(path.name for path in there if path.name not in BESIDE_RUNS):
         raise BacksightError(
             f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
         )
@@ -139,7 +142,7 @@ def run_plan(plan: Plan, fresh: bool = False, verbose: bool = False, say: Callab
             say(f"{name}: resuming the interrupted run in {place}")
         elif started is not None:
             say(f"{name}: {place} held {_difference(started, plan)}; starting afresh")
-            _clear(plan.folder)
+            _clear(plan)
         start = time.perf_counter()
         start_run(plan.folder, plan.identity, resumed)
         say(f"{name} -> {place}")
@@ -161,17 +164,15 @@ def _difference(record: Mapping[str, Any], plan: Plan) -> str:
     """The run that a folder held, by what makes it another one than that which starts there."""
     before, now = record.get("parameters") or {}, plan.identity["parameters"]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if record.get("notebook") != plan.notebook.name:
-        return f"a run of {record.get('notebook')}"
     if changed:
         return f"another run (with other {', '.join(changed)})"
     return "this run" if plan.is_of(record) else "a run of other code"
 
 
-def _clear(folder: Path) -> None:
+def _clear(plan: Plan) -> None:
     """Remove what an earlier run made, and nothing else."""
-    for pattern in OF_A_RUN:
-        for path in list(folder.glob(pattern)):
+    for pattern in (*OF_A_RUN, plan.executed.name, plan.partial.name):
+        for path in list(plan.folder.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -40,7 +40,6 @@ from backsight.project import (
     write_atomically,
     write_json,
 )
-from backsight.tables.pooling import metrics
 from backsight.tables.values import METRIC_COLUMNS
 
 if TYPE_CHECKING:
@@ -153,6 +152,8 @@ class Run:
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
         write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
+        from backsight.tables.pooling import metrics
+
         return self.save_metrics(metrics(values, seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
