@@ -115,8 +115,8 @@ def _fit(options: argparse.Namespace) -> int:
     target = load_target(options.target, taps=options.taps, pretrained=not options.random_weights, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     names = ("train_images", "validation_images", "steps", "batch_size", "features", "seed")
-    arguments = {name: getattr(options, name) for name in names}
-    files = fit_and_save(target, options.images, families, options.out, **arguments)
+    training = {name: getattr(options, name) for name in names}
+    files = fit_and_save(target, options.images, families, options.out, **training)
     if first:
         print(f"{len(files)} inverses in {shown(options.out)}")
     return 0
@@ -131,11 +131,8 @@ def _explore(options: argparse.Namespace) -> int:
 def _targets(options: argparse.Namespace) -> int:
     from backsight.targets import list_targets
 
-    columns = ("name", "kind", "status", "needs")
-    rows = [columns, *(tuple(str(target[column]) for column in columns) for target in list_targets())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    for row in rows:
-        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    for row in list_targets():
+        print(f"{row['name']:<44}{row['kind']:<12}{row['status']:<9}{row['needs']}".rstrip())
     return 0
 
 

@@ -3,12 +3,6 @@
   "use strict";
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const one = (selector, within = document) => within.querySelector(selector);
-  const make = (tag, text = "", attributes = {}) => {
-    const element = document.createElement(tag);
-    element.textContent = text;
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
-  };
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
   // ------------------------------------------------------------------------------------------------- the player
@@ -87,7 +81,7 @@
     }
 
     function pixels(picture, width, height) {
-      const canvas = make("canvas", "", { width, height });
+      const canvas = Object.assign(document.createElement("canvas"), { width, height });
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(picture, 0, 0, width, height);
       return context.getImageData(0, 0, width, height);

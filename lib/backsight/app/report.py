@@ -23,6 +23,7 @@ from backsight.plots.style import (
     MEASURE_NAMES,
     colour_of,
     inverse_order,
+    is_null,
     look_of,
     over_seeds,
     png_bytes,
@@ -33,6 +34,7 @@ from backsight.tables.read import read_study, span, write_text
 from backsight.tables.values import METRIC_COLUMNS
 
 PAGE = "index.html"
+NO_ROWS = pd.DataFrame(columns=METRIC_COLUMNS)
 DIFFERENCE_GAIN = 2  # of the difference of input and reconstruction: more would be white all over for deep layers
 # Notebooks in the order in which their figures are shown, and what each is about.
 STUDIES: Mapping[str, str] = {
@@ -78,7 +80,7 @@ class PageRun:
         """The targets that the run was asked for, recorded weights of, or measured."""
         parameters = self.record.get("parameters") or {}
         asked = parameters.get("targets", parameters.get("target", []))
-        names = [asked] if isinstance(asked, str) else asked
+        names = [asked] if isinstance(asked, str) else asked or []
         return list(dict.fromkeys([*names, *(self.record.get("weights") or {}), *self.table["target"].dropna()]))
 
     @property
@@ -101,12 +103,9 @@ def write_report(folder: str | Path) -> Path:
     study = read_study(folder)
     runs = []
     for place in sorted(folder.iterdir()):
-        record, table = read_json(place / FINISHED), study.tables.get(place.name)
-        if place.name not in study.left_out and (record is not None or table is not None):
-            notebook = str((record or {}).get("notebook") or study.notebooks[place.name])
-            runs.append(
-                PageRun(place, notebook, record or {}, pd.DataFrame(columns=METRIC_COLUMNS) if table is None else table)
-            )
+        record, table = read_json(place / FINISHED) or {}, study.tables.get(place.name, NO_ROWS)
+        if place.name not in study.left_out and (record or len(table)):
+            runs.append(PageRun(place, record.get("notebook") or study.notebooks[place.name], record, table))
     metrics = pd.concat(list(study.tables.values()), ignore_index=True)
     added = [name for name in metrics if name not in METRIC_COLUMNS and name != "run"]
     metrics = metrics[[*METRIC_COLUMNS, *added, "run"]]
@@ -128,6 +127,7 @@ def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left
     frames, unplayable = strips(folder, metrics)
     played = {key: list(dict.fromkeys(strip[key] for strip in frames)) for key in ("picture", "target", "family")}
     rows = [part for name in names for part in groups[name]]
+    versions = pd.DataFrame([run.record.get("versions", {}) for run in runs])
     used = inverse_order([inverse for part in rows for inverse in part["inverse"]])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"look": look_of, "notes": FAMILY_NOTES, "gain": DIFFERENCE_GAIN}
@@ -150,7 +150,7 @@ def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left
         runs=[_facts(run) for run in by_notebook],
         left_out=left_out,
         hardware=list(dict.fromkeys(text for run in runs if (text := _hardware(run.record.get("hardware") or {})))),
-        versions=_versions(runs),
+        versions={package: ", ".join(versions[package].dropna().unique()) for package in versions},
         metrics_file=METRICS,
         metrics_rows=len(metrics),
     )
@@ -164,12 +164,10 @@ def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
     """
     pictures = []
     for path in sorted((run.folder / "figures").glob("*.png")):
-        named = [target for target in run.targets if file_name(target) in path.stem]
+        named = [target for target in targets if file_name(target) in path.stem]
         target = max(named, key=len) if named else run.targets[0] if len(run.targets) == 1 else ""
         of_pictures = path.stem.startswith("pictures")
-        if (run.notebook == "02_train_inverse" and of_pictures) or (
-            run.notebook == "07_figures" and (of_pictures or target)
-        ):
+        if {"02_train_inverse": of_pictures, "07_figures": of_pictures or target}.get(run.notebook):
             continue
         try:
             with Image.open(path, formats=("PNG",)) as image:
@@ -177,12 +175,9 @@ def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
         except OSError:
             continue
         title = _title(path.stem.replace(file_name(target), "") if target else path.stem, run)
-        alt = told.get("Description") or f"{title}{f' of {target}' if target else ''} (run {run.folder.name})."
         place = {"link": run.link(path), "table": run.link(METRICS) if len(run.table) else "", "notebook": run.notebook}
-        size = {"width": width, "height": height}
-        pictures.append(
-            {**place, **size, "title": title, "caption": told.get("Title", ""), "alt": alt, "target": target}
-        )
+        words = {"title": title, "caption": told.get("Title", ""), "alt": told.get("Description", title)}
+        pictures.append({**place, **words, "width": width, "height": height, "target": target})
     return pictures
 
 
@@ -212,7 +207,7 @@ def _depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: s
     key = [*GROUP, "tap", "inverse", "measure"]
     if "family" in rows:
         ranks = {family: rank for rank, family in enumerate(NULL_FAMILIES)}
-        rank = rows["family"].map(ranks).fillna(len(ranks)).where(rows["inverse"].str.startswith("null_"), 0)
+        rank = rows["family"].map(ranks).fillna(len(ranks)).where(is_null(rows), 0)
         rows = rows[rank == rank.groupby([rows[name] for name in key]).transform("min")]
     rows = rows.sort_values("run", kind="stable").drop_duplicates([*key, "seed"], keep="last")
 
@@ -239,7 +234,9 @@ def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
         if (tap, inverse) not in numbers.index:
             return {"text": "–", "interval": "", "is_best": False, "share": None}
         value, low, high = numbers.loc[(tap, inverse), ["value", "low", "high"]]
-        text, least, most = (f"{number + 0.0:.{decimals}f}".replace("-", "−") for number in (value, low, high))
+        text, least, most = (
+            f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "−") for number in (value, low, high)
+        )
         is_family = inverse in families
         return {
             "text": text,
@@ -303,13 +300,11 @@ def _facts(run: PageRun) -> dict[str, Any]:
     """What the table of runs says about one run."""
     seconds = dict(run.record.get("seconds") or {})
     total, commit = seconds.pop("total", None), str(run.record.get("commit") or "")[:10]
-    kinds = {"notebooks": ["*.ipynb"], "tables": ["*.csv", "*.md"]}
-    linked = {
-        kind: [(path.name, run.link(path)) for pattern in patterns for path in sorted(run.folder.glob(pattern))]
-        for kind, patterns in kinds.items()
-    }
-    return linked | {
+    linked = [(path.name, run.link(path)) for path in sorted(run.folder.glob("*.*")) if not path.name.startswith(".")]
+    return {
         "name": run.folder.name,
+        "notebooks": [pair for pair in linked if pair[0].endswith(".ipynb")],
+        "tables": [pair for pair in linked if pair[0].endswith((".csv", ".parquet", ".md"))],
         "notebook": run.notebook,
         "seed": run.record.get("seed", "–"),
         "seconds": "–" if total is None else _duration(total),
@@ -329,12 +324,3 @@ def _hardware(hardware: Mapping[str, Any]) -> str:
     parts = [str(hardware[key]) for key in ("gpu", "processor", "system") if hardware.get(key)]
     units = {"cores": "cores", "memory_gib": "GiB"}
     return ", ".join([*parts, *(f"{hardware[key]:.0f} {unit}" for key, unit in units.items() if hardware.get(key))])
-
-
-def _versions(runs: Sequence[PageRun]) -> dict[str, str]:
-    """{package: its versions in these runs}; more than one version shows as such."""
-    versions: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for package, version in (run.record.get("versions") or {}).items():
-            versions.setdefault(package, {})[version] = None
-    return {package: ", ".join(known) for package, known in versions.items()}

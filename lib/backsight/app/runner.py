@@ -155,9 +155,9 @@ def run_plan(plan: Plan, fresh: bool = False, verbose: bool = False, say: Callab
 
 
 def _is_complete(record: Mapping[str, Any] | None, plan: Plan) -> bool:
-    if record is None or record.get("status") != "complete" or not plan.is_of(record):
+    if record is None or not plan.is_of(record):
         return False
-    return all((plan.folder / name).is_file() for name in (plan.executed.name, *record.get("files", ())))
+    return all((plan.folder / name).is_file() for name in (plan.executed.name, *record["files"]))
 
 
 def _difference(record: Mapping[str, Any], plan: Plan) -> str:

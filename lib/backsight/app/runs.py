@@ -40,7 +40,6 @@ from backsight.project import (
     write_atomically,
     write_json,
 )
-from backsight.tables.values import METRIC_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,6 +141,8 @@ class Run:
         """
         import pandas as pd
 
+        from backsight.tables.values import METRIC_COLUMNS  # late: torch takes seconds, and a wrong parameter none
+
         table = pd.DataFrame(frame)
         if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
             raise BacksightError(f"the table lacks the columns {', '.join(missing)}.")
@@ -151,9 +152,9 @@ class Run:
 
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
-        write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
         from backsight.tables.pooling import metrics
 
+        write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
         return self.save_metrics(metrics(values, seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
