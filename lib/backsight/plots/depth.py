@@ -108,10 +108,10 @@ def curves(
                     first, last = drawn.iloc[0], drawn.iloc[-1]
                     told.append(f"{name_of(which)}, {name_of(name)}: {first.value:.3g} to {last.value:.3g}")
             for label, level in (levels or {}).items():
-                known = at.get(level, pd.Series()).dropna() if isinstance(level, str) else pd.Series([level])
-                if len(known):
-                    axes.axhline(known.iloc[0], color=NULL_COLOUR, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
-                    ends[axes][label] = (float(known.iloc[0]), NULL_COLOUR)
+                known = at.get(level, pd.Series()).dropna().to_list() if isinstance(level, str) else [level]
+                for height in known[:1]:
+                    axes.axhline(height, color=NULL_COLOUR, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
+                    ends[axes][label] = (height, NULL_COLOUR)
             if len(panels) > 1 or panel != "measure":
                 axes.set_title(fill(name_of(which), 28 if columns > 2 else 60, replace_whitespace=False))
             if place >= len(panels) - columns:
@@ -120,7 +120,7 @@ def curves(
                 axes.set_ylabel(ylabel)
         if down > 1 and ylabel:
             figure.supylabel(ylabel, fontsize=NORMAL)
-        _name_lines(grid, ends, columns)
+        _name_lines(grid, ends, columns, 1.2 * SMALL / (72 * 0.6 * figure.get_size_inches()[1] / down))
         return captioned(figure, title, rows, told, note)
 
 
@@ -155,13 +155,11 @@ def _scale(axes: Axes, rows: pd.DataFrame, x: str, log: str, short: bool) -> Non
         axes.set_xlim(-0.3, len(names) - 0.7)
     elif "x" in log:  # no step at all has no logarithm, and still is a point
         axes.set_xscale("symlog", linthresh=rows.loc[rows[x] > 0, x].min())
-    places = [] if names else sorted(set(rows[x]))
-    apart = (
-        np.diff(np.log(places[-_MOST_NAMES:]) if "x" in log and places[0] > 0 else places) if len(places) > 1 else []
-    )
-    if 1 < len(places) <= _MOST_NAMES and min(apart) > 0.08 * sum(apart):
-        axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.minorticks_off()
+    if not names and 1 < len(places := sorted(set(rows[x]))) <= _MOST_NAMES:
+        apart = np.diff(np.log(places) if "x" in log and places[0] > 0 else places)
+        if apart.min() > 0.08 * apart.sum():
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
 
@@ -175,8 +173,8 @@ def _draw(
         places = (line[x].map(names.index) + (0 if band else 0.08 * side)).sort_values()
         line = line.loc[places.index]
     null = "inverse" in line and str(line["inverse"].iloc[0]).startswith("null_")
-    if len(line) == 1:
-        style = {"marker": "_", "markersize": 12} | style
+    if len(line) == 1 and "marker" not in style:
+        style = style | {"marker": "_", "markersize": 12}
     if band or null:
         axes.plot(places, line["value"], **style)
         if not null and "low" in line:
@@ -187,26 +185,27 @@ def _draw(
     return float(line["value"].iloc[-1]), style["color"]
 
 
-def _name_lines(grid: Sequence[Axes], ends: Mapping[Axes, Mapping[Any, tuple[float, str]]], columns: int) -> None:
-    """Every line is named once, at its right end: in the last panel of the first row, else where it is met."""
+def _name_lines(
+    grid: Sequence[Axes], ends: Mapping[Axes, Mapping[Any, tuple[float, str]]], columns: int, gap: float
+) -> None:
+    """Every line is named once, at its right end: in the last panel of the first row, else where it is met.
+
+    gap: between two names, as a share of a panel's height.
+    """
     named: set[Any] = set()
     for axes in sorted(grid, key=lambda axes: grid.index(axes) != min(columns, len(grid)) - 1):
         new = {name: end for name, end in ends[axes].items() if name not in named}
         named |= set(new)
         axes.autoscale_view()
-        points = axes.figure.get_size_inches()[1] * 72 * 0.6 / -(-len(grid) // columns)
-        gap = 1.2 * SMALL / points
         to_axes = axes.transData + axes.transAxes.inverted()
         order = sorted(new, key=lambda name: new[name][0])
         heights = [min(max(float(to_axes.transform((1, new[name][0]))[1]), 0.0), 1.0) for name in order]
         for i in range(1, len(order)):
             heights[i] = max(heights[i], heights[i - 1] + gap)
+        outside = axes is grid[-1] or grid.index(axes) % columns == columns - 1
+        x, across, down = (1.02, "left", "center") if outside else (0.99, "right", "bottom")
+        top = 1.02 + gap
         for i, name in reversed(list(enumerate(order))):
-            heights[i] = min([heights[i], *([heights[i + 1] - gap] if i + 1 < len(order) else [1.02])])
-            place = (
-                {"x": 1.02}
-                if grid.index(axes) % columns in (columns - 1, len(grid) - 1)
-                else {"x": 0.99, "ha": "right"}
-            )
-            style = {"color": new[name][1], "fontsize": SMALL, "transform": axes.transAxes}
-            axes.text(y=heights[i], s=name_of(name), va="center" if place["x"] > 1 else "bottom", **place, **style)
+            top = heights[i] = min(heights[i], top - gap)
+            style: dict[str, Any] = {"color": new[name][1], "fontsize": SMALL, "transform": axes.transAxes}
+            axes.text(x, heights[i], name_of(name), ha=across, va=down, **style)

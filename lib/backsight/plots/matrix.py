@@ -66,8 +66,8 @@ def matrices(
             names = [[short_tap(str(name)) for name in order] for order in orders]
             axes.set_yticks(range(len(names[0])), names[0])
             axes.set_xticks(range(len(names[1])), names[1], rotation=90)
-            inner = {"labelleft": not alike or place % columns == 0, "labelbottom": not alike or bottom(place)}
-            axes.tick_params(length=0, **inner)
+            left, below = not alike or place % columns == 0, not alike or bottom(place)
+            axes.tick_params(length=0, labelleft=left, labelbottom=below)
             if place % columns == 0:
                 axes.set_ylabel(labels[0])
             if bottom(place):

@@ -71,7 +71,6 @@ _INVERSES = {
     "null_shuffled": Look("other image", dashes=(3, 1.5)),
     "null_untrained": Look("untrained", dashes=(1, 1.5)),
     "null_colour_position": Look("colours, no model", dashes=(5, 1.5, 1, 1.5)),
-    "null_guess": Look("a guess", dashes=(1, 1.5)),
     "null_constant": Look("constant deviation", dashes=(4, 1, 1, 1)),
     "null_random": Look("random directions", dashes=(5, 2)),
 }
@@ -135,8 +134,8 @@ MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
         "ap50": "AP50 (0 to 1)",
         f"ap50_{RANDOM_HUES}": "AP50, random hues",
         "ap": "AP (0 to 1)",
-        "cross_psnr": "PSNR (dB)",
-        "cross_psnr_standardised": "PSNR (dB), channels standardised",
+        "cross_psnr": "PSNR of another tap (dB)",
+        "cross_psnr_standardised": "the same, standardised (dB)",
         "cross_loss": "PSNR lost (dB)",
         "step_loss": "PSNR lost (dB)",
         "chain_error": "PSNR lost at the module (dB)",
