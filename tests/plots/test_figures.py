@@ -18,7 +18,7 @@ from backsight.plots.bars import bars
 from backsight.plots.depth import by_depth, curves
 from backsight.plots.grids import _broken, family_grid, merged_order, picture_table, reconstruction_grid
 from backsight.plots.matrix import matrices
-from backsight.plots.style import INVERSE_NAMES, ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
+from backsight.plots.style import ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
 from backsight.scenes.render import UNOWNED_HUES
 from backsight.tables import names
 from backsight.tables.names import RIGHT
@@ -267,7 +267,7 @@ def test_pictures_of_another_kind_are_refused(images: np.ndarray, made: dict, me
 
 
 def test_colours_mean_one_thing() -> None:
-    inverses = {look_of(name).colour for name in INVERSE_NAMES if not name.startswith("null_")} - {colour_of("probe")}
+    inverses = {colour_of(name) for name in FAMILIES}
     assert not inverses & {colour_of(name) for name in ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr")}
     assert colour_of("vit_base_patch16_224") == colour_of("vit_base_patch16_224")
     assert colour_of("vit_base_patch16_224") not in inverses

@@ -102,7 +102,6 @@ _PARTS = {
     "amplification_chain": Look("all the way back", "#029e73", "s"),
 }
 LOOKS: Mapping[str, Look] = MappingProxyType(_TARGETS | _INVERSES | _PARTS)
-INVERSE_NAMES: Mapping[str, str] = MappingProxyType({name: look.label for name, look in _INVERSES.items()})
 _OTHER_COLOURS = ("#949494", "#999933", "#aa4499", "#44aa99")
 MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -201,10 +200,6 @@ def look_of(name: str) -> Look:
 def colour_of(name: str) -> str:
     """The colour of an inverse or a target, the same in every figure."""
     return look_of(name).colour
-
-
-family_colour = target_colour = colour_of
-FAMILY_COLOURS = {name: look.colour for name, look in _INVERSES.items() if not name.startswith("null_")}
 
 
 def name_of(value: Any) -> str:
