@@ -155,10 +155,13 @@ def _scale(axes: Axes, rows: pd.DataFrame, x: str, log: str, short: bool) -> Non
         axes.set_xlim(-0.3, len(names) - 0.7)
     elif "x" in log:  # no step at all has no logarithm, and still is a point
         axes.set_xscale("symlog", linthresh=rows.loc[rows[x] > 0, x].min())
-    if not names and 1 < len(places := sorted(set(rows[x]))) <= _MOST_NAMES:
+    if not names:
+        places = sorted(set(rows[x]))
         apart = np.diff(np.log(places) if "x" in log and places[0] > 0 else places)
-        if apart.min() > 0.08 * apart.sum():
-            axes.set_xticks(places, [f"{place:g}" for place in places])
+        even = len(places) <= _MOST_NAMES and bool((apart > 0.08 * apart.sum()).all())
+        if even or "x" in log:
+            places = places if even else [places[0], places[-1]]
+            axes.set_xticks(places, [f"{place:.3g}" for place in places])
             axes.minorticks_off()
     if "y" in log:
         axes.set_yscale("log")
