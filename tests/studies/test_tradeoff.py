@@ -1,9 +1,7 @@
 """Trade-off: copies are tuned, never the caller's target; t reaches what it should; every number has its null."""
 
-import math
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from targets.examples import small_detector, small_timm
@@ -16,11 +14,12 @@ from backsight.studies.tradeoff import (
     JOINT,
     OF_START,
     Reading,
-    answers,
+    _precisions,
+    changes,
     measure_tradeoff,
     probe_hits,
     read_model,
-    tidy_rows,
+    values_of,
 )
 from backsight.studies.tuning import (
     LabelledImages,
@@ -32,6 +31,7 @@ from backsight.studies.tuning import (
     starting_units,
     task_loss,
 )
+from backsight.tables.pooling import metrics
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import module_target
 from backsight.targets.base import hash_of
@@ -219,7 +219,7 @@ def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
 def test_a_target_is_like_itself(problem):
     target, inverses, images = problem
     reading = read_model(target, images, {"linear": inverses}, start=target, keep=2)
-    table = tidy_rows(target, {None: {0: reading}}, {0: reading}, images, None)
+    table = metrics(values_of(target, {None: {0: reading}}, {0: reading}, images))
     for measure in ("cosine_to_start", "cka_to_start"):
         at = table[(table.measure == measure) & table.inverse.isna()]
         assert len(at) == len(target.taps)
@@ -235,14 +235,14 @@ def test_perfect_boxes_score_one_and_those_of_other_images_less(detr, data):
     boxes[:, 0, 2:] = 0.02
     truth = LabelledImages(images.images, images.labels[:, :1], boxes, None, "made up", "test")
     logits = 20.0 * one_hot(images.labels[:, :1], 3).float()
-    reading = Reading({}, answers={"ap50": Predictions(logits, boxes)})
-    table = tidy_rows(detr, {None: {0: reading}, 0.5: {0: reading}}, {0: reading}, truth, None)
+    reading = Reading(_precisions(Predictions(logits, boxes), truth, "ap50", 0))
+    values = values_of(detr, {0.0: {0: reading}, 0.5: {0: reading}}, {0: reading}, truth)
+    table = metrics(values)
     score = table[(table.measure == "ap50") & table.inverse.isna()]
-    assert score.value.to_numpy() == pytest.approx(1)
-    assert score[["low", "high"]].to_numpy() == pytest.approx(1)
+    assert score[["value", "high"]].to_numpy() == pytest.approx(1)
     assert (table[(table.measure == "ap50") & (table.inverse == "null_shuffled")].value < 0.2).all()
-    change = table[table.measure == "ap50_change"]
-    assert list(change.against) == ["start"]
+    change = changes(values)
+    assert change.measure.tolist() == ["ap50_change"]
     assert change.value.to_numpy() == pytest.approx(0)
 
 
@@ -262,15 +262,15 @@ def test_a_probe_finds_what_is_there(data):
 
 def test_every_row_has_its_columns_and_its_interval(result):
     target, found = result
-    table = found.metrics
-    assert set(METRIC_COLUMNS) | {"seeds", "t", "tuned", "next_tap", "against"} <= set(table.columns)
+    table = metrics(found.values)
+    assert set(METRIC_COLUMNS) | {"seeds", "t", "tuned", "next_tap"} <= set(table.columns)
     assert set(table.t.dropna()) == {0.0, 1.0}
     assert (table.tuned == table.t.notna()).all()
     assert table[table.measure != "probe_top1"].n.max() <= 24
     known = table[table.value.notna()]
     assert known[["low", "high"]].notna().all(axis=None)
     assert (known.low <= known.high).all()
-    assert not table.duplicated(["t", "tap", "inverse", "measure", "next_tap", "against"]).any()
+    assert not table.duplicated(["t", "tap", "inverse", "measure", "next_tap"]).any()
     for t in (None, 0.0, 1.0):
         at = table[table.t.isna()] if t is None else table[table.t == t]
         for tap in target.taps:
@@ -285,31 +285,17 @@ def test_every_row_has_its_columns_and_its_interval(result):
 
 
 def test_joint_inverses_at_t_0_are_those_of_the_start(result):
-    table = result[1].metrics
+    table = metrics(result[1].values)
     at = table[(table.measure == "psnr") & (table.t == 0)].pivot_table(index="tap", columns="inverse", values="value")
     assert at[JOINT].to_numpy() == pytest.approx(at[OF_START].to_numpy(), abs=1e-5)
 
 
 def test_changes_are_the_differences_of_the_scores(result):
-    table = result[1].metrics
+    table = metrics(result[1].values)
     psnr = table[(table.measure == "psnr") & (table.inverse == "linear")]
-    change = table[(table.measure == "psnr_change") & (table.inverse == "linear") & (table.against == "t = 0")]
+    change = changes(result[1].values)
+    change = change[(change.measure == "psnr_change") & (change.inverse == "linear")]
     assert set(change.t) == {1.0}
     for row in change.itertuples():
         of = psnr[psnr.tap == row.tap].set_index("t").value
         assert row.value == pytest.approx(of[1.0] - of[0.0], abs=1e-4)
-
-
-def test_the_answers_follow_from_the_intervals():
-    changes = [("psnr_change", "linear", 0.2, 0.1, 0.3), ("top1_change", None, -0.1, -0.2, -0.05)]
-    changes += [("top1_random_hues_change", None, 0.0, -0.1, 0.1)]
-    rows = [
-        {"measure": m, "inverse": i, "value": v, "low": low, "high": high, "tap": "norm" if i else None}
-        | {"t": 0.5, "against": "t = 0", "n": 9, "seeds": 3, "depth": 1.0}
-        for m, i, v, low, high in changes
-    ]
-    rows.append({"measure": "psnr", "inverse": "linear", "tap": "norm", "depth": 1.0, "t": math.nan})
-    told = answers(pd.DataFrame(rows)).set_index("what").verdict
-    assert dict(told) == {"psnr": "up", "top1": "down", "top1_random_hues": "cannot tell"}
-    with pytest.raises(BacksightError, match="no change along t"):
-        answers(pd.DataFrame(rows[-1:]))

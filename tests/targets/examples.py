@@ -63,7 +63,7 @@ TIMM: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
 def small_timm(name: str = "ViT", **changes: Any) -> Target:
     """One of TIMM; changes: of its arguments."""
     architecture, side, arguments = TIMM[name]
-    build = partial(getattr(timm.models, architecture), num_classes=5, **{**arguments, **changes})
+    build = partial(getattr(timm.models, architecture), **{"num_classes": 5, **arguments, **changes})
     preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (side, side))
     with seeded(0):
         model = build()

@@ -8,7 +8,7 @@ All functions add to the `Values` of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ from backsight.studies.layers import (
     probe,
     shuffled_alike,
 )
-from backsight.tables.pooling import influence
+from backsight.tables.pooling import influence_of_groups
 from backsight.tables.values import Values
 from backsight.targets import Target
 
@@ -224,16 +224,6 @@ def _aligned_sets(recorded: Mapping[str, Representation], wanted: Sequence[tuple
     return list(sets.values())
 
 
-def _of_minibatches(statistic: Callable[[np.ndarray], Any], count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """((N, …) what each of `count` minibatches of `size` images contributes to a statistic of the minibatches that are
-    kept, said of each of its images; (N,) the minibatch of each)."""
-
-    def of_weights(weights: np.ndarray) -> np.ndarray:
-        return np.stack([np.asarray(statistic(np.flatnonzero(row))) for row in weights])
-
-    return np.repeat(influence(of_weights, count), size, axis=0), np.repeat(np.arange(count), size)
-
-
 def _add_similar(
     values: Values,
     target: Target,
@@ -253,8 +243,8 @@ def _add_similar(
     products = cka_products(features)
     rotated, count = procrustes_pairs(features, numbers)
     for measure, (of_images, minibatch) in {
-        "cka": _of_minibatches(lambda kept: cka_from_products(products[kept])[first, second], count, size),
-        "procrustes": _of_minibatches(rotated, count, size),
+        "cka": influence_of_groups(lambda kept: cka_from_products(products[kept])[first, second], count, size),
+        "procrustes": influence_of_groups(rotated, count, size),
     }.items():
         for number, (i, j, component) in enumerate(pairs):
             for way in _ways((i, j), component):
@@ -296,7 +286,7 @@ def _add_cka_slope(
             alike = [cka_from_products(of_set[kept]) for of_set in products]
             return slope_through_origin([1 - alike[number][i, j] for number, i, j in places], steps)
 
-        of_images, minibatch = _of_minibatches(slope, len(products[0]), size)  # as many minibatches at every grid
+        of_images, minibatch = influence_of_groups(slope, len(products[0]), size)  # as many minibatches at every grid
         common: dict[str, Any] = {**about, "group": group, "component": "block"}
         values.add("cka_slope", of_images, clusters=minibatch, **common, distance=max(steps), pairs=len(near))
 
