@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from backsight.targets import detr, mask2former, rt_detr, yolos
+from backsight.targets import detectors
 from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.timm_models import TimmTarget
 
@@ -149,18 +149,18 @@ TWO_STAGES = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposa
 
 # model_type: the adapter, transformers' name, and the configuration.
 DETECTORS: Mapping[str, tuple[Any, str, Mapping[str, Any]]] = {
-    "detr": (detr.Detr, "Detr", _DETR),
-    "conditional_detr": (detr.ConditionalDetr, "ConditionalDetr", _DETR),
-    "dab-detr": (detr.DabDetr, "DabDetr", {**_DETR, "hidden_size": 32, "d_model": None}),
+    "detr": (detectors.Detr, "Detr", _DETR),
+    "conditional_detr": (detectors.ConditionalDetr, "ConditionalDetr", _DETR),
+    "dab-detr": (detectors.DabDetr, "DabDetr", {**_DETR, "hidden_size": 32, "d_model": None}),
     "deformable_detr": (
-        detr.DeformableDetr,
+        detectors.DeformableDetr,
         "DeformableDetr",
         {**_DETR, "num_feature_levels": 3, "encoder_n_points": 2, "decoder_n_points": 2},
     ),
-    "rt_detr": (rt_detr.RtDetr, "RTDetr", _RT_DETR),
-    "rt_detr_v2": (rt_detr.RtDetr, "RTDetrV2", _RT_DETR),
-    "yolos": (yolos.Yolos, "Yolos", _YOLOS),
-    "mask2former": (mask2former.Mask2Former, "Mask2Former", _MASK2FORMER),
+    "rt_detr": (detectors.RtDetr, "RTDetr", _RT_DETR),
+    "rt_detr_v2": (detectors.RtDetr, "RTDetrV2", _RT_DETR),
+    "yolos": (detectors.Yolos, "Yolos", _YOLOS),
+    "mask2former": (detectors.Mask2Former, "Mask2Former", _MASK2FORMER),
 }
 
 

@@ -141,9 +141,9 @@ def test_descriptions_of_nothing(placed: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(str(tmp_path / "empty"), "no config")
     save_file({"weight": torch.zeros(2)}, tmp_path / "bare.safetensors")
-    refused(str(tmp_path / "bare.safetensors"), "NAME@path.*transformers")
+    refused(str(tmp_path / "bare.safetensors"), "NAME@path")
     (placed / "scenes-vit").rename(placed / "elsewhere")
-    refused("scenes-vit", r"01_targets.*these work now: .*scenes-detr")
+    refused("scenes-vit", "01_targets")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -165,9 +165,9 @@ def test_the_shipped_targets_themselves(name: str) -> None:
         ("vit_base_patch16_225", "nearest: .*vit_base_patch16_224"),
         ("nosuchmodel", "nearest|there are: scenes"),
         ("vit_base_patch16_224.nonsense", "augreg"),
-        ("./nowhere", "no file or folder"),
-        ("nowhere.safetensors", "no file or folder"),
-        ("vit_tiny_patch16_224@nowhere.pth.tar", "no file or folder"),
+        ("./nowhere", "no target"),
+        ("nowhere.safetensors", "no target"),
+        ("vit_tiny_patch16_224@nowhere.pth.tar", "no target"),
         ("", "needs a name"),
     ],
 )
@@ -181,7 +181,6 @@ def test_unknown_names(name: str, said: str) -> None:
 def test_without_network_the_error_says_what_to_do(placed: Path, name: str) -> None:
     said = refused(name, "hf download")
     assert f"data/weights/{name.removeprefix('hf_hub:')}" in said
-    assert "these work now: scenes-detr, scenes-vit" in said
     assert "pretrained=False" not in said
 
 

@@ -11,7 +11,7 @@ from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries, Tokens
 from backsight.targets import load_target
 from backsight.targets.base import Stage
-from backsight.targets.mask2former import Mask2Former, soft_boxes
+from backsight.targets.detectors import Mask2Former, soft_boxes
 
 
 @pytest.fixture(scope="module")

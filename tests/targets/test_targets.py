@@ -11,7 +11,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries
 from backsight.targets.base import Preprocessing, Stage, seeded
-from backsight.targets.detr import Detr
+from backsight.targets.detectors import Detr
 from backsight.targets.timm_models import TimmTarget
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -12,7 +12,7 @@ from backsight.errors import BacksightError
 from backsight.representation import Predictions, Tokens
 from backsight.targets import load_target
 from backsight.targets.base import Stage
-from backsight.targets.yolos import Yolos
+from backsight.targets.detectors import Yolos
 
 small = partial(small_detector, "yolos")
 

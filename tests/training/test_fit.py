@@ -19,7 +19,7 @@ from backsight.inverses.module import Inverses
 from backsight.inverses.passes import readable
 from backsight.representation import Tokens
 from backsight.targets.base import Preprocessing, Target, seeded
-from backsight.targets.detr import Detr
+from backsight.targets.detectors import Detr
 from backsight.targets.timm_models import TimmTarget
 from backsight.training import fit as fitting
 from backsight.training.fit import fit_direct, fit_modular, fit_polish

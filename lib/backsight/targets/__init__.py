@@ -4,7 +4,7 @@
     representations = target.record(images)          # {tap: Representation}
     target.from_tap("blocks.2", representations["blocks.2"])
 
-A new family of models is one file that implements `Target`, and one line in `hugging_face.DETECTORS`.
+A new family of models is a class that implements `Target`; of detectors, one in detectors.py.
 """
 
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Stage, Target

@@ -62,6 +62,12 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_fraction: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.mean) == len(self.std) or min(self.std) <= 0 or len(self.size) != 2 or min(self.size) < 1:
+            raise BacksightError(
+                f"A preprocessing has a mean and a positive std of each channel and a size (height, width), not {self}."
+            )
+
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to the zero-centred images that the model was trained on."""
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from backsight.errors import BacksightError
@@ -29,9 +31,8 @@ NAMES += tuple(f"{name}{INDEX_SUFFIX}" for name in NAMES[:2])
 # Modules that wrap others anywhere in a model, under names that nobody gives to a layer.
 TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?:[._]|$)")
-WRAPPERS = re.compile(
-    r"(?:state_dict|model|model_state_dict|net|network|weights|params|module|student|teacher|\w+_ema|ema\w*)"
-)
+_WORDS = r"state_dict|model|model_state_dict|net|network|weights|params|module|student|teacher|\w+_ema|ema\w*"
+WRAPPERS = re.compile(rf"(?:(?:{_WORDS})\.)*")
 DECISIVE = 0.2  # of a model's names under a prefix: no chance, even where others are named differently
 
 
@@ -73,9 +74,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             parts = sorted(set(read_object(path).get("weight_map", {}).values()))
             content: Any = {name: tensor for part in parts for name, tensor in read_tensors(path.parent / part).items()}
         elif path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             content = load_file(path)
+        elif path.suffix == ".npz":
+            content = {name: torch.from_numpy(value) for name, value in np.load(path, allow_pickle=False).items()}
         else:
             # Training scripts of DeiT and timm keep their arguments beside the weights; a Namespace holds only values.
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -129,7 +130,9 @@ def choose(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Choice
     best = max(scores.values(), default=(0, 0))
     twins = [prefix for prefix in scores if scores[prefix] == best]
     if best[0] < DECISIVE * len(model):
-        twins = [_wrappers(tensors)]
+        around = Counter(WRAPPERS.match(name)[0] for name in tensors if not name.startswith("optim"))  # type: ignore[index]
+        common = [prefix for prefix in around if around[prefix] >= 0.4 * around.total()]
+        twins = [max(common, key=lambda prefix: bool(AVERAGED.search(prefix)), default="")]
     prefix, *_ = sorted(twins, key=lambda twin: (not AVERAGED.search(twin), "student" in twin, len(twin)))
     averaged = len(twins) > 1 and AVERAGED.search(prefix)
     return Choice(
@@ -138,16 +141,6 @@ def choose(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Choice
         tuple(name for name in tensors if not name.startswith((*twins, "optim"))),
         tuple(dict.fromkeys(name.split(".")[0] for name in tensors)),
     )
-
-
-def _wrappers(tensors: Mapping[str, Tensor], prefix: str = "") -> str:
-    """The prefix of wrappers that training scripts put around a state dictionary."""
-    inside = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix) and "optim" not in name]
-    parts = Counter(name.split(".")[0] for name in inside if "." in name)
-    around = [part for part in parts if WRAPPERS.fullmatch(part) and parts[part] >= 0.4 * parts.total()]
-    if not around:
-        return prefix
-    return _wrappers(tensors, f"{prefix}{max(around, key=lambda part: bool(AVERAGED.search(part)))}.")
 
 
 def fitted(name: str, path: Path, choice: Choice, state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:

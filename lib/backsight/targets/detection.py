@@ -1,7 +1,4 @@
-"""Detectors of transformers by replay: a subclass says where its taps lie, and this file does the rest.
-
-    pixels ─► backbone.0 ─► backbone.1 ─► projection ─► encoder.layers.i ─► decoder.layers.i ─► predictions
-              (one grid each)             (all levels as one Tokens)        (Queries)           (Predictions)
+"""Detectors of transformers by replay: detectors.py says where the taps of each lie, and this file does the rest.
 
 A tap is a `Spot`: places in the forward pass, the levels of its tokens, and the places of what goes around it.
 `from_tap` runs the model's own pass on blank images with the representation put in, and what travels in its context:
@@ -41,24 +38,17 @@ KINDS = {"maps": Tokens, "tokens": Tokens, "queries": Queries, "predictions": Pr
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a tap lies, and what it takes to go on from there.
+    """Where a tap lies, and what it takes to go on from there."""
 
-    kind: "maps", one place (B, C, h, w) for each level; "tokens", one place (B, N, C) of all levels; "queries", one
-    place (B, Q, C); "predictions"; part: one of PARTS, which ends here; levels: which of the target's grids the tokens
-    lie on; share: of a layer (a half-step of two: 1/2); beside: places of what goes around these, by its name in
-    `Tokens.context`; code: of the positional code (B, N, C); fine: a step inside; alone: queries that need no encoder
-    output.
-    """
-
-    kind: str
-    part: str
+    kind: str  # of KINDS: a place (B, C, h, w) for each level; one (B, N, C) of all levels; one (B, Q, C); none
+    part: str  # of PARTS, which ends here
     places: tuple[Place, ...] = ()
-    levels: tuple[int, ...] = ()
-    share: Fraction = Fraction(0)
-    beside: Mapping[str, Place] = field(default_factory=dict)
-    code: Place | None = None
-    fine: bool = False
-    alone: bool = False
+    levels: tuple[int, ...] = ()  # which of the target's grids the tokens lie on
+    share: Fraction = Fraction(0)  # of a layer (a half-step of two: 1/2)
+    beside: Mapping[str, Place] = field(default_factory=dict)  # what goes around it, by its name in Tokens.context
+    code: Place | None = None  # the positional code (B, N, C)
+    fine: bool = False  # a step inside
+    alone: bool = False  # queries that need no encoder output
 
 
 class Level(NamedTuple):
@@ -85,8 +75,10 @@ class DetectionTarget(Target):
     layers_return: Element = ()  # where the stream lies in what a layer returns
     heads_alone = False  # what follows decoder.layernorm reads nothing of the image beside it
     first_stage = "backbone"  # what lies between the pixels and the first taps
-    prefix = 0  # tokens before those of the grid
-    least_tokens = 0  # that an image has to give
+    task = "ForObjectDetection"  # in the names of transformers' classes
+    decoder_steps: Mapping[str, str] = CROSS_ATTENTION
+    _prefix: int = 0  # tokens before those of the grid
+    _least_tokens: int = 0  # that an image has to give
 
     @property
     def _encoder_levels(self) -> tuple[int, ...]:
@@ -97,10 +89,6 @@ class DetectionTarget(Target):
     def _memory(self) -> Spot:
         """What the decoder reads of the image; it becomes `Queries.context`."""
         return self._encoded(Place(self.encoder, element=("last_hidden_state",)))
-
-    @property
-    def _decoder_steps(self) -> Mapping[str, str]:
-        return CROSS_ATTENTION
 
     def _final_norm(self, layers: int) -> int | None:
         """The call of decoder.layernorm that feeds the heads; None where there is no such norm."""
@@ -142,7 +130,7 @@ class DetectionTarget(Target):
         return {"projection": replace(entering, part="projection"), **layers}
 
     def _decoder_spots(self) -> dict[str, Spot]:
-        spots = self._layer_spots("decoder", self.decoder, self._decoder_steps, Spot("queries", "decoder"))
+        spots = self._layer_spots("decoder", self.decoder, self.decoder_steps, Spot("queries", "decoder"))
         call = self._final_norm(sum(not spot.fine for spot in spots.values()))
         if call is not None:
             final = Place(f"{self.decoder}.layernorm", call=call)
@@ -185,14 +173,15 @@ class DetectionTarget(Target):
 
         returned = [one for one in observe(backbone, coarsest, blank)[0] if one.place.side == "output"]
         maps = [one for one in returned if not one.place.module]
-        inside = [one for one in returned if one.place.module and one.cut and one.place.element == ()]
+        inside = [one for one in returned if one.place.module and one.cut and not one.place.element]
         cuts = {one.same: Place(f"{self.backbone}.{one.place.module}") for one in inside}
-        places = [Place(self.backbone, element=one.place.element) for one in maps]
-        if followed := all(one.same in cuts for one in maps):
-            places = [cuts[one.same] for one in maps]
-        strides = [(PROBE // one.shape[2], PROBE // one.shape[3]) for one in maps]
-        last = len(maps) - 1
-        return tuple(Level(strides[n], place, followed or n == last) for n, place in enumerate(places))
+        followed = all(one.same in cuts for one in maps)
+        levels = []
+        for one in maps:
+            place = cuts[one.same] if followed else Place(self.backbone, element=one.place.element)
+            stride = (PROBE // one.shape[2], PROBE // one.shape[3])
+            levels.append(Level(stride, place, followed or one is maps[-1]))
+        return tuple(levels)
 
     @property
     def _further_levels(self) -> int:
@@ -200,10 +189,10 @@ class DetectionTarget(Target):
         return max(0, getattr(self.model.config, "num_feature_levels", 0) - len(self._levels))
 
     def _grids(self, size: Size) -> tuple[Grid, ...]:
-        """The grids of all levels: the backbone's maps, then the further ones."""
+        """The grids of all levels: the backbone's maps, then the further ones (a 3 x 3 kernel with padding 1)."""
         grids = [(size[0] // level.stride[0], size[1] // level.stride[1]) for level in self._levels]
         for _ in range(self._further_levels):
-            grids.append(halved(grids[-1]))
+            grids.append((math.ceil(grids[-1][0] / 2), math.ceil(grids[-1][1] / 2)))
         return tuple(grids)
 
     @property
@@ -228,7 +217,7 @@ class DetectionTarget(Target):
 
     def check_size(self, size: Size) -> None:
         (down, across), config, tokens = self.size_step, self.model.config, 0
-        if self.least_tokens:
+        if self._least_tokens:
             tokens = sum(math.prod(self._grids(size)[level]) for level in self._memory.levels)
         anchored = tuple(getattr(config, "anchor_image_size", None) or size)
         learned = getattr(config, "position_embedding_type", "") == "learned"
@@ -237,7 +226,7 @@ class DetectionTarget(Target):
             f"multiples of {down} high and of {across} wide": min(size) < 1 or size[0] % down or size[1] % across,
             f"exactly {anchored}, as its anchors are": tuple(size) != anchored,
             f"at most {largest}, its learned positions": learned and (size[0] > largest[0] or size[1] > largest[1]),
-            f"of {self.least_tokens} tokens, for its queries, not of {tokens}": tokens < self.least_tokens,
+            f"of {self._least_tokens} tokens, for its queries, not of {tokens}": tokens < self._least_tokens,
         }
         for rule, broken in rules.items():
             if broken:
@@ -291,7 +280,7 @@ class DetectionTarget(Target):
             code = code[:1]
         flat = [value.flatten(2).transpose(1, 2) if spot.kind == "maps" else value for value in values]
         tokens = self._ordered("tokens", torch.cat(flat, dim=1))
-        return Tokens(tokens, tuple(grids[level] for level in spot.levels), self.prefix, masks, code, context)
+        return Tokens(tokens, tuple(grids[level] for level in spot.levels), self._prefix, masks, code, context)
 
     def _forward(self, images: Tensor, padding: Tensor | None) -> Predictions:
         if not self.masked:
@@ -324,7 +313,13 @@ class DetectionTarget(Target):
             lacking = ["the encoder's output"] if tokens is None and not spot.alone else []
             spot = self._memory
         if tokens is not None:
-            size, padding = self._frame(tap, spot, tokens)
+            (height, width), (down, across) = tokens.grids[0], self._levels[spot.levels[0]].stride
+            size, padding = (height * down, width * across), tokens.context.get(PADDING)
+            if (
+                padding is None and tokens.padding is not None
+            ):  # exact but for cells of further levels
+                first = tokens.padding[:, : height * width].unflatten(1, (height, width))
+                padding = F.interpolate(first[:, None].float(), size=size)[:, 0].bool()
             maps = tokens.maps() if spot.kind == "maps" else (self._ordered("tokens", tokens.values, back=True),)
             values |= dict(zip(spot.places, maps, strict=True))
             values |= {place: tokens.context[name] for name, place in spot.beside.items() if name in tokens.context}
@@ -337,27 +332,6 @@ class DetectionTarget(Target):
         blank = representation.values.new_zeros(representation.batch, len(self.preprocessing.mean), *size)
         with playing(self.model, values):
             return self._forward(blank, padding)
-
-    def _frame(self, tap: str, spot: Spot, tokens: Tokens) -> tuple[Size, Tensor | None]:
-        """(H, W) of the images that such tokens come from, and their padding (B, H, W)."""
-        stride = self._levels[spot.levels[0]].stride
-        size = (tokens.grids[0][0] * stride[0], tokens.grids[0][1] * stride[1])
-        expected = tuple(self._grids(size)[level] for level in spot.levels)
-        if tokens.grids != expected or tokens.prefix != self.prefix:
-            raise BacksightError(
-                f"{tap} of {self.name} has tokens on the grids {expected} behind {self.prefix} prefix tokens, not on "
-                f"{tokens.grids} behind {tokens.prefix}."
-            )
-        if tokens.padding is None or PADDING in tokens.context:
-            return size, tokens.context.get(PADDING)
-        # Exact but for further levels whose cells are cut by those of the first.
-        first = tokens.padding[:, : math.prod(tokens.grids[0])].unflatten(1, tokens.grids[0])
-        return size, F.interpolate(first[:, None].float(), size=size)[:, 0].bool()
-
-
-def halved(grid: Grid) -> Grid:
-    """The grid behind a convolution of stride 2 with a 3 x 3 kernel and padding 1."""
-    return math.ceil(grid[0] / 2), math.ceil(grid[1] / 2)
 
 
 def _shrunk(padding: Tensor, grid: Grid) -> Tensor:

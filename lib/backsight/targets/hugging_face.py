@@ -1,7 +1,6 @@
 """Models of transformers by folder, checkpoint or hub id: detectors, encoders and classifiers of images.
 
 What transformers only warns about is refused here: weights that are missing, left over or of another shape.
-A new detector is one class, and one line in DETECTORS.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,10 @@ from torch import nn
 from backsight.errors import BacksightError, nearest
 from backsight.targets.base import TAP_SETS, Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import Choice, choose, fitted, read_object, read_tensors
-from backsight.targets.detr import ConditionalDetr, DabDetr, DeformableDetr, Detr
+from backsight.targets.detectors import DETECTORS
 from backsight.targets.discovered import RECOMMENDED, ModuleTarget
-from backsight.targets.mask2former import Mask2Former
-from backsight.targets.names import Source, checked_preprocessing, explained, reason
-from backsight.targets.rt_detr import RtDetr
-from backsight.targets.yolos import Yolos
+from backsight.targets.names import Source, explained, reason
 
-DETECTORS = {  # by `model_type` in config.json
-    "detr": Detr,
-    "conditional_detr": ConditionalDetr,
-    "dab-detr": DabDetr,
-    "deformable_detr": DeformableDetr,
-    "rt_detr": RtDetr,
-    "rt_detr_v2": RtDetr,
-    "yolos": Yolos,
-    "mask2former": Mask2Former,
-}
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 LARGEST_HEIGHT = 480  # of a batch of images where a detector's processor keeps the aspect ratio
 
@@ -81,10 +67,7 @@ def configuration(source: Source, arguments: Mapping[str, Any]) -> Any:
 def _place(source: Source) -> dict[str, Any]:
     """Folder or hub id, and revision; a file that is named with a hub's id has that id's configuration."""
     place = str(source.folder) if source.config else source.repository
-    return {
-        "pretrained_model_name_or_path": place,
-        "revision": source.architecture.partition("@")[2] or None,
-    }
+    return {"pretrained_model_name_or_path": place, "revision": source.architecture.partition("@")[2] or None}
 
 
 def transformers_target(source: Source, config: Any, pretrained: bool, seed: int, size: Size | None) -> Target:
@@ -131,6 +114,8 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
 
 def _loaded(source: Source, kind: Any, config: Any) -> tuple[nn.Module, str]:
     """The model with its weights (a file's, or the hub's) and the label of these."""
+    from transformers.utils import logging as reports
+
     choice, place = Choice({}), _place(source)
     if source.checkpoint is not None:
         with torch.device("meta"):
@@ -143,7 +128,12 @@ def _loaded(source: Source, kind: Any, config: Any) -> tuple[nn.Module, str]:
         place = {"pretrained_model_name_or_path": None, "state_dict": choice.state}
     # Half-precision files are read as float32, or the processor would run in the file's type.
     settings = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
-    with _quietly():
+    with contextlib.ExitStack() as quiet:  # no bar, which a saved notebook would keep, and no table of misfits
+        quiet.callback(reports.set_verbosity, reports.get_verbosity())
+        if reports.is_progress_bar_enabled():
+            quiet.callback(reports.enable_progress_bar)
+        reports.disable_progress_bar()
+        reports.set_verbosity_error()
         model, report = kind.from_pretrained(**place, **settings)
     own = model.state_dict()
     state = {name: choice.state.get(name, t) for name, t in own.items() if name not in report["missing_keys"]}
@@ -156,37 +146,19 @@ def _loaded(source: Source, kind: Any, config: Any) -> tuple[nn.Module, str]:
     return model, source.label + choice.note
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """No bar for a load of a fraction of a second, which a saved notebook would keep, and no table of misfits."""
-    from transformers.utils import logging as reports
-
-    shown, level = reports.is_progress_bar_enabled(), reports.get_verbosity()
-    reports.disable_progress_bar()
-    reports.set_verbosity_error()
-    try:
-        yield
-    finally:
-        reports.set_verbosity(level)
-        if shown:
-            reports.enable_progress_bar()
-
-
 def _processing(source: Source, config: Any, size: Size | None, step: Size | None = None) -> Preprocessing:
     """What the model's own image processor does. step: of a detector, whose images may have any aspect ratio."""
     try:
         processor = _processor(source, config, step)
         usual, crop = _processed_size(processor, config, step)
         factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-        rows = ([row] * 3 if isinstance(row, (int, float)) else row for row in (mean, std))
-        mean, std = ([value / factor for value in row] for row in rows)
-        if getattr(processor, "do_flip_channel_order", False):
-            raise ValueError("it takes the channels as blue, green, red")
+        look = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        rows = [[row] * 3 if isinstance(row, (int, float)) else row for row in look]
+        mean, std = (tuple(value / factor for value in row) for row in rows)
+        if len(mean) != 3 or getattr(processor, "do_flip_channel_order", False):
+            raise ValueError("images have the channels red, green, blue")
         interpolation = INTERPOLATIONS.get(int(getattr(processor, "resample", None) or 2), "bilinear")
-        return checked_preprocessing(source, mean, std, 3, size or usual, interpolation, crop)
-    except BacksightError:
-        raise
+        return Preprocessing(mean, std, size or usual, interpolation, crop)
     except Exception as error:  # transformers raises many types on a file that somebody edited
         raise BacksightError(
             f"preprocessor_config.json of {source.name} describes no preprocessing ({reason(error)}): correct it."
@@ -219,18 +191,19 @@ def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Siz
     Where a detector's processor keeps the aspect ratio (shortest and longest edge), it is a 4:3 picture of at most 480
     pixels in height: the size at which DETR was inverted in the paper, and a third of the cost of 800 x 1066.
     """
-    rule, crop = processor.size, getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_resize", True) or not rule:
-        return _own_size(config) or (224, 224), 1.0
+    rule = (getattr(processor, "do_resize", True) and processor.size) or {}
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
     short, long = rule.get("shortest_edge"), rule.get("longest_edge")
-    if getattr(processor, "do_center_crop", None) and crop:
-        return (crop["height"], crop["width"]), crop["height"] / (short or rule.get("height") or crop["height"])
-    for kind in ("", "max_"):
-        if rule.get(f"{kind}height") and rule.get(f"{kind}width"):
-            return (rule[f"{kind}height"], rule[f"{kind}width"]), 1.0
-    if step is None or short is None:
-        kept = getattr(processor, "crop_pct", None)
-        return (short or long, short or long), kept if kept and (short or long) < 384 else 1.0
-    height = min(short, LARGEST_HEIGHT)
-    width = height if long is not None and long <= short else height * 4 // 3
-    return (math.ceil(height / step[0]) * step[0], math.ceil(width / step[1]) * step[1]), 1.0
+    height, width = (rule.get(side) or rule.get(f"max_{side}") for side in ("height", "width"))
+    if not rule:
+        return _own_size(config) or (224, 224), 1.0
+    if crop:
+        return (crop["height"], crop["width"]), crop["height"] / (short or height or crop["height"])
+    if not (height and width) and (step is None or short is None):
+        height = width = short or long
+        return (height, width), getattr(processor, "crop_pct", None) or 1.0 if height < 384 else 1.0
+    if step is not None and short is not None:
+        height = min(short, LARGEST_HEIGHT)
+        width = height if long is not None and long <= short else height * 4 // 3
+        height, width = (math.ceil(side / cells) * cells for side, cells in zip((height, width), step, strict=True))
+    return (height, width), 1.0

@@ -21,20 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.targets.base import Precision, Size, Target, seeded
+from backsight.targets.base import Precision, Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import choose, fitted, read_tensors
 from backsight.targets.hugging_face import configuration, transformers_target
-from backsight.targets.names import (
-    SHIPPED,
-    USUAL,
-    Source,
-    checked_preprocessing,
-    explained,
-    is_local,
-    reason,
-    resolve,
-    shipped_names,
-)
+from backsight.targets.names import SHIPPED, USUAL, Source, explained, is_local, reason, resolve, shipped_names
 from backsight.targets.timm_models import TimmTarget
 
 
@@ -104,7 +94,7 @@ def list_targets() -> list[dict[str, str]]:
 
 
 def _timm(source: Source, pretrained: bool, seed: int, size: Size | None, arguments: dict[str, Any]) -> Target:
-    from timm.data import resolve_model_data_config
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
     from timm.models import VisionTransformer
 
     arguments = {**(source.config.get("model_args") or {}), **arguments}
@@ -113,8 +103,9 @@ def _timm(source: Source, pretrained: bool, seed: int, size: Size | None, argume
             _constructed(source, {**arguments, "img_size": size})
             arguments["img_size"] = size
     path, state, label, settings = source.checkpoint, None, source.label if pretrained else "random", {}
-    if pretrained and path is not None and path.suffix == ".npz":
-        arguments["num_classes"] = _npz_classes(path)
+    if pretrained and path is not None and path.suffix == ".npz":  # timm reads Google's with the model's own code
+        heads = [tensor for name, tensor in read_tensors(path).items() if name.endswith("head/bias")]
+        arguments["num_classes"] = heads[0].shape[-1] if heads else 0
         settings = {"file": str(path), "custom_load": True}
     elif path is not None:
         arguments, state, note = _timm_state(source, path, arguments)
@@ -123,13 +114,20 @@ def _timm(source: Source, pretrained: bool, seed: int, size: Size | None, argume
         model = _constructed(source, arguments, pretrained and state is None, settings)
     if pretrained and state is not None:
         model.load_state_dict(state)
-    data = resolve_model_data_config(model)
-    built = arguments.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
-    built = size or ((built, built) if isinstance(built, int) else tuple(built or data["input_size"][1:]))
-    look = data["mean"], data["std"], arguments.get("in_chans") or 3, built, data["interpolation"], data["crop_pct"]
-    preprocessing, classes = checked_preprocessing(source, *look), _timm_classes(model)
+    data, channels = resolve_model_data_config(model), arguments.get("in_chans") or 3
+    if len(data["mean"]) != channels or len(data["std"]) != channels:
+        raise BacksightError(
+            f"{source.name} takes images of {channels} channels: give mean and std of as many in its config.json."
+        )
+    built = size or arguments.get("img_size") or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built = (built, built) if isinstance(built, int) else tuple(built or data["input_size"][1:])
+    look = tuple(data["mean"]), tuple(data["std"]), built, data["interpolation"], float(data["crop_pct"])
+    labels = model.pretrained_cfg.get("label_names")
+    if not labels and model.num_classes > 0 and (subset := infer_imagenet_subset(model)):
+        labels = ImageNetInfo(subset).label_descriptions()
+    classes = tuple(map(str, labels)) if labels and len(labels) == model.num_classes else None
     build = None if isinstance(model, VisionTransformer) else functools.partial(_constructed, source, arguments)
-    return TimmTarget(model, source.name, label, preprocessing, classes, build=build)
+    return TimmTarget(model, source.name, label, Preprocessing(*look), classes, build=build)
 
 
 def _constructed(
@@ -142,21 +140,14 @@ def _constructed(
     fields = {field.name for field in dataclasses.fields(timm.models.PretrainedCfg)} - {"architecture"}
     overlay = {**(source.config.get("pretrained_cfg") or {}), **source.config, **(settings or {})}
     overlay = {key: value for key, value in overlay.items() if key in fields}
-    with explained(source, named):
-        arguments = {key: _layer(key, value) for key, value in arguments.items()}
-        return timm.create_model(named, pretrained, pretrained_cfg_overlay=overlay, **arguments)
-
-
-def _layer(argument: str, value: Any) -> Any:
-    """Layers may be named in config.json; of these timm itself reads only norms, activations and attentions."""
-    import timm
-
-    if argument not in ("mlp_layer", "embed_layer", "block_fn") or not isinstance(value, str):
-        return value
+    arguments = dict(arguments)
     layers = {**vars(timm.layers), **vars(timm.models.vision_transformer)}
-    if value not in layers:
-        raise BacksightError(f"timm has no layer {value!r} for {argument}; {nearest(value, [*layers])}.")
-    return layers[value]
+    for key in {"mlp_layer", "embed_layer", "block_fn"} & arguments.keys():  # timm reads names of others only
+        if isinstance(layer := arguments[key], str) and layer not in layers:
+            raise BacksightError(f"timm has no layer {layer!r} for {key}; {nearest(layer, [*layers])}.")
+        arguments[key] = layers[layer] if isinstance(layer, str) else layer
+    with explained(source, named):
+        return timm.create_model(named, pretrained, pretrained_cfg_overlay=overlay, **arguments)
 
 
 def _timm_state(source: Source, path: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -179,32 +170,25 @@ def _timm_state(source: Source, path: Any, arguments: dict[str, Any]) -> tuple[d
 
 def _size_in(model: Any, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The image size that the position embedding of a file is for, where that is another than the model's."""
-    position, own, embed = (
-        state.get("pos_embed"),
-        getattr(model, "pos_embed", None),
-        getattr(model, "patch_embed", None),
-    )
-    if "img_size" in arguments or position is None or own is None or not position.ndim == own.ndim == 3:
-        return {}
-    if position.shape[1] == own.shape[1] or not hasattr(embed, "grid_size"):
+    own, embed = (getattr(model, name, None) for name in ("pos_embed", "patch_embed"))
+    position = state.get("pos_embed", own)
+    if "img_size" in arguments or own is None or not hasattr(embed, "grid_size") or position.shape == own.shape:
         return {}
     for prefix in (own.shape[1] - math.prod(embed.grid_size), 1, 0):  # files of others keep a class token there
         side = math.isqrt(max(position.shape[1] - prefix, 0))
         if side and side * side == position.shape[1] - prefix:
-            same = (side, side) == tuple(embed.grid_size)
-            return {} if same else {"img_size": tuple(side * pixels for pixels in embed.patch_size)}
+            return {"img_size": tuple(side * pixels for pixels in embed.patch_size)}
     return {}
 
 
 def _classes_in(model: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The number of classes of a file's head, 0 where only the head is lacking, if that is another than the model's."""
+    """The number of classes of a file's head, 0 where only the head is lacking."""
     heads = model.pretrained_cfg.get("classifier") or "head"
     heads = (heads,) if isinstance(heads, str) else heads
     rows = [state[f"{head}.weight"].shape[0] for head in heads if f"{head}.weight" in state]
     lacking = [name for name in model.state_dict() if name not in state]
-    if not rows and (not lacking or any(not name.startswith(tuple(f"{head}." for head in heads)) for name in lacking)):
-        return {}
-    classes = rows[0] if rows else 0
+    bare = lacking and all(name.startswith(tuple(f"{head}." for head in heads)) for name in lacking)
+    classes = rows[0] if rows else 0 if bare else model.num_classes
     return {} if classes == model.num_classes else {"num_classes": classes}
 
 
@@ -225,23 +209,3 @@ def _as_timm_reads(
     with contextlib.suppress(BacksightError), torch.device("meta"), loading:
         _constructed(source, arguments, True, settings)
     return caught or state
-
-
-def _npz_classes(path: Any) -> int:
-    """Of Google's files of ViT, MLP-Mixer and BiT, which timm reads with the model's own load_pretrained."""
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return next((int(file[name].shape[-1]) for name in file.files if name.endswith("head/bias")), 0)
-    except (OSError, ValueError, EOFError) as error:
-        raise BacksightError(f"The checkpoint {path.name} is corrupt or no .npz file ({reason(error)}).") from error
-
-
-def _timm_classes(model: Any) -> tuple[str, ...] | None:
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    labels = model.pretrained_cfg.get("label_names")
-    if not labels and model.num_classes > 0 and (subset := infer_imagenet_subset(model)):
-        labels = ImageNetInfo(subset).label_descriptions()
-    return tuple(map(str, labels)) if labels and len(labels) == model.num_classes else None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from backsight.errors import BacksightError, nearest
 from backsight.project import project_root
-from backsight.targets.base import Preprocessing
 from backsight.targets.checkpoints import NAMES, SUFFIXES, checkpoint_in, read_object
 
 SHIPPED = ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr", "scenes-deformable-detr")
@@ -70,6 +69,8 @@ def resolve(name: str) -> Source:
     Raises BacksightError, with nearest names, on an unknown name, a path that is not there, and a folder without
     config.json or with a broken one.
     """
+    import timm
+
     if not isinstance(name, str) or not name.strip():
         raise BacksightError("A target needs a name: `backsight targets` lists them.")
     placed = weights_folder() / (name.partition(":")[2] if name.startswith(HUB) else name)
@@ -78,40 +79,28 @@ def resolve(name: str) -> Source:
     if not name.startswith(PATHS) and placed.is_dir():
         label = "shipped" if (placed / "card.json").exists() else "pretrained"
         named = "" if (placed / "config.json").exists() else name
-        return _described(Source(name, label, named, placed, checkpoint_in(placed)))
-    if name in SHIPPED:
+        source = Source(name, label, named, placed, checkpoint_in(placed))
+    elif path.is_dir():
+        source = Source(name, name, before, path, checkpoint_in(path))
+    elif path.is_file() and path.name.endswith(SUFFIXES):
+        given = before and folder.is_dir()
+        source = Source(name, name, "" if given else before, folder if given else path.parent, path)
+    elif name in SHIPPED or rest.startswith(PATHS) or path.is_file() or rest.endswith(SUFFIXES):
         raise BacksightError(
-            f"The shipped target {name} is not in data/weights: restore the folder data/weights/{name} from the "
-            f"repository or make it with notebooks/01_targets.ipynb ({_working()})."
+            f"There is no target {name!r} here: give a name of timm or of the hub, a folder with config.json or a file "
+            f"in {', '.join(SUFFIXES)}; shipped targets lie in data/weights, and notebooks/01_targets.ipynb makes them."
         )
-    if not path.exists():
-        if not rest.startswith(PATHS) and not rest.endswith(SUFFIXES):
-            return _described(Source(name, "pretrained", name))
-        raise BacksightError(f"There is no file or folder {str(path)!r}: check the path of the target.")
-    if path.is_dir():
-        return _described(Source(name, name, before, path, checkpoint_in(path)))
-    if not path.name.endswith(SUFFIXES):
-        raise BacksightError(
-            f"{path.name} is no checkpoint: a target is a folder with config.json or a file in {', '.join(SUFFIXES)}."
-        )
-    if before and folder.is_dir():
-        return _described(Source(name, name, "", folder, path))
-    return _described(Source(name, name, before, path.parent, path))
-
-
-def _described(source: Source) -> Source:
-    """With its config.json. Raises BacksightError where neither timm nor transformers can have a model of this name."""
-    import timm
-
-    config = {} if source.architecture or source.folder is None else read_object(source.folder / "config.json")
-    if not source.architecture and not config.keys() & {"architecture", "model_type"}:
-        raise BacksightError(
-            f"{source.name} has no config.json that names a model of timm (architecture) or of transformers "
-            "(model_type): put one there, or name the target NAME@path/to/checkpoint with a name of timm or an "
-            "owner/name of transformers."
-        )
-    source = Source(source.name, source.label, source.architecture, source.folder, source.checkpoint, config)
-    named = str(source.architecture or config.get("architecture"))
+    else:
+        source = Source(name, "pretrained", name)
+    if not source.architecture:
+        config = read_object((source.folder or path) / "config.json")
+        if not config.keys() & {"architecture", "model_type"}:
+            raise BacksightError(
+                f"{name} has no config.json that names a model of timm (architecture) or of transformers (model_type): "
+                "put one there, or name the target NAME@path/to/checkpoint with a name of timm or of the hub."
+            )
+        source = replace(source, config=config)
+    named = str(source.architecture or source.config.get("architecture"))
     if source.is_timm and not named.startswith(HUB):
         base, _, tag = named.partition(".")
         if not timm.models.is_model(base):
@@ -120,11 +109,6 @@ def _described(source: Source) -> Source:
         if tag and named not in (tags := timm.list_pretrained(f"{base}.*")):
             raise BacksightError(f"timm has no weights {named}; there are: {', '.join(tags) or 'none'}.")
     return source
-
-
-def _working() -> str:
-    names = shipped_names()
-    return f"these work now: {', '.join(names)}" if names else "no shipped target is made yet"
 
 
 def is_local(name: str) -> bool:
@@ -153,22 +137,10 @@ def explained(source: Source, what: str) -> Iterator[None]:
         raise BacksightError(
             f"The files of {source.name} are neither in {folder} nor in the Hugging Face cache, and the hub does not "
             f"give them ({reason(error)}): on a machine with network run `hf download {source.repository} --local-dir "
-            f"{folder}` and bring the folder here; {_working()}."
+            f"{folder}` and bring the folder here; `backsight targets` lists what is ready."
         ) from error
 
 
 def reason(error: Exception) -> str:
     """Its first words, in one line."""
     return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
-
-
-def checked_preprocessing(
-    source: Source, mean: Any, std: Any, channels: int, size: tuple[int, ...], interpolation: str, crop: float
-) -> Preprocessing:
-    means, stds = ((value,) * channels if isinstance(value, (int, float)) else tuple(value) for value in (mean, std))
-    if len(means) != channels or len(stds) != channels or min(stds) <= 0 or len(size) != 2 or min(size) < 1:
-        raise BacksightError(
-            f"The preprocessing of {source.name} says mean {means}, std {stds} and size {size} for images of "
-            f"{channels} channels: give mean and std of {channels} positive values and a size in its configuration."
-        )
-    return Preprocessing(means, stds, (int(size[0]), int(size[1])), interpolation, crop)
