@@ -315,9 +315,7 @@ class DetectionTarget(Target):
         if tokens is not None:
             (height, width), (down, across) = tokens.grids[0], self._levels[spot.levels[0]].stride
             size, padding = (height * down, width * across), tokens.context.get(PADDING)
-            if (
-                padding is None and tokens.padding is not None
-            ):  # exact but for cells of further levels
+            if padding is None and tokens.padding is not None:  # exact but for cells of further levels
                 first = tokens.padding[:, : height * width].unflatten(1, (height, width))
                 padding = F.interpolate(first[:, None].float(), size=size)[:, 0].bool()
             maps = tokens.maps() if spot.kind == "maps" else (self._ordered("tokens", tokens.values, back=True),)
