@@ -19,9 +19,6 @@ from backsight.plots.depth import by_depth, curves
 from backsight.plots.grids import _broken, family_grid, merged_order, picture_table, reconstruction_grid
 from backsight.plots.matrix import matrices
 from backsight.plots.style import ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
-from backsight.scenes.render import UNOWNED_HUES
-from backsight.tables import names
-from backsight.tables.names import RIGHT
 
 TAPS = ("backbone", "encoder.layers.0", "decoder.layernorm", "predictions")
 FAMILIES = ("linear", "direct", "modular", "modular_polished")
@@ -283,8 +280,3 @@ def test_long_tap_names_break_at_their_dots() -> None:
 def test_short_names_of_taps() -> None:
     names = ["blocks.3", "encoder.layers.1.attn", "layers.0.blocks.1", "patch_embed", "norm"]
     assert [short_tap(name) for name in names] == ["3", "enc 1.attn", "0.1", "embed", "norm"]
-
-
-def test_names_of_tables_are_those_of_the_rooms_that_make_them() -> None:
-    assert names.UNOWNED_HUES == UNOWNED_HUES
-    assert names.RIGHT == RIGHT
