@@ -7,7 +7,7 @@
     inverses = backsight.fit_linear(target, training_images)
     reconstructions = inverses["blocks.3"](recorded["blocks.3"])
 
-The names below are loaded when they are first used: importing backsight alone touches nothing.
+Each name is loaded when it is first used: importing backsight alone touches nothing.
 """
 
 from importlib import import_module
@@ -48,7 +48,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'backsight' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(import_module(f"backsight.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tomllib
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from backsight.errors import BacksightError
 
-RESULTS_VARIABLE = "BACKSIGHT_RESULTS"
 # The files of a run's folder that others read; app/runs.py writes them.
 STARTED, FINISHED = "started.json", "run.json"
 METRICS, PARTIAL_METRICS = "metrics.csv", "metrics.partial.csv"
@@ -25,7 +23,8 @@ def project_root() -> Path:
     """
     working_folder, package = Path.cwd(), Path(__file__).resolve().parent
     for folder in (working_folder, *working_folder.parents, *package.parents):
-        if _names_backsight(folder / "pyproject.toml"):
+        file = folder / "pyproject.toml"
+        if file.is_file() and '\nname = "backsight"' in file.read_text(encoding="utf-8", errors="replace"):
             return folder
     raise BacksightError(
         f"no backsight project (a pyproject.toml that names it) in or above {working_folder}; "
@@ -33,18 +32,10 @@ def project_root() -> Path:
     )
 
 
-def _names_backsight(pyproject: Path) -> bool:
-    try:
-        with pyproject.open("rb") as file:
-            return tomllib.load(file).get("project", {}).get("name") == "backsight"
-    except (OSError, tomllib.TOMLDecodeError):
-        return False
-
-
 def results_root() -> Path:
     """Where runs go by default: the folder named by BACKSIGHT_RESULTS (tests use it), else results/."""
-    override = os.environ.get(RESULTS_VARIABLE)
-    return Path(override).absolute() if override else project_root() / "results"
+    chosen = os.environ.get("BACKSIGHT_RESULTS")
+    return Path(chosen).absolute() if chosen else project_root() / "results"
 
 
 def shown(path: Path) -> str:

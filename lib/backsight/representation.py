@@ -59,8 +59,7 @@ class _Batch:
                 return value.apply(function)
             return function(value) if isinstance(value, Tensor) else value
 
-        parts = {each.name: applied(getattr(self, each.name)) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
-        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+        return type(self)(**{name: applied(part) for name, part in vars(self).items()})
 
     def index(self, which: Index) -> Self:
         """The images `which` of the batch (a number keeps the batch axis)."""
@@ -72,8 +71,8 @@ class _Batch:
 
     def to(self, *where: torch.device | torch.dtype | str) -> Self:
         """As Tensor.to; a type is taken by floating-point tensors only."""
-        kinds = [each for each in where if not isinstance(each, torch.dtype)]
-        return self.apply(lambda tensor: tensor.to(*(where if tensor.is_floating_point() else kinds)))
+        places = [part for part in where if not isinstance(part, torch.dtype)]
+        return self.apply(lambda tensor: tensor.to(*(where if tensor.is_floating_point() else places)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +100,14 @@ class Tokens(_Batch):
                 f"Tokens on the grids {self.grids} behind {self.prefix} prefix tokens need values of shape "
                 f"(batch, {self.prefix + area}, channels), not {shape}."
             )
-        one, each = (1, area, shape[2]), (shape[0], area, shape[2])
-        for name, tensor, fitting in (("padding", self.padding, (each[:2],)), ("position", self.position, (one, each))):
+        whole = (shape[0], area, shape[2])
+        for name, tensor, fitting in (
+            ("padding", self.padding, (whole[:2],)),
+            ("position", self.position, (whole, (1, *whole[1:]))),
+        ):
             if tensor is not None and tuple(tensor.shape) not in fitting:
                 raise BacksightError(
-                    f"The {name} of tokens {shape} needs the shape {fitting[0]}, not {tuple(tensor.shape)}."
+                    f"The {name} of tokens {shape} has the shape {fitting[0]}, not {tuple(tensor.shape)}."
                 )
 
     @property
@@ -132,8 +134,7 @@ class Tokens(_Batch):
 
     def maps(self) -> tuple[Tensor, ...]:
         """One (B, C, h, w) map for each grid."""
-        areas = [height * width for height, width in self.grids]
-        pieces = self.patches.split(areas, dim=1)
+        pieces = self.patches.split([height * width for height, width in self.grids], dim=1)
         return tuple(piece.transpose(1, 2).unflatten(2, grid) for piece, grid in zip(pieces, self.grids, strict=True))
 
     def map(self) -> Tensor:
@@ -155,11 +156,8 @@ class Queries(_Batch):
     context: Tokens | None = None
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 3 or (self.context is not None and self.context.batch != self.batch):
-            context = "" if self.context is None else f", with a context of {self.context.batch} images"
-            raise BacksightError(
-                f"Queries need values of shape (batch, queries, channels), not {tuple(self.values.shape)}{context}."
-            )
+        if self.values.ndim != 3:
+            raise BacksightError(f"Queries have the shape (batch, queries, channels), not {tuple(self.values.shape)}.")
 
     def plain(self) -> Queries:
         return Queries(self.values)
@@ -180,21 +178,15 @@ class Predictions(_Batch):
     masks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        queries, masks = self.logits.shape[:2], () if self.masks is None else tuple(self.masks.shape)
-        fits = self.logits.ndim == 3 and self.boxes.shape == (*queries, 4)
-        if not fits or (masks and (len(masks) != 4 or masks[:2] != queries)):
+        if self.logits.ndim != 3 or self.boxes.shape != (*self.logits.shape[:2], 4):
             raise BacksightError(
-                "Predictions need logits (batch, queries, classes), boxes (batch, queries, 4) and masks (batch, "
-                f"queries, h, w) or none, not {tuple(self.logits.shape)}, {tuple(self.boxes.shape)} and {masks}."
+                "Predictions have logits (batch, queries, classes) and boxes (batch, queries, 4), not "
+                f"{tuple(self.logits.shape)} and {tuple(self.boxes.shape)}."
             )
 
     @property
     def batch(self) -> int:
         return self.logits.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.logits.shape[2] + 4 + math.prod(self._cells)
 
     @property
     def scores(self) -> Tensor:
@@ -209,9 +201,7 @@ class Predictions(_Batch):
     @property
     def _cells(self) -> Grid:
         """Rows and columns of a mask in `values`: its own, at most MASK_CELLS."""
-        if self.masks is None:
-            return (0, 0)
-        height, width = self.masks.shape[2:]
+        height, width = (0, 0) if self.masks is None else self.masks.shape[2:]
         return min(height, MASK_CELLS), min(width, MASK_CELLS)
 
     @property
@@ -225,25 +215,16 @@ class Predictions(_Batch):
             parts.append(F.adaptive_avg_pool2d(self.masks.sigmoid(), self._cells).flatten(2))
         return torch.cat(parts, dim=-1)
 
-    @property
-    def signature(self) -> Hashable:
-        return ("predictions", self.logits.shape[1], self.channels)
-
     def replace(self, values: Tensor) -> Predictions:
         """Predictions with these values (B, Q, classes + 4 + cells) in the layout of `values`.
 
         The new logits are those whose probabilities are the values; masks come out at the size of their cells.
         """
-        tiny, cells = torch.finfo(values.dtype).tiny, self._cells
+        limits, cells = torch.finfo(values.dtype), self._cells
         scores, boxes, masks = values.split([self.logits.shape[2], 4, math.prod(cells)], dim=-1)
-        logits = scores.clamp(min=tiny).log() if self.activation == "softmax" else _logit(scores)
-        shaped = None if self.masks is None else _logit(masks).unflatten(-1, cells)
+        logits = scores.clamp(min=limits.tiny).log() if self.activation == "softmax" else scores.logit(limits.eps)
+        shaped = None if self.masks is None else masks.logit(limits.eps).unflatten(-1, cells)
         return Predictions(logits, boxes, self.activation, shaped)
-
-
-def _logit(probabilities: Tensor) -> Tensor:
-    tiny = torch.finfo(probabilities.dtype).eps
-    return probabilities.clamp(tiny, 1 - tiny).logit()
 
 
 Representation = Tokens | Queries | Predictions
@@ -255,35 +236,32 @@ def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentati
 
     Raises BacksightError if there is none, or if their signatures differ.
     """
-    if not representations:
-        raise BacksightError("There is no representation to concatenate: the list is empty.")
-    first = representations[0]
-    for other in representations[1:]:
-        if other.signature != first.signature:
-            raise BacksightError(
-                f"Representations of different form cannot be concatenated: {first.signature} and {other.signature}."
-            )
-    parts = {each.name: _joined(each.name, representations) for each in dataclasses.fields(first)}  # type: ignore[arg-type]
-    return dataclasses.replace(first, **parts)  # type: ignore[type-var]
+    if len({each.signature for each in representations}) != 1:
+        raise BacksightError(
+            "Representations of one form can be concatenated, neither an empty list nor different forms: "
+            f"{[each.signature for each in representations]}."
+        )
+    names = vars(representations[0])
+    return type(representations[0])(**{name: _joined(name, representations) for name in names})
 
 
 def _joined(name: str, representations: Sequence[Any]) -> Any:
     values = [getattr(each, name) for each in representations]
     if name == "padding" and any(value is not None for value in values):
-        whole = [each.patches.new_zeros(each.patches.shape[:2], dtype=torch.bool) for each in representations]
-        values = [none if value is None else value for value, none in zip(values, whole, strict=True)]
+        shown = [each.patches.new_zeros(each.patches.shape[:2], dtype=torch.bool) for each in representations]
+        values = [none if value is None else value for value, none in zip(values, shown, strict=True)]
     first = values[0]
     if any(value is None for value in values):
         return None
     if isinstance(first, _Batch):
         return concatenate(values)
     if isinstance(first, Mapping):
-        names = set.intersection(*(set(value) for value in values))
-        return {key: torch.cat([value[key] for value in values]) for key in sorted(names)}
+        shared = set.intersection(*(set(value) for value in values))
+        return {key: torch.cat([value[key] for value in values]) for key in sorted(shared)}
     if not isinstance(first, Tensor):
         return first
     if name == "position":
-        if all(len(value) == 1 and torch.equal(value, first) for value in values):
+        if len(first) == 1 and all(torch.equal(value, first) for value in values):
             return first
         values = [value.expand(each.batch, -1, -1) for value, each in zip(values, representations, strict=True)]
     return torch.cat(values)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import backsight
 from backsight.errors import BacksightError
 from backsight.inverses.files import load, read, read_header, save
-from backsight.inverses.linear import LinearInverse, fit_linear_pairs
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
 from backsight.inverses.module import Chain, Inverse, InverseHeader, Inverses, Moments
 from backsight.inverses.networks import Upsampling, design_for
 from backsight.inverses.rows import Form, form_of
@@ -25,6 +25,7 @@ from backsight.targets.base import Stage, seeded
 
 PIXELS = Form("pixels", 3, ((17, 25),))
 QUERIES = Form("queries", 6, count=4)
+REQUEST = Request("late", "early", 3)
 
 
 def module(
@@ -59,7 +60,7 @@ def test_every_form_of_tokens_has_a_module_to_every_other_which_starts_as_the_ma
     late, images = filled(FORMS[source]), pictures(12, 17, 25)
     for number, form in enumerate(FORMS.values()):
         target = Recorded(late=late, early=filled(form, seed=1))
-        linear = fit_linear_pairs(target, images, [("late", "early")], context=3, progress=False)["late", "early"]
+        linear = fit_linear_pairs(target, images, [REQUEST], progress=False)[REQUEST]
         stage = STAGES[number % len(STAGES)]
         torch.testing.assert_close(
             module(FORMS[source], form, stage, linear).raw(late.index(0)), linear(late.index(0)).values

@@ -49,11 +49,9 @@ def test_the_best_strength_is_that_of_the_rows_and_so_is_its_error(monkeypatch) 
     solution = best(training, accumulated(x[40:], signal[40:]), ALPHAS)
     assert solution.alpha == alpha
     torch.testing.assert_close(solution.factors[0], training.solve(alpha)[0], rtol=1e-9, atol=1e-12)
-    assert solution.error == pytest.approx(min(errors), rel=1e-9)
-    assert solution.total == pytest.approx(float((signal[40:] - solution.bias).square().sum()), rel=1e-9)
     monkeypatch.setattr(ridge, "WIDE", 1)
     monkeypatch.setattr(ridge, "SKETCH", 4)
-    assert best(training, accumulated(x[40:], signal[40:]), ALPHAS).error < 1.03 * min(errors)
+    assert errors[ALPHAS.index(best(training, accumulated(x[40:], signal[40:]), ALPHAS).alpha)] < 1.03 * min(errors)
 
 
 def test_accumulators_add() -> None:
@@ -76,8 +74,6 @@ def test_low_rank_is_the_projection_of_the_fitted_values() -> None:
     assert (left.shape, right.shape) == ((8, 3), (3, 6))
     axes = torch.linalg.svd(fitted, full_matrices=False).Vh[:3]
     torch.testing.assert_close((x - x.mean(0)) @ left @ right, fitted @ axes.T @ axes, rtol=1e-8, atol=1e-8)
-    error = float(((x - x.mean(0)) @ left @ right - (y - y.mean(0))).square().sum())
-    assert solution.error == pytest.approx(error)
     solution = best(moments, moments, [0.2], rank=6)
     torch.testing.assert_close(solution.factors[0] @ solution.factors[1], moments.solve(0.2)[0], rtol=1e-8, atol=1e-8)
 

@@ -73,9 +73,8 @@ def target(found: dict[str, torch.Tensor]) -> None:
     held_out = torch.rand(9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     for validation, name in ((held_out, "validation"), (None, "own")):
         for tap, inverse in fit_linear(frozen, images, validation=validation, batch_size=4, progress=False).items():
-            found[f"{name}/{tap}/weight"] = inverse.weight.clone()
-            score = inverse.score
-            found[f"{name}/{tap}/score"] = torch.tensor([score.r2, score.alpha])
+            found[f"{name}/{tap}/weight"] = inverse.maps["cells"].matrix.clone()
+            found[f"{name}/{tap}/alpha"] = torch.tensor(inverse.alpha)
     modules = fit_modular(frozen, images, steps=3, batch_size=4, progress=False)
     for tap, module in modules.modules.items():
         for key, tensor in module.residual.state_dict().items():

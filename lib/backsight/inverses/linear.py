@@ -22,13 +22,13 @@ from backsight.data.images import ImageSource
 from backsight.errors import BacksightError
 from backsight.inverses.module import InverseHeader, Inverses, header_for, with_forms
 from backsight.inverses.passes import Images, held_out_passes
-from backsight.inverses.ridge import RidgeAccumulator, Solution, best, leading_directions
+from backsight.inverses.ridge import RidgeAccumulator, best, leading_directions
 from backsight.inverses.rows import (
     MAXIMUM_INPUTS,
     PIXELS,
     Block,
     Layout,
-    Reading,
+    area,
     form_of,
     pack_destination,
     pack_source,
@@ -49,9 +49,10 @@ PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 
 
 class Request(NamedTuple):
-    """A linear map that is wanted: between two taps (or to "pixels"), each row reading context x context tokens.
+    """A linear map that is wanted, between two taps (or to "pixels").
 
-    floor: the least ridge strength, for a map that will read an input with errors in it.
+    context: side of the square of tokens that a row reads: 1 (what that token alone says, the `linear` family) or an
+    odd number above (a convolution in closed form); floor: the least ridge strength, for an input with errors in it.
     """
 
     source: str
@@ -61,15 +62,6 @@ class Request(NamedTuple):
 
 
 AnyPair = TypeVar("AnyPair", bound=Sequence[Any])
-
-
-class LinearScore(NamedTuple):
-    """alpha: ridge strength of the first map; r2: of the validation images, against the training mean, in the space
-    that was regressed (of a fine grid: of the cells drawn).
-    """
-
-    alpha: float = math.nan
-    r2: float = math.nan
 
 
 class AffineMap(nn.Module):
@@ -97,23 +89,20 @@ class AffineMap(nn.Module):
             result = result @ factor
         return result + self.bias
 
-    @classmethod
-    def empty(cls, layout: Layout, block: Block, rank: int | None) -> AffineMap:
-        """Whose numbers are still to be loaded."""
-        source, reading, inputs, outputs = layout.source, block.reading, block.inputs, block.outputs
-        shapes: dict[str, tuple[int, ...]] = {"center": (inputs,), "bias": (outputs,)}
-        shapes |= {"matrix": (inputs, outputs)} if rank is None else {"left": (inputs, rank), "right": (rank, outputs)}
-        if reading.directions:
-            shapes["projection"] = (source.channels, reading.directions)
-            if reading.context > 1 and source.prefix:
-                shapes["prefix_projection"] = (source.prefix, *shapes["projection"])
-        return cls(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *arguments: Any) -> None:
+        """Of any shape; torch's arguments: metadata, strict, and the missing and unexpected keys and errors so far."""
+        own = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+        for name, tensor in own.items():
+            self.register_buffer(name, tensor.float())
+        if not {"center", "bias"} <= set(own) or not self.factors:
+            arguments[2].append(f"{prefix}center, bias, matrix")
 
 
 class LinearInverse(nn.Module):
     """A linear map from the representation at `source` to `destination` (an earlier tap or "pixels").
 
-    position_rule: where the positional code of the result comes from: "none", the "source", or "fixed": `position`.
+    position_rule: where the positional code of the result comes from: "none", the "source", or "fixed": `position`;
+    alpha: the ridge strength of the first map, where it was fitted in this process.
     """
 
     kind = "linear"
@@ -131,21 +120,9 @@ class LinearInverse(nn.Module):
         self.source, self.destination, self.layout = source, destination, layout
         self.source_form, self.destination_form = layout.source, layout.destination
         self.header: InverseHeader | None = None  # its fit says where it comes from
-        self.score, self.position_rule = LinearScore(), position_rule
+        self.alpha, self.position_rule = math.nan, position_rule
         self.maps: Any = nn.ModuleDict(dict(maps))
         self.register_buffer("position", position)
-
-    @property
-    def weight(self) -> Tensor:
-        """(D, E) of y = x @ weight + bias of the first map: what an `nn.Linear` (transposed) starts from."""
-        first, *others = self.maps[self.layout.main].factors
-        return first @ others[0] if others else first
-
-    @property
-    def bias(self) -> Tensor:
-        """(E,) of y = x @ weight + bias of the first map."""
-        first = self.maps[self.layout.main]
-        return first.bias - first.center @ self.weight
 
     def raw(self, representation: Representation) -> Tensor | Representation:
         """Like `forward`, but images are not clamped to [0, 1]."""
@@ -179,13 +156,10 @@ class LinearInverse(nn.Module):
 
     def configuration(self) -> dict[str, Any]:
         """Everything but the numbers in `state_dict()`, as JSON."""
-        factors = {name: part.factors for name, part in self.maps.items()}
         return {
             "source": self.source,
             "destination": self.destination,
             "layout": asdict(self.layout),
-            "ranks": {name: len(parts[1]) if len(parts) > 1 else None for name, parts in factors.items()},
-            "score": self.score._asdict(),
             "position_rule": self.position_rule,
             "position_shape": [0] if self.position is None else list(self.position.shape),
         }
@@ -194,11 +168,9 @@ class LinearInverse(nn.Module):
     def build(cls, configuration: Mapping[str, Any], target: Target) -> LinearInverse:
         """An inverse whose numbers are still to be loaded by `load_state_dict`."""
         given, layout = configuration, with_forms(Layout, configuration["layout"])
-        maps = {name: AffineMap.empty(layout, block, given["ranks"][name]) for name, block in layout.blocks.items()}
+        maps = {name: AffineMap() for name in layout.blocks}
         position = torch.zeros(given["position_shape"]) if given["position_rule"] == "fixed" else None
-        inverse = cls(given["source"], given["destination"], layout, maps, given["position_rule"], position)
-        inverse.score = LinearScore(given["score"]["alpha"], given["score"]["r2"])
-        return inverse
+        return cls(given["source"], given["destination"], layout, maps, given["position_rule"], position)
 
 
 def fit_linear(
@@ -227,7 +199,6 @@ def fit_linear_pairs(
     validation: Images | None = None,
     *,
     seed: int = 0,
-    context: int = 1,
     batch_size: int = 64,
     maximum_inputs: int = MAXIMUM_INPUTS,
     progress: bool = True,
@@ -237,28 +208,28 @@ def fit_linear_pairs(
     Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same.
     Memory does not depend on the number of images.
 
-    images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`
-    with its own context and floor; validation: images of another split, on which the ridge strength is chosen from
-    their moments alone (default: every fifth image of `images` is held out of the fit); seed: of the rows that are
-    drawn; context: side of the square of tokens that the map of one token reads, 1 (what that token alone says, the
-    `linear` family) or an odd number above (a convolution in closed form, see rows.py);
-    maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of the images,
-    and all return the same maps.
+    images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`;
+    validation: images of another split, on which the ridge strength is chosen from their moments alone (default: every
+    fifth image of `images` is held out of the fit); seed: of the rows that are drawn; maximum_inputs: see
+    `plan_layout`. Under `accelerate launch` every process reads its share of the images, and all return the same maps.
 
-    Returns {pair: LinearInverse}, each scored on the validation images. Raises BacksightError on an unknown tap, on
-    ends between which no map is defined, and on too few images.
+    Returns {pair: LinearInverse}. Raises BacksightError on an unknown tap, on ends between which no map is defined, and
+    on too few images.
     """
-    requests = {
-        pair: pair if isinstance(pair, Request) else Request(pair[0], pair[1], context) for pair in dict.fromkeys(pairs)
-    }
+    requests = {pair: Request(*pair) for pair in pairs}
     if not requests:
         raise BacksightError("A linear fit needs at least one tap to invert.")
     for name, given in (("images", images), ("validation", validation)):
         if not isinstance(given, Tensor | ImageSource | FeatureStore | None):
             raise TypeError(f"{name} are an ImageSource (open_images) or a tensor (N, 3, H, W), not {given!r:.60}")
+    if len(images) < (5 if validation is None else 1) or (validation is not None and not len(validation)):
+        raise BacksightError(
+            "A linear fit needs at least 5 images, or images both to fit and to validate on: "
+            "give a larger `images`, or a `validation` that is not empty."
+        )
     taps = list(dict.fromkeys(tap for request in requests.values() for tap in request[:2] if tap != PIXELS))
     inverses: dict[Request, LinearInverse] = {}
-    groups: dict[tuple[str, Reading], _Group] = {}
+    groups: dict[tuple[str, Block], _Group] = {}
     passes = held_out_passes(target, images, validation, taps, batch_size, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
         held: dict[str, Any] = {PIXELS: batch, **recorded}
@@ -268,22 +239,17 @@ def fit_linear_pairs(
             layout = plan_layout(request[:2], *forms, target.reduction, request.context, maximum_inputs)
             inverses[request] = LinearInverse(*request[:2], layout, {}, *_position(source, end))
             for name, block in layout.blocks.items():
-                key = request.source, block.reading
+                key = request.source, block._replace(gives=())
                 group = groups[key] if key in groups else groups.setdefault(key, _Group(source, block, len(images)))
                 group.members.append((request, layout, name))
         for group in groups.values():
             group.update(held, held_out, seed + number)
-    errors: dict[Request, list[tuple[float, float]]] = {request: [] for request in inverses}
     for key in list(groups):
-        for request, name, affine, solution in groups.pop(key).solved():  # its moments are not kept
-            inverse = inverses[request]
-            inverse.maps[name] = affine
-            errors[request].append((solution.error, solution.total))
-            if name == inverse.layout.main:
-                inverse.score = LinearScore(solution.alpha)
+        for request, name, affine, alpha in groups.pop(key).solved():  # its moments are not kept
+            inverses[request].maps[name] = affine
+            if name == inverses[request].layout.main:
+                inverses[request].alpha = alpha
     for request, inverse in inverses.items():
-        error, total = map(sum, zip(*errors[request], strict=True))
-        inverse.score = inverse.score._replace(r2=1 - error / total if total > 0 else math.nan)
         inverse.header = header_for(target, "linear", *request[:2], images, seed)
         inverse.to(batch.device).eval()
     return {pair: inverses[request] for pair, request in requests.items()}
@@ -305,23 +271,23 @@ class _Group:
     def __init__(self, representation: Representation, block: Block, images: int) -> None:
         self.block = block
         self.members: list[tuple[Request, Layout, str]] = []
+        self.widths: list[int] = []  # of the members' outputs
         self.training, self.validation = RidgeAccumulator(), RidgeAccumulator()
-        enough = max(LEAST_ROWS, CONTEXT_ROWS // images) if block.reading.context > 1 else MAXIMUM_ROWS
+        enough = max(LEAST_ROWS, CONTEXT_ROWS // images) if block.context > 1 else MAXIMUM_ROWS
         self.rows = min(MAXIMUM_ROWS, enough)  # of one image
-        self.projections = _projections(representation, block.reading) if block.reading.directions else {}
+        self.projections = _projections(representation, block) if block.directions else {}
 
     def update(self, held: Mapping[str, Any], held_out: bool, seed: int) -> None:
         """Add a batch; held: {tap: representation}, and the images under "pixels"."""
-        given = held[self.members[0][0].source]
-        batch = len(held[PIXELS])
-        ends = torch.cat(
-            [pack_destination(held[end], layout, layout.blocks[name]) for (_, end, *_), layout, name in self.members], 1
-        )
+        given, batch = held[self.members[0][0].source], len(held[PIXELS])
+        parts = [pack_destination(held[to.destination], it, it.blocks[name]) for to, it, name in self.members]
+        self.widths, ends = [part.shape[1] for part in parts], torch.cat(parts, dim=1)
         count, drawn = len(ends) // batch, slice(None)
         if count > self.rows:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             drawn = order[: self.rows].sort().values.to(ends.device)
-        size = max(1, PACKED_VALUES // (count * self.block.inputs))
+        read = self.block.context**2 * area(self.block.gathered)
+        size = max(1, PACKED_VALUES // (count * read * given.channels))
         for start in range(0, batch, size):
             part = given if size >= batch else given.index(slice(start, start + size))
             rows = pack_source(part, self.block, **self.projections), ends[start * count : (start + part.batch) * count]
@@ -331,37 +297,31 @@ class _Group:
             moments = self.validation if held_out else self.training
             moments.update(inputs.flatten(0, 1), outputs.flatten(0, 1))
 
-    def solved(self) -> Iterator[tuple[Request, str, AffineMap, Solution]]:
-        """(request, name of the map, the map, how it was found), of the strengths that the validation chooses."""
-        training, validation = self.training.gathered(), self.validation.gathered()
-        if min(training.count, validation.count) == 0:
-            raise BacksightError(
-                "A linear fit needs at least 5 images, or images both to fit and to validate on: "
-                "give a larger `images`, or a `validation` that is not empty."
-            )
-        end = 0
-        for request, layout, name in self.members:
-            start, end = end, end + layout.blocks[name].outputs
-            rank = RANK if layout.rows == "set" and min(self.block.inputs, end - start) > RANK else None
+    def solved(self) -> Iterator[tuple[Request, str, AffineMap, float]]:
+        """(request, name of the map, the map, strength), of the strengths that the validation chooses."""
+        training, validation, end = self.training.gathered(), self.validation.gathered(), 0
+        for (request, _, name), width in zip(self.members, self.widths, strict=True):
+            start, end = end, end + width
+            rank = RANK if name == "set" and min(len(training.input_mean), width) > RANK else None
             alphas = [alpha for alpha in ALPHAS if alpha >= request.floor] or [max(ALPHAS)]
             solution = best(training, validation, alphas, slice(start, end), rank)
             factors = zip(("matrix",) if rank is None else ("left", "right"), solution.factors, strict=True)
             numbers = {"center": solution.center, "bias": solution.bias, **dict(factors), **self.projections}
             numbers = {key: part.float().contiguous() for key, part in numbers.items()}
-            yield request, name, AffineMap(**numbers), solution
+            yield request, name, AffineMap(**numbers), solution.alpha
 
 
-def _projections(representation: Representation, reading: Reading) -> dict[str, Tensor]:
+def _projections(representation: Representation, block: Block) -> dict[str, Tensor]:
     """The leading principal directions of the tokens, and of each of the prefix tokens."""
     kinds = [representation.values]
     if isinstance(representation, Tokens):
-        kinds = [representation.maps()[reading.level].movedim(1, 3)]
-        kinds += representation.prefix_values.unbind(1) if reading.context > 1 else ()
+        kinds = [representation.maps()[block.level].movedim(1, 3)]
+        kinds += representation.prefix_values.unbind(1) if block.context > 1 else ()
     projections = []
     for values in kinds:
         moments = RidgeAccumulator()
         moments.update(values.reshape(-1, values.shape[-1]), values.new_zeros(values[..., 0].numel(), 0))
-        projections.append(leading_directions(moments.gathered(), reading.directions or 0).to(values.device))
+        projections.append(leading_directions(moments.gathered(), block.directions or 0).to(values.device))
     first, *others = projections
     return {"projection": first} | ({"prefix_projection": torch.stack(others)} if others else {})
 

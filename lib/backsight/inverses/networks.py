@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,8 +129,6 @@ class Shuffle(nn.Module):
         self.factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.factors[0] == self.factors[1]:
-            return F.pixel_shuffle(x, self.factors[0])
         return unpatchify(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]), self.factors)
 
 
@@ -186,7 +185,7 @@ class UpsamplingResidual(nn.Module):
         self.flat = end.kind == "tokens"
         if design.kind == "set_upsampling":
             source = Form("tokens", design.width, (over(end.grids[0], design.patch),))
-            self.asking = Transformer(design, source, own=False)
+            self.asking = TransformerResidual(design, source)
         self.upsampling = Upsampling(source, end.channels, end.grids[0], design.patch, design.width, design.depth)
 
     def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
@@ -196,16 +195,18 @@ class UpsamplingResidual(nn.Module):
         return y.flatten(2).transpose(1, 2) if self.flat else y
 
 
-class Transformer(nn.Module):
+class TransformerResidual(nn.Module):
     """Tokens or queries -> the same form (values alone): layers that see positional codes.
 
     Queries, and tokens on several grids, have learned codes too, which tell them apart. A set becomes another form by
-    reading: zeros with the form's codes, learned where there is no positional one, ask it in every layer.
+    reading: zeros with the form's codes, learned where there is no positional one, ask it in every layer. asked: the
+    map that reads a set for an upsampling: without a last layer, and without attention to itself.
     """
 
-    def __init__(self, design: Design, form: Form, own: bool = True) -> None:
+    def __init__(self, design: Design, asked: Form | None = None) -> None:
         super().__init__()
-        source, self.form, channels = design.source, form, form.channels
+        source, self.form = design.source, asked or design.destination
+        form, channels, own = self.form, self.form.channels, asked is None
         self.crossed = design.kind in ("decoder", "set_upsampling")
         self.embed = nn.Linear(source.channels, channels) if self.crossed else None
         self.slots = _codes(source.count, channels) if source.count else None
@@ -214,6 +215,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Layer(channels, design.heads, design.hidden, own=own, crossed=self.crossed) for _ in range(design.depth)
         )
+        self.head = _head(channels, channels) if own else nn.Identity()
 
     def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
         form, slots = self.form, 0 if self.slots is None else self.slots
@@ -228,18 +230,7 @@ class Transformer(nn.Module):
             memory, y = self.embed(y), y.new_zeros(len(y), size, form.channels)
         for layer in self.layers:
             y = layer(y, code, hidden, memory, slots)
-        return y
-
-
-class TransformerResidual(Transformer):
-    """With a last layer that starts at zero."""
-
-    def __init__(self, design: Design) -> None:
-        super().__init__(design, design.destination)
-        self.head = _head(self.form.channels, self.form.channels)
-
-    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
-        return self.head(super().forward(x, position, padding))
+        return self.head(y)
 
 
 class SplittingResidual(nn.Module):
@@ -260,14 +251,16 @@ class SplittingResidual(nn.Module):
         self.codes, self.end_codes = (GridCodes(form) if attends else None for form in (source, end))
 
         def layers(form: Form, count: int, hidden: int) -> nn.ModuleList:
-            heads = _divisor(form.channels, design.heads)
+            heads = gcd(form.channels, design.heads)
             kinds: Any = (Layer, form.channels, heads, hidden) if attends else (ResidualConvolutions, form.channels)
             return nn.ModuleList(kinds[0](*kinds[1:]) for _ in range(count))
 
         self.before = layers(source, design.depth, design.hidden)
         self.after = layers(end, 1, 2 * end.channels)
-        cells = {name: block for name, block in self.layout.blocks.items() if block.reading.what == "cells"}
-        self.split = nn.ModuleDict({name: nn.Linear(block.inputs, block.outputs) for name, block in cells.items()})
+        self.split = nn.ModuleDict()
+        for patch, (name, block) in zip(self.layout.patches, self.layout.blocks.items(), strict=False):
+            read = area(block.gathered) + len(block.coarser)
+            self.split[name] = nn.Linear(source.channels * read, end.channels * area(patch))
         self.first = nn.Linear(source.channels, end.channels) if end.prefix else None
         self.first_codes = _codes(end.prefix, end.channels) if end.prefix else None
         self.head = _head(end.channels, end.channels)
@@ -282,7 +275,7 @@ class SplittingResidual(nn.Module):
         for level, (name, linear) in enumerate(self.split.items()):
             block = layout.blocks[name]
             rows = linear(pack_source(x, block)).unflatten(0, (x.batch, -1))
-            cells, canvas = block.reading.cells(x.grids), layout.canvas(block, level)
+            cells, canvas = block.cells(x.grids), layout.canvas(block, level)
             whole = resized(unpatchify(rows, cells, layout.patches[level], canvas), end.grids[level])
             parts.append(whole.flatten(2).transpose(1, 2))
         code: Any = 0 if self.end_codes is None else self.end_codes()
@@ -358,7 +351,7 @@ def design_for(
         layers = max(1, stage.depth)
         heads, hidden = stage.heads or heads, stage.hidden or hidden
     channels = {"decoder": destination.channels, "set_upsampling": width}.get(kind, source.channels)
-    heads = _divisor(channels, heads)
+    heads = gcd(channels, heads)
     return Design(kind, source, destination, layers, heads, hidden, width, patch, positioned, mixing)
 
 
@@ -383,11 +376,6 @@ def _kind(source: Form, destination: Form, between: str) -> str:
     if destination.kind == "tokens" or source.count != destination.count:
         return "decoder"
     return "mlp" if source.kind == "predictions" or between == "norm" else "queries"
-
-
-def _divisor(channels: int, heads: int) -> int:
-    """The largest number of heads, `heads` at most, that divides the channels."""
-    return next(number for number in range(min(heads, channels), 0, -1) if channels % number == 0)
 
 
 def _factors(patch: Grid) -> list[Grid]:

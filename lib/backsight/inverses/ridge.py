@@ -7,12 +7,13 @@ float32 features. Inputs are standardised, so that a strength means the same at 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from backsight.data.distributed import processes
@@ -26,89 +27,61 @@ EVERY = slice(None)
 class RidgeAccumulator:
     """Moments of inputs x (M, D) and outputs y (M, E), from which ridge solutions and errors follow.
 
-    input_mean (D,), output_mean (E,); gram (D, D), cross (D, E), square (E,): sums of products about these means. They
-    are float64, on the device of the rows (on the CPU for mps, which has no float64).
+    input_mean (D,), output_mean (E,); gram (D, D), cross (D, E): sums of products about these means. In float64, on the
+    device of the rows (on the CPU for mps, which has none).
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.input_mean = self.output_mean = self.gram = self.cross = self.square = torch.empty(0)
-
-    def _start(self, input_mean: Tensor, output_mean: Tensor) -> None:
-        self.input_mean, self.output_mean, self.square = input_mean, output_mean, torch.zeros_like(output_mean)
-        self.gram = input_mean.new_zeros(len(input_mean), len(input_mean))
-        self.cross = input_mean.new_zeros(len(input_mean), len(output_mean))
-
-    def _join(self, count: int, input_mean: Tensor, output_mean: Tensor) -> None:
-        """Count further rows, of these means; the sums about them have been added already."""
-        moved_x, moved_y = input_mean - self.input_mean, output_mean - self.output_mean
-        share = count / (self.count + count)
-        self.gram.addr_(moved_x, moved_x, alpha=share * self.count)
-        self.cross.addr_(moved_x, moved_y, alpha=share * self.count)
-        self.square += share * self.count * moved_y.square()
-        self.input_mean, self.output_mean = self.input_mean + share * moved_x, self.output_mean + share * moved_y
-        self.count += count
+        self.input_mean = self.output_mean = self.gram = self.cross = torch.empty(0)
 
     def update(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add rows (M, D) and (M, E)."""
         step = max(64, CHUNK_VALUES // (inputs.shape[1] + outputs.shape[1]))
         device = torch.device("cpu") if inputs.device.type == "mps" else inputs.device
         for start in range(0, len(inputs), step):
+            part = RidgeAccumulator()
             x, y = (rows[start : start + step].to(device, torch.float64) for rows in (inputs, outputs))
-            means = x.mean(0), y.mean(0)
-            if self.count == 0:
-                self._start(*means)
-            x, y = x - means[0], y - means[1]
-            self.gram.addmm_(x.T, x)
-            self.cross.addmm_(x.T, y)
-            self.square += y.square().sum(0)
-            self._join(len(x), *means)
+            part.count, part.input_mean, part.output_mean = len(x), x.mean(0), y.mean(0)
+            x, y = x - part.input_mean, y - part.output_mean
+            part.gram, part.cross = x.T @ x, x.T @ y
+            self._add(part)
+
+    def _add(self, other: RidgeAccumulator) -> None:
+        """The rows of another, which may be of another process and lie on another device."""
+        if self.count == 0 or other.count == 0:
+            if other.count:
+                vars(self).update(copy.deepcopy(vars(other)))
+            return
+        share = other.count / (self.count + other.count)
+        moved_x = other.input_mean.to(self.gram) - self.input_mean
+        moved_y = other.output_mean.to(self.gram) - self.output_mean
+        self.gram.add_(other.gram.to(self.gram)).addr_(moved_x, moved_x, alpha=share * self.count)
+        self.cross.add_(other.cross.to(self.gram)).addr_(moved_x, moved_y, alpha=share * self.count)
+        self.input_mean, self.output_mean = self.input_mean + share * moved_x, self.output_mean + share * moved_y
+        self.count += other.count
 
     def __add__(self, other: RidgeAccumulator) -> RidgeAccumulator:
         """The moments of the rows of both."""
-        if self.count == 0 or other.count == 0:
-            return self if other.count == 0 else other
         total = RidgeAccumulator()
-        total.count, total.input_mean, total.output_mean = self.count, self.input_mean, self.output_mean
-        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
-        total.square = self.square + other.square
-        total._join(other.count, other.input_mean, other.output_mean)
+        for part in (self, other):
+            total._add(part)
         return total
 
     def gathered(self) -> RidgeAccumulator:
         """The moments of the rows of all processes of a distributed run, the same on each; alone: these."""
-        state = processes()
-        if state.num_processes == 1:
+        if processes().num_processes == 1:
             return self
-        sizes = [size for size in gather_object([(len(self.input_mean), len(self.output_mean))]) if any(size)]
-        if not sizes:
-            return self
-        device = state.device if state.device.type == "cuda" else "cpu"
-        if self.count == 0:
-            self._start(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes[0]))
-        total = RidgeAccumulator()
-        total.count = sum(gather_object([self.count]))
-        means = (reduce(mean * self.count, "sum") / total.count for mean in (self.input_mean, self.output_mean))
-        total.input_mean, total.output_mean = means
-        sums = self.about(total.input_mean, total.output_mean)
-        total.gram, total.cross, total.square = (reduce(part, "sum") for part in sums)
-        return total
+        return sum(gather_object([self]), RidgeAccumulator())
 
-    def about(
-        self, input_center: Tensor, output_center: Tensor, columns: slice = EVERY
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """gram (D, D), cross (D, E) and square (E,) about other centres; columns: of the outputs."""
+    def about(self, input_center: Tensor, output_center: Tensor, columns: slice = EVERY) -> tuple[Tensor, Tensor]:
+        """gram (D, D) and cross (D, E) about other centres; columns: of the outputs."""
         moved_x, moved_y = self.input_mean - input_center, self.output_mean[columns] - output_center
-        return (
-            torch.addr(self.gram, moved_x, moved_x, alpha=self.count),
-            torch.addr(self.cross[:, columns], moved_x, moved_y, alpha=self.count),
-            self.square[columns] + self.count * moved_y.square(),
-        )
+        gram = torch.addr(self.gram, moved_x, moved_x, alpha=self.count)
+        return gram, torch.addr(self.cross[:, columns], moved_x, moved_y, alpha=self.count)
 
     def standardised(self) -> tuple[Tensor, Tensor]:
         """(D, D) correlations of the inputs, and (D,) the scales that make them: 0 for constant channels."""
-        if self.count == 0:
-            raise ValueError("a ridge accumulator without rows has no solution")
         covariance = self.gram / self.count
         if not torch.isfinite(covariance).all():
             raise BacksightError(
@@ -134,16 +107,12 @@ class RidgeAccumulator:
 
 
 class Solution(NamedTuple):
-    """ŷ = bias + (x - center) @ the product of `factors`; error, total: squared errors of the validation rows, of
-    this map and of the bias alone, summed over rows and outputs.
-    """
+    """ŷ = bias + (x - center) @ the product of `factors`."""
 
     alpha: float
     center: Tensor
     bias: Tensor
     factors: tuple[Tensor, ...]
-    error: float
-    total: float
 
 
 def best(
@@ -160,34 +129,26 @@ def best(
     correlation, scale = training.standardised()
     center, bias = training.input_mean, training.output_mean[columns]
     cross = scale[:, None] * training.cross[:, columns] / training.count
-    gram, held_out, square = validation.about(center, bias, columns)
+    gram, held_out = validation.about(center, bias, columns)
     gram, held_out = gram * scale[:, None] * scale, scale[:, None] * held_out
-    sketch = None
+    sketched = cross
     if len(center) >= WIDE and len(bias) > SKETCH:
         sketch = torch.randn(len(bias), SKETCH, generator=torch.Generator().manual_seed(0)).to(cross)
-
-    def error(weight: Tensor, cross: Tensor) -> float:
-        """Up to a constant, the sum of the squared outputs."""
-        return float(((gram @ weight - 2 * cross) * weight).sum())
+        sketched, held_out = cross @ sketch, held_out @ sketch
 
     @cache
-    def compared(number: int) -> float:
-        given, seen = (cross, held_out) if sketch is None else (cross @ sketch, held_out @ sketch)
-        return error(_solved(correlation, alphas[number], given), seen)
+    def error(number: int) -> float:
+        """Up to a constant, the sum of the squared errors."""
+        weight = _solved(correlation, alphas[number], sketched)
+        return float(((gram @ weight - 2 * held_out) * weight).sum())
 
     low, high = 0, len(alphas) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if compared(middle) <= compared(middle + 1) else (middle + 1, high)
-    weight, total = _solved(correlation, alphas[low], cross), float(square.sum())
-    factors: tuple[Tensor, ...] = (weight,)
-    if rank is not None:
-        factors = _low_rank(correlation, weight, rank)
-        weight = factors[0] @ factors[1]
-    left, *right = factors
-    return Solution(
-        alphas[low], center, bias, (scale[:, None] * left, *right), max(0.0, total + error(weight, held_out)), total
-    )
+        low, high = (low, middle) if error(middle) <= error(middle + 1) else (middle + 1, high)
+    weight = _solved(correlation, alphas[low], cross)
+    left, *right = (weight,) if rank is None else _low_rank(correlation, weight, rank)
+    return Solution(alphas[low], center, bias, (scale[:, None] * left, *right))
 
 
 def _solved(correlation: Tensor, alpha: float, cross: Tensor) -> Tensor:

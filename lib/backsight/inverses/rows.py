@@ -112,12 +112,13 @@ def resized(maps: Tensor, size: Grid) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear")
 
 
-class Reading(NamedTuple):
-    """What a row reads; maps of equal reading share their Gram matrix.
+class Block(NamedTuple):
+    """One ridge map: what its rows read and give.
 
     what: "cells" of the grid `level`, the "prefix" token number `level`, each of the "prefixes", the "mean" of all
     tokens, each of the "queries", or all of them, a "set"; gathered: tokens in a cell; coarser: further grids;
-    directions: principal ones, through which all but the own token is read, or None.
+    directions: principal ones, through which all but the own token is read, or None; gives: grids of the destination,
+    or its prefix token.
     """
 
     what: str
@@ -126,22 +127,11 @@ class Reading(NamedTuple):
     coarser: tuple[int, ...] = ()
     context: int = 1
     directions: int | None = None
+    gives: tuple[int, ...] = ()
 
     def cells(self, grids: Sequence[Grid]) -> Grid:
         """Rows of an image, down and across, of a source on these grids."""
         return over(grids[self.level], self.gathered) if self.what == "cells" else (1, 1)
-
-
-class Block(NamedTuple):
-    """One ridge map: values in a row of its inputs and of its outputs.
-
-    gives: grids of the destination, by number; of the map of a prefix token that token's number.
-    """
-
-    reading: Reading
-    inputs: int
-    outputs: int
-    gives: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,29 +154,16 @@ class Layout:
     @cached_property
     def blocks(self) -> dict[str, Block]:
         """The maps by name: one for each grid of the destination, then those of the prefix tokens."""
-        source, end, channels = self.source, self.destination, self.source.channels
-        width = self.directions or channels
-        if self.rows == "queries":
-            return {"queries": Block(Reading("queries"), channels, end.channels)}
-        if self.rows == "set":
-            outputs = end.channels * (sum(map(area, self.patches)) + end.prefix)
-            reading = Reading("set", directions=self.directions)
-            return {"set": Block(reading, source.count * width, outputs, tuple(range(len(self.patches))))}
-        blocks = {}
-        for level, patch in enumerate(self.patches):
-            reading = _reading(source, end, level, self.context, self.directions)
-            inputs = channels if reading.gathered == (1, 1) else width * area(reading.gathered)
-            inputs += width * (reading.context**2 - 1 + source.prefix) if reading.context > 1 else 0
-            inputs += channels * len(reading.coarser)
-            name = "cells" if len(self.patches) == 1 else f"cells_{level}"
-            blocks[name] = Block(reading, inputs, end.channels * area(patch), (level,))
+        source, end, levels = self.source, self.destination, range(len(self.patches))
+        if self.rows != "cells":
+            return {self.rows: Block(self.rows, directions=self.directions, gives=tuple(levels))}
+        cells = [_cells(source, end, level, self.context, self.directions) for level in levels]
+        blocks = {"cells" if len(cells) == 1 else f"cells_{level}": cells[level] for level in levels}
         equal = source.prefix == end.prefix
         if equal and end.prefix > MANY_PREFIX_TOKENS:
-            return blocks | {"prefixes": Block(Reading("prefixes"), channels, end.channels)}
-        for index in range(end.prefix):
-            reading = Reading("prefix", index) if equal else Reading("mean")
-            blocks[f"prefix_{index}"] = Block(reading, channels, end.channels, (index,))
-        return blocks
+            return blocks | {"prefixes": Block("prefixes")}
+        prefix = [Block("prefix", index) if equal else Block("mean") for index in range(end.prefix)]
+        return blocks | {f"prefix_{index}": block._replace(gives=(index,)) for index, block in enumerate(prefix)}
 
     @property
     def main(self) -> str:
@@ -195,12 +172,12 @@ class Layout:
 
     def canvas(self, block: Block, level: int) -> Grid:
         """The size of a grid of the destination on which its rows lie side by side, edges cut off where they fit."""
-        grid, patch, cells = self.destination.grids[level], self.patches[level], block.reading.cells(self.source.grids)
+        grid, patch, cells = self.destination.grids[level], self.patches[level], block.cells(self.source.grids)
         return grid if over(grid, patch) == cells else (cells[0] * patch[0], cells[1] * patch[1])
 
 
-def _reading(source: Form, end: Form, level: int, context: int = 1, directions: int | None = None) -> Reading:
-    """Of the cells that give a grid of the destination."""
+def _cells(source: Form, end: Form, level: int, context: int = 1, directions: int | None = None) -> Block:
+    """That gives a grid of the destination."""
     same, grid = source.grids == end.grids, end.grids[level]
     own = level if same else nearest_level(source.grids, grid)
     read, gathered = source.grids[own], (1, 1)
@@ -208,7 +185,7 @@ def _reading(source: Form, end: Form, level: int, context: int = 1, directions: 
         gathered, context = over(read, grid), 1
     coarser = tuple(place for place, other in enumerate(source.grids) if place != own and area(other) < area(read))
     near = context == 1 and gathered == (1, 1)
-    return Reading("cells", own, gathered, () if same else coarser, context, None if near else directions)
+    return Block("cells", own, gathered, () if same else coarser, context, None if near else directions, (level,))
 
 
 def plan_layout(
@@ -227,17 +204,12 @@ def plan_layout(
     Raises BacksightError where no linear map between these kinds is defined.
     """
     from_set = source.kind in ("queries", "predictions")
-    if from_set and destination.kind == "queries":
-        if source.count != destination.count:
-            raise BacksightError(
-                f"No linear map from {pair[0]!r} to {pair[1]!r}: they have {source.count} and "
-                f"{destination.count} queries; choose taps with the same number."
-            )
+    if from_set and destination.kind == "queries" and source.count == destination.count:
         return Layout(source, destination, "queries")
     if destination.kind not in ("tokens", PIXELS):
         raise BacksightError(
-            f"No linear map from {source.kind} at {pair[0]!r} to {destination.kind} at {pair[1]!r}: "
-            "tokens map to tokens or pixels, queries and predictions map to queries, tokens or pixels."
+            f"No linear map from {source} at {pair[0]!r} to {destination} at {pair[1]!r}: tokens map to tokens or "
+            "pixels, queries and predictions map to as many queries, to tokens or pixels."
         )
     directions = DIRECTIONS if context > 1 and source.channels > DIRECTIONS else None
     if from_set:
@@ -245,9 +217,9 @@ def plan_layout(
         patches = list(destination.grids)
     else:
         rows, together = "cells", max
-        readings = [_reading(source, destination, level) for level in range(len(destination.grids))]
-        many = max(area(reading.gathered) for reading in readings)
-        cells = [reading.cells(source.grids) for reading in readings]
+        blocks = [_cells(source, destination, level) for level in range(len(destination.grids))]
+        many = max(area(block.gathered) for block in blocks)
+        cells = [block.cells(source.grids) for block in blocks]
         patches = [over(grid, count) for grid, count in zip(destination.grids, cells, strict=True)]
         if destination.kind == PIXELS and reduction and over(destination.grids[0], reduction) == cells[0]:
             patches = [reduction]
@@ -268,48 +240,47 @@ def pack_source(
     projection: Tensor | None = None,
     prefix_projection: Tensor | None = None,
 ) -> Tensor:
-    """The input rows (M, block.inputs): images in order, rows of an image together.
+    """The input rows (M, inputs): images in order, rows of an image together.
 
     projection: (C, directions), prefix_projection: (P, C, directions), where the reading has directions.
     """
-    reading, values = block.reading, representation.values
-    if reading.what == "set":
+    what, values = block.what, representation.values
+    if what == "set":
         return (values if projection is None else values @ projection).flatten(1)
     if not isinstance(representation, Tokens):
         return values.flatten(0, 1)
     prefix = representation.prefix_values
-    if reading.what == "prefix":
-        return prefix[:, reading.level]
-    if reading.what == "prefixes":
+    if what == "prefix":
+        return prefix[:, block.level]
+    if what == "prefixes":
         return prefix.flatten(0, 1)
-    if reading.what == "mean":
+    if what == "mean":
         shown = values.new_ones(values.shape[:2])
         if representation.padding is not None:
             shown[:, representation.prefix :] = (~representation.padding).to(shown)
         return (values * shown[..., None]).sum(1) / shown.sum(1, keepdim=True).clamp(min=1)
-    maps, cells = _unpadded(representation).maps(), reading.cells(representation.grids)
-    parts = _own(maps[reading.level], reading, projection)
-    for level in reading.coarser:
+    maps, cells = _unpadded(representation).maps(), block.cells(representation.grids)
+    parts = _own(maps[block.level], block, projection)
+    for level in block.coarser:
         parts.append(F.interpolate(maps[level], cells, mode="nearest-exact").flatten(2).transpose(1, 2))
-    if reading.context > 1 and representation.prefix:
+    if block.context > 1 and representation.prefix:
         if prefix_projection is not None:
             prefix = torch.einsum("bpc,pcd->bpd", prefix, prefix_projection)
         parts.append(prefix.flatten(1)[:, None].expand(-1, area(cells), -1))
     return torch.cat(parts, dim=2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
 
 
-def _own(own: Tensor, reading: Reading, projection: Tensor | None) -> list[Tensor]:
+def _own(own: Tensor, block: Block, projection: Tensor | None) -> list[Tensor]:
     """(B, N, …) of what each cell reads of its own grid."""
     projected = own if projection is None else torch.einsum("bchw,cd->bdhw", own, projection)
-    if reading.gathered != (1, 1):
-        return [patchify(projected, reading.gathered)]
-    if reading.context == 1:
+    if block.gathered != (1, 1):
+        return [patchify(projected, block.gathered)]
+    if block.context == 1:
         return [own.flatten(2).transpose(1, 2)]
-    around = F.unfold(projected, reading.context, padding=reading.context // 2).transpose(1, 2)
+    around = F.unfold(projected, block.context, padding=block.context // 2).transpose(1, 2)
     if projection is None:
         return [around]
-    cells = around.unflatten(2, (-1, reading.context**2))
-    centre = reading.context**2 // 2
+    cells, centre = around.unflatten(2, (-1, block.context**2)), block.context**2 // 2
     neighbours = torch.cat([cells[..., :centre], cells[..., centre + 1 :]], dim=3).flatten(2)
     return [own.flatten(2).transpose(1, 2), neighbours]
 
@@ -323,15 +294,15 @@ def _unpadded(tokens: Tokens) -> Tokens:
 
 
 def pack_destination(value: Tensor | Representation, layout: Layout, block: Block) -> Tensor:
-    """The output rows (M, block.outputs), in the order of `pack_source`."""
+    """The output rows (M, outputs), in the order of `pack_source`."""
     if not isinstance(value, Tensor | Tokens):
         return value.values.flatten(0, 1)
     prefix = value.prefix_values if isinstance(value, Tokens) else value.new_zeros(len(value), 0, 3)
-    if block.reading.what in ("prefix", "mean", "prefixes"):
-        return prefix.flatten(0, 1) if block.reading.what == "prefixes" else prefix[:, block.gives[0]]
+    if block.what in ("prefix", "mean", "prefixes"):
+        return prefix.flatten(0, 1) if block.what == "prefixes" else prefix[:, block.gives[0]]
     maps = (value,) if isinstance(value, Tensor) else _unpadded(value).maps()
     parts = [patchify(resized(maps[n], layout.canvas(block, n)), layout.patches[n]) for n in block.gives]
-    if block.reading.what == "set":
+    if block.what == "set":
         parts.append(prefix.flatten(1)[:, None])
     return torch.cat(parts, dim=2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
 
@@ -351,11 +322,11 @@ def unpack(
     maps, prefix = [], []
     for name, block in layout.blocks.items():
         rest = rows[name].unflatten(0, (batch, -1))
-        for level in block.gives if block.reading.what in ("cells", "set") else ():
+        for level in block.gives if block.what in ("cells", "set") else ():
             grid, canvas, patch = destination.grids[level], layout.canvas(block, level), layout.patches[level]
             piece, rest = rest.tensor_split([destination.channels * area(patch)], dim=2)
             fitted = grids == layout.source.grids
-            whole = unpatchify(piece, block.reading.cells(grids), patch, canvas if fitted else None)
+            whole = unpatchify(piece, block.cells(grids), patch, canvas if fitted else None)
             if not fitted:
                 grid = (whole.shape[2] * grid[0] // canvas[0], whole.shape[3] * grid[1] // canvas[1])
             maps.append(resized(whole, grid))
@@ -370,10 +341,9 @@ def unpack(
 
 def row_padding(source: Representation, block: Block) -> Tensor | None:
     """(B, rows) bool, True = padding: the rows that are neither fitted nor predicted, or None."""
-    if block.reading.what != "cells" or not isinstance(source, Tokens) or source.padding is None:
+    if block.what != "cells" or not isinstance(source, Tokens) or source.padding is None:
         return None
-    own = _padding_maps(source)[block.reading.level]
-    return patchify(own, block.reading.gathered).amin(dim=2) > 0
+    return patchify(_padding_maps(source)[block.level], block.gathered).amin(dim=2) > 0
 
 
 def carried_padding(source: Tokens, grids: Sequence[Grid]) -> Tensor | None:
