@@ -348,6 +348,9 @@ def test_a_click_on_a_query_removes_it_and_a_second_brings_it_back(page: Page) -
     page._heard(None, {"kind": "query", "query": query}, [])
     assert page.view.removed == ()
     assert page.made.png == made
+    page._heard(None, {"kind": "query", "query": query}, [])
+    page.fields["target"].value = VIT  # which has no queries
+    assert page.view.removed == ()
 
 
 def test_tokens_on_several_levels_are_all_swapped() -> None:

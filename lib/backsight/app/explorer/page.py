@@ -70,7 +70,8 @@ class Page:
         self._rest: asyncio.Task[None] | None = None
 
         self.frame, self.drop, self.strip = Frame(), Drop(), Strip()
-        self.given, self.made, self.difference, self.errors = (Picture() for _ in range(4))
+        titles = ("Input", "Reconstruction", "Difference", "Error by patch")
+        self.given, self.made, self.difference, self.errors = (Picture(title=title) for title in titles)
         self.message, self.heading, self.measures, self.hues = (widgets.HTML() for _ in range(4))
         self.status, self.tap, self.sentence = (classed(widgets.HTML(), name) for name in ("status", "tap", "sentence"))
         self.code = classed(widgets.Textarea(layout={"width": "100%", "height": "15rem"}, disabled=True), "code")
@@ -80,14 +81,13 @@ class Page:
         self.clear = widgets.Button(description="Clear patches and queries")
         self.reset = widgets.Button(description="Reset")
         self.export = widgets.Button(description="Export PNG", tooltip="the pictures, with this view in the file")
-        dragged = {"continuous_update": True, "readout_format": ".1f"}
         self.fields: dict[str, Any] = {  # controls of one field of the view each
             "target": widgets.Dropdown(description="Target", options=list(SHIPPED)),
             "family": widgets.Dropdown(description="Inverse"),
             "inverse_tap": widgets.Dropdown(description="read with"),
-            "noise": widgets.FloatSlider(description="Noise σ", max=3, step=0.1, **dragged),
+            "noise": widgets.FloatSlider(description="Noise σ", max=3, step=0.1, readout_format=".1f"),
             "hue_shift": widgets.IntSlider(description="Hue shift °", min=-180, max=180, step=15),
-            "saturation": widgets.FloatSlider(description="Saturation", max=2, step=0.1, **dragged),
+            "saturation": widgets.FloatSlider(description="Saturation", max=2, step=0.1, readout_format=".1f"),
             "region": widgets.ToggleButtons(options=["object", "image"]),
             "picture": widgets.Dropdown(description="Picture", options=OFFERED),
             "swap_picture": widgets.Dropdown(description="swap from", options=OFFERED),
@@ -155,9 +155,7 @@ class Page:
 
     def _look(self, view: View) -> None:
         self._say("")
-        if self.bench is None or view.target != self.view.target:
-            self._show_status(f"Loading {view.target}: minutes where inverses have to be fitted to a large model.")
-        bench = self.workbench.bench(view.target)
+        bench = self._loaded(view.target)
         start = time.perf_counter()
         family = view.family if view.family in bench.families else next(iter(bench.families))
         seen = self.workbench.see(replace(view, family=family, tap=view.tap or bench.taps[0]))
@@ -170,6 +168,10 @@ class Page:
         except RuntimeError:  # no notebook: nothing else can be asked for meanwhile
             list(parts)
 
+    def _loaded(self, target: str) -> Bench:
+        self._show_status(f"Loading {target}: minutes where inverses have to be fitted to a large model.")
+        return self.workbench.bench(target)
+
     def _apply(self, **changes: Any) -> None:
         view = replace(self.view, **changes)
         if view != self.view:
@@ -180,17 +182,18 @@ class Page:
             return
         if name == "target":
             with self.refusals():
-                self.look(self._moved(change["new"]))
+                return self.look(self._moved(change["new"]))
+            self._set_controls()
         else:
             self._apply(**{name: self.bench.taps[change["new"]] if name == "tap" else change["new"]})
 
     def _moved(self, target: str) -> View:
         """The view on another target, at the same relative depth and places."""
-        self._show_status(f"Loading {target}.")
-        before, after = self.workbench.bench(self.view.target), self.workbench.bench(target)
+        before, after = self.workbench.bench(self.view.target), self._loaded(target)
         share = before.taps.index(self.view.tap) / max(1, len(before.taps) - 1)
         view = on_grid(self.view, before.grid, after.grid)
-        return replace(view, target=target, tap=after.taps[round(share * (len(after.taps) - 1))], inverse_tap="")
+        tap = after.taps[round(share * (len(after.taps) - 1))]
+        return replace(view, target=target, tap=tap, inverse_tap="", removed=())
 
     def _heard(self, _element: Any, message: Mapping[str, Any], buffers: Sequence[bytes]) -> None:
         """A message from an element of the browser."""
@@ -238,7 +241,6 @@ class Page:
         self.heading.value = f"<h2>{escape(f'{view.target}, {seen.tap}')} {by}</h2>"
         self.given.show(
             seen.image,
-            title="Input",
             caption=seen.picture.words,
             alt=f"Input: {seen.picture.words}. The model finds {before.words}.",
             boxes=list(before.boxes),
@@ -249,14 +251,12 @@ class Page:
         )
         self.made.show(
             seen.reconstruction,
-            title="Reconstruction",
             caption=f"from {seen.tap}, {decibels}",
             alt=f"Reconstruction from {seen.tap} by {reader}; PSNR {decibels}. The model finds {after.words}.",
             boxes=list(after.boxes),
         )
         self.difference.show(
             seen.difference,
-            title="Difference",
             caption="absolute, black = equal",
             alt=f"Absolute difference of input and reconstruction, mean {float(seen.difference.mean()):.3f}",
         )
@@ -264,7 +264,7 @@ class Page:
         colours = colormaps["cividis"]((errors / ERROR_RANGE).clamp(max=1).numpy())[..., :3]
         worst = f"RMS of each patch, at most {float(errors.max()):.2f} (yellow: {ERROR_RANGE} and more)"
         image = from_numpy(colours).permute(2, 0, 1)[None].float()
-        self.errors.show(image, title="Error by patch", caption=worst, alt=worst)
+        self.errors.show(image, caption=worst, alt=worst)
         self.measures.value = measures_table(seen)
         self.strip.chosen, self.code.value, self.frame.query = seen.tap, view.to_python(), view.to_query()
         if seen.remarks:
@@ -288,7 +288,7 @@ class Page:
         with self.refusals():
             await asyncio.sleep(0.05)  # a control that is dragged comes first
             for _ in parts:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.15)
 
     # ---------------------------------------------------------------------------------------------------- what is said
 

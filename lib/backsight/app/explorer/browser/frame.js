@@ -11,15 +11,17 @@ function render({ model, el }) {
   });
   naming.observe(document.body, { childList: true, subtree: true });
 
-  model.on("change:query", () => {
-    // Alone, the address follows the view, without an entry in the history for each step of a slider.
+  function follow() {
+    // Alone, the address follows the view, without the token, nor an entry in the history for each step of a slider.
     if (document.body.dataset.voila === undefined) return;
     try {
       window.history.replaceState(null, "", `?${model.get("query")}`);
     } catch {
       // browsers allow only so many in a row; the next change catches up
     }
-  });
+  }
+  follow();
+  model.on("change:query", follow);
 
   model.on("msg:custom", (message, buffers) => {
     const link = document.createElement("a");
