@@ -41,7 +41,7 @@ def by_depth(
     """
     measures = [measures] if isinstance(measures, str) else list(measures)
     rows = rows_of(metrics, measures)
-    rows = rows[rows["tap"].notna()]
+    rows = rows[rows["tap"].notna()].sort_values("measure", key=lambda names: names.map(measures.index), kind="stable")
     several = rows[["target", "dataset", "split"]].astype(object).fillna("")
     if len(several.drop_duplicates()) > 1:
         rows = rows.assign(panel=several["target"] + " · " + several["dataset"] + ", " + several["split"])

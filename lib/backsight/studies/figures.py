@@ -47,6 +47,7 @@ def quality_of_targets(study: Study, dataset: str = "scenes", measures: Sequence
         raise BacksightError("the targets of this study share no inverse family: compare fewer of them.")
     mean = rows[rows["inverse"] == "null_mean"].groupby("measure")["value"].mean()
     rows = rows[rows["inverse"] == family]
+    rows = rows.sort_values("measure", key=lambda names: names.map(list(measures).index), kind="stable")
     return rows.assign(mean=rows["measure"].map(mean))
 
 
@@ -87,4 +88,5 @@ def placed(rows: pd.DataFrame, dataset: str | None = None) -> pd.DataFrame:
     if rows.empty:
         raise BacksightError(f"no run of {QUALITY} in this study has such rows: run it on {dataset or 'scenes'}.")
     rank = rows.groupby("target")["depth"].rank("dense") - 1
-    return rows.assign(place=rank / rank.groupby(rows["target"]).transform("max").clip(lower=1)).sort_values("place")
+    place = rank / rank.groupby(rows["target"]).transform("max").clip(lower=1)
+    return rows.assign(place=place).sort_values("place", kind="stable")
