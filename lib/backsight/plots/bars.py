@@ -68,6 +68,8 @@ def bars(
             texts = names if len(panels) == 1 else [short_tap(str(name)) for name in names]
             axes.set_xticks(range(len(names)), texts, rotation=40, ha="right", rotation_mode="anchor")
             axes.grid(False, axis="x")
+            if stacked:
+                axes.set_ylim(0, min(1.02, axes.get_ylim()[1]))  # shares: no interval goes beyond 1
             if len(panels) > 1:
                 axes.set_title(name_of(which))
             if place >= len(panels) - columns:
