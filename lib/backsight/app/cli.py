@@ -46,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     lists = "one parameter; lists as in -p 'families=[linear, direct]'"
     run.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help=lists)
     run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
-    run.add_argument("--fresh", action="store_true", help="run again even where an equal run is finished")
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
 
     plan = command(_plan, "list the runs of a preset, with the seconds that they last took")
@@ -87,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
 
     plan = plan_run(options.notebook, options.preset, options.assignments, options.out)
     try:
-        run_plan(plan, options.fresh, options.verbose)
+        run_plan(plan, options.verbose)
     except NotebookError as error:
         print(f"backsight: {error}", file=sys.stderr)
         return 1

@@ -34,13 +34,12 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
         for target, entry in graph["targets"].items():
             name, training = file_name(target), {"target": target, "images": entry["train"]}
             trained = {}
-            for suffix, family, numbers in [
-                *(("", family, seeds) for family in families),
-                *(("-untrained", family, untrained) for family in families if family != "linear"),
-            ]:
-                for seed in numbers:
-                    own = training | {"families": [family], "pretrained": not suffix, "seed": seed}
-                    trained[f"train-{name}{suffix}-{family}-seed{seed}"] = GraphRun("train", "02_train_inverse", own)
+            for family in families:
+                for suffix, numbers in (("", seeds), ("-untrained", untrained if family != "linear" else [])):
+                    for seed in numbers:
+                        own = training | {"families": [family], "pretrained": not suffix, "seed": seed}
+                        run = f"train-{name}{suffix}-{family}-seed{seed}"
+                        trained[run] = GraphRun("train", "02_train_inverse", own)
             inverses = results if families else ""  # the shipped ones
             judging = {"target": target, "trained_on": entry["train"], "inverses": inverses, "seeds": seeds}
             judged = [(f"quality-{name}-{file_name(images)}", "03_quality", images) for images in entry["quality"]]

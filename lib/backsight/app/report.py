@@ -224,32 +224,34 @@ def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
     A cell holds the number, its interval over images and seeds, whether it is the best of its row, and its share of the
     way from the mean image (or 0) to the best of the table, None for nulls.
     """
-    decimals, inverses = TABLE_MEASURES[measure], inverse_order(list(rows["inverse"]))
-    numbers = over_seeds(rows).dropna(subset="value").set_index(["tap", "inverse"])
-    values = numbers["value"].unstack().reindex(columns=inverses)
-    families = values[[name for name in inverses if not name.startswith("null_")]]
-    floor, ceiling = values.get("null_mean", pd.Series([0.0])).min(), families.max(axis=None)
+    pooled, inverses = over_seeds(rows).dropna(subset="value"), inverse_order(list(rows["inverse"]))
+    columns = pooled[["tap", "inverse", "value", "low", "high"]]
+    numbers: dict[Any, Any] = {row[:2]: row[2:] for row in columns.itertuples(index=False, name=None)}
+    best = pooled[~is_null(pooled)].groupby("tap")["value"].max()
+    floor, ceiling = pooled.loc[pooled["inverse"] == "null_mean", "value"].min(), best.max()
+    floor = 0.0 if pd.isna(floor) else floor
+
+    def text(number: float) -> str:
+        decimals = TABLE_MEASURES[measure]
+        return f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
     def cell(tap: str, inverse: str) -> dict[str, Any]:
-        if (tap, inverse) not in numbers.index:
+        if (tap, inverse) not in numbers:
             return {"text": "–", "interval": "", "is_best": False, "share": None}
-        value, low, high = numbers.loc[(tap, inverse), ["value", "low", "high"]]
-        text, least, most = (
-            f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "−") for number in (value, low, high)
-        )
-        is_family = inverse in families
+        value, low, high = numbers[tap, inverse]
+        is_family = not inverse.startswith("null_") and ceiling > floor
         return {
-            "text": text,
-            "interval": "" if pd.isna(low) else f"{least} to {most}",
-            "is_best": is_family and families.shape[1] > 1 and value == families.loc[tap].max(),
-            "share": min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if is_family and ceiling > floor else None,
+            "text": text(value),
+            "interval": "" if pd.isna(low) else f"{text(low)} to {text(high)}",
+            "is_best": is_family and value == best[tap],
+            "share": min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if is_family else None,
         }
 
-    first, seeds = rows.iloc[0], int(max(rows["seeds"].max(), rows["seed"].nunique()))
-    n = f"n = {span(rows['n'])}, training seeds: {seeds}"
+    first, seeds = rows.iloc[0], int(pooled["seeds"].max())
+    source = f"data set {first['dataset']}, split {first['split']}, {first['weights']} weights"
     return {
         "title": MEASURE_NAMES.get(measure, measure),
-        "facts": f"{n}, data set {first['dataset']}, split {first['split']}, {first['weights']} weights",
+        "facts": f"n = {span(rows['n'])}, training seeds: {seeds}, {source}",
         "runs": sorted(rows["run"].unique()),
         "inverses": inverses,
         "rows": [(tap, [cell(tap, name) for name in inverses]) for tap in taps_in_order(rows)],
@@ -264,7 +266,8 @@ def _target(
     for picture in pictures:
         if picture["target"] == name:
             studies.setdefault(STUDIES.get(picture["notebook"], picture["notebook"]), []).append(picture)
-    weights = next((noted[name] for run in runs if name in (noted := run.record.get("weights") or {})), {})
+    noted = [run.record.get("weights") or {} for run in runs]
+    weights: Mapping[str, Any] = next((of_run[name] for of_run in noted if name in of_run), {})
     tables = [
         (
             ", ".join(part.iloc[0][["dataset", "split"]]),

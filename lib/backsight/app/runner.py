@@ -124,20 +124,20 @@ def _relocated(value: Any) -> Any:
     return value if named or not path.exists() else shown(path.absolute())
 
 
-def run_plan(plan: Plan, fresh: bool = False, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
+def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
     """Run a checked notebook, or reuse its finished run; returns the path of run.json.
 
-    fresh: run again from the start even where a finished or interrupted equal run exists; verbose: print what the cells
-    print. Raises NotebookError where a cell fails, BacksightError where the folder is in use.
+    verbose: print what the cells print. Raises NotebookError where a cell fails, BacksightError where the folder is in
+    use.
     """
     name, place = plan.notebook.path.name, shown(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _in_charge_of(plan.folder):
         finished, started = read_json(plan.folder / FINISHED), read_json(plan.folder / STARTED)
-        if not fresh and _is_complete(finished, plan):
-            say(f"{name}: reused, {place} is a complete run with these parameters (--fresh runs it again)")
+        if _is_complete(finished, plan):
+            say(f"{name}: reused, {place} is a complete run with these parameters")
             return plan.folder / FINISHED
-        resumed = not fresh and finished is None and plan.is_of(started)
+        resumed = finished is None and plan.is_of(started)
         if resumed:
             say(f"{name}: resuming the interrupted run in {place}")
         elif started is not None:
@@ -164,9 +164,7 @@ def _difference(record: Mapping[str, Any], plan: Plan) -> str:
     """The run that a folder held, by what makes it another one than that which starts there."""
     before, now = record.get("parameters") or {}, plan.identity["parameters"]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        return f"another run (with other {', '.join(changed)})"
-    return "this run" if plan.is_of(record) else "a run of other code"
+    return f"another run (with other {', '.join(changed)})" if changed else "a run of other code, or without its files"
 
 
 def _clear(plan: Plan) -> None:
