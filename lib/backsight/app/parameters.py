@@ -65,8 +65,8 @@ def read_notebook(path: str | Path) -> Notebook:
     """Read a notebook and its parameters. Raises BacksightError where it is absent or not a notebook."""
     path = Path(path)
     if not path.is_file():
-        known = {shown(file) for folder in (_notebooks(), path.parent) for file in folder.glob("*.ipynb")}
-        raise BacksightError(f"no notebook {path}; {nearest(shown(path), sorted(known))}.")
+        known = sorted(shown(file) for file in _notebooks().glob("*.ipynb"))
+        raise BacksightError(f"no notebook {path}; {nearest(f'notebooks/{path.name}', known)}.")
     try:
         text = path.read_text(encoding="utf-8")
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
