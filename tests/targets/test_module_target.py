@@ -203,7 +203,7 @@ def test_axes_and_grids_can_be_given() -> None:
     for given in ({"grids": {"flat": (9, 9)}}, {"axes": {"flat": "bchw"}}, {"axes": {"flat": "nbc"}}):
         with pytest.raises(BacksightError, match="do not fit: correct them"):
             module_target(model, ["flat"], image_size=(16, 24), **given)
-    with pytest.raises(BacksightError, match="there are the axes bchw"):
+    with pytest.raises(BacksightError, match="axes are bchw"):
         module_target(model, ["flat"], image_size=(16, 24), axes={"flat": "ncb"})
     with pytest.raises(BacksightError, match="said of stem, which are not among the taps"):
         module_target(model, ["flat"], image_size=(16, 24), axes={"stem": "bchw"})
@@ -327,7 +327,7 @@ def test_refuses_taps_that_hold_no_representation() -> None:
         "ones": "no tap 'ones'; nearest: one",
         "nothing": "tensors: none",
         "numbers": "tensors: none",
-        "constant@0": "holds the same for every image",
+        "constant@0": "the same for every image",
         "windows": "none of its axes holds the images alone",
         "deep": "no grid",
         "odd": r"no grid of the image of \(8, 8\)",

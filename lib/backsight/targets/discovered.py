@@ -227,36 +227,33 @@ class ModuleTarget(Discovered):
         return named[wanted]
 
     def _with_axes(self, tap: str, found: Found) -> Found:
-        what = f"{tap} of {self.name} holds a tensor of shape {found.shape} for 2 images"
+        """As it is read, or declared to be. Raises BacksightError with the reason where that is no picture."""
         order, grid = self._axes.get(tap), self._grids.get(tap)
-        if found.constant:
-            raise BacksightError(f"{tap} of {self.name} holds the same for every image: there is nothing to invert.")
-        if found.batch is None:
-            raise BacksightError(
-                f"{what}, and none of its axes holds the images alone (windows or heads lie with them): "
-                "tap a module around it."
+        options = [found.axes] if found.axes else []
+        if found.batch is not None and (order or grid):
+            options = readings(found.shape, found.batch, self.image_size, order, grid and (grid[0], grid[1]))
+        what = f"{tap} of {self.name} holds a tensor of shape {found.shape} for 2 images"
+        if found.constant or not options:
+            why = (
+                "the same for every image: there is nothing to invert"
+                if found.constant
+                else "none of its axes holds the images alone (windows or heads lie with them): tap a module around it"
+                if found.batch is None
+                else f"the axes {order!r} and the grid {grid} do not fit: correct them (axes are {', '.join(ORDERS)})"
+                if order or grid
+                else f"its places are no grid of the image of {self.image_size} (a change of the picture does not move "
+                f"the place where it should lie): say grids={{{tap!r}: (height, width)}} (further tokens are prefix "
+                f"tokens) or axes={{{tap!r}: …}} if it is one, or tap another module"
             )
-        if order is not None or grid is not None:
-            grid = None if grid is None else (grid[0], grid[1])
-            if not (fitting := readings(found.shape, found.batch, self.image_size, order, grid)):
-                raise BacksightError(
-                    f"{what}, which the axes {order!r} and the grid {grid} do not fit: correct them "
-                    f"(there are the axes {', '.join(ORDERS)})."
-                )
-            return replace(found, axes=fitting[0])
-        if found.axes is None:
-            raise BacksightError(
-                f"{what}, and its places are no grid of the image of {self.image_size} (a change of the picture does "
-                f"not move the place where it should lie): say grids={{{tap!r}: (height, width)}} (further tokens are "
-                f"prefix tokens) or axes={{{tap!r}: …}} if it is one, or tap another module."
-            )
-        if found.axes.prefix > USUAL_PREFIX or found.axes.order == "bcn":
+            raise BacksightError(f"{what}; {why}.")
+        axes = options[0]
+        if not (order or grid) and (axes.prefix > USUAL_PREFIX or axes.order == "bcn"):
             warnings.warn(
-                f"{what} and is read as {found.axes.order} on the grid {found.axes.grid} behind {found.axes.prefix} "
-                "prefix tokens, which is unusual: declare grids= or axes= where that is wrong.",
+                f"{what} and is read as {axes.order} on the grid {axes.grid} behind {axes.prefix} prefix tokens, which "
+                "is unusual: declare grids= or axes= where that is wrong.",
                 stacklevel=6,
             )
-        return found
+        return replace(found, axes=axes)
 
     # What lies between them.
 
@@ -330,19 +327,16 @@ class ModuleTarget(Discovered):
 
     def _why_no_rest(self, tap: str, tokens: Tokens) -> str:
         """Why the rest of the pass cannot be run from this tap alone, in one sentence, or ""."""
-        found = self._chosen[tap]
-        around = (
-            f"The rest of {self.name} cannot be run from {tap}: its output does not depend on {tap} alone "
-            "(a connection goes around it)."
-        )
-        if not (found.cut or found.with_companions) and any(each.cut for each in self._found):
-            return around
-        # Autograd sees no path through detached or discrete steps: whether the image still matters is tried out.
-        one, shape = tokens.detach().index(0), (1, len(self.preprocessing.mean), *self.image_size)
-        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            first, second = (super(ModuleTarget, self)._replayed(tap, one, i) for i in (torch.zeros(shape), noise))
-        return "" if bool((first - second).abs().max() <= 1e-4 * first.abs().max()) else around
+        found, shape = self._chosen[tap], (1, len(self.preprocessing.mean), *self.image_size)
+        alone = found.cut or found.with_companions or not any(each.cut for each in self._found)
+        if alone:  # autograd sees no path through detached or discrete steps: whether the image still matters is tried
+            noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            replayed, one = super()._replayed, tokens.detach().index(0)
+            with torch.no_grad():
+                first, second = (replayed(tap, one, image) for image in (torch.zeros(shape), noise))
+            alone = bool((first - second).abs().max() <= 1e-4 * first.abs().max())
+        rest = f"The rest of {self.name} cannot be run from {tap}: its output does not depend on {tap} alone"
+        return "" if alone else f"{rest} (a connection goes around it)."
 
     def with_model(self, model: nn.Module) -> ModuleTarget:
         """The same taps, read in the same way, of another model of this architecture (other weights, another seed)."""

@@ -206,13 +206,13 @@ def _second_pass(model: nn.Module, inputs: Tensor, found: Sequence[Found], size:
 
 def _read(found: Found, tensor: Tensor, size: Size) -> None:
     """How a tensor of two images is to be read, by the same tensor of the second pass."""
-    images, shape = len(SQUARES) + 2, tuple(tensor.shape)
-    axes = [axis for axis, sides in enumerate(zip(found.shape, shape, strict=False)) if sides[0] != sides[1]]
-    if len(found.shape) != len(shape) or len(axes) != 1 or (found.shape[axes[0]], shape[axes[0]]) != (2, images):
-        found.batch, found.constant = None, found.shape == shape
-        found.split = shape[:1] != () and found.shape[:1] != () and shape[0] * 2 == found.shape[0] * images
+    images, sides = len(SQUARES) + 2, list(zip(found.shape, tensor.shape, strict=False))
+    changed = [axis for axis, (before, after) in enumerate(sides) if before != after]
+    if len(found.shape) != tensor.ndim or [sides[axis] for axis in changed] != [(2, images)]:
+        found.batch, found.constant = None, found.shape == tuple(tensor.shape)
+        found.split = bool(sides) and sides[0][1] * 2 == sides[0][0] * images
         return
-    found.batch = axis = axes[0]
+    found.batch = axis = changed[0]
     found.constant = tensor.select(axis, 0).equal(tensor.select(axis, -1))
     options = [] if found.constant else readings(found.shape, axis, size)
     if options and options[0].grid != (1, 1):
