@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,9 +146,9 @@ class Target(ABC):
     def _rest(self, tap: str, representation: Any) -> Tensor | Predictions:
         """The forward pass behind the tap."""
 
-    @abstractmethod
     def _randomised(self) -> nn.Module:
         """The same architecture with random weights, drawn from the global generator (which the caller keeps)."""
+        return _redrawn(self.model, self.name)
 
     # What every target does.
 
@@ -390,20 +391,26 @@ def _bytes(value: Any) -> bytes:
     return value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def redrawn(model: nn.Module, draw: Callable[[nn.Module], object], name: str) -> nn.Module:
-    """A copy, on the CPU, that `draw` has given new weights. Raises BacksightError where it has left one as it was.
+def _redrawn(model: nn.Module, name: str) -> nn.Module:
+    """A copy, on the CPU, with new weights by what the model, or each module, offers for that.
 
-    That is seen because all of them are NaN before; persistent buffers count too, but for single numbers and the three
-    of an image's channels, which are no weights.
+    Raises BacksightError where that has left one as it was, which is seen because all of them are NaN before;
+    persistent buffers count too, but for single numbers and the three of an image's channels, which are no weights.
     """
-    copied = copy.deepcopy(model).cpu()
+    copied: Any = copy.deepcopy(model).cpu()
     state = {key: t for key, t in copied.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
     parameters = dict(copied.named_parameters())
     weights = {key: tensor for key, tensor in state.items() if key in parameters or tensor.numel() not in (0, 1, 3)}
     with torch.no_grad():
         for tensor in weights.values():
             tensor.fill_(torch.nan)
-        draw(copied)
+        if "needs_reset" in inspect.signature(getattr(copied, "init_weights", lambda: None)).parameters:  # timm's
+            copied.init_weights(needs_reset=True)
+        for module in copied.modules():
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            if any(bool(tensor.isnan().any()) for tensor in own):
+                # nn.MultiheadAttention has the method under a private name.
+                getattr(module, "reset_parameters", getattr(module, "_reset_parameters", lambda: None))()
         after = {**parameters, **copied.state_dict()}
     if trained := [key for key in weights if key in after and bool(after[key].isnan().any())]:
         raise BacksightError(

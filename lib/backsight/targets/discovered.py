@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError, nearest
 from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import ORDERS, USUAL_PREFIX, Axes, Order, readings
-from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of, redrawn
+from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of
 from backsight.targets.hooks import Found, Place, brackets, frozen, is_leaf, playing
 from backsight.targets.survey import ALL, output_of, plain, read_as, recommended, survey
 
@@ -62,10 +62,13 @@ class Discovered(Target):
         return [one for one in self._found if one.place.whole == found.place.whole and one.place != found.place]
 
     def _companions(self, found: Found) -> dict[str, Found]:
-        """Those of them, by their name in `Tokens.context`, that the rest reads too, where the tap alone is no cut."""
+        """Those of them, by their name in `Tokens.context`, that the rest reads too, where the tap alone is no cut.
+
+        Where no axis holds the images alone, the first holds the parts of all (of two, when it was found).
+        """
         if found.cut or not found.with_companions:
             return {}
-        beside = [each for each in reversed(self._beside(found)) if each.batch is not None or each.split]
+        beside = [e for e in reversed(self._beside(found)) if e.batch is not None or (e.shape and e.shape[0] % 2 == 0)]
         different = {each.same: each for each in beside if each.same not in (found.same, -1)}
         return {brackets(each.place.element): each for each in different.values()}
 
@@ -343,14 +346,6 @@ class ModuleTarget(Discovered):
         grids = {tap: grid for tap, grid in self._grids.items() if tap in self.taps}
         axes = {tap: order for tap, order in self._axes.items() if tap in self.taps}
         return ModuleTarget(model, self.taps, self.preprocessing, grids, axes, self._output, self.name)
-
-    def _randomised(self) -> nn.Module:
-        def draw(model: nn.Module) -> None:
-            for module in model.modules():
-                # nn.MultiheadAttention has the method under a private name.
-                getattr(module, "reset_parameters", getattr(module, "_reset_parameters", lambda: None))()
-
-        return redrawn(self.model, draw, self.name)
 
 
 def module_target(

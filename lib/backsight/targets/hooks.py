@@ -64,8 +64,8 @@ class Found:
     first end inside, for what is given; edge, clock: autograd's; name: as a tap; cut: of the pass; with_companions: all
     that the call returns are one together; used: the output knows of it; same: a number that equal tensors share (a
     block and the container that ends with it), -1 where no path leads from the images to it.
-    What a reading adds: batch: the axis of the images, None where none is; split: the first axis holds the parts of all
-    images; constant: the same for every image; axes: or None; flops: up to the end of the call, of one image.
+    What a reading adds: batch: the axis of the images, None where none is; constant: the same for every image; axes: or
+    None; flops: up to the end of the call, of one image.
     """
 
     place: Place
@@ -81,7 +81,6 @@ class Found:
     used: bool = False
     same: int = -1
     batch: int | None = 0
-    split: bool = False
     constant: bool = False
     axes: Axes | None = None
     flops: float = 0.0
@@ -94,7 +93,7 @@ class Found:
 
     @property
     def is_picture(self) -> bool:
-        return self.form in ("map", "tokens") and not self.constant
+        return self.form in ("map", "tokens")
 
     @property
     def channels(self) -> int:

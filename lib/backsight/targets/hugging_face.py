@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from backsight.errors import BacksightError, nearest
-from backsight.targets.base import TAP_SETS, Preprocessing, Size, Target, seeded
+from backsight.targets.base import Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import Choice, choose, fitted, read_object, read_tensors
 from backsight.targets.detectors import DETECTORS
 from backsight.targets.discovered import RECOMMENDED, ModuleTarget
@@ -30,9 +30,6 @@ LARGEST_HEIGHT = 480  # of a batch of images where a detector's processor keeps 
 
 class Encoder(ModuleTarget):
     """An encoder or classifier of transformers, which can be built again from its config."""
-
-    def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
-        return super().resolve_taps(RECOMMENDED if isinstance(taps, str) and taps in TAP_SETS else taps)
 
     def _randomised(self) -> nn.Module:
         return _at_size(type(self.model)(self.model.config).eval().requires_grad_(False), self.image_size)

@@ -35,14 +35,13 @@ ALL = "all"
 class Survey:
     """What two passes have shown: every tensor, in the order in which the calls end.
 
-    calls: the module of every call; output: the model's own, None where it is none for several images; flops: of the
-    whole pass, of one image; reason: why no cuts could be found, or "".
+    calls: the module of every call; output: the model's own, None where it is none for several images; reason: why no
+    cuts could be found, or "".
     """
 
     found: list[Found]
     calls: list[str]
     output: Element | None
-    flops: float
     reason: str
 
 
@@ -83,7 +82,8 @@ def suggest_taps(
     result = survey(model, preprocess or Preprocessing((0.0,) * channels, (1.0,) * channels, size), images, output)
     shown = [each for each in result.found if each.place.module and not each.constant]
     table = pd.DataFrame([read_as(each, form=each.form) | {"cut": each.cut} for each in shown])
-    table["cost"] = [round(each.flops / result.flops, 3) if result.flops else math.nan for each in shown]
+    flops = max((each.flops for each in result.found), default=0)
+    table["cost"] = [round(each.flops / flops, 3) if flops else math.nan for each in shown]
     chosen, alias = recommended(result.found), _aliases(result.found)
     return table.assign(same_as=[alias.get(each.name, "") for each in shown], recommended=[e in chosen for e in shown])
 
@@ -162,7 +162,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
     with frozen(model), _explained(model, size):
         found, reason = observe(model, run, two)
         before = torch.get_rng_state()
-        calls, flops = _second_pass(model, ten, found, size)
+        calls = _second_pass(model, ten, found, size)
         if not torch.equal(before, torch.get_rng_state()):
             warnings.warn(
                 f"{name} draws random numbers in eval mode (a mask of its tokens, perhaps): the images of a batch may "
@@ -177,13 +177,13 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
         meant = chosen_of(tensors)
         meant.name = meant.name.removesuffix(brackets(meant.place.element))
     # What a module is given is a tap only where it is a representation, and not the picture itself.
-    found = [f for f in found if f.place.side == "output" or (f.form in ("map", "tokens") and f.axes.grid != size)]  # type: ignore[union-attr]
+    found = [f for f in found if f.place.side == "output" or (f.axes and f.is_picture and f.axes.grid != size)]
     answers = [(ALL,), *(each.place.element for each in found if not each.place.module and each.batch is not None)]
-    return Survey(found, calls, element if element in answers else None, flops, reason)
+    return Survey(found, calls, element if element in answers else None, reason)
 
 
-def _second_pass(model: nn.Module, inputs: Tensor, found: Sequence[Found], size: Size) -> tuple[list[str], float]:
-    """Fills axes and costs into `found`; returns the module of every call, and all operations."""
+def _second_pass(model: nn.Module, inputs: Tensor, found: Sequence[Found], size: Size) -> list[str]:
+    """Fills axes and costs into `found`; returns the module of every call."""
     at = {each.place: each for each in found}
     calls: list[str] = []
     counter = FlopCounterMode(display=False)
@@ -201,7 +201,7 @@ def _second_pass(model: nn.Module, inputs: Tensor, found: Sequence[Found], size:
     with watching(model, look), torch.no_grad(), warnings.catch_warnings(), counter:
         warnings.filterwarnings("ignore", r"Using `torch\.compile")  # of hooks that the counter sets on all modules
         model(inputs.clone())
-    return calls, counter.get_total_flops() / len(inputs)
+    return calls
 
 
 def _read(found: Found, tensor: Tensor, size: Size) -> None:
@@ -210,7 +210,6 @@ def _read(found: Found, tensor: Tensor, size: Size) -> None:
     changed = [axis for axis, (before, after) in enumerate(sides) if before != after]
     if len(found.shape) != tensor.ndim or [sides[axis] for axis in changed] != [(2, images)]:
         found.batch, found.constant = None, found.shape == tuple(tensor.shape)
-        found.split = bool(sides) and sides[0][1] * 2 == sides[0][0] * images
         return
     found.batch = axis = changed[0]
     found.constant = tensor.select(axis, 0).equal(tensor.select(axis, -1))

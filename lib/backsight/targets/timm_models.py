@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backsight.errors import BacksightError
 from backsight.representation import Grid, Tokens
 from backsight.targets.axes import Axes, guess, readings
-from backsight.targets.base import PIXELS, Preprocessing, Size, Stage, redrawn
+from backsight.targets.base import PIXELS, Preprocessing, Size, Stage
 from backsight.targets.discovered import ATTENTION, Discovered, block_sizes
 from backsight.targets.hooks import Found, observe
 from backsight.targets.names import reason
@@ -48,8 +48,8 @@ class _Tap:
 class TimmTarget(Discovered):
     """A timm model. Its output is logits (B, K), or features where it has no head.
 
-    build: makes the same architecture again, with weights from the global generator (default: by the model's own
-    init_weights). Warns where the patches leave a strip of pixels out; raises BacksightError where no tap is found.
+    build: makes the same architecture again, with weights from the global generator (default: the model's own are
+    drawn anew). Warns where the patches leave a strip of pixels out; raises BacksightError where no tap is found.
     """
 
     kind = "classifier"
@@ -175,13 +175,7 @@ class TimmTarget(Discovered):
         return Stage("blocks" if attends else "convolution", math.ceil(steps / 2), heads, hidden)
 
     def _randomised(self) -> nn.Module:
-        def draw(model: Any) -> None:
-            model.init_weights(needs_reset=True)
-            for module in model.modules():  # of a hybrid's convolutions, which it leaves alone
-                if any(bool(weight.isnan().any()) for weight in module.parameters(recurse=False)):
-                    getattr(module, "reset_parameters", lambda: None)()
-
-        return self._build() if self._build else redrawn(self.model, draw, self.name)
+        return self._build() if self._build else super()._randomised()
 
 
 # What is a tap
@@ -296,7 +290,6 @@ def _outputs(found: Sequence[Found]) -> dict[str, list[Found]]:
     by_module: dict[str, list[Found]] = {}
     for each in found:
         each.batch = 0 if each.shape[:1] == (2,) else None
-        each.split = each.batch is None
         if each.place.side == "output" and each.place.module:  # what the model itself returns is no representation
             by_module.setdefault(each.place.module, []).append(each)
     outputs = {}
