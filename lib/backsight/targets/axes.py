@@ -130,10 +130,11 @@ def guess(
     if len(shape) not in (3, 4):
         return None
     likely = sorted(readings(shape, 0, size), key=lambda axes: "h" in axes.order and axes.order != usual)
-    known = {axes for axes in likely if (axes.grid, axes.channels(shape)) in forms}
+    known = [axes for axes in likely if (axes.grid, axes.channels(shape)) in forms]
     # By the shape alone, one token is a class token, and channels before tokens are not believed: PiT's class token has
     # as many channels as a grid could have tokens.
-    return next((axes for axes in likely if axes in known or (axes.grid != (1, 1) and axes.order != "bcn")), None)
+    believed = [axes for axes in likely if axes.grid != (1, 1) and axes.order != "bcn"]
+    return next(iter((*known, *believed)), None)
 
 
 def with_squares(image: Tensor) -> Tensor:
