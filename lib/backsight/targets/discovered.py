@@ -89,7 +89,12 @@ class Discovered(Target):
         recorded: dict[str, Representation] = {}
         for tap in taps:
             companions = self._companions(self._chosen[tap])
-            context = {key: _first(seen[f"{tap} {key}"], each.batch, len(images)) for key, each in companions.items()}
+            context = {}
+            for key, each in companions.items():
+                value = seen[f"{tap} {key}"]
+                context[key] = (
+                    value.unflatten(0, (len(images), -1)) if each.batch is None else value.movedim(each.batch, 0)
+                )
             axes = self._axes_of(tap, seen[tap].shape, (images.shape[2], images.shape[3]))
             recorded[tap] = replace(axes.tokens(seen[tap]), context=context)
         return recorded
@@ -122,11 +127,6 @@ class Discovered(Target):
         images = image.to(self.device, self.dtype).expand(tokens.batch, -1, *size)
         with playing(self.model, {**values, found.place: tensors[found.same]}):
             return self._forward(self.preprocessing.normalise(images), None)
-
-
-def _first(tensor: Tensor, axis: int | None, batch: int) -> Tensor:
-    """Images first, also where a tensor keeps the parts of all images on one axis (TNT's pixels of all patches)."""
-    return tensor.unflatten(0, (batch, -1)) if axis is None else tensor.movedim(axis, 0)
 
 
 class ModuleTarget(Discovered):
