@@ -343,12 +343,15 @@ class Target(ABC):
         if tap not in self.available_taps:
             raise BacksightError(f"{self.name} has no tap {tap!r}; {nearest(tap, self.available_taps)}.")
 
-    def _refuse_order(self, tap: str, previous: str) -> None:
-        order = [PIXELS, *self.available_taps]
+    def _between(self, tap: str, previous: str) -> tuple[str, ...]:
+        """The taps behind `previous` ("pixels" allowed), up to `tap`."""
         for known in {tap, previous} - {PIXELS}:
             self._refuse_unknown(known)
-        if order.index(previous) >= order.index(tap):
+        order = (PIXELS, *self.available_taps)
+        between = order[order.index(previous) + 1 : order.index(tap) + 1]
+        if not between:
             raise BacksightError(f"In {self.name} the tap {previous!r} does not lie before {tap!r}: swap them.")
+        return between
 
 
 def times(*sides: object) -> str:

@@ -237,10 +237,7 @@ class DetectionTarget(Target):
 
         depth counts encoder and decoder layers together, or convolutional stages.
         """
-        self._refuse_order(tap, previous)
-        order = self.available_taps
-        steps = order[0 if previous == PIXELS else order.index(previous) + 1 : order.index(tap) + 1]
-        spots = [self.spots[step] for step in steps]
+        spots = [self.spots[step] for step in self._between(tap, previous)]
         part: Any = min((spot.part for spot in spots), key=PARTS.index)
         depth = math.ceil(sum(spot.share for spot in spots))
         heads, hidden = self._widths[spots[-1].kind in ("queries", "predictions")]

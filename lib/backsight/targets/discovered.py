@@ -275,7 +275,7 @@ class ModuleTarget(Discovered):
     def stage(self, tap: str, previous: str) -> Stage:
         """ "blocks" where modules with attention in their name run between the taps, "norm" where only normalisation
         and activations do, else "convolution"."""
-        self._refuse_order(tap, previous)
+        self._between(tap, previous)
         start = -1 if previous == PIXELS else self._chosen[previous].order
         paths = [path for number, path in enumerate(self._survey.calls) if start < number <= self._chosen[tap].order]
         between = {path: self.model.get_submodule(path) for path in paths}

@@ -158,13 +158,10 @@ class TimmTarget(Discovered):
         return max(1, round(self.image_size[0] / grid[0])), max(1, round(self.image_size[1] / grid[1]))
 
     def stage(self, tap: str, previous: str) -> Stage:
-        self._refuse_order(tap, previous)
-        taps = [*self._taps.values()]
-        start = 0 if previous == PIXELS else self.available_taps.index(previous) + 1
-        between = taps[start : self.available_taps.index(tap) + 1]
+        between = [self._taps[each] for each in self._between(tap, previous)]
         blocks = [self.model.get_submodule(block) for each in between for block in each.blocks]
-        steps = 2 * len(blocks) + between[-1].half - (start > 0 and taps[start - 1].half)
-        modules = blocks or [self.model.get_submodule(block) for each in taps for block in each.blocks]
+        steps = 2 * len(blocks) + self._taps[tap].half - (previous != PIXELS and self._taps[previous].half)
+        modules = blocks or [self.model.get_submodule(block) for each in self._taps.values() for block in each.blocks]
         heads, hidden = (max(sizes) for sizes in zip((0, 0), *map(block_sizes, modules), strict=True))
         if previous == PIXELS:
             return Stage("patch_embedding", len(blocks), heads, hidden)
