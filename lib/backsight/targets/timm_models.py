@@ -69,10 +69,12 @@ class TimmTarget(Discovered):
         self.model = self._put_to_rest(model)
         images = self._blank(2, self.image_size)
         try:
-            self._found = observe(self.model, self.model, images)[0]
+            # No backward pass follows, so the graph need not hold what one would read: gigabytes of large models.
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+                self._found = observe(self.model, self.model, images)[0]
         except PASS_ERRORS as error:
             raise BacksightError(f"{name} cannot be a target: {reason(error)}.") from error
-        self._taps = _taps(self.model, self._found, self._forms(images), self.image_size)
+        self._taps = _taps(self.model, self._found, self._forms(images[:1]), self.image_size)
         if not self._taps:
             raise BacksightError(
                 f"{name} cannot be a target: no module of this {type(model).__name__} returns a picture through which "
