@@ -274,10 +274,9 @@ class Target(ABC):
         rows = []
         for tap, held in self.record(torch.rand(1, len(self.preprocessing.mean), *self.image_size), taps).items():
             grids, prefix = (held.grids, held.prefix) if isinstance(held, Tokens) else ((), 0)
-            row = {"tap": tap, "kind": type(held).__name__.lower(), "shape": times("B", *held.values.shape[1:])}
-            row |= {"grid": ", ".join(times(*grid) for grid in grids), "prefix": prefix, "depth": self.depth(tap)}
-            rows.append(row)
-        return pd.DataFrame(rows)
+            shape, grid = times("B", *held.values.shape[1:]), ", ".join(times(*grid) for grid in grids)
+            rows.append((tap, type(held).__name__.lower(), shape, grid, prefix, self.depth(tap)))
+        return pd.DataFrame(rows, columns=["tap", "kind", "shape", "grid", "prefix", "depth"])
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         """Tap names in forward order from "blocks", "components", "fine", one name or a list of names.

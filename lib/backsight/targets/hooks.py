@@ -120,6 +120,7 @@ def tensors_in(output: Any, at: Element = ()) -> Iterator[tuple[Element, Tensor]
 
 def element_of(output: Any, element: Element) -> Any:
     """What these keys lead to. Raises LookupError or AttributeError where they lead nowhere."""
+    key: Any
     for key in element:
         output = output[key] if isinstance(output, (Mapping, tuple, list)) else getattr(output, str(key))
     return output
@@ -136,7 +137,7 @@ def with_element(output: Any, element: Element, value: Any) -> Any:
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     changed = copy.copy(output)
     if isinstance(output, (Mapping, list)):
-        changed[key] = inner  # type: ignore[index]
+        changed[key] = inner
     else:
         object.__setattr__(changed, str(key), inner)  # frozen data classes, too
     return changed
