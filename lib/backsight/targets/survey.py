@@ -71,7 +71,7 @@ def suggest_taps(
     if isinstance(images, tuple):
         images = torch.rand(2, len(preprocess.mean) if preprocess else 3, *images, generator=_generator(0))
     elif not isinstance(images, Tensor):
-        source: Sequence[Any] = images  # type: ignore[assignment]
+        source: Sequence[Any] = images
         first = torch.stack([source[number]["image"] for number in range(min(2, len(source)))])
         images = first / (1 if first.is_floating_point() else 255)
     if images.ndim != 4 or not images.is_floating_point() or not len(images):

@@ -84,7 +84,7 @@ class TimmTarget(Discovered):
         self._taken: set[Size] = set()  # further sizes of images
         self._sizes: dict[tuple[str, Grid], Size] = {}  # of the images that gave a tap this grid
         super().__init__(model, name, preprocessing, weights, classes, taps)
-        embedding = getattr(model, "patch_embed", None)
+        embedding: Any = getattr(model, "patch_embed", None)
         strip = [side % cell for side, cell in zip(self.image_size, self.reduction, strict=True)]
         if any(strip) and hasattr(embedding, "feat_ratio") and not embedding.dynamic_img_pad:
             warnings.warn(
@@ -153,7 +153,7 @@ class TimmTarget(Discovered):
 
     @property
     def reduction(self) -> Size:
-        embedding = getattr(self.model, "patch_embed", None)
+        embedding: Any = getattr(self.model, "patch_embed", None)
         if hasattr(embedding, "feat_ratio"):
             return tuple(embedding.feat_ratio(as_scalar=False))
         grid = self._form(self.available_taps[0])[0]
@@ -198,8 +198,8 @@ def _taps(model: nn.Module, found: Sequence[Found], forms: Sequence[tuple[Grid, 
     begin, end = (min(inner), max(inner)) if inner else (0, 0)
     entering = [each[0].order for each in outputs.values() if each[0].order < begin][-1:]
     sure = [readings(each.shape, 0, size) for tensors in outputs.values() for each in tensors if each.batch == 0]
-    orders = Counter(each[0].order for each in sure if len(each) == 1 and "h" in each[0].order)
-    usual = max(orders, key=lambda order: orders[order], default=None)
+    maps = Counter(each[0].order for each in sure if len(each) == 1 and "h" in each[0].order)
+    usual = max(maps, key=lambda order: maps[order], default=None)
     groups: dict[tuple[int, ...], list[str]] = {}  # the modules that return the same tensors
     for path, tensors in outputs.items():
         groups.setdefault(tuple(each.same for each in tensors), []).append(path)
@@ -251,7 +251,7 @@ def _with_halves(taps: Mapping[str, _Tap], found: Sequence[Found]) -> dict[str, 
     return both
 
 
-def _permuted(model: nn.Module, path: str, shape: Sequence[int]) -> Axes | None:
+def _permuted(model: Any, path: str, shape: Sequence[int]) -> Axes | None:
     """Two architectures keep their tokens in another order than the grid's; timm's own functions say which."""
     from timm.models.nest import deblockify
 
