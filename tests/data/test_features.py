@@ -141,7 +141,6 @@ def test_parts_taps_and_copies_of_a_store(tmp_path) -> None:
     assert torch.equal(pickle.loads(packed).read([3])[1]["first"].values, first)
     part = store.subset(slice(1, None, 2))
     assert torch.equal(part.read([1])[1]["first"].values, first)
-    assert torch.equal(next(batches(pictures(40), 10, 3, steps=1)), store.drawn(10, seed=3).read(range(10))[0])
 
 
 def test_unreadable_images_are_left_out(tmp_path) -> None:

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches, index_batches, paying_workers, read_batches, unit_floats
-from backsight.errors import BacksightError, SourceError
+from backsight.errors import BacksightError
 from backsight.project import cache_folder, read_json, shown, write_json
 from backsight.representation import Representation, Tokens
 
@@ -55,37 +55,38 @@ class StoreError(BacksightError):
     """A store that cannot be written here, for lack of space or of permission; recomputing still works."""
 
 
+@dataclass(eq=False)
 class FeatureStore:
     """A complete store, as `record_features` gives it.
 
-    It stands where an ImageSource does (name, split, size, len, image(i), subset): `batches(store, …)` gives the images
-    it was recorded from, but for those that could not be read (skipped: [(path, reason)]). taps: in forward order;
-    bytes: of the file; errors: {tap: relative RMS error of half precision}, of the first image.
+    It stands where an ImageSource does (name, split, len, image(i), subset): `batches(store, …)` gives the images
+    it was recorded from, but for those that could not be read (skipped: [(path, reason)]). row: columns of the file;
+    first: of one image; errors: {tap: relative RMS error of half precision}, of the first image.
     Raises BacksightError on reading a damaged file.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str | None,
-        split: str | None,
-        images: int,
-        target: Recordable,
-        row: np.dtype,
-        first: Recorded,
-    ) -> None:
-        self.folder, self.name, self.split = folder, name, split
-        self.size: tuple[int, int] = row["images"].shape[1:]
-        self.target, self.weights_hash, self.taps = target.name, target.weights_hash, tuple(first)
-        missing = (read_json(folder / "index.json") or {})["missing"]
+    folder: Path
+    name: str | None
+    split: str | None
+    images: int
+    target: str
+    weights_hash: str
+    row: np.dtype
+    first: Recorded
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = (read_json(self.folder / "index.json") or {})["missing"]
         self.skipped = [(path, reason) for _, path, reason in missing]
-        self.errors: dict[str, float] = {}
-        self.bytes = images * row.itemsize
-        self._row, self._images, self._first = row, images, first
-        self._own = np.delete(np.arange(images), [place for place, _, _ in missing])  # rows of this view
+        self.size, self.taps, self.bytes = (
+            self.row["images"].shape[1:],
+            tuple(self.first),
+            self.images * self.row.itemsize,
+        )
+        self.own = np.delete(np.arange(self.images), [place for place, _, _ in missing])  # rows of this view
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self.own)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_file"}  # another process maps it itself
@@ -93,12 +94,8 @@ class FeatureStore:
     def subset(self, which: slice | np.ndarray) -> FeatureStore:
         """These images of the store, in this order; nothing is copied."""
         part = copy.copy(self)
-        part._own = self._own[which]
+        part.own = self.own[which]
         return part
-
-    def drawn(self, count: int, seed: int) -> FeatureStore:
-        """`count` images, the first that a stream shuffled by the seed shows."""
-        return self.subset(next(index_batches(len(self), count, seed, endless=True)))
 
     def check(self, target: Recordable) -> None:
         """Raise BacksightError where these are not the target's features."""
@@ -110,15 +107,14 @@ class FeatureStore:
 
     def image(self, index: int) -> Tensor:
         """(3, H, W) as it was given, uint8 or float32."""
-        return torch.from_numpy(np.array(self._file["images"][self._own[index]]))
+        return torch.from_numpy(np.array(self._file["images"][self.own[index]]))
 
     def read(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str] | None = None) -> tuple[Tensor, Recorded]:
         """Images (B, 3, H, W) float32 in [0, 1] and {tap: representation}, float32, both on the CPU; taps: default all.
 
         Raises BacksightError on a tap that is not there.
         """
-        taps = self._known(taps)
-        return self._widened(self._rows(indices, taps), taps)
+        return self._widened(self._rows(indices, taps))
 
     def passes(
         self,
@@ -132,33 +128,29 @@ class FeatureStore:
 
         The next batch is read in a thread while the caller uses the one before.
         """
-        taps = self._known(taps)
         stream = index_batches(len(self), batch_size, shuffle_seed, endless=steps is not None, start=start)
         with ThreadPoolExecutor(1) as reader:
             left = islice(stream, None if steps is None else max(0, steps - start))
             reading = (reader.submit(self._rows, chosen, taps) for chosen in left)
             for rows, _ in pairwise(chain(reading, [None])):  # the pair is there when its second is submitted
-                yield self._widened(rows.result(), taps)  # type: ignore[union-attr]
+                yield self._widened(rows.result())  # type: ignore[union-attr]
 
-    def _known(self, taps: Sequence[str] | None) -> Sequence[str]:
-        if unknown := set(taps or ()) - set(self.taps):
+    def _rows(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """{column: rows}, by numpy: torch's threads would take the cores that the training needs."""
+        wanted = {"images", *(self.taps if taps is None else taps)}
+        if unknown := wanted - {"images", *self.taps}:
             raise BacksightError(f"{shown(self.folder)} has no tap {min(unknown)!r}; it has {', '.join(self.taps)}.")
-        return self.taps if taps is None else taps
+        names = [name for name in self.row.names or () if name.partition("/")[0] in wanted]
+        return {name: self._file[name][self.own[indices]] for name in names}
 
-    def _rows(self, indices: Sequence[int] | np.ndarray, taps: Sequence[str]) -> dict[str, np.ndarray]:
-        """By numpy: torch's threads would take the cores that the training needs."""
-        names = ["images", *(name for name in self._row.names or () if name.split("/")[0] in taps)]
-        return {name: self._file[name][self._own[indices]] for name in names}
-
-    def _widened(self, rows: dict[str, np.ndarray], taps: Sequence[str]) -> tuple[Tensor, Recorded]:
-        tensors = {name: torch.from_numpy(values).float() for name, values in rows.items() if name != "images"}
-        recorded: Recorded = {}
-        for tap in taps:
-            parts = {}
-            for part, like in _parts(self._first[tap]).items():
-                scale = tensors[f"{tap}/{part}/scale"].view(-1, *[1] * (like.ndim - 1))
-                parts[part] = tensors[f"{tap}/{part}"].mul_(scale)
-            recorded[tap] = replace(self._first[tap], **parts)
+    def _widened(self, rows: dict[str, np.ndarray]) -> tuple[Tensor, Recorded]:
+        parts: dict[str, dict[str, Tensor]] = {tap: {} for tap in self.taps}
+        for name, values in rows.items():
+            tap, _, part = name.partition("/")
+            if f"{name}/scale" in rows:
+                scale = rows[f"{name}/scale"].reshape(-1, *[1] * (values.ndim - 1))
+                parts[tap][part] = torch.from_numpy(values).float().mul_(torch.from_numpy(scale))
+        recorded = {tap: replace(self.first[tap], **named) for tap, named in parts.items() if named}
         return unit_floats(torch.from_numpy(rows["images"])), recorded
 
     @cached_property
@@ -166,7 +158,7 @@ class FeatureStore:
         """What is read of it comes from the disk, or from the system's cache of it."""
         path = self.folder / "rows.bin"
         try:
-            return np.asarray(np.memmap(path, self._row, "r", shape=(self._images,)))
+            return np.asarray(np.memmap(path, self.row, "r", shape=(self.images,)))
         except (OSError, ValueError) as error:  # gone, or too short
             raise BacksightError(
                 f"The file {shown(path)} of a feature store is missing or damaged ({error}): call record_features "
@@ -239,7 +231,7 @@ def record_features(
             f"The feature store {shown(place)} cannot be written ({error}): make space, or set BACKSIGHT_CACHE to "
             "another folder; the next call goes on from there."
         ) from error
-    store = FeatureStore(place, name, split, len(images), target, row, first)
+    store = FeatureStore(place, name, split, len(images), target.name, target.weights_hash, row, first)
     for tap, held in store.read([0])[1].items():  # what is in no key, as a user's code, shows in the first image
         values = first[tap].values
         store.errors[tap] = float((held.values - values).norm() / values.norm().clamp(min=1e-30))
@@ -285,8 +277,6 @@ def _record(
             file.write(rows.tobytes())
             file.flush()  # a kill then costs no more than this batch
             bar.update(len(indices))
-    if len(missing) == len(images):
-        raise SourceError(f"none of the {len(images)} images can be read")
     write_json(place / "index.json", index | {"status": "complete"})
 
 
@@ -345,7 +335,7 @@ def images_digest(images: ImageSource | FeatureStore | Tensor) -> str:
         for piece in images.split(64):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     elif isinstance(images, FeatureStore):
-        digest.update(images.folder.name.encode() + images._own.tobytes())
+        digest.update(images.folder.name.encode() + images.own.tobytes())
     else:
         how = [images.name, images.split, images.size, images.interpolation, images.crop_fraction]
         digest.update(repr(how).encode())

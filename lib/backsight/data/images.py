@@ -161,8 +161,7 @@ def open_images(
 ) -> ImageSource:
     """Images of one split of a source, all of one size.
 
-    source: "scenes" (made on first use) | "photographs" (ten real ones, offline) | a folder of images, of folders for
-        each split, of COCO or ImageNet, or of tar shards (backsight.data.folders says which layouts there are).
+    source: "scenes" (made on first use) | "photographs" (ten real ones, offline) | a folder (see data/folders.py).
     split: "train" | "validation" | "test" share no image. "all" is everything (not for scenes). None: "all" for a
         folder without splits, which is cut 8:1:1 otherwise, and "test" for all else.
     target_or_size: a target, whose own size, crop and interpolation are used; or (H, W) in pixels, or one side of a
@@ -196,19 +195,14 @@ def open_images(
         found = folder_entries(root, split, masks)
         name = root.resolve().name
     if masks and not any(entry.objects for entry in found.entries):
-        raise SourceError(
-            f"{name!r} has no masks (annotations/instances_*.json): leave masks out, or open scenes or a COCO folder"
-        )
+        raise SourceError(f"{name!r} has no masks (annotations/instances_*.json): leave masks out, or open scenes")
     entries = found.entries
     if count is not None:
         chosen = np.random.default_rng(seed).permutation(len(entries))[:count]
         entries = [entries[index] for index in sorted(chosen.tolist())]
     if found.skipped:
-        path, reason = found.skipped[0]
-        warnings.warn(
-            f"{name}: {len(found.skipped)} files skipped (`.skipped` lists them all), such as {path} ({reason})",
-            stacklevel=2,
-        )
+        which = f"{name}: {len(found.skipped)} files skipped (see `.skipped`)"
+        warnings.warn(f"{which}, such as {found.skipped[0][0]} ({found.skipped[0][1]})", stacklevel=2)
     return ImageSource(name, found.split, size, entries, interpolation, crop_fraction, found.classes, found.skipped)
 
 
@@ -217,9 +211,6 @@ def _sides(size: Any) -> Size:
     if not isinstance(sides, tuple | list) or [isinstance(side, int) and side > 0 for side in sides] != [True, True]:
         raise SourceError(f"{size!r} is neither a target nor a size, (height, width) in pixels or one side of a square")
     return sides[0], sides[1]
-
-
-# ---------------------------------------------------------------------------------------------------- batches
 
 
 def batches(
@@ -247,25 +238,12 @@ def batches(
     left = None if steps is None else max(0, steps - start)
     if workers is None:
         workers = paying_workers(len(images) if left is None else left * batch_size)
-    return itertools.islice(_readable(images, indices, workers, raw), left)
-
-
-def _readable(images: ImageSource | Tensor, indices: Iterable[np.ndarray], workers: int, raw: bool) -> Iterator[Tensor]:
-    failed = 0
-    for stack, failures in read_batches(images, indices, workers):
-        if stack is not None:
-            failed = 0
-            yield stack if raw else unit_floats(stack)
-        elif (failed := failed + len(failures)) >= len(images):
-            raise SourceError(f"none of the {len(images)} images can be read; the last: {failures[max(failures)]}")
+    read = (stack for stack, _ in read_batches(images, indices, workers) if stack is not None)
+    return itertools.islice(read if raw else map(unit_floats, read), left)
 
 
 def paying_workers(images: int) -> int:
-    """Processes that read so many images ahead.
-
-    Measured on two cores (256 JPEGs of 500 x 375 in batches of 32, 3 ms an image): beside a consumer that computes on
-    both cores, one or two workers took as long as none. So there are none on two cores; on more, one core is left.
-    """
+    """Processes that read so many images ahead; beside a consumer that computes on both of two cores none pays."""
     cores = available_cores()
     return min(cores - 1, 8) if cores > 2 and images >= WORTH_WORKERS else 0
 
@@ -284,10 +262,15 @@ def read_batches(
         return
     sampler: Any = indices  # lists of indices
     own = torch.Generator().manual_seed(0)  # without one a DataLoader draws from the global random state
-    loader = DataLoader(_Reader(images), batch_size=None, sampler=sampler, num_workers=workers, generator=own)
-    for stack, failures in loader:
+    failed = 0
+    for stack, failures in DataLoader(
+        _Reader(images), batch_size=None, sampler=sampler, num_workers=workers, generator=own
+    ):
         if failures:
             images.skip([*failures.values()])
+        failed = 0 if stack is not None else failed + len(failures)
+        if failed >= len(images):
+            raise SourceError(f"none of the {len(images)} images can be read; the last: {failures[max(failures)]}")
         yield stack, failures
 
 
@@ -335,6 +318,5 @@ def tensor(images: ImageSource | Tensor, limit: int | None = None) -> Tensor:
 
     Takes 12 bytes a pixel and image, and twice that for a moment. Raises SourceError where nothing can be read.
     """
-    size = min(len(images), limit or 64, 64)
-    read = (image for batch in batches(images, size) for image in batch)
+    read = (image for batch in batches(images, min(len(images), limit or 64, 64)) for image in batch)
     return torch.stack(list(itertools.islice(read, limit)))

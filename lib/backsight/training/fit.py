@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
-from backsight.data.images import batches, unit_floats
+from backsight.data.images import batches, index_batches, unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.module import Chain, Inverse, Inverses, header_for
 from backsight.inverses.passes import Images, readable, recorded_batches
@@ -328,7 +328,7 @@ def _sample(images: Images, count: int, seed: int) -> FeatureStore | Tensor:
     """`count` of the images (all, if there are fewer), drawn by the seed, as uint8 (N, 3, H, W), or of a store."""
     count = min(count, len(images))
     if isinstance(images, FeatureStore):
-        return images.drawn(count, seed)
+        return images.subset(next(index_batches(len(images), count, seed, endless=True)))
     size = max(1, min(count, RECORDING_BATCH))
     drawn = torch.cat(list(batches(images, size, seed, steps=math.ceil(count / size), raw=True)))[:count]
     return drawn if drawn.dtype == torch.uint8 else (drawn * 255).round().to(torch.uint8)
