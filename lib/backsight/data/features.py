@@ -1,6 +1,6 @@
 """The feature store: what a frozen target makes of the images, recorded once on disk and read as often as needed.
 
-    images ──► target ──► taps ──► float16 and one scale an image ──► rows.bin: a row an image, with all it holds
+    images ──► target ──► taps ──► float16 ──► rows.bin: a row an image, with all it holds
     store.passes(…) ◄── float32 ◄── rows of the mapped file, read ahead in a thread
 
 A store's folder is named by a key of what decides about a representation (weights, preprocessing, taps, images), so
@@ -34,7 +34,7 @@ from backsight.errors import BacksightError
 from backsight.project import cache_folder, read_json, shown, write_json
 from backsight.representation import Representation, Tokens
 
-FORMAT = 4  # part of the key: raise it whenever files are written, or representations made, in another way
+FORMAT = 5  # part of the key: raise it whenever files are written, or representations made, in another way
 Recorded = dict[str, Representation]
 
 
@@ -146,10 +146,9 @@ class FeatureStore:
     def _widened(self, rows: dict[str, np.ndarray]) -> tuple[Tensor, Recorded]:
         parts: dict[str, dict[str, Tensor]] = {tap: {} for tap in self.taps}
         for name, values in rows.items():
-            tap, _, part = name.partition("/")
-            if f"{name}/scale" in rows:
-                scale = rows[f"{name}/scale"].reshape(-1, *[1] * (values.ndim - 1))
-                parts[tap][part] = torch.from_numpy(values).float().mul_(torch.from_numpy(scale))
+            if name != "images":
+                tap, _, part = name.partition("/")
+                parts[tap][part] = torch.from_numpy(values).float()
         recorded = {tap: replace(self.first[tap], **named) for tap, named in parts.items() if named}
         return unit_floats(torch.from_numpy(rows["images"])), recorded
 
@@ -190,8 +189,8 @@ def record_features(
 
     images: an ImageSource, or (N, 3, H, W) uint8 or float in [0, 1]; they are kept beside the features. taps: as
     `load_target` takes them, default the target's own. folder: of the stores, default "features" in the cache folder;
-    each store has a folder of its own there. Numbers are kept to 11 binary digits of their own, `store.errors` says
-    what that costs; contexts (a detector's memory) are not kept.
+    each store has a folder of its own there. Numbers are kept in half precision, `store.errors` says what that costs;
+    contexts (a detector's memory) are not kept.
 
     A recording that was killed, or whose disk was full, goes on from its last whole batch and ends in the same bytes;
     one that another process is writing is waited for. Raises StoreError where the disk is too small, before anything is
@@ -207,7 +206,7 @@ def record_features(
     columns: list[Any] = [("images", "uint8" if bytewise else "float32", (3, *size))]
     for tap, held in first.items():
         for part, values in _parts(held).items():
-            columns += [(f"{tap}/{part}", "float16", values.shape[1:]), (f"{tap}/{part}/scale", "float32")]
+            columns.append((f"{tap}/{part}", "float16", values.shape[1:]))
     row = np.dtype(columns)
     identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), str(row)]
     identity += [repr(held.signature) for held in first.values()] + [images_digest(images)]
@@ -294,9 +293,9 @@ def _stored(target: Recordable, images: Tensor, first: Recorded) -> dict[str, Te
                 "this tap out."
             )
         for part, values in _parts(held).items():
-            if not values.isfinite().all():
-                raise BacksightError(f"The features of {target.name} at {tap} are not finite: look at its weights.")
-            stored[f"{tap}/{part}"], stored[f"{tap}/{part}/scale"] = halved(values)
+            stored[f"{tap}/{part}"] = values.half()
+            if not stored[f"{tap}/{part}"].isfinite().all():
+                raise BacksightError(f"The features of {target.name} at {tap} are not finite in half precision.")
     return stored
 
 
@@ -314,17 +313,6 @@ def _parts(representation: Representation) -> dict[str, Tensor]:
     """Its numbers, (B, …) each."""
     named = {entry.name: getattr(representation, entry.name) for entry in fields(representation)}
     return {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "position"}
-
-
-def halved(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, …) as float16 and a power of two for each image, (B,), whose product is the values again.
-
-    The largest number of an image comes to lie in [2^14, 2^15): none overflows, and what is less than 2^-28 of it
-    begins to lose digits.
-    """
-    exponent = torch.frexp(values.flatten(1).abs().amax(1)).exponent.clamp(min=-100) - 15
-    halves = torch.ldexp(values, -exponent.view(-1, *[1] * (values.ndim - 1))).half()
-    return halves, torch.ldexp(torch.ones(len(values)), exponent)
 
 
 def images_digest(images: ImageSource | FeatureStore | Tensor) -> str:
