@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backsight.app.pictures import check_pictures, open_picture
+from backsight.app.pictures import open_picture
 from backsight.errors import BacksightError
 from backsight.scenes.render import render
 
@@ -27,7 +27,5 @@ def test_pictures_by_name() -> None:
     assert not torch.equal(open_picture("scene 22", (32, 32), 90.0).image, plain.image)
     for wrong, message in (("scene -1", "no picture"), ("scene 3 hue 360", "0 to 359"), ("chelsae", "no picture")):
         with pytest.raises(BacksightError, match=message):
-            check_pictures([wrong])
-    with pytest.raises(BacksightError, match="'china' is given twice"):
-        check_pictures(["china", "scene 0", "china"])
+            open_picture(wrong, (32, 32))
     assert open_picture("scene 0", (32, 48)).image.shape == (1, 3, 32, 48)

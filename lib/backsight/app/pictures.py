@@ -5,7 +5,6 @@ scene with its largest object recoloured ("scene 22 hue 240"). The same word is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,8 +38,12 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
 
     from backsight.studies.quality import picture
 
-    check_pictures([name])
     if (scene_name := _SCENE.fullmatch(name)) is None:
+        if name not in PHOTOGRAPHS and not Path(name).is_file():
+            raise BacksightError(
+                f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or "
+                f"one of {', '.join(PHOTOGRAPHS)}."
+            )
         words = f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
         return Picture(picture(name, size), torch.ones(1, *size, dtype=torch.bool), words)
     number, hue = scene_name.groups()
@@ -57,15 +60,3 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
 
     image = fitted(scene.image, Image.Resampling.BICUBIC).permute(2, 0, 1)[None].float() / 255
     return Picture(image, fitted(scene.masks[0], Image.Resampling.NEAREST)[None], words)
-
-
-def check_pictures(names: Sequence[str]) -> None:
-    """Refuse a name that is neither a photograph, an image file nor a scene, and a name that is given twice."""
-    for name in names:
-        if not _SCENE.fullmatch(name) and name not in PHOTOGRAPHS and not Path(name).is_file():
-            raise BacksightError(
-                f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or "
-                f"one of {', '.join(PHOTOGRAPHS)}."
-            )
-        if list(names).count(name) > 1:
-            raise BacksightError(f"the picture {name!r} is given twice: name each picture once.")
