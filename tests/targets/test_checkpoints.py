@@ -173,6 +173,22 @@ def test_number_of_classes_and_size_are_those_of_the_file(tmp_path: Path) -> Non
     assert torch.equal(smaller.model.pos_embed[:, 0], state["pos_embed"][:, 0])
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("xcit_nano_12_p16_224", {"embed_dim": 16, "depth": 1, "num_heads": 2}),  # pos_embed is a module
+        (
+            "samvit_base_patch16",
+            {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 3, "neck_chans": 8},
+        ),  # a map
+    ],
+)
+def test_position_embeddings_of_other_forms(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    state = timm.create_model(name, num_classes=3, **arguments).state_dict()
+    path = written(tmp_path / "mine.safetensors", state)
+    assert_same(load_target(f"{name}@{path}", **arguments), state)
+
+
 def test_position_embeddings_with_a_class_token_before_registers(tmp_path: Path) -> None:
     """As DINOv2's authors publish them; timm keeps none for class and register tokens."""
     arguments = {"depth": 1, "embed_dim": 24, "num_heads": 3}

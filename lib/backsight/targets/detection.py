@@ -95,11 +95,14 @@ class DetectionTarget(Target):
         return None
 
     @property
-    def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _widths(self) -> list[tuple[int, int]]:
         """(attention heads, MLP width) of the encoder and of the decoder."""
-        config = self.model.config
-        encoder = (config.encoder_attention_heads, config.encoder_ffn_dim)
-        return encoder, (config.decoder_attention_heads, config.decoder_ffn_dim)
+        config, widths = self.model.config, []
+        for part in ("encoder", "decoder"):
+            heads = getattr(config, f"{part}_attention_heads", None) or config.num_attention_heads
+            names = (f"{part}_ffn_dim", f"{part}_feedforward_dim", "dim_feedforward", "intermediate_size")
+            widths.append((int(heads), next(int(getattr(config, name)) for name in names if hasattr(config, name))))
+        return widths
 
     def _ordered(self, kind: str, values: Tensor, back: bool = False) -> Tensor:
         """Tokens or queries from the model's order to that of Tokens and Queries, and back."""

@@ -144,11 +144,6 @@ class Yolos(DetectionTarget):
         taps = super().tap_set("blocks" if name == "components" else name)
         return (taps[0], taps[-3], PREDICTIONS) if name == "components" else taps
 
-    @property
-    def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        sizes = (int(self.model.config.num_attention_heads), int(self.model.config.intermediate_size))
-        return sizes, sizes
-
     def _ordered(self, kind: str, values: Tensor, back: bool = False) -> Tensor:
         behind = self._prefix - 1 if back else values.shape[1] - self._prefix  # the class token, before the others
         return torch.cat([values[:, :1], values[:, 1 + behind :], values[:, 1 : 1 + behind]], dim=1)
@@ -192,11 +187,6 @@ class Mask2Former(DetectionTarget):
 
     def _final_norm(self, layers: int) -> int:
         return layers
-
-    @property
-    def _widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        config, heads = self.model.config, self.model.config.num_attention_heads
-        return (heads, config.encoder_feedforward_dim), (heads, config.dim_feedforward)
 
     def _ordered(self, kind: str, values: Tensor, back: bool = False) -> Tensor:
         return values.transpose(0, 1) if kind == "queries" else values

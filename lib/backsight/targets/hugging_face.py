@@ -90,11 +90,8 @@ def _model_class(source: Source, config: Any) -> tuple[Any, Any]:
     import transformers
 
     if config.model_type in DETECTORS:
-        boxes, masks = (
-            transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING,
-            transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
-        )
-        return (boxes if type(config) in boxes else masks)[type(config)], config
+        task = DETECTORS[config.model_type].task
+        return getattr(transformers, f"{type(config).__name__.removesuffix('Config')}{task}"), config
     named = (config.architectures or [""])[0]
     if hasattr(config, "vision_config") and "ImageClassification" not in named:
         named, config = "", config.vision_config

@@ -72,21 +72,17 @@ def load_target(
 
 
 def list_targets() -> list[dict[str, str]]:
-    """What can be inverted here and now: name, kind, status ("ready", "damaged", "to fetch" or "missing"), needs.
+    """What can be inverted here and now: name, kind, status ("ready", "to fetch" or "missing"), needs.
 
     Any other name of timm or transformers, folder or checkpoint works too; these are the usual ones.
     """
     rows = []
     for name in dict.fromkeys([*shipped_names(), *SHIPPED, *USUAL]):
-        status, needs = "ready", ""
-        if name in shipped_names():
-            try:
-                resolve(name)
-            except BacksightError as error:
-                status, needs = "damaged", str(error)
+        if is_local(name):
+            status, needs = "ready", ""
         elif name in SHIPPED:
             status, needs = "missing", "notebooks/01_targets.ipynb"
-        elif not is_local(name):
+        else:
             status, needs = "to fetch", "its weights, once"
         kind = "detector" if any(word in name for word in ("detr", "yolos", "mask2former")) else "classifier"
         rows.append({"name": name, "kind": kind, "status": status, "needs": needs})
@@ -171,8 +167,8 @@ def _timm_state(source: Source, path: Any, arguments: dict[str, Any]) -> tuple[d
 def _size_in(model: Any, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The image size that the position embedding of a file is for, where that is another than the model's."""
     own, embed = (getattr(model, name, None) for name in ("pos_embed", "patch_embed"))
-    position = state.get("pos_embed", own)
-    if "img_size" in arguments or own is None or not hasattr(embed, "grid_size") or position.shape == own.shape:
+    position, plain = state.get("pos_embed", own), isinstance(own, Tensor) and hasattr(embed, "grid_size")
+    if "img_size" in arguments or not plain or not position.ndim == own.ndim == 3 or position.shape[1] == own.shape[1]:
         return {}
     for prefix in (own.shape[1] - math.prod(embed.grid_size), 1, 0):  # files of others keep a class token there
         side = math.isqrt(max(position.shape[1] - prefix, 0))
@@ -197,15 +193,9 @@ def _as_timm_reads(
 ) -> dict[str, Tensor]:
     """What timm's own loading makes of a file: other layouts are renamed (DINOv2, CLIP, DeiT-3), position embeddings
     resampled. Which filter a model has only its entry point knows, so the state is caught where it would be loaded."""
-    caught: dict[str, Tensor] = {}
-
-    def catch(_model: nn.Module, filtered: Mapping[str, Tensor], *_: Any, **__: Any) -> Any:
-        caught.update(filtered)
-        return nn.modules.module._IncompatibleKeys([], [])
-
     settings: dict[str, Any] = dict.fromkeys(("url", "file", "source", "hf_hub_id", "hf_hub_filename"))
     settings |= {"state_dict": dict(state), "custom_load": False, "num_classes": model.num_classes}
-    loading = mock.patch.object(nn.Module, "load_state_dict", catch)
-    with contextlib.suppress(BacksightError), torch.device("meta"), loading:
+    loading = mock.patch.object(nn.Module, "load_state_dict")
+    with contextlib.suppress(BacksightError), torch.device("meta"), loading as caught:
         _constructed(source, arguments, True, settings)
-    return caught or state
+    return dict(caught.call_args.args[0]) if caught.called else state
