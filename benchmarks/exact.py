@@ -26,8 +26,9 @@ from table import Row, compare, write
 from torch import Tensor
 
 from backsight.data.images import batches, open_images
-from backsight.exact.inverse import ExactInverse, ExactModel, exact_inverses
+from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
+from backsight.exact.steps import ExactModel
 from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
 from backsight.studies.continuation import Search
@@ -59,7 +60,7 @@ def fitted(name: str, count: int, tap: str) -> RootChoosing:
     folder = shipped_inverses(target)
     completion = load(folder, target)["linear"] if folder is not None else {}
     images = open_images("scenes", "train", target, count)
-    return RootChoosing.of(exact_inverses(target, images, [tap], completion, count)[tap])
+    return RootChoosing.of(fit_exact(target, images, taps=[tap], linear=completion, count=count, progress=False)[tap])
 
 
 def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
@@ -81,11 +82,7 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
 
 def half_steps(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str) -> Iterator[Row]:
     """Each by itself, as far as it is a residual one."""
-    steps = [
-        step.destination
-        for step in inverse.model.walk.between(inverse.source, inverse.reached)
-        if step.kind != "norm" and step.destination in inverse.model.walk.taps
-    ]
+    steps = [step.destination for step in inverse.steps if not step.lossy and step.destination in inverse.model.taps]
     for step, table in measure_half_steps(inverse, truth, settings, steps=steps, **QUIET).groupby("step", sort=False):
         yield from rows_of(f"{name}, {step} alone, {words}", table)
 
@@ -121,7 +118,7 @@ def cost(case: str, target: Target, tap: str, images: int, to: str | None = None
     shape = (images, 3, *target.image_size)
     pictures = torch.rand(shape, generator=torch.Generator().manual_seed(0)).double()
     truth = inverse.model.target.record(pictures, [to, tap])
-    steps = inverse.model.walk.between(tap, to)
+    steps = inverse.model.between(tap, to)
     x = truth[to].values
     forward = []
     with torch.no_grad():
@@ -132,10 +129,12 @@ def cost(case: str, target: Target, tap: str, images: int, to: str | None = None
                 made = step(made)
             forward.append((time.perf_counter() - began) / images)
     baseline = sorted(forward)[len(forward) // 2]
+    began = time.perf_counter()
     trace = inverse.trace(truth[tap], to)
+    seconds = (time.perf_counter() - began) / images
     error = (trace.values - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
     passes = torch.stack([solution.passes.double() for solution in trace.solutions]).mean(0)
-    yield compare("exact", case, "seconds an image", trace.seconds / images, "s", baseline, "")
+    yield compare("exact", case, "seconds an image", seconds, "s", baseline, "")
     yield Row("exact", case, "passes of a half-step, mean", float(passes.mean()), "1", *NONE)
     yield Row("exact", case, "solved", float(trace.solved.double().mean()), "share", *NONE)
     yield Row("exact", case, "relative error, largest", float(error.max()), "1", *NONE)
@@ -170,7 +169,7 @@ def main() -> Iterator[Row]:
     yield from half_steps("scenes-vit", last, some(alone), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
     images = open_images("scenes", "train", untrained, 40)
-    random = exact_inverses(untrained, images, ["blocks.5"], count=40, stages=2)["blocks.5"]
+    random = fit_exact(untrained, images, taps=["blocks.5"], stages=2, progress=False)["blocks.5"]
     recorded = recorded_truth(random, test_images(untrained, 2 * few))
     yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):

@@ -11,7 +11,7 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 import backsight
-from backsight.exact.inverse import exact_inverses
+from backsight.exact.inverse import fit_exact
 from backsight.targets.base import Target
 
 
@@ -60,6 +60,6 @@ def test_post_norm_chains_are_solved_where_their_target_is() -> None:
     images = pictures(target, 10)
     with Pretended() as device:
         device.put(target.model)
-        inverse = exact_inverses(target, images, ["encoder.layers.0"], count=10, stages=2)["encoder.layers.0"]
+        inverse = fit_exact(target, images, taps=["encoder.layers.0"], stages=2, progress=False)["encoder.layers.0"]
         trace = inverse.trace(target.record(images[:2], ["encoder.layers.0"])["encoder.layers.0"])
         assert trace.values.device.type == trace.solved.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import MapInverse, Noise, fit_map, fit_map_tap, noisy, pixel_forward
-from backsight.exact.posterior import Gaussian, Likelihood, MapSettings, map_solve
+from backsight.exact.map import MapInverse, fit_map, fit_map_tap, pixel_forward
+from backsight.exact.posterior import MapSettings, Posterior
 from backsight.exact.starts import by_group
 from backsight.inverses.files import read, write
 from backsight.inverses.linear import fit_linear
@@ -34,17 +35,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_of_a_linear_model_it_is_the_closed_form(batch: int, stages: tuple[float, ...]) -> None:
     """2 tokens of 5 values seen as 3 tokens of 4, of other noise a channel: Tarantola, eqs. 3.37 and 3.38."""
     matrix, factor = normal(10, 12, seed=1), normal(5, 5, seed=2)
-    prior = Gaussian(normal(batch, 2, 5, seed=3), factor)
+    mean = normal(batch, 2, 5, seed=3)
     noise = torch.tensor([0.01, 0.04, 0.09, 0.16], dtype=torch.float64)
-    truth = prior.at(normal(batch, 2, 5, seed=4))
+    truth = mean + normal(batch, 2, 5, seed=4) @ factor.T
     y = (truth.flatten(1) @ matrix).view(batch, 3, 4) + normal(batch, 3, 4, seed=5) * noise.sqrt()
-    likelihood = Likelihood(noise.diag()[None], 4 * torch.eye(4, dtype=torch.float64)[None])
-    settings = replace(THOROUGH, stages=stages)
-    solution = map_solve(lambda z: (z.flatten(1) @ matrix).view(-1, 3, 4), y, prior, likelihood, settings)
+    spread = 4 * torch.eye(4, dtype=torch.float64)[None]
+    problem = Posterior(lambda z: (z.flatten(1) @ matrix).view(-1, 3, 4), y, mean, factor, noise.diag()[None], spread)
+    solution = problem.most_probable(replace(THOROUGH, stages=stages))
     before = torch.block_diag(*[factor @ factor.T] * 2)
     inverse = torch.diag(1 / noise.repeat(3))
     posterior = torch.linalg.inv(torch.linalg.inv(before) + matrix @ inverse @ matrix.T)
-    mean = prior.mean.flatten(1)
+    mean = mean.flatten(1)
     expected = mean + (y.flatten(1) - mean @ matrix) @ inverse @ matrix.T @ posterior
     assert torch.allclose(solution.z.flatten(1), expected, rtol=0, atol=1e-6)
     assert bool((solution.objective < solution.at_start).all())
@@ -58,12 +59,12 @@ def bent(z: Tensor) -> Tensor:
 
 def test_the_truth_of_a_bent_model_comes_back_as_the_noise_goes() -> None:
     truth, one = normal(4, 3, 4, seed=14), torch.eye(5, dtype=torch.float64)[None]
-    prior = Gaussian(truth + 0.3 * normal(4, 3, 4, seed=15), 0.3 * torch.eye(4, dtype=torch.float64))
+    prior = truth + 0.3 * normal(4, 3, 4, seed=15), 0.3 * torch.eye(4, dtype=torch.float64)
     away = []
     for sigma in (1e-1, 1e-3, 1e-5):
         y = bent(truth) + sigma * normal(4, 4, 5, seed=16)
         settings = MapSettings(steps=6, products=40, tolerance=1e-8, enough=1e-6)
-        solution = map_solve(bent, y, prior, Likelihood(sigma**2 * one, 0.1 * one), settings)
+        solution = Posterior(bent, y, *prior, sigma**2 * one, 0.1 * one).most_probable(settings)
         away.append(float((solution.z - truth).square().mean().sqrt()))
     assert away[0] > 20 * away[1]
     assert away[1] > 20 * away[2]
@@ -76,52 +77,48 @@ def folded(z: Tensor) -> Tensor:
 
 
 def test_no_step_raises_the_objective_and_samples_do_not_know_of_one_another() -> None:
-    prior = Gaussian(normal(6, 2, 3, seed=20), ONE[0])
-    y, likelihood = folded(normal(6, 2, 3, seed=21)), Likelihood(1e-4 * ONE, 10 * ONE)
+    mean, y = normal(6, 2, 3, seed=20), folded(normal(6, 2, 3, seed=21))
+    problem = Posterior(folded, y, mean, ONE[0], 1e-4 * ONE, 10 * ONE)
     settings = MapSettings(stages=(1.0, 0.1, 0.0), steps=5, enough=0.0)
-    solution = map_solve(folded, y, prior, likelihood, settings)
+    solution = problem.most_probable(settings)
     assert bool((solution.objective <= solution.at_start).all())
-    fewer = map_solve(folded, y, prior, likelihood, replace(settings, stages=(0.0,), steps=1))
-    more = map_solve(folded, y, prior, likelihood, replace(settings, stages=(0.0,), steps=4))
+    fewer = problem.most_probable(replace(settings, stages=(0.0,), steps=1))
+    more = problem.most_probable(replace(settings, stages=(0.0,), steps=4))
     assert bool((more.objective <= fewer.objective).all())
-    residual = by_group(folded(solution.z) - y, likelihood.whitener(0.0))
+    residual = by_group(folded(solution.z) - y, problem.whitener(0.0))
     again = 0.5 * residual.square().flatten(1).sum(1) + 0.5 * solution.w.square().flatten(1).sum(1)
     assert torch.allclose(solution.objective, again, rtol=1e-8)
     assert torch.allclose(solution.misfit, residual.square().flatten(1).mean(1), rtol=1e-8)
-    settings, likelihood = replace(settings, tolerance=1e-12, steps=3), Likelihood(1e-2 * ONE, ONE)
-    together = map_solve(folded, y, prior, likelihood, settings)
-    alone = map_solve(folded, y[2:3], Gaussian(prior.mean[2:3], prior.factor), likelihood, settings)
+    settings = replace(settings, tolerance=1e-12, steps=3)
+    together, alone = (
+        Posterior(folded, y[part], mean[part], ONE[0], 1e-2 * ONE, ONE).most_probable(settings)
+        for part in (slice(None), slice(2, 3))
+    )
     assert torch.allclose(together.z[2:3], alone.z, rtol=0, atol=1e-8)
 
 
 def test_a_whitener_makes_its_covariance_one_for_each_group() -> None:
     noise, spread = torch.diag(torch.tensor([1e-12, 1e-4, 1.0], dtype=torch.float64)), normal(2, 3, 3, seed=35)
     spread = spread @ spread.mT
-    whitener = Likelihood(noise.expand(2, 3, 3), spread).whitener(0.1)
+
+    def known(noise: Tensor, spread: Tensor) -> Posterior:
+        return Posterior(folded, ONE, ONE, ONE[0], noise, spread)
+
+    whitener = known(noise.expand(2, 3, 3), spread).whitener(0.1)
     made = whitener.mT @ (noise + 0.1 * spread) @ whitener
     assert torch.allclose(made, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), atol=1e-8)
-    assert Likelihood(1e-30 * noise[None], spread[:1]).stages()[-1] > 0
-    assert Likelihood(1e3 * spread, spread).stages() == (0.0,)
-    assert Likelihood(0.03 * spread, spread).stages() == (1.0, 0.1, 0.0)
-
-
-def test_noises_are_of_the_size_they_say() -> None:
-    values = 3 * normal(4, 50, 40, seed=36).float()
-    off = noisy(values, Noise("gaussian", 0.1), torch.Generator().manual_seed(0)) - values
-    assert abs(float(off.std()) - 0.3) < 0.01
-    assert torch.equal(noisy(values, Noise("float32")), values)
-    # Uniform rounding: half a unit in the last place of 8 and of 11 bits, over √3 and over the octave.
-    for kind, bits in (("bfloat16", 8), ("float16", 11)):
-        relative = ((noisy(values, Noise(kind)) - values) / values).square().mean().sqrt()  # type: ignore[arg-type]
-        assert 0.3 < float(relative) * 2.0**bits < 0.6
-    step = values.flatten(1).abs().amax(1) / 127
-    rounding = (noisy(values, Noise("int8")) - values).flatten(1).square().mean(1).sqrt()
-    assert torch.allclose(rounding, step / 12**0.5, rtol=0.1)
-    with pytest.raises(ValueError, match="sigma from 0"):
-        noisy(values, Noise("gaussian", -1.0))
+    assert known(1e-30 * noise[None], spread[:1]).stages()[-1] > 0
+    assert known(1e3 * spread, spread).stages() == (0.0,)
+    assert known(0.03 * spread, spread).stages() == (1.0, 0.1, 0.0)
 
 
 # On a small model
+
+
+def shaken(sigma: float, seed: int = 0) -> Callable[[Tensor], Tensor]:
+    """Gaussian noise of a share of the values' deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda values: values + sigma * float(values.std()) * torch.randn(values.shape, generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +158,11 @@ def test_a_detector_s_pass_is_its_own_and_differentiable() -> None:
 
 
 def test_it_beats_the_inverse_that_it_starts_from(target: Target) -> None:
-    tap, noise, held_out, images = "blocks.1", Noise("gaussian", 1e-3), scenes(24, 1), scenes(4, 2)
+    tap, held_out, images = "blocks.1", scenes(24, 1), scenes(4, 2)
     mean = held_out.mean(0)
-    inverse = fit_map_tap(target, tap, lambda given: mean.expand(given.batch, -1, -1, -1), held_out, noise)
+    inverse = fit_map_tap(target, tap, lambda given: mean.expand(given.batch, -1, -1, -1), held_out, shaken(1e-3))
     recorded = target.record(images, [tap])[tap]
-    y = recorded.replace(noisy(recorded.values, noise, torch.Generator().manual_seed(3)))
+    y = recorded.replace(shaken(1e-3, 3)(recorded.values))
     made = inverse(y)
     start = (inverse.start(y) - patchify(images, (8, 8))).square().mean()
     assert made.shape == images.shape
@@ -184,7 +181,7 @@ def test_covariances_are_of_groups_and_do_not_grow_with_the_tokens() -> None:
         def base(given: Tokens, mean: Tensor = mean) -> Tensor:
             return mean.expand(given.batch, -1, -1, -1)
 
-        inverse = fit_map_tap(target, "blocks.1", base, images, Noise("float32"), checked=0)
+        inverse = fit_map_tap(target, "blocks.1", base, images, checked=0)
         assert inverse.spread.shape == (2, 16, 16)  # of the class token, and of all patches
         sizes[side] = sum(buffer.numel() * buffer.element_size() for buffer in inverse.buffers())
     assert sizes[32] == sizes[64]
@@ -201,7 +198,7 @@ def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
         "decoder.layers.0",
         lambda given: mean.expand(given.batch, -1, -1, -1),
         images,
-        Noise("gaussian", 0.1),
+        shaken(0.1),
         count=66,
         checked=0,
     )
@@ -212,8 +209,8 @@ def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
 
 def test_a_whole_target_is_fitted_saved_and_read_back(target: Target, tmp_path: Path) -> None:
     linear = fit_linear(target, scenes(40, 0), taps=["blocks.1"], progress=False)
-    settings, noise = MapSettings(stages=(1.0, 0.1), steps=1, products=3), Noise("gaussian", 0.1)
-    inverse = fit_map_tap(target, "blocks.1", linear["blocks.1"], scenes(16, 1), noise, settings, checked=2)
+    settings = MapSettings(stages=(1.0, 0.1), steps=1, products=3)
+    inverse = fit_map_tap(target, "blocks.1", linear["blocks.1"], scenes(16, 1), shaken(0.1), settings, checked=2)
     recorded = target.record(scenes(2, 2))["blocks.1"]
     made = inverse(recorded)
     with pytest.raises(BacksightError, match="does not know its target"):
@@ -222,17 +219,17 @@ def test_a_whole_target_is_fitted_saved_and_read_back(target: Target, tmp_path: 
     for half, tolerance in ((False, 1e-6), (True, 0.02)):
         loaded = read(write(inverse, tmp_path / "map--blocks.1.safetensors", half), target)
         assert isinstance(loaded, MapInverse)
-        assert (loaded.noise, list(loaded.settings.stages or ())) == (noise, [1.0, 0.1])
+        assert list(loaded.settings.stages or ()) == [1.0, 0.1]
         assert torch.equal(loaded.spread, inverse.spread)  # of its size, float16 would make nothing
         torch.testing.assert_close(loaded(recorded), made, atol=tolerance, rtol=0)
     whole = fit_map(target, scenes(40, 0), scenes(8, 1), taps=["blocks.1"], linear=linear, progress=False)
-    assert whole["blocks.1"].start.base is linear["blocks.1"]
+    assert whole["blocks.1"].base is linear["blocks.1"]
     assert float((whole["blocks.1"](recorded) - scenes(2, 2)).square().mean()) < 0.01
 
 
 def test_what_it_cannot_do_it_refuses(target: Target) -> None:
     with pytest.raises(BacksightError, match="at least 5 held-out images"):
-        fit_map_tap(target, "blocks.0", lambda given: scenes(given.batch, 0), scenes(3, 0), Noise("float32"))
+        fit_map_tap(target, "blocks.0", lambda given: scenes(given.batch, 0), scenes(3, 0))
     with pytest.raises(BacksightError, match="give `validation`"):
         fit_map(target, scenes(40, 0), progress=False)
     detector = small_detector().select(["predictions"])
@@ -241,4 +238,4 @@ def test_what_it_cannot_do_it_refuses(target: Target) -> None:
         fit_map(detector, images, images, progress=False)
     y = normal(1, 3, 3)
     with pytest.raises(BacksightError, match="not finite"):
-        map_solve(lambda z: z / 0, y, Gaussian(y, ONE[0]), Likelihood(ONE, ONE))
+        Posterior(lambda z: z / 0, y, y, ONE[0], ONE, ONE).most_probable()

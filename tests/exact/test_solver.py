@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from backsight.exact.solver import (
+    Function,
     Linearised,
     Settings,
     conjugate_gradients,
@@ -28,6 +31,10 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def of(function: Callable[[Tensor], Tensor]) -> Function:
+    return lambda x, _which: function(x)
+
+
 def mixing(x: Tensor, lipschitz: float = 0.9) -> Tensor:
     """x + f(x), f a network over all values of an image (3 tokens of 4 channels) with this Lipschitz constant."""
     first, second = (torch.linalg.qr(normal(12, 12, seed=seed)).Q.to(x) for seed in (1, 2))
@@ -42,7 +49,7 @@ def cubic_root(y: Tensor) -> Tensor:
 
 def test_a_contraction_is_inverted_exactly() -> None:
     x = normal(5, 3, 4, seed=3)
-    solution = solve(mixing, mixing(x), [torch.zeros_like(x)], PLAIN)
+    solution = solve(of(mixing), mixing(x), [torch.zeros_like(x)], PLAIN)
     assert bool(solution.solved.all())
     assert relative(solution.x, x) < 1e-12
 
@@ -51,14 +58,14 @@ def test_a_contraction_is_inverted_exactly() -> None:
 def test_a_steep_block_is_inverted_to_its_analytic_inverse(dense: bool) -> None:
     y = 30 * normal(6, 1, 3)  # slopes up to 3 x², where a plain fixed-point iteration diverges
     jacobian = (lambda x: torch.diag_embed(1 + 3 * x.square())) if dense else None
-    solution = solve(lambda x: x + x**3, y, [y], Settings(), jacobian=jacobian)
+    solution = solve(lambda x, _: x + x**3, y, [y], Settings(), jacobian=jacobian)
     assert bool(solution.solved.all())
     assert relative(solution.x, cubic_root(y)) < 1e-12
 
 
 def test_a_sample_without_a_root_is_marked_and_the_others_are_solved() -> None:
     y = torch.tensor([4.0, -1.0, 9.0], dtype=torch.float64).view(3, 1, 1)
-    solution = solve(Tensor.square, y, [torch.full_like(y, 1.7)], Settings(restarts=1))
+    solution = solve(of(Tensor.square), y, [torch.full_like(y, 1.7)], Settings(restarts=1))
     assert solution.solved.tolist() == [True, False, True]
     assert solution.residual[1] > 0.5
     assert torch.allclose(solution.x[[0, 2], 0, 0].abs(), torch.tensor([2.0, 3.0], dtype=torch.float64))
@@ -67,30 +74,29 @@ def test_a_sample_without_a_root_is_marked_and_the_others_are_solved() -> None:
 def test_further_starts_reach_what_the_first_does_not() -> None:
     y = torch.full((2, 1, 1), 4.0, dtype=torch.float64)
     flat = torch.zeros_like(y)  # the derivative of the square vanishes here
-    assert not bool(solve(Tensor.square, y, [flat], PLAIN).solved.any())
-    assert bool(solve(Tensor.square, y, [flat, flat + 1], PLAIN).solved.all())
+    assert not bool(solve(of(Tensor.square), y, [flat], PLAIN).solved.any())
+    assert bool(solve(of(Tensor.square), y, [flat, flat + 1], PLAIN).solved.all())
 
 
 def test_of_two_roots_the_usual_one_is_kept() -> None:
     y = torch.full((3, 1, 1), 4.0, dtype=torch.float64)
     starts = [y, -y]  # lead to 2 and to −2
 
-    def score(x: Tensor, which: Tensor) -> Tensor:
+    def doubt(x: Tensor, which: Tensor) -> Tensor:
         goal = torch.tensor([2.0, -2.0, -2.0], dtype=torch.float64)[which]
-        return (x[:, 0, 0] - goal).abs()
+        return (x[:, 0, 0] - goal).abs() - 0.1
 
-    usual = torch.full((3,), 0.1, dtype=torch.float64)
-    chosen = solve(Tensor.square, y, starts, PLAIN, score=score, usual=usual)
+    chosen = solve(of(Tensor.square), y, starts, PLAIN, doubt=doubt)
     assert chosen.x.flatten().tolist() == pytest.approx([2, -2, -2])
     assert bool(chosen.solved.all())
-    assert solve(Tensor.square, y, starts, PLAIN).x.flatten().tolist() == pytest.approx([2, 2, 2])
+    assert solve(of(Tensor.square), y, starts, PLAIN).x.flatten().tolist() == pytest.approx([2, 2, 2])
 
 
 def test_samples_do_not_depend_on_their_batch() -> None:
     x = normal(6, 3, 4, seed=5)
     y = mixing(x, 3.0)
-    together = solve(lambda x: mixing(x, 3.0), y, [y], PLAIN)
-    alone = solve(lambda x: mixing(x, 3.0), y[2:3], [y[2:3]], PLAIN)
+    together = solve(lambda x, _: mixing(x, 3.0), y, [y], PLAIN)
+    alone = solve(lambda x, _: mixing(x, 3.0), y[2:3], [y[2:3]], PLAIN)
     assert bool(alone.solved[0]) == bool(together.solved[2])
     assert alone.iterations[0] == together.iterations[2]
 
@@ -98,7 +104,7 @@ def test_samples_do_not_depend_on_their_batch() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     y = normal(2, 3, 4)
     with pytest.raises(ValueError, match="not all finite"):
-        solve(mixing, y * torch.nan, [y])
+        solve(of(mixing), y * torch.nan, [y])
 
 
 def test_a_line_search_shortens_steps_and_takes_none_that_rises() -> None:
@@ -146,7 +152,7 @@ def test_products_are_those_of_the_jacobian() -> None:
     assert torch.allclose(here.transposed(v)[1].flatten(), jacobian.T @ v[1].flatten())
     one = torch.tensor([1])
     assert torch.allclose(here.of_samples(here.product)(u[1:].flatten(1), one), here.product(u)[1:].flatten(1))
-    assert relative(differences(mixing, x, mixing(x))(u[1:].flatten(1), one)[0], jacobian @ u[1].flatten()) < 1e-6
+    assert relative(differences(of(mixing), x, mixing(x))(u[1:].flatten(1), one)[0], jacobian @ u[1].flatten()) < 1e-6
     straight = Linearised(lambda x: x @ torch.ones(4, 2, dtype=x.dtype), x)
     assert torch.allclose(straight.product(u), u.sum(-1, keepdim=True).expand(-1, -1, 2))
 

@@ -13,9 +13,9 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, exact_inverses
+from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
-from backsight.exact.starts import StagedStart, fit_prior
+from backsight.exact.starts import Half
 from backsight.inverses.linear import fit_linear
 from backsight.representation import Tokens
 from backsight.studies import exact as study
@@ -56,7 +56,7 @@ def usual() -> ExactInverse:
     target = small_timm("ViT")
     size = target.image_size
     shown = torch.nn.functional.interpolate(pictures(24), size=size)
-    return RootChoosing.of(exact_inverses(target, shown, [LAST], count=24, stages=1)[LAST])
+    return RootChoosing.of(fit_exact(target, shown, taps=[LAST], stages=1, progress=False)[LAST])
 
 
 def images_of(inverse: ExactInverse, count: int) -> Tensor:
@@ -71,7 +71,7 @@ def kinked(x: Tensor) -> Tensor:
 def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, Tokens]]:
     """The same model with a last half-step that folds in one channel; truth: its lower root; start: where to begin."""
     model = usual.model
-    number = model.walk.taps[LAST]
+    number = model.taps[LAST]
 
     def forward(x: Tensor) -> Tensor:
         return torch.cat([kinked(x[..., :1]), x[..., 1:]], dim=-1)
@@ -81,23 +81,19 @@ def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, T
         slope[:, 0] = 1 - 2 / x[:, 0].cosh().square()
         return torch.diag_embed(slope)
 
-    step = replace(model.walk.steps[number], forward=forward, jacobian=jacobian)
-    model = replace(model, walk=replace(model.walk, steps={**model.walk.steps, number: step}))
-    model.__dict__["single"] = model.walk
+    half = Half(replace(model.steps[number], forward=forward, jacobian=jacobian))
+    model = replace(model, steps={**model.steps, number: half.step})
+    model.__dict__["single"] = model
     truth = recorded_truth(usual, images_of(usual, 2))
     there = truth[HALF].values.clone()
     there[..., 0] = -SECOND / 2
     width = there.shape[-1]
-    begin = StagedStart(
-        first=torch.zeros(2, width, width), maps=torch.zeros(0, 2, 5 * width, width), biases=torch.zeros(1, 2, width)
-    )
-    begin.first.copy_(torch.eye(width).expand(2, -1, -1))
-    begin.first[:, 0, 0], begin.biases[..., 0] = 0.0, start
-    prior = fit_prior(step, there + 0.1 * truth[HALF].values, forward(there), begin, 1)
-    prior.folding.fill_(0.5)
-    starts = {step.destination: usual.fitted("starts", step) for step in usual.steps}
-    priors = {step.destination: usual.fitted("priors", step) for step in usual.steps if step.tokenwise}
-    fitted = {"starts": {**starts, LAST: begin}, "priors": {**priors, LAST: prior}}
+    half.fit(there + 0.1 * truth[HALF].values, forward(there), 1, 1)
+    half.folding.fill_(0.5)
+    half.stage0.zero_()
+    half.stage0[:, :width] = torch.eye(width)
+    half.stage0[:, 0, 0], half.stage0[:, width, 0] = 0.0, start
+    fitted = {**usual.fitted(), LAST: half}
     changed = RootChoosing(model, LAST, fitted, settings=Settings(choose=False))
     streams = {**truth, HALF: truth[HALF].replace(there), LAST: truth[LAST].replace(forward(there))}
     return changed, streams
@@ -138,7 +134,7 @@ def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None
 
 def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> None:
     untrained = small_timm("ViT").untrained(3)
-    other = exact_inverses(untrained, images_of(usual, 10), [LAST], count=10, stages=1)[LAST]
+    other = fit_exact(untrained, images_of(usual, 10), taps=[LAST], stages=1, progress=False)[LAST]
     one = images_of(usual, 1)
     truths = [recorded_truth(each, one) for each in (usual, other)]
     table = measure_half_steps([usual, other], truths, steps=["blocks.0"], **QUIET)
@@ -175,7 +171,7 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
 
     def told(inverse: ExactInverse, trace: object, *others: object) -> pd.DataFrame:
         table, count = judged(inverse, trace, *others), len(trace.values)
-        if trace.destination == HALF or count < 5:
+        if trace.steps[-1].source == HALF or count < 5:
             return table
         error, another = [1e-9, 0.3, 0.3, 0.3, math.nan], [False, True, False, False, False]
         return table.assign(error=error, another_root=another, solved=[True, True, False, True, False])
@@ -275,13 +271,13 @@ def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactI
         first = representation.values[:, 0, 0].float().sigmoid()
         return first[:, None, None, None].expand(-1, 3, *usual.model.target.image_size)
 
-    steps = inverse.model.walk.between(HALF, "blocks.0")
+    steps = inverse.model.between(HALF, "blocks.0")
     before = truth["blocks.0"].values
     with torch.no_grad():
         half = steps[0](before)
     # Unlike in the other tests, the truth is of the model's own pass all the way.
     streams = {**truth, HALF: truth[HALF].replace(half)}
-    last = inverse.model.walk.between(LAST, HALF)[0]
+    last = inverse.model.between(LAST, HALF)[0]
     with torch.no_grad():
         streams[LAST] = truth[LAST].replace(last(half))
     case, found = cases_of(inverse, streams)[0], find_roots(inverse, LAST, streams, examples=1, **QUIET)

@@ -9,10 +9,10 @@ import torch
 from targets.examples import small_timm
 from torch import Tensor
 
-from backsight.exact.inverse import ExactInverse, ExactModel
+from backsight.exact.inverse import ExactInverse
 from backsight.exact.solver import Settings, solve
-from backsight.exact.starts import StagedStart
-from backsight.exact.steps import Step
+from backsight.exact.starts import Half
+from backsight.exact.steps import ExactModel, Step
 from backsight.studies.amplification import amplification, chain_amplification
 from backsight.studies.continuation import Search, TokenMap, signs, token_roots
 from backsight.studies.roots import RootChoosing, judged
@@ -39,10 +39,8 @@ def mixing(x: Tensor, lipschitz: float = 0.9) -> Tensor:
     return x + lipschitz * ((x.flatten(1) @ first).tanh() @ second).view_as(x)
 
 
-MIXING = Step("residual", "before", "after", mixing)
-CUBIC = Step(
-    "residual", "a", "b", lambda x: x + x**3, tokenwise=True, jacobian=lambda x: torch.diag_embed(1 + 3 * x**2)
-)
+MIXING = Step("before", "after", mixing)
+CUBIC = Step("a", "b", lambda x: x + x**3, tokenwise=True, jacobian=lambda x: torch.diag_embed(1 + 3 * x**2))
 
 
 @pytest.mark.parametrize("single", [False, True])
@@ -94,12 +92,12 @@ def test_another_root_is_told_from_the_right_one_and_from_an_error_that_grew(sig
     """A model whose last half-step squares: the start decides which of the two roots is found."""
     target = small_timm("ViT", img_size=(32, 16))
     model = ExactModel.of(target)
-    number = model.walk.taps["blocks.1"]
-    square = replace(model.walk.steps[number], forward=Tensor.square, jacobian=lambda x: torch.diag_embed(2 * x))
-    model = replace(model, walk=replace(model.walk, steps={**model.walk.steps, number: square}))
-    start = StagedStart(first=torch.zeros(2, 16, 16), maps=torch.zeros(0, 2, 80, 16), biases=torch.zeros(1, 2, 16))
-    start.biases.fill_(sign)
-    inverse = ExactInverse(model, "blocks.1", {"starts": {"blocks.1": start}})
+    number = model.taps["blocks.1"]
+    half = Half(replace(model.steps[number], forward=Tensor.square, jacobian=lambda x: torch.diag_embed(2 * x)))
+    model = replace(model, steps={**model.steps, number: half.step})
+    half.put(stage0=torch.zeros(2, 17, 16))
+    half.stage0[:, -1] = sign
+    inverse = ExactInverse(model, "blocks.1", {"blocks.1": half})
     images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(0)).double()
     recorded = model.target.record(images, ["blocks.1.attn"])["blocks.1.attn"]
     x = recorded.replace(recorded.values.abs() + 0.5)
@@ -123,7 +121,7 @@ def test_noise_grows_as_predicted() -> None:
     y = mixing(x)
     predicted = amplification(MIXING, x, probes=60, iterations=25)
     noise = 1e-6 * normal(300, *x.shape, seed=5)
-    back = solve(mixing, (y + noise).flatten(0, 1), [x.repeat(300, 1, 1)], PLAIN).x.view_as(noise)
+    back = solve(lambda x, _: mixing(x), (y + noise).flatten(0, 1), [x.repeat(300, 1, 1)], PLAIN).x.view_as(noise)
     measured = ((back - x).square().sum((0, 2, 3)) / noise.square().sum((0, 2, 3))).sqrt()
     assert torch.allclose(measured, predicted.mean, rtol=0.1)
     for number in range(3):
@@ -150,8 +148,8 @@ def test_noise_grows_along_a_chain_as_predicted() -> None:
     between = CUBIC(x)
     last, both = chain_amplification([CUBIC, MIXING], x, probes=100)
     noise = 1e-6 * normal(300, *x.shape, seed=5)
-    parts = solve(mixing, (mixing(between) + noise).flatten(0, 1), [between.repeat(300, 1, 1)], PLAIN).x
-    whole = solve(CUBIC.forward, parts, [x.repeat(300, 1, 1)], PLAIN).x
+    parts = solve(lambda x, _: mixing(x), (mixing(between) + noise).flatten(0, 1), [between.repeat(300, 1, 1)], PLAIN).x
+    whole = solve(lambda x, _: CUBIC(x), parts, [x.repeat(300, 1, 1)], PLAIN).x
     for back, there, predicted in ((parts, between, last), (whole, x, both)):
         error = (back.view_as(noise) - there).square().sum((0, 2, 3))
         assert torch.allclose((error / noise.square().sum((0, 2, 3))).sqrt(), predicted, rtol=0.1)
@@ -160,7 +158,7 @@ def test_noise_grows_along_a_chain_as_predicted() -> None:
 
 def test_a_projection_has_no_inverse_from_there_on() -> None:
     basis = torch.linalg.qr(normal(12, 12)).Q[:, :9]
-    flat = Step("residual", "before", "after", lambda x: (x.flatten(1) @ basis @ basis.T).view_as(x))
+    flat = Step("before", "after", lambda x: (x.flatten(1) @ basis @ basis.T).view_as(x))
     x = normal(2, 3, 4)
     assert torch.isinf(amplification(flat, x, probes=2, iterations=2).mean).all()
     last, first = chain_amplification([flat, MIXING], x, probes=2)

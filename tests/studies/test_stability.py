@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import Noise, noisy
 from backsight.exact.solver import Linearised
 from backsight.studies.lanczos import (
     colour_share,
@@ -20,6 +19,7 @@ from backsight.studies.lanczos import (
     relative_size,
     spectrum,
 )
+from backsight.studies.stability import Noise, noisy
 from backsight.studies.uncertainty import reliability
 
 
@@ -120,3 +120,17 @@ def test_shares_of_colour_and_detail() -> None:
     assert float(detail_share(0.3 * slow + 0.05 * fast, 1 / 16)) == pytest.approx(0.0025 / 0.0925, rel=1e-4)
     with pytest.raises(BacksightError, match="no detail"):
         detail_radius(torch.full((2, 3, 8, 8), 0.3))
+
+
+def test_noises_are_of_the_size_they_say() -> None:
+    values = 3 * normal(4, 50, 40, seed=36).float()
+    off = noisy(values, Noise("gaussian", 0.1), torch.Generator().manual_seed(0)) - values
+    assert abs(float(off.std()) - 0.3) < 0.01
+    assert torch.equal(noisy(values, Noise("float32")), values)
+    # Uniform rounding: half a unit in the last place of 8 and of 11 bits, over √3 and over the octave.
+    for kind, bits in (("bfloat16", 8), ("float16", 11)):
+        relative = ((noisy(values, Noise(kind)) - values) / values).square().mean().sqrt()
+        assert 0.3 < float(relative) * 2.0**bits < 0.6
+    step = values.flatten(1).abs().amax(1) / 127
+    rounding = (noisy(values, Noise("int8")) - values).flatten(1).square().mean(1).sqrt()
+    assert torch.allclose(rounding, step / 12**0.5, rtol=0.1)

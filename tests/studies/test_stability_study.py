@@ -13,13 +13,13 @@ from targets.examples import small_timm
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, exact_inverses
-from backsight.exact.map import MapInverse, Noise
+from backsight.exact.inverse import ExactInverse, fit_exact
+from backsight.exact.map import MapInverse
 from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr
-from backsight.studies.stability import Probes, Stability, disturbed, measure_stability, parse_noises
+from backsight.studies.stability import Noise, Probes, Stability, disturbed, measure_stability, parse_noises
 from backsight.tables.values import METRIC_COLUMNS
 from backsight.targets import Target
 
@@ -224,7 +224,7 @@ def pictures() -> Tensor:
 
 @pytest.fixture(scope="module")
 def exact(vit: Target, pictures: Tensor) -> dict[str, ExactInverse]:
-    return exact_inverses(vit, pictures[:32], ["blocks.0"], stages=1)
+    return dict(fit_exact(vit, pictures[:32], taps=["blocks.0"], stages=1, progress=False))
 
 
 @pytest.fixture(scope="module")

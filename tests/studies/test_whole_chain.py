@@ -8,9 +8,9 @@ from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.joint import JointSettings
 from backsight.exact.posterior import MapSettings
 from backsight.inverses.linear import fit_linear
+from backsight.studies.joint import JointSettings
 from backsight.studies.whole_chain import measure_whole_chains
 from backsight.tables.names import ANOTHER_ROOT, BACK, LOST
 from backsight.tables.names import CHAIN_FATES as FATES

@@ -3,13 +3,8 @@
     starts ──► damped Newton steps ──► solved, and a usual root?  no ──► the next start, then perturbed ones
                dense: J⁻¹ (y − g) by LU; krylov: by GMRES on differences; step lengths by backtracking
 
-Every sample has a direction, a step length and an end of its own; what is solved is computed no further. A sample that
-no start solves keeps its best iterate and is marked: a residual is never hidden. Two ways to multiply with a
-derivative: `differences`, one forward pass in float64, and `Linearised`, exact and transposed too, at the price of two
-(measured on half-steps of scenes-vit).
-
 Sources: Knoll & Keyes, Jacobian-free Newton–Krylov methods (2004); Eisenstat & Walker, Choosing the forcing terms in an
-inexact Newton method (1996); Saad & Schultz, GMRES (1986); Nocedal & Wright, Numerical Optimization (2006), 3.1, 5.1.
+inexact Newton method (1996); Walker & Zhou, A simpler GMRES (1994); Nocedal & Wright, Numerical Optimization (2006).
 """
 
 from __future__ import annotations
@@ -22,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Function = Callable[..., Tensor]  # (x, *context) -> g(x)
+Function = Callable[[Tensor, Tensor], Tensor]  # (x (K, n, c), which samples (K,)) -> g(x), each sample's alone
 Product = Callable[[Tensor, Tensor], Tensor]  # (directions (K, N), which samples (K,)) -> (K, N)
-Score = Callable[[Tensor, Tensor], Tensor]  # (x (K, n, c), which samples (K,)) -> (K,), low: usual
 Propose = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor | int]]
 
 TINY = 1e-300
@@ -43,9 +37,9 @@ WIDE = 128  # columns up to which torch's own batches of LU factorizations are s
 class Settings:
     """How long a solver tries.
 
-    tolerance: relative residual |g(x) − y| / |y| of a solved sample; goal: where iterations end (below `tolerance` they
-    also end as soon as they gain nothing more); newton: iterations; krylov: products of one iteration; restarts:
-    perturbed starts behind the given ones; choose: whether unusual roots are doubted, and further starts tried.
+    tolerance: relative residual |g(x) − y| / |y| of a solved sample; goal: where iterations end; newton: iterations;
+    krylov: products of one iteration; restarts: perturbed starts behind the given ones; choose: whether unusual roots
+    are doubted, and further starts tried.
     """
 
     tolerance: float = 1e-10
@@ -58,7 +52,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found, a sample each.
+    """What a solver found, a sample each; a sample that no start solved keeps its best iterate.
 
     x: (B, n, c); residual: (B,) relative; iterations: (B,) over all starts; passes: (B,) forward passes (dense
     derivatives are not counted); solved: (B,) bool; seconds: of the whole batch.
@@ -73,12 +67,10 @@ class Solution:
 
     def grouped(self, count: int) -> Solution:
         """Samples that are the tokens of `count` images, joined: the worst residual, the most iterations."""
-        residual, iterations, passes, solved = (
-            values.reshape(count, -1) for values in (self.residual, self.iterations, self.passes, self.solved)
-        )
-        x = self.x.reshape(count, -1, self.x.shape[2])
-        worst = residual.amax(1), iterations.amax(1), passes.double().mean(1), solved.all(1)
-        return Solution(x, *worst, self.seconds)
+        parts = (values.view(count, -1) for values in (self.residual, self.iterations, self.passes, self.solved))
+        residual, iterations, passes, solved = parts
+        x, used = self.x.view(count, -1, self.x.shape[2]), passes.double().mean(1)
+        return Solution(x, residual.amax(1), iterations.amax(1), used, solved.all(1), self.seconds)
 
 
 def solve(
@@ -86,28 +78,26 @@ def solve(
     y: Tensor,
     starts: Sequence[Tensor],
     settings: Settings | None = None,
-    context: Sequence[Tensor] = (),
     jacobian: Callable[[Tensor], Tensor] | None = None,
-    score: Score | None = None,
-    usual: Tensor | None = None,
+    doubt: Function | None = None,
+    wrong: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
-    """x with function(x, *context) = y, for every sample of a batch.
+    """x with g(x) = y, for every sample of a batch.
 
-    function: (K, n, c) -> (K, n, c), acting on every sample alone, for any K; y: (B, n, c) float; starts: each
-    (B, n, c), tried one after the other for the samples that are not solved yet; context: tensors (B, …) that
-    `function` reads beside x; jacobian: (K, c) -> (K, c, c) of samples that are one token (n = 1) each. score, usual:
-    (B,): a sample with a root whose score is above `usual` tries all starts, and keeps the root of the lowest score.
+    starts: each (B, n, c) as y, tried one after the other for the samples that are not solved yet; jacobian: (K, c) ->
+    (K, c, c) of samples that are one token (n = 1) each; doubt: (K,) of roots: a sample that found one above 0 tries
+    all starts, and keeps the root of the least; wrong: x (K, n, c) -> (K,) what cannot be the x that was there: it
+    solves nothing, and anything else is preferred.
     """
     settings, began = settings or Settings(), time.perf_counter()
     if not bool(torch.isfinite(y).all()):
         raise ValueError("the values to be inverted are not all finite: look at the pass that made them")
     x, residual = y.clone(), torch.full_like(y[:, 0, 0], torch.inf)
-    solved, doubted = torch.zeros_like(residual, dtype=torch.bool), torch.ones_like(residual, dtype=torch.bool)
-    scores, suspect = torch.full_like(residual, torch.inf), torch.zeros_like(solved)
-    iterations, passes = (torch.zeros(len(y), dtype=torch.long, device=y.device) for _ in range(2))
+    scores, solved = residual.clone(), torch.zeros_like(residual, dtype=torch.bool)
+    suspect, iterations, passes = solved.clone(), solved.long(), solved.long()
     generator = torch.Generator(device=y.device).manual_seed(0)
     for number in range(len(starts) + settings.restarts):
-        at = (doubted if number < len(starts) else ~solved).nonzero().flatten()
+        at = (~solved | suspect if number < len(starts) else ~solved).nonzero().flatten()
         if not len(at):
             continue
         start = starts[number % len(starts)][at]
@@ -115,19 +105,22 @@ def solve(
             noise = torch.randn(start.shape, generator=generator, device=y.device, dtype=y.dtype)
             size = start.flatten(1).std(1) if start[0].numel() > 1 else start.flatten().abs()
             start = start + SPREAD * (number - len(starts) + 1) * size[:, None, None] * noise
-        part = [values[at] for values in context]
-        propose = krylov(function, y[at], part, settings) if jacobian is None else dense(function, y[at], jacobian)
-        found, error, turns, used = newton(function, y[at], start, propose, settings, part)
+
+        def part(x: Tensor, which: Tensor, at: Tensor = at) -> Tensor:
+            return function(x, at[which])
+
+        propose = krylov(part, y[at], settings) if jacobian is None else dense(part, y[at], jacobian)
+        found, error, turns, used = newton(part, y[at], start, propose, settings)
         iterations[at] += turns
         passes[at] += used
+        if wrong is not None:
+            error = error + wrong(found)
         ended = error <= settings.tolerance
-        rated = torch.zeros_like(error) if score is None else score(found, at)
+        rated = torch.zeros_like(error) if doubt is None else doubt(found, at)
         better = torch.where(solved[at], ended & (rated < scores[at]), ended | (error < residual[at]))
         took = at[better]
         x[took], residual[took], scores[took], solved[took] = found[better], error[better], rated[better], ended[better]
-        if usual is not None:
-            suspect |= solved & (scores > usual)
-        doubted = ~solved | suspect
+        suspect |= solved & (scores > 0)
     return Solution(x, residual, iterations, passes, solved, time.perf_counter() - began)
 
 
@@ -137,29 +130,25 @@ def newton(
     x: Tensor,
     propose: Propose,
     settings: Settings,
-    context: Sequence[Tensor] = (),
-    *,
     slow: float = SLOW,
     shortest: float = SHORTEST,
-    watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x, relative residual, iterations, passes), a sample each: the one loop of damped Newton steps.
 
-    propose: (x, residual, its ratio to the last one, which samples) -> directions to try, the best of which is taken,
-    and the passes that they cost; slow: share of the residual that five iterations may keep; watch: called behind every
-    iteration with its number and all residuals.
+    propose: (x, residual, its ratio to the last one, which samples) -> directions, the best of which is taken, and the
+    passes that they cost; slow: share of the residual that five iterations may keep.
     """
     size = y.flatten(1).norm(dim=1).clamp(min=torch.finfo(y.dtype).tiny)
     everything = torch.arange(len(y), device=y.device)
 
     def loss(x: Tensor, which: Tensor) -> Tensor:
-        error = y[which] - function(x, *(values[which] for values in context))
+        error = y[which] - function(x, which)
         return (error.flatten(1).norm(dim=1) / size[which]).nan_to_num(torch.inf, torch.inf)
 
     x, residual = x.clone(), loss(x, everything)
     iterations, passes = torch.zeros_like(everything), torch.ones_like(everything)
     history, live = [2 * residual, residual.clone()], (residual > settings.goal) & residual.isfinite()
-    for number in range(settings.newton):
+    for _ in range(settings.newton):
         at = live.nonzero().flatten()
         if not len(at):
             break
@@ -183,8 +172,6 @@ def newton(
         if len(history) > 6:
             ended |= (after > settings.tolerance) & (after > slow * history[-6][at])
         live[at[ended]] = False
-        if watch is not None:
-            watch(number, residual)
     return x, residual, iterations, passes
 
 
@@ -219,7 +206,7 @@ def dense(function: Function, y: Tensor, jacobian: Callable[[Tensor], Tensor]) -
     """Newton's directions of samples that are one token (K, 1, c) each, from their whole derivatives."""
 
     def propose(x: Tensor, _residual: Tensor, _ratio: Tensor, which: Tensor) -> tuple[list[Tensor], int]:
-        error = (y[which] - function(x))[:, 0]
+        error = (y[which] - function(x, which))[:, 0]
         size = max(1, CHUNK // x.shape[2] ** 2)
         parts = zip(x[:, 0].split(size), error.split(size), strict=True)
         return [torch.cat([solved(jacobian(at), rest) for at, rest in parts])[:, None]], 1
@@ -227,29 +214,28 @@ def dense(function: Function, y: Tensor, jacobian: Callable[[Tensor], Tensor]) -
     return propose
 
 
-def krylov(function: Function, y: Tensor, context: Sequence[Tensor], settings: Settings) -> Propose:
+def krylov(function: Function, y: Tensor, settings: Settings) -> Propose:
     """Newton's directions from products alone, solved as tightly as the outer iteration is already fast."""
 
     def propose(x: Tensor, residual: Tensor, ratio: Tensor, which: Tensor) -> tuple[list[Tensor], Tensor]:
-        beside = [values[which] for values in context]
-        value = function(x, *beside)
+        value = function(x, which)
         forcing = (0.9 * ratio.square()).clamp(TIGHTEST, LOOSEST)
         forcing = torch.maximum(forcing, 0.3 * settings.goal / residual).clamp(max=0.5)
-        product = differences(function, x, value, beside)
+        product = differences(lambda moved, part: function(moved, which[part]), x, value)
         direction, used = gmres(product, (y[which] - value).flatten(1), forcing, settings.krylov)
         return [direction.view_as(x)], used + 1
 
     return propose
 
 
-def differences(function: Function, x: Tensor, value: Tensor, context: Sequence[Tensor] = ()) -> Product:
+def differences(function: Function, x: Tensor, value: Tensor) -> Product:
     """(g(x + h v) − g(x)) / h with the h that balances round-off and curvature, one forward pass; x: (B, n, c)."""
     scale = torch.finfo(x.dtype).eps ** 0.5 * (1 + x.flatten(1).norm(dim=1))
 
     def product(directions: Tensor, which: Tensor) -> Tensor:
         step = (scale[which] / directions.norm(dim=1).clamp(min=TINY))[:, None]
         moved = x[which] + (step * directions).view_as(x[which])
-        return (function(moved, *(values[which] for values in context)) - value[which]).flatten(1) / step
+        return (function(moved, which) - value[which]).flatten(1) / step
 
     return product
 
@@ -262,16 +248,12 @@ class Linearised:
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], at: Tensor) -> None:
-        # The fused attention of torch has no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
             self.at = at.detach().requires_grad_(True)
             self.out = function(self.at)
             self.weights = torch.zeros_like(self.out, requires_grad=True)
             (self.pulled,) = torch.autograd.grad(self.out, self.at, self.weights, create_graph=True)
-
-    @property
-    def value(self) -> Tensor:
-        return self.out.detach()
+        self.value = self.out.detach()
 
     def product(self, direction: Tensor) -> Tensor:
         """J u, shaped as the function's value; u: (B, n, c)."""
@@ -295,60 +277,35 @@ class Linearised:
 
 
 def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Solutions d of product(d) = right, a Krylov space a sample, from d = 0.
+    """Solutions d of product(d) = right of least residual in a Krylov space a sample, from d = 0.
 
     right: (B, N); tolerance: (B,) of |right − product(d)| / |right|; limit: products. Returns (B, N) and the products
-    (B,) that each sample needed. Classical Gram–Schmidt, twice; a small least-squares problem by Givens rotations. A
-    sample ends when it has met its tolerance, whatever the others do: results do not depend on the batch.
+    (B,) that each sample needed. Orthonormal images of moves (classical Gram–Schmidt, twice), the next move is the last
+    image. A sample ends when it has met its tolerance, whatever the others do: results do not depend on the batch.
     """
-    result, length = torch.zeros_like(right), right.norm(dim=1)
-    used = torch.zeros(len(right), dtype=torch.long, device=right.device)
-    which, limit = (length > 0).nonzero().flatten(), min(limit, right.shape[1])
-    basis = right.new_zeros(len(which), min(limit, 16) + 1, right.shape[1])
-    basis[:, 0] = right[which] / length[which, None]
-    triangle, ends = right.new_zeros(len(which), limit, limit), right.new_zeros(len(which), limit + 1)
-    rotations = torch.eye(limit + 1, dtype=right.dtype, device=right.device).repeat(len(which), 1, 1)
-    ends[:, 0] = length[which]
-    done = torch.zeros_like(which, dtype=torch.bool)
-    for k in range(limit):
-        if not len(which):
+    result, used = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.long, device=right.device)
+    length = right.norm(dim=1)
+    at = (length > 0).nonzero().flatten()
+    rest, move = right[at], right[at] / length[at, None]
+    moves = images = right.new_zeros(len(at), 0, right.shape[1])
+    for number in range(1, min(limit, right.shape[1]) + 1):
+        if not len(at):
             break
-        vector, column = product(basis[:, k], which), right.new_zeros(len(which), k + 1)
+        image = product(move, at)
+        before = image.norm(dim=1)
         for _ in range(2):
-            part = torch.bmm(basis[:, : k + 1], vector[:, :, None])
-            vector = vector - torch.bmm(part.transpose(1, 2), basis[:, : k + 1])[:, 0]
-            column += part[:, :, 0]
-        below = vector.norm(dim=1)
-        if k + 1 == basis.shape[1]:
-            room = min(limit + 1, 2 * basis.shape[1]) - basis.shape[1]
-            basis = torch.cat([basis, basis.new_zeros(len(which), room, right.shape[1])], dim=1)
-        broken = below <= 1e-14 * column.norm(dim=1)
-        below = below.masked_fill(broken, 0.0)
-        basis[:, k + 1] = torch.where(broken[:, None], 0.0, vector / below.clamp(min=TINY)[:, None])
-        # All rotations so far in one product, not one after the other.
-        column = torch.bmm(rotations[:, : k + 1, : k + 1], column[:, :, None])[:, :, 0]
-        radius = torch.hypot(column[:, k], below)
-        empty = radius == 0
-        cosine, sine = torch.where(empty, 1.0, column[:, k] / radius), torch.where(empty, 0.0, below / radius)
-        column[:, k] = torch.where(empty, 1.0, radius)
-        triangle[:, : k + 1, k] = column
-        turned = rotations[:, k, : k + 1].clone()
-        rotations[:, k, : k + 1], rotations[:, k, k + 1] = cosine[:, None] * turned, sine
-        rotations[:, k + 1, : k + 1], rotations[:, k + 1, k + 1] = -sine[:, None] * turned, cosine
-        ends[:, k], ends[:, k + 1] = cosine * ends[:, k], -sine * ends[:, k]
-        met = (ends[:, k + 1].abs() <= tolerance[which] * length[which]) | broken | (k + 1 == limit)
-        fresh = met & ~done
-        if bool(fresh.any()):
-            corner = triangle[fresh, : k + 1, : k + 1], ends[fresh, : k + 1, None]
-            weights = torch.linalg.solve_triangular(*corner, upper=True)
-            result[which[fresh]] = torch.bmm(weights.transpose(1, 2), basis[fresh, : k + 1])[:, 0]
-            used[which[fresh]] = k + 1
-            done = done | met
-        # The rows of those that have ended go when they are half of all: taking them out copies the whole basis.
-        if int(done.sum()) * 2 >= len(which):
-            which, basis, triangle, ends, rotations, done = (
-                rows[~done] for rows in (which, basis, triangle, ends, rotations, done)
-            )
+            along = images @ image[:, :, None]
+            image, move = image - (along.mT @ images)[:, 0], move - (along.mT @ moves)[:, 0]
+        size = image.norm(dim=1, keepdim=True)
+        broken = size[:, 0] <= 1e-14 * before  # nothing new: the space is whole
+        image, move = (values.masked_fill(broken[:, None], 0.0) / size.clamp(min=TINY) for values in (image, move))
+        share = (image * rest).sum(1, keepdim=True)
+        result[at], rest = result[at] + share * move, rest - share * image
+        used[at] = number
+        live = ~broken & (rest.norm(dim=1) > tolerance[at] * length[at])
+        at, rest, image, move = at[live], rest[live], image[live], move[live]
+        images, moves = torch.cat([images[live], image[:, None]], 1), torch.cat([moves[live], move[:, None]], 1)
+        move = image
     return result, used
 
 
@@ -386,7 +343,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, …), of the other's type (but bool stays bool)."""
+    """(B,) as (B, 1, …), numbers of the other's type."""
     values = values if values.dtype == torch.bool else values.to(like.dtype)
     return values[(...,) + (None,) * (like.ndim - 1)]
 

@@ -1,38 +1,35 @@
-"""Closed-form starts of exact inverses, fitted on training images; how usual a token is; the patch embedding, measured.
+"""Half-steps to be solved, and what training images say of each, in closed form and float64.
 
-    StagedStart     x from y = g(x): a ridge map of y, then ridge maps that also read g at the last guess
-    Prior           the Gaussian of a stream's tokens, by which one of several roots is chosen
-    LostDegrees     mean and deviation that a LayerNorm took, guessed from what it left
-    Embedding       the patch embedding as an affine map
+    Half     guesses of x from y = g(x): a ridge map of y, then ridge maps that also read g at the last guess; of what
+             a norm took; how usual a token is, by which one of several roots is chosen
 
-All are fitted in float64, each prefix token apart and the grid's tokens together: (P + 1, …).
+Each prefix token has numbers of its own, and the grid's tokens have theirs together: (P + 1, …).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backsight.exact.solver import Settings, Solution, solve
 from backsight.exact.steps import Step
 from backsight.inverses.ridge import RidgeAccumulator, best
-from backsight.inverses.rows import patchify, unpatchify
-from backsight.representation import Tokens
-from backsight.targets.base import Target
 
+DENSE = 256  # channels of a token up to which its derivative is factored, and no Krylov space is built
 STAGES = 4  # of a staged start
 STRENGTHS = tuple(10.0**exponent for exponent in range(-10, 2))
 HELD_OUT = 5  # every fifth image chooses the ridge strength
 BATCH = 64  # images whose features are held at once
 USUAL = 0.75  # share of the training tokens that are not doubted
 EXAMPLES = 4096  # training tokens whose guesses' errors further starts are made of
+KNOWN_OFF = 0.5  # of their size: known tokens farther off are those of another root
 FURTHER = 4  # such starts of a token
 SIGNED = 512  # training tokens that tell whether a half-step folds
 PRIOR_FLOOR = 1e-4  # of the mean variance: directions that never move get this, not an infinite weight
-RANK_TOLERANCE = 1e-6  # singular values below this share of the largest one count as zero
 
 
 def groups(values: Tensor, prefix: int) -> list[Tensor]:
@@ -52,13 +49,21 @@ def of_tokens(rows: Tensor, tokens: int) -> Tensor:
     return torch.cat([rows[:-1], rows[-1:].expand(tokens - len(rows) + 1, *rows.shape[1:])])
 
 
+def covariance(rows: Tensor, floor: float) -> Tensor:
+    """(c, c) of rows (M, c) about zero, in float64; floor: of its mean variance, added to every direction."""
+    rows = rows.double()
+    square = rows.T @ rows / max(1, len(rows))
+    square.diagonal().add_(floor * square.diagonal().mean().clamp(min=1e-12))
+    return square
+
+
 def ridge(
     batches: Iterable[tuple[Tensor, Tensor]],
     prefix: int,
     strengths: Sequence[float] = STRENGTHS,
     all_rows: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(weight (P + 1, d, c), bias (P + 1, c)) of (features (B, n, d), outputs (B, n, c)), by running moments.
+) -> Tensor:
+    """(P + 1, d + 1, c) weights, the last row the constants, of (features (B, n, d), outputs (B, n, c)).
 
     The strength is that which is best on the images held out; all_rows: with it, these count in the solution as well.
     """
@@ -71,81 +76,39 @@ def ridge(
             parts = zip(groups(features[which], prefix), groups(outputs[which], prefix), strict=True)
             for moments, (x, y) in zip(rows, parts, strict=True):
                 moments.update(x, y)
-    weights, biases = [], []
+    weights = []
     for fitted, held in zip(training, validation, strict=True):
         solution = best(fitted, held, strengths)
         weight, bias = solution.factors[0], solution.bias - solution.center @ solution.factors[0]
         if all_rows:
             weight, bias = (fitted + held).solve(solution.alpha)
-        weights.append(weight)
-        biases.append(bias)
-    return torch.stack(weights), torch.stack(biases)
+        weights.append(torch.cat([weight, bias[None]]))
+    return torch.stack(weights)
 
 
-class Fitted(nn.Module):
-    """Numbers by name, as buffers of their own dtypes."""
+class Numbers(nn.Module):
+    """A module whose buffers come with a fit, or with the file that holds them."""
 
-    def __init__(self, **numbers: Tensor) -> None:
-        super().__init__()
+    def put(self, **numbers: Tensor) -> None:
         for name, tensor in numbers.items():
             self.register_buffer(name, tensor)
 
-
-class StagedStart(Fitted):
-    """Guesses of x from y = g(x) in closed form, in stages; kept in float32, since they only steer.
-
-    first: (P + 1, c, c) of y; maps: (S − 1, P + 1, 5 c, c) of y, the last guess x, g(x), and g a whole and half a
-    fixed-point step on; biases: (S, P + 1, c).
-    """
-
-    first: Tensor
-    maps: Tensor
-    biases: Tensor
-
-    def forward(self, step: Step, y: Tensor) -> list[Tensor]:
-        """(B, n, c) guesses, the last and best stage first."""
-        guesses: list[Tensor] = []
-        for number, bias in enumerate(self.biases):
-            weight = self.first if number == 0 else self.maps[number - 1]
-            guesses.append(_guess(_features(step, y, guesses[-1] if guesses else None), weight, bias))
-        return guesses[::-1]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        for key, tensor in state_dict.items():
+            if key.startswith(prefix) and "." not in (name := key.removeprefix(prefix)):
+                self.put(**{name: tensor.float() if tensor.dtype == torch.float16 else tensor})
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _guess(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return by_group(features, weight.to(features)) + of_tokens(bias.to(features), features.shape[1])
+class Half(Numbers):
+    """A half-step, and what was fitted for it (`fit`); every buffer may be missing.
 
-
-def _features(step: Step, y: Tensor, x: Tensor | None) -> Tensor:
-    """(B, n, c) of the first stage, (B, n, 5 c) behind a guess x."""
-    if x is None:
-        return y
-    value = step(x)
-    error = y - value
-    return torch.cat([y, x, value, step(x + error), step(x + 0.5 * error)], dim=2)
-
-
-def fit_staged_start(step: Step, x: Tensor, y: Tensor, prefix: int, stages: int = STAGES) -> StagedStart:
-    """x, y: (B, n, c) streams of training images before and behind the step."""
-    weights, biases = [], []
-    guesses: list[Tensor | None] = [None] * len(x.split(BATCH))
-    for _ in range(stages):
-        triples = list(zip(y.split(BATCH), guesses, x.split(BATCH), strict=True))
-        fitted = ridge(((_features(step, behind, guess), before) for behind, guess, before in triples), prefix)
-        weight, bias = (part.float() for part in fitted)
-        guesses = [_guess(_features(step, behind, guess), weight, bias) for behind, guess, _ in triples]
-        weights.append(weight)
-        biases.append(bias)
-    maps = torch.stack(weights[1:]) if stages > 1 else weight.new_zeros(0, prefix + 1, 5 * x.shape[2], x.shape[2])
-    return StagedStart(first=weights[0], maps=maps, biases=torch.stack(biases))
-
-
-class Prior(Fitted):
-    """How usual a stream's tokens are: the Gaussian of the training images.
-
-    mean: (P + 1, c); precision: (P + 1, c, c); usual: (P + 1,) squared Mahalanobis distance that the share `USUAL` of
-    the training tokens stays below; folding: () share of training tokens where the determinant of the step's derivative
-    is negative, so that other roots exist; behind, errors: (M, c) training tokens behind the step, and how far its
-    guesses of them were off, from which further starts are made.
+    stage0: (P + 1, c + 1, c) guess of x from y, stage1, …: (P + 1, 5 c + 1, c) of y, the last guess x, g(x), and g a
+    whole and half a fixed-point step on, in float32, since they only steer; taken: (1, C + 1, 2) mean and log deviation
+    that a norm took, from û. Where the derivative of a token is known: mean (P + 1, c) and precision (P + 1, c, c), the
+    Gaussian of the tokens before the step; usual: (P + 1,) squared Mahalanobis distance that the share `USUAL` stays
+    below; folding: () share of tokens where the determinant of the derivative is negative, so that other roots exist;
+    behind, errors: (M, c) tokens behind the step, and how far the guesses of them were off.
     """
 
     mean: Tensor
@@ -155,138 +118,152 @@ class Prior(Fitted):
     behind: Tensor
     errors: Tensor
 
-    def of_rows(self, x: Tensor, token: Tensor) -> Tensor:
-        """(K,) distances of single tokens (K, c), `token` their numbers within an image."""
-        distance, group = x.new_zeros(len(x)), token.clamp(max=len(self.usual) - 1)
-        for number in group.unique().tolist():
-            away = x[group == number] - self.mean[number]
-            distance[group == number] = (away @ self.precision[number] * away).sum(-1)
-        return distance
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    @property
+    def prior(self) -> bool:
+        """Whether it is known how usual a token is."""
+        return "mean" in self._buffers
+
+    @property
+    def folds(self) -> bool:
+        return self.prior and bool(self.folding > 0)
+
+    def fit(self, x: Tensor, y: Tensor, prefix: int, stages: int = STAGES) -> None:
+        """x, y: (B, n, c) streams of training images before and behind the step."""
+        step, norm = self.step, self.step.norm
+        if norm is not None and step.lossy:
+
+            def taken(part: Tensor) -> tuple[Tensor, Tensor]:
+                z = step.forward(part)
+                log = (z.var(-1, unbiased=False, keepdim=True) + norm.module.eps).sqrt().log()
+                return norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
+
+            self.put(taken=ridge((taken(part) for part in x.split(BATCH)), 0))
+        guesses: list[Any] = [None] * len(x.split(BATCH))
+
+        def features() -> Iterator[Tensor]:
+            return (self._features(behind, guess) for behind, guess in zip(y.split(BATCH), guesses, strict=True))
+
+        for number in range(stages):
+            weight = ridge(zip(features(), x.split(BATCH), strict=True), prefix).float()
+            guesses = [affine(part, weight) for part in features()]
+            self.put(**{f"stage{number}": weight})
+        if step.jacobian is None or x.shape[2] > DENSE:
+            return
+        rows, tokens, behind = groups(x, prefix), x.flatten(0, 1), y.flatten(0, 1)
+        means = [part.mean(0) for part in rows]
+        away = [part - mean for part, mean in zip(rows, means, strict=True)]
+        precisions = [torch.linalg.inv(covariance(part, PRIOR_FLOOR)) for part in away]
+        distances = (_square(part[:100_000], matrix) for part, matrix in zip(away, precisions, strict=True))
+        some = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:EXAMPLES].to(x.device)
+        # One by one: see `solver.factored`.
+        signs = [torch.linalg.slogdet(slope).sign for slope in step.jacobian(tokens[:: max(1, len(tokens) // SIGNED)])]
+        self.put(
+            mean=torch.stack(means),
+            precision=torch.stack(precisions),
+            usual=torch.stack([part.quantile(USUAL) for part in distances]),
+            folding=(torch.stack(signs) <= 0).double().mean(),
+            behind=behind[some].float(),
+            errors=(tokens - torch.cat(guesses).flatten(0, 1))[some].float(),
+        )
+
+    def _features(self, y: Tensor, x: Tensor | None) -> Tensor:
+        if x is None:
+            return y
+        value = self.step(x)
+        error = y - value
+        return torch.cat([y, x, value, self.step(x + error), self.step(x + 0.5 * error)], dim=2)
+
+    def guesses(self, y: Tensor) -> list[Tensor]:
+        """(B, n, c) of x, the last and best stage first; none without a fit."""
+        guesses: list[Tensor] = []
+        while (weight := self._buffers.get(f"stage{len(guesses)}")) is not None:
+            guesses.append(affine(self._features(y, guesses[-1] if guesses else None), weight))
+        return guesses[::-1]
+
+    def starts(self, y: Tensor, choose: bool = True) -> list[Tensor]:
+        """(B, n, c) guesses of x, in the order in which they are tried."""
+        guesses = self.guesses(y)
+        # The last and best stage, the first, which errs in another way, and those between.
+        starts = [*guesses[:1], *guesses[1:][-1:], *guesses[1:-1], y]
+        return [*starts, *self.further_starts(y, starts[0])] if choose and self.folds else starts
 
     def further_starts(self, y: Tensor, guess: Tensor) -> list[Tensor]:
         """(B, n, c) each: the guess, moved by the errors of the nearest training tokens, the nearest first."""
-        rows, count = y.flatten(0, 1), min(FURTHER, len(self.behind))
-        distances = (torch.cdist(part, self.behind.to(y)) for part in rows.split(1024))
+        count = min(FURTHER, len(self.behind))
+        distances = (torch.cdist(part, self.behind.to(y)) for part in y.flatten(0, 1).split(1024))
         near = torch.cat([part.topk(count, largest=False).indices for part in distances])
         return [guess + self.errors[near[:, number]].to(y).view_as(y) for number in range(count)]
 
+    def distance(self, x: Tensor, token: Tensor) -> Tensor:
+        """(K,) squared Mahalanobis distances of single tokens (K, c), `token` their numbers within an image."""
+        distance, group = x.new_zeros(len(x)), token.clamp(max=len(self.mean) - 1)
+        for number in group.unique().tolist():
+            at = group == number
+            distance[at] = _square(x[at] - self.mean[number], self.precision[number])
+        return distance
 
-def fit_prior(step: Step, x: Tensor, y: Tensor, start: StagedStart, prefix: int) -> Prior:
-    """x, y: (B, n, c) streams of training images before and behind a step on tokens with a known derivative."""
-    assert step.jacobian is not None
-    means, precisions, usual = [], [], []
-    for rows in groups(x, prefix):
-        means.append(rows.mean(0))
-        away = rows - means[-1]
-        precisions.append(torch.linalg.inv(covariance(away, PRIOR_FLOOR)))
-        usual.append((away @ precisions[-1] * away).sum(-1)[:100_000].quantile(USUAL))
-    guess = torch.cat([start(step, part)[0] for part in y.split(BATCH)])
-    count = x.shape[0] * x.shape[1]
-    some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:EXAMPLES].to(x.device)
-    some_of_all = x.flatten(0, 1)[:: max(1, count // SIGNED)]
-    # One by one: see `solver.factored`.
-    signs = torch.stack([torch.linalg.slogdet(matrix).sign for matrix in step.jacobian(some_of_all)])
-    return Prior(
-        mean=torch.stack(means),
-        precision=torch.stack(precisions),
-        usual=torch.stack(usual),
-        folding=(signs <= 0).double().mean(),
-        behind=y.flatten(0, 1)[some].float(),
-        errors=(x - guess).flatten(0, 1)[some].float(),
-    )
+    def doubt(self, x: Tensor, token: Tensor) -> Tensor:
+        """(K,) how much farther than usual tokens (K, c) lie from the mean."""
+        return self.distance(x, token) - self.usual[token.clamp(max=len(self.usual) - 1)]
 
+    def solve(
+        self,
+        y: Tensor,
+        starts: Sequence[Tensor],
+        settings: Settings | None = None,
+        square: Tensor | None = None,
+        stripped: bool = False,
+    ) -> Solution:
+        """x with step(x) = y, for a batch of streams (B, n, c); tokens that do not see one another are solved alone.
 
-def covariance(rows: Tensor, floor: float) -> Tensor:
-    """(c, c) of rows (M, c) about zero, in float64; floor: of its mean variance, added to every direction."""
-    rows = rows.double()
-    found = rows.T @ rows / max(1, len(rows))
-    found.diagonal().add_(floor * found.diagonal().mean().clamp(min=1e-12))
-    return found
-
-
-class LostDegrees(Fitted):
-    """Guess of what a LayerNorm takes from a token: mean and log deviation, from û. weight: (C, 2); bias: (2,)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def forward(self, stripped: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, 1) mean and deviation."""
-        mean, log = (stripped @ self.weight + self.bias).split(1, dim=-1)
-        return mean, log.exp()
-
-
-def fit_lost_degrees(step: Step, x: Tensor) -> LostDegrees:
-    norm = step.norm
-    assert norm is not None
-
-    def rows(part: Tensor) -> tuple[Tensor, Tensor]:
-        z = step.forward(part)
-        log = (z.var(-1, unbiased=False, keepdim=True) + norm.epsilon).sqrt().log()
-        return norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
-
-    weight, bias = ridge((rows(part) for part in x.split(BATCH)), 0)
-    return LostDegrees(weight=weight[0], bias=bias[0])
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The patch embedding as it was measured: y = patches @ matrix + bias, patches and tokens row-major.
-
-    matrix: (3 p q, C) on pixels in [0, 1]; bias: (n, C); rank; patch: (p, q); prefix: (P, C) the prefix tokens, which
-    are the same for every image.
-    """
-
-    matrix: Tensor
-    bias: Tensor
-    rank: int
-    patch: tuple[int, int]
-    prefix: Tensor
-    size: tuple[int, int]
-
-    def stream(self, images: Tensor) -> Tensor:
-        """(B, P + n, C) of images (B, 3, H, W), which may leave [0, 1]."""
-        patches = patchify(images.to(self.matrix), self.patch) @ self.matrix + self.bias
-        return torch.cat([self.prefix.expand(len(images), -1, -1), patches], dim=1)
-
-    def pixels(self, values: Tensor, start: Tensor | None = None) -> Tensor:
-        """Unclamped images (B, 3, H, W) whose embedding is `values`, the nearest to `start` (default: grey).
-
-        start + A⁺(y − A start): exact in what the embedding holds, `start` in what it does not.
+        square: (B, n, 1) mean square of x̂ (1 where not known) of a step between norms; stripped: y has lost its last
+        digits in float32. A norm's û = û(x + f(x)) holds C − 1 equations a token (and the scale only in its last
+        digits). Where x itself left a norm, x̂ has the mean 0 and a known mean square: added along 1, which û never has,
+        and along û, whose length is known. Without a norm before it, mean and scale are guessed.
         """
-        if start is None:
-            start = values.new_full((len(values), 3, *self.size), 0.5)
-        patches = patchify(start.to(values), self.patch)
-        missing = values[:, len(self.prefix) :] - self.bias - patches @ self.matrix
-        inverse = torch.linalg.pinv(self.matrix, rtol=RANK_TOLERANCE)
-        grid = (self.size[0] // self.patch[0], self.size[1] // self.patch[1])
-        return unpatchify(patches + missing @ inverse, grid, self.patch)
+        step, norm, before, settings = self.step, self.step.norm, self.step.before, settings or Settings()
+        right, squares = y, torch.ones_like(y[..., :1]) if square is None else square
+        if norm is not None:
+            right = norm.stripped(y)
+        if norm is not None and step.lossy:
+            weight = self._buffers.get("taken")
+            taken = torch.zeros_like(y[..., :2]) if weight is None else affine(right, weight)
+            kept = torch.full_like(y[..., :1], torch.nan) if stripped else norm.deviation(right)
+            right = right * torch.where(kept.isnan(), taken[..., 1:].exp(), kept) + taken[..., :1]
+        if step.tokenwise:
+            right, squares, *starts = (part.reshape(-1, 1, part.shape[-1]) for part in (right, squares, *starts))
+
+        def function(x: Tensor, which: Tensor) -> Tensor:
+            z = step.forward(x)
+            if norm is None:
+                return z
+            if before is None:
+                return z - z.mean(-1, keepdim=True) + x.mean(-1, keepdim=True)
+            hat = before.stripped(x)
+            excess = hat.square().mean(-1, keepdim=True) - squares[which]
+            return norm.normalised(z) * (1 + excess) + hat.mean(-1, keepdim=True)
+
+        def wrong(x: Tensor) -> Tensor:
+            assert step.known is not None
+            return (x[:, : len(step.known)] - step.known).flatten(1).norm(dim=1) > KNOWN_OFF * step.known.norm()
+
+        def doubt(x: Tensor, which: Tensor) -> Tensor:
+            return self.doubt(x[:, 0], which % y.shape[1])
+
+        if not step.tokenwise:
+            return solve(function, right, starts, settings, wrong=None if step.known is None else wrong)
+        jacobian = step.jacobian if norm is None and y.shape[2] <= DENSE else None
+        chosen = doubt if settings.choose and self.folds else None
+        return solve(function, right, starts, settings, jacobian, chosen).grouped(len(y))
 
 
-def measured_embedding(target: Target) -> Embedding | None:
-    """The target's first tap as an affine map of its patches, measured on single pixels; None where it is none."""
-    tap = target.available_taps[0]
-    weights = next(target.model.parameters())
-    channels, (height, width), patch = len(target.preprocessing.mean), target.image_size, target.reduction
-    count = channels * patch[0] * patch[1]
-    if height % patch[0] or width % patch[1] or count > 4096:
-        return None
-    grid = (height // patch[0], width // patch[1])
+def affine(features: Tensor, weight: Tensor) -> Tensor:
+    return by_group(F.pad(features, (0, 1), value=1.0), weight.to(features))
 
-    def embedded(patches: Tensor) -> Tokens:
-        images = unpatchify(patches.expand(-1, grid[0] * grid[1], -1), grid, patch)
-        tokens = target.record(images, [tap])[tap]
-        # A module's own target tells its values in float32, whatever the precision of its pass.
-        return tokens.replace(tokens.values.to(weights)) if isinstance(tokens, Tokens) else cast("Tokens", tokens)
 
-    blank = embedded(weights.new_zeros(1, 1, count))
-    if not isinstance(blank, Tokens) or blank.grids != (grid,):
-        return None
-    lines = torch.eye(count, dtype=weights.dtype, device=weights.device)[:, None].split(BATCH)
-    matrix = torch.cat([(embedded(part).patches - blank.patches)[:, 0] for part in lines])
-    probe = torch.rand(2, grid[0] * grid[1], count, generator=torch.Generator().manual_seed(0)).to(weights)
-    values = embedded(probe).patches
-    if float((values - probe @ matrix - blank.patches).norm()) > 1e-4 * float(values.norm()):
-        return None
-    rank = int(torch.linalg.matrix_rank(matrix, rtol=RANK_TOLERANCE))
-    return Embedding(matrix, blank.patches[0], rank, patch, blank.prefix_values[0], (height, width))
+def _square(away: Tensor, precision: Tensor) -> Tensor:
+    return (away @ precision * away).sum(-1)

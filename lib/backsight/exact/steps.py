@@ -1,13 +1,10 @@
-"""The half-steps of a model's residual blocks, as functions that an exact inverse can solve.
+"""A target as equations: the half-steps of its residual blocks, as functions that an exact inverse can solve.
 
     stream ──► + attention ──► + MLP ──► stream           y = x + f(x)          pre-norm blocks (ViT, BEiT, Swin, …)
     stream ──► + attention ──► norm ──► + MLP ──► norm    y = norm(x + f(x))    post-norm layers (DETR)
 
 They are found, not configured: one pass with hooks on the known block classes gives every block's input, output and
-further arguments (rotary codes, shared biases, positional codes); a tap is placed by comparing what `target.record`
-gives with these streams. Each half-step is checked against the model's own pass when it is built. What lies between
-two taps and is no chain of such blocks (merging, pooling, projection, a pooled head) ends exactness: `Lost` says
-where, and how many dimensions do not come through.
+further arguments; a tap is placed by comparing what `target.record` gives with these streams.
 """
 
 from __future__ import annotations
@@ -15,13 +12,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backsight.errors import BacksightError
+from backsight.exact.embedding import Embedding, measured_embedding
 from backsight.representation import Tokens
 from backsight.targets.base import PIXELS, Target
 from backsight.targets.hooks import watching
@@ -36,50 +37,37 @@ Map = Callable[[Tensor], Tensor]
 class Norm:
     """A LayerNorm over the channels: û = (z − mean) / √(variance + ε), y = û · weight + bias."""
 
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-    @classmethod
-    def of(cls, module: nn.LayerNorm, like: Tensor) -> Norm:
-        size = module.normalized_shape[0]
-        weight = like.new_ones(size) if module.weight is None else module.weight.detach()
-        bias = like.new_zeros(size) if module.bias is None else module.bias.detach()
-        return cls(weight, bias, module.eps)
+    module: nn.LayerNorm
 
     def stripped(self, y: Tensor) -> Tensor:
         """û of y: (…, C) with mean 0."""
-        return (y - self.bias) / self.weight
+        y = y if self.module.bias is None else y - self.module.bias
+        return y if self.module.weight is None else y / self.module.weight
 
     def normalised(self, z: Tensor) -> Tensor:
         """û of z."""
-        centred = z - z.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.normalised(z) * self.weight + self.bias
+        return F.layer_norm(z, z.shape[-1:], eps=self.module.eps)
 
     def deviation(self, stripped: Tensor) -> Tensor:
         """√(variance + ε) of z (…, 1) from û, NaN where û's precision does not hold it.
 
-        mean û² = variance / (variance + ε) falls short of 1 by ε / (variance + ε): LayerNorm keeps the scale in its
-        last digits. They are there in float64 (relative error about 1e-16 · variance / ε), not in float32.
+        mean û² = variance / (variance + ε) falls short of 1 by ε / (variance + ε): the scale is in û's last digits,
+        in float64 (relative error about 1e-16 · variance / ε), not in float32.
         """
         short = 1 - stripped.square().mean(-1, keepdim=True)
-        deviation = (self.epsilon / short.clamp(min=torch.finfo(short.dtype).tiny)).sqrt()
+        deviation = (self.module.eps / short.clamp(min=torch.finfo(short.dtype).tiny)).sqrt()
         return torch.where(short > 1e3 * torch.finfo(short.dtype).eps, deviation, torch.nan)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One half-step (or whole block), from the stream `source` to the stream `destination` behind it.
+    """One half-step, from the stream `source` to the stream `destination` behind it.
 
     forward: (B, n, c) -> (B, n, c), x + f(x); norm: applied behind it, or None; before: the norm whose output x is, or
     None; tokenwise: it acts on every token alone; jacobian: of `forward`, (T, c) tokens -> (T, c, c), in closed form
-    where that is known. A "norm" step has no f.
+    where that is known; known: (P, c) the first tokens of x, where they are the same for every image.
     """
 
-    kind: Literal["residual", "post_norm", "norm"]
     source: str
     destination: str
     forward: Map
@@ -87,10 +75,16 @@ class Step:
     before: Norm | None = None
     tokenwise: bool = False
     jacobian: Map | None = None
+    known: Tensor | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it takes the mean and scale of every token for good."""
+        return self.norm is not None and self.before is None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The stream behind x."""
-        return self.forward(x) if self.norm is None else self.norm(self.forward(x))
+        return self.forward(x) if self.norm is None else self.norm.module(self.forward(x))
 
     def slopes(self, x: Tensor) -> Tensor:
         """(T, c, c) derivatives of `forward` of a tokenwise step at tokens (T, c)."""
@@ -114,61 +108,83 @@ class Lost:
     dimension_out: int
     reason: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.tap} cannot be inverted exactly to {self.previous}: {self.reason} "
-            f"({self.dimension_in} values an image before it, {self.dimension_out} behind it)."
-        )
-
 
 class NotInvertibleError(BacksightError):
     """A stage that has no exact inverse; `lost` says where and how much."""
 
     def __init__(self, lost: Lost) -> None:
-        super().__init__(str(lost))
+        super().__init__(
+            f"{lost.tap} cannot be inverted exactly to {lost.previous}: {lost.reason} "
+            f"({lost.dimension_in} values an image before it, {lost.dimension_out} behind it)."
+        )
         self.lost = lost
 
 
-@dataclass(frozen=True)
-class Walk:
+@dataclass(frozen=True, eq=False)
+class ExactModel:
     """Every stream of one pass of a target, in forward order, and the steps between those that are joined.
 
     streams: names; taps: {tap: number of its stream}; steps: {number of the later stream: step}; sizes: {tap or
-    "pixels": values an image}; channels: of each stream.
+    "pixels": values an image}; embedding: of the first tap, None where it is no affine map.
     """
 
+    target: Target
     streams: tuple[str, ...]
     taps: dict[str, int]
     steps: dict[int, Step]
     sizes: dict[str, int]
-    channels: tuple[int, ...]
+    embedding: Embedding | None
+
+    @classmethod
+    def of(cls, target: Target) -> ExactModel:
+        """In float64, once for a target. Raises BacksightError as `walk` does, and where there is no float64."""
+        if target.device.type == "mps":
+            raise BacksightError(f'Exact inverses need float64, which mps lacks: load {target.name} with device="cpu".')
+        if target not in _MEASURED:
+            _MEASURED[target] = walk(in_precision(target, torch.float64))
+        return _MEASURED[target]
+
+    @cached_property
+    def single(self) -> ExactModel:
+        """In float32, for directions."""
+        return walk(in_precision(self.target, torch.float32))
+
+    def gap(self, tap: str, previous: str) -> Lost | None:
+        """Why the later `tap` does not lead back to `previous`, None where steps do."""
+        unknown = [name for name in (tap, previous) if name not in self.taps]
+        numbers = [] if unknown else range(self.taps[previous] + 1, self.taps[tap] + 1)
+        missing = [number for number in numbers if number not in self.steps]
+        if unknown:
+            reason = f"no known residual block begins or ends at {unknown[0]}"
+        elif missing:
+            before, behind = self.streams[missing[-1] - 1 : missing[-1] + 1]
+            reason = f"what lies between {before} and {behind} is no residual block"
+        else:
+            return None
+        return Lost(tap, previous, self.sizes[previous], self.sizes[tap], reason)
 
     def between(self, tap: str, previous: str) -> tuple[Step, ...]:
         """The steps from the tap `previous` to the later `tap`, in forward order. Raises `NotInvertibleError`."""
-        for name in (tap, previous):
-            if name not in self.taps:
-                raise self._refusal(tap, previous, f"no known residual block begins or ends at {name}")
-        numbers = range(self.taps[previous] + 1, self.taps[tap] + 1)
-        for number in reversed(numbers):
-            if number not in self.steps:
-                around = f"what lies between {self.streams[number - 1]} and {self.streams[number]} is no residual block"
-                raise self._refusal(tap, previous, around)
-        if not numbers:
-            raise self._refusal(tap, previous, "no residual block lies between them")
-        return tuple(self.steps[number] for number in numbers)
+        if lost := self.gap(tap, previous):
+            raise NotInvertibleError(lost)
+        return tuple(self.steps[number] for number in range(self.taps[previous] + 1, self.taps[tap] + 1))
 
-    def _refusal(self, tap: str, previous: str, reason: str) -> NotInvertibleError:
-        return NotInvertibleError(Lost(tap, previous, self.sizes[previous], self.sizes[tap], reason))
+    def back_from(self, tap: str) -> tuple[tuple[Step, ...], str]:
+        """The steps, in forward order, from the earliest tap to which exactness reaches back from `tap`, and that tap.
 
-    def exact_from(self, tap: str) -> tuple[str, ...]:
-        """The taps to which exactness reaches back from `tap`, the latest first, `tap` left out."""
-        number, reached = self.taps.get(tap, -1), []
-        earlier = {place: name for name, place in self.taps.items()}
+        Raises `NotInvertibleError` where not even one step leads back from a tap that is not the first.
+        """
+        order, number = self.target.available_taps, self.taps.get(tap, -1)
         while number in self.steps:
             number -= 1
-            if number in earlier:
-                reached.append(earlier[number])
-        return tuple(reached)
+        places = {tap: number} | self.taps
+        earliest = min((name for name in places if places[name] >= number), key=places.__getitem__)
+        if earliest == tap and tap != order[0]:
+            earliest = order[order.index(tap) - 1]
+        return self.between(tap, earliest) if earliest != tap else (), earliest
+
+
+_MEASURED: WeakKeyDictionary[Target, ExactModel] = WeakKeyDictionary()
 
 
 def in_precision(target: Target, precision: torch.dtype) -> Target:
@@ -184,7 +200,7 @@ class _Call:
     """A call of a known block or of a LayerNorm outside of them, its streams flattened to (1, n, c)."""
 
     path: str
-    module: nn.Module
+    module: Any
     grid: tuple[int, ...]
     entering: Tensor
     leaving: Tensor
@@ -192,14 +208,15 @@ class _Call:
     named: dict[str, Any]
 
 
-def walk(target: Target) -> Walk:
+def walk(target: Target) -> ExactModel:
     """One pass of a random image, and the half-steps that it went through.
 
     Raises BacksightError where a half-step does not agree with the model's own pass, and on padded images.
     """
     shape = (1, len(target.preprocessing.mean), *target.image_size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(target.model.parameters()))
-    calls: list[_Call] = []
+    blocks: list[_Call] = []
+    norms: list[_Call] = []
     # Norms inside known blocks belong to their half-steps.
     inside = tuple(f"{path}." for path, module in target.model.named_modules() if class_of(module) in BLOCKS)
 
@@ -212,55 +229,56 @@ def walk(target: Target) -> Walk:
             named = {name: value for name, value in named.items() if value is not stream}
             leaving = output[0] if isinstance(output, tuple) else output
             entering, leaving = stream.flatten(1, -2).clone(), leaving.flatten(1, -2).clone()
-            calls.append(_Call(path, module, tuple(stream.shape[1:-1]), entering, leaving, others, named))
+            (blocks if known else norms).append(
+                _Call(path, module, stream.shape[1:-1], entering, leaving, others, named)
+            )
 
     with watching(target.model, seen):
         recorded = target.record(image, target.available_taps)
     with torch.no_grad():
-        streams, values, steps = _joined(calls)
-    sizes = {PIXELS: image[0].numel()}
-    taps: dict[str, int] = {}
+        streams, values, steps = _joined(blocks, norms)
+    sizes, taps, last = {PIXELS: image[0].numel()}, {}, -1
     for tap, representation in recorded.items():
         sizes[tap] = representation.values[0].numel()
-        number = _placed(representation.values, values, after=max(taps.values(), default=-1))
+        number = _placed(representation.values, values, after=last)
         if number is not None and isinstance(representation, Tokens):
-            taps[tap] = number
+            taps[tap] = last = number
             streams[number] = tap
-    named = {n: replace(step, source=streams[n - 1], destination=streams[n]) for n, step in steps.items()}
-    return Walk(tuple(streams), taps, named, sizes, tuple(value.shape[-1] for value in values))
+    embedding = measured_embedding(target)
+    for number, step in steps.items():
+        source, known = streams[number - 1], None
+        if embedding is not None and len(embedding.prefix) and source == target.available_taps[0]:
+            known = embedding.prefix
+        steps[number] = replace(step, source=source, destination=streams[number], known=known)
+    return ExactModel(target, tuple(streams), taps, steps, sizes, embedding)
 
 
-def _joined(calls: Sequence[_Call]) -> tuple[list[str], list[Tensor], dict[int, Step]]:
+def _joined(blocks: Sequence[_Call], norms: Sequence[_Call]) -> tuple[list[str], list[Tensor], dict[int, Step]]:
     """Streams by name and value, and the steps that lead to them."""
     streams: list[str] = []
     values: list[Tensor] = []
     steps: dict[int, Step] = {}
-    for call in (call for call in calls if class_of(call.module) in BLOCKS):
+    for call in blocks:
         if not values or not _same(call.entering, values[-1], 0.0):
             streams.append(f"the input of {call.path}")
             values.append(call.entering)
-        # The stream between two blocks is one; a post-norm block knows the norm that it comes from.
-        before = steps[len(values) - 1].norm if len(values) - 1 in steps else None
-        x = call.entering
-        for suffix, half in _halves(call):
-            step = replace(half, before=before)
-            x, before = step(x), step.norm
+        for suffix, half in zip((".attn", ""), _halves(call), strict=True):
+            # The stream between two blocks is one; a post-norm block knows the norm that it comes from.
+            last = steps.get(len(values) - 1)
+            steps[len(values)] = step = replace(half, before=None if last is None else last.norm)
+            values.append(step(values[-1]))
             streams.append(call.path + suffix)
-            values.append(x)
-            steps[len(values) - 1] = step
-        if not _same(call.leaving, x, AGREEMENT):
+        if not _same(call.leaving, values[-1], AGREEMENT):
             raise BacksightError(
                 f"The half-steps of {call.path} do not give what the model gives: this version of its library "
                 "computes the block in another way; use the other inverse families for it."
             )
         values[-1] = call.leaving
-    for call in (call for call in calls if isinstance(call.module, nn.LayerNorm)):
+    for call in norms:
         if values and _same(call.entering, values[-1], 0.0):
-            streams.append(call.path)
+            steps[len(values)] = Step("", "", lambda x: x, Norm(call.module), tokenwise=True)
             values.append(call.leaving)
-            assert isinstance(call.module, nn.LayerNorm)
-            norm = Norm.of(call.module, call.entering)
-            steps[len(values) - 1] = Step("norm", "", "", lambda x: x, norm, tokenwise=True)
+            streams.append(call.path)
     return streams, values, steps
 
 
@@ -269,39 +287,29 @@ def _placed(tap: Tensor, streams: Sequence[Tensor], after: int) -> int | None:
 
     Branches that are still zero leave several streams alike; taps come in forward order, so the first is right.
     """
-    rest = range(after + 1, len(streams))
-    near = [number for number in rest if _same(tap, streams[number], SAME)]
-    exact = next((number for number in near if _same(tap, streams[number], 0.0)), None)
-    if exact is not None or not near:
-        return exact
-    return min(near, key=lambda number: float((tap - streams[number]).norm()))
+    near = [number for number in range(after + 1, len(streams)) if _same(tap, streams[number], SAME)]
+    return min(near, key=lambda number: float((tap - streams[number]).norm()), default=None)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    if a.shape != b.shape:
-        return False
-    return bool((a - b).norm() <= tolerance * b.norm()) if tolerance else torch.equal(a, b)
+    return a.shape == b.shape and bool((a - b).norm() <= tolerance * b.norm())
 
 
-def _halves(call: _Call) -> list[tuple[str, Step]]:
-    """(suffix of the stream's name, step) for each half of a block, as functions of flat tokens (B, n, c)."""
-    attention, mlp, *names = BLOCKS[class_of(call.module)]
-    block = call.module
-    norms: list[Norm | None] = [Norm.of(getattr(block, name), call.entering) for name in names] or [None, None]
-    kind: Literal["residual", "post_norm"] = "post_norm" if names else "residual"
+def _halves(call: _Call) -> tuple[Step, Step]:
+    """Both halves of a block, as functions of flat tokens (B, n, c)."""
+    block, (attention, mlp, *names) = call.module, BLOCKS[class_of(call.module)]
+    first, second = [Norm(getattr(block, name)) for name in names] or [None, None]
 
     def attended(x: Tensor) -> Tensor:
         on_grid = x if len(call.grid) == 1 else x.unflatten(1, call.grid)
         return x + attention(block, on_grid, call.arguments, call.named).reshape(x.shape)
 
-    if mlp is None:
-        return [("", Step(kind, "", "", attended, norms[0]))]
     # What acts on tokens alone takes them in any arrangement, and needs no grid.
-    second = Step(kind, "", "", lambda x: x + mlp(block, x), norms[1], tokenwise=True, jacobian=_mlp_jacobian(block))
-    return [(".attn", Step(kind, "", "", attended, norms[0])), ("", second)]
+    tokens = Step("", "", lambda x: x + mlp(block, x), second, tokenwise=True, jacobian=_mlp_jacobian(block))
+    return Step("", "", attended, first), tokens
 
 
-# The block classes: (attention branch, MLP branch or None for both side by side, names of the norms behind them).
+# The block classes: (attention branch, MLP branch, names of the norms behind them).
 
 
 def _times(block: Any, name: str) -> Any:
@@ -332,14 +340,6 @@ NORMED_BRANCH = (
 BLOCKS: dict[str, tuple[Any, ...]] = {
     "timm.models.vision_transformer.Block": VIT,
     "timm.models.vision_transformer.ResPostBlock": NORMED_BRANCH,
-    "timm.models.vision_transformer.ParallelScalingBlock": (
-        lambda block, x, given, named: block(x, *given, **named) - x,
-        None,
-    ),
-    "timm.models.vision_transformer.ParallelThingsBlock": (
-        lambda block, x, given, named: sum(attention(x, *given, **named) for attention in block.attns),
-        lambda block, x: sum(mlp(x) for mlp in block.ffns),
-    ),
     "timm.models.beit.Block": SCALED,
     "timm.models.eva.EvaBlock": SCALED,
     "timm.models.eva.EvaBlockPostNorm": NORMED_BRANCH,

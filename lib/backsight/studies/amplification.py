@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import DENSE
 from backsight.exact.solver import Linearised, Product, gmres, solved
+from backsight.exact.starts import DENSE
 from backsight.exact.steps import Step
 
 UNREACHED = 1e-3  # relative residual of a linear solve that counts as none

@@ -103,7 +103,7 @@ def polished(tokens: TokenMap, y: Tensor, x: Tensor, search: Search | None = Non
     if not len(y):
         return x, y.new_zeros(0)
 
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, _which: Tensor) -> Tensor:
         return tokens.value(x[:, 0])[:, None]
 
     y, x = y[:, None], x[:, None]

@@ -26,10 +26,9 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.exact.inverse import ExactInverse, ExactModel, exact_inverses
+from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
-from backsight.exact.starts import measured_embedding
-from backsight.exact.steps import Lost, NotInvertibleError, Walk, walk
+from backsight.exact.steps import ExactModel, Lost, NotInvertibleError, walk
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Tokens
 from backsight.studies.continuation import Search
@@ -61,34 +60,30 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
     dimension_out (values an image before and behind, NaN where a tap has no fixed number), reason. Norms on the way
     that take the mean of every token leave what lies behind exact up to that: norms, means_lost (values an image).
     """
-    walked = walk(target)
-    model = ExactModel(target, walked, measured_embedding(target))
+    model = walk(target)
     rows = []
     for tap in target.taps if taps is None else target.resolve_taps(taps):
         try:
             inverse = ExactInverse(model, tap)
-            lost, reached = inverse.lost, inverse.reached
+            end, steps, reached = inverse.lost, inverse.steps, inverse.reached
         except NotInvertibleError as error:
-            lost, reached = (error.lost,), ""
-        norms = [loss for loss in lost if reached and _takes_means(walked, loss)]
-        ends = [loss for loss in lost if loss not in norms]
-        steps = len(walked.between(tap, reached)) if reached and reached != tap else 0
-        end = ends[0] if ends else Lost(tap, "", 0, 0, "")
+            end, steps, reached = error.lost, (), ""
+        norms = [step for step in steps if step.norm is not None and step.lossy]
         rows.append(
             {
                 "target": target.name,
                 "weights": target.weights,
                 "tap": tap,
                 "depth": target.depth(tap),
-                "exact_to": reached if ends else PIXELS,
-                "half_steps": steps,
-                "ends_at": end.tap if ends else None,
-                "before": end.previous if ends else None,
-                "dimension_in": end.dimension_in if ends else math.nan,
-                "dimension_out": end.dimension_out if ends else math.nan,
-                "reason": _why(target, end, model.embedding is not None) if ends else "",
-                "norms": ", ".join(loss.tap for loss in norms),
-                "means_lost": sum(loss.dimension_in - loss.dimension_out for loss in norms),
+                "exact_to": reached if end else PIXELS,
+                "half_steps": len(steps),
+                "ends_at": end.tap if end else None,
+                "before": end.previous if end else None,
+                "dimension_in": end.dimension_in if end else math.nan,
+                "dimension_out": end.dimension_out if end else math.nan,
+                "reason": _why(target, end, model.embedding is not None) if end else "",
+                "norms": ", ".join(step.destination for step in norms),
+                "means_lost": sum(model.sizes[tap] // step.norm.module.normalized_shape[0] for step in norms),
             }
         )
     return pd.DataFrame(rows)
@@ -103,14 +98,6 @@ def _why(target: Target, end: Lost, affine: bool) -> str:
     if not isinstance(target.record(image, [end.tap])[end.tap], Tokens):
         return f"{end.tap} holds no tokens of the image, but what was read from them ({end.reason})"
     return end.reason
-
-
-def _takes_means(walked: Walk, lost: Lost) -> bool:
-    """Whether a loss is a norm's on the way, and not the end of exactness."""
-    return any(
-        step.destination == lost.tap and step.source == lost.previous and step.norm is not None
-        for step in walked.steps.values()
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- half-steps
@@ -155,7 +142,7 @@ def measure_half_steps(
 
 def _spans(inverse: ExactInverse) -> list[tuple[str, str]]:
     """(tap, tap before it), from the last to the first: one half-step each, where every stream is a tap."""
-    places = inverse.model.walk.taps
+    places = inverse.model.taps
     inside = [tap for tap in places if places[inverse.reached] <= places[tap] <= places[inverse.source]]
     return [(later, earlier) for earlier, later in pairwise(sorted(inside, key=places.__getitem__))][::-1]
 
@@ -364,12 +351,12 @@ def _fitted_inverse(
     target: Target, tap: str, training: ImageSource, completion: Mapping[str, Reconstruct], count: int
 ) -> ExactInverse:
     """Of the tap; "": of the deepest whose way back loses nothing, else of the deepest."""
-    modules = cast(Mapping[str, nn.Module], completion)
-    inverses = exact_inverses(target, training, [tap] if tap else target.taps, modules, count)
-    if tap and tap not in inverses:
-        raise BacksightError(f"Not one step back from {tap} of {target.name} is exact: choose an earlier tap.")
-    reaching = [inverse for inverse in inverses.values() if tap or inverse.reached != inverse.source]
-    if not reaching:
+    model = ExactModel.of(target)
+    taps = [tap] if tap else [known for known in target.taps if model.taps.get(known) in model.steps]
+    if not taps:
         raise BacksightError(f"{target.name} has no exact half-step: where_exactness_ends() says why.")
-    whole = [one for one in reaching if not any(_takes_means(one.model.walk, lost) for lost in one.lost)]
+    modules = cast(Mapping[str, nn.Module], completion)
+    inverses = fit_exact(target, training, taps=taps, linear=modules, count=count, progress=False)
+    reaching: list[Any] = list(inverses.values())
+    whole = [one for one in reaching if not any(step.lossy for step in one.steps)]
     return RootChoosing.of((whole or reaching)[-1])

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.exact.embedding import Embedding
 from backsight.exact.map import pixel_forward
 from backsight.exact.solver import Linearised, conjugate_gradients
-from backsight.exact.starts import Embedding
 from backsight.inverses.rows import patchify
 from backsight.targets.base import Target
 

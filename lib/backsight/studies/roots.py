@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, Trace, solve_step
+from backsight.exact.inverse import ExactInverse, Trace
 from backsight.exact.solver import Settings, Solution
+from backsight.exact.starts import Half
 from backsight.exact.steps import Step
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Representation, Tokens
@@ -41,39 +42,38 @@ class RootChoosing(ExactInverse):
         cls, inverse: ExactInverse, settings: Settings | None = None, near: Mapping[str, Tensor] | None = None
     ) -> RootChoosing:
         """The same inverse, looking for roots."""
-        made = cls(inverse.model, inverse.source, None, inverse.completion, settings or inverse.settings)
-        made.batch_size = inverse.batch_size
-        made.starts, made.degrees, made.priors = inverse.starts, inverse.degrees, inverse.priors
+        given = inverse.fitted(), inverse.completion, settings or inverse.settings, inverse.batch_size
+        made = cls(inverse.model, inverse.source, *given)
         made.near = getattr(inverse, "near", {}) if near is None else near
         return made
 
     def at(self, tap: str, settings: Settings | None = None) -> RootChoosing:
         return RootChoosing.of(super().at(tap, settings), near=self.near)
 
-    def starts_of(self, step: Step, y: Tensor, last: Tensor | None) -> list[Tensor]:
-        starts = super().starts_of(step, y, last)
-        return [self.near[step.source], *starts] if step.source in self.near else starts
+    def starts_of(self, half: Half, y: Tensor) -> list[Tensor]:
+        starts, source = super().starts_of(half, y), half.step.source
+        return [self.near[source], *starts] if source in self.near else starts
 
     def solve(
-        self, step: Step, y: Tensor, square: Tensor | None = None, last: Tensor | None = None, stripped: bool = False
+        self, half: Half, y: Tensor, starts: Sequence[Tensor], square: Tensor | None = None, stripped: bool = False
     ) -> Solution:
-        solution = super().solve(step, y, square, last, stripped)
-        if not step.tokenwise or step.kind != "residual":
+        solution, step = super().solve(half, y, starts, square, stripped), half.step
+        if not step.tokenwise or step.norm is not None:
             return solution
         began, flat, x = time.perf_counter(), y.flatten(0, 1), solution.x.flatten(0, 1).clone()
-        tokens, (score, usual) = token_map(step), self.choice(step, y)
-        every = torch.arange(len(x), device=x.device)
+        tokens, doubts = token_map(step), self.settings.choose and half.folds
+        token = torch.arange(len(x), device=x.device) % y.shape[1]
         size = flat.norm(dim=1)
         residual = ((tokens.value(x) - flat).norm(dim=1) / size).nan_to_num(torch.inf, torch.inf)
         solved_tokens = residual <= self.settings.tolerance
-        rated = torch.zeros_like(residual) if score is None else score(x[:, None], every)
-        doubted = ~solved_tokens if usual is None else ~solved_tokens | (rated > usual)
+        rated = half.doubt(x, token) if doubts else torch.zeros_like(residual)
+        doubted = ~solved_tokens | (rated > 0)
         at = doubted.nonzero().flatten()
         if not len(at):
             return solution
-        starts = [start.flatten(0, 1)[at] for start in self.starts_of(step, y, last)]
-        roots = token_roots(tokens, flat[at], starts, Search(tolerance=self.settings.tolerance, rounds=0))
-        scores = roots.residual if score is None else score(roots.x[:, None], at[roots.token])
+        given = [start.flatten(0, 1)[at] for start in starts]
+        roots = token_roots(tokens, flat[at], given, Search(tolerance=self.settings.tolerance, rounds=0))
+        scores = half.doubt(roots.x, token[at[roots.token]]) if doubts else roots.residual
         best = roots.best(scores)
         has = best >= 0
         has[has.clone()] &= (scores[best[has]] < rated[at[has]]) | ~solved_tokens[at[has]]
@@ -112,7 +112,7 @@ class Case:
 
 def recorded_truth(inverse: ExactInverse, images: Tensor, batch_size: int = 64) -> dict[str, Representation]:
     """{tap: representation} of images (N, 3, H, W) at every known tap of an exact inverse's model, in float64."""
-    taps = sorted(inverse.model.walk.taps, key=inverse.model.walk.taps.__getitem__)
+    taps = sorted(inverse.model.taps, key=inverse.model.taps.__getitem__)
     parts = [inverse.model.target.record(part.double(), taps) for part in images.split(batch_size)]
     return {
         tap: parts[0][tap].replace(torch.cat([part[tap].values for part in parts]))
@@ -139,7 +139,7 @@ def _streams(inverse: ExactInverse, truth: Truth) -> dict[str, Tokens]:
         raise BacksightError(f"No exact step leads back from {inverse.source}: choose a later tap.")
     streams: dict[str, Tokens] = {}
     with torch.no_grad():
-        for step in inverse.model.walk.between(inverse.source, inverse.reached):
+        for step in inverse.steps:
             for name in (step.source, step.destination):
                 tokens = truth.get(name)
                 if isinstance(tokens, Tokens):
@@ -165,7 +165,7 @@ def judged(inverse: ExactInverse, trace: Trace, representation: Representation, 
     frames, y = [], representation.values.double()
     right = torch.ones(len(y), dtype=torch.bool, device=y.device)
     for step, solution in zip(trace.steps, trace.solutions, strict=True):
-        x = trace.streams[step.source]
+        x = solution.x
         error = share = torch.full_like(solution.residual, torch.nan)
         another = torch.zeros_like(right)
         if step.source in truth:
@@ -197,7 +197,7 @@ def _elsewhere(
     """(B,) whether x is another root than the truth's own, and not this one with the error of y grown."""
     which = doubted.nonzero().flatten()
     settings = replace(inverse.settings, restarts=0, choose=False)
-    own = solve_step(step, y[which], [truth[which]], settings, None if square is None else square[which])
+    own = Half(step).solve(y[which], [truth[which]], settings, None if square is None else square[which])
     away = (x[which] - truth[which]).flatten(1).norm(dim=1)
     same = own.solved & ((x[which] - own.x).flatten(1).norm(dim=1) <= SAME_ROOT * away)
     elsewhere = doubted.clone()

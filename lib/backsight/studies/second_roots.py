@@ -75,8 +75,7 @@ class FoundRoots:
 
 def foldable_steps(inverse: ExactInverse) -> list[str]:
     """The half-steps of which roots can be listed: those that act on every token alone and end in no norm."""
-    steps = inverse.model.walk.between(inverse.source, inverse.reached) if inverse.source != inverse.reached else ()
-    return [step.destination for step in steps if step.tokenwise and step.norm is None and step.kind == "residual"]
+    return [step.destination for step in inverse.steps if step.tokenwise and step.norm is None]
 
 
 def modular_guess(inverse: ExactInverse, destination: str, modular: Reconstruct | None) -> Guess | None:
@@ -88,7 +87,7 @@ def modular_guess(inverse: ExactInverse, destination: str, modular: Reconstruct 
     if not isinstance(modular, Chain):
         return None
     module: Any = modular.path[0]
-    walked = inverse.model.walk
+    walked = inverse.model
     if module.source != destination or module.destination not in walked.taps:
         return None
     try:
@@ -107,7 +106,7 @@ def modular_guess(inverse: ExactInverse, destination: str, modular: Reconstruct 
 
 
 def _step(inverse: ExactInverse, destination: str, single: bool = False) -> Step:
-    walked = inverse.model.single if single else inverse.model.walk
+    walked = inverse.model.single if single else inverse.model
     steps = {step.destination: step for step in walked.between(inverse.source, inverse.reached)}
     if destination not in steps:
         raise BacksightError(f"There is no half-step {destination!r}; {nearest(destination, list(steps))}.")
@@ -164,14 +163,13 @@ def _roots_of(
     search: Search,
 ) -> tuple[TokenRoots, Tensor, dict[str, Tensor]]:
     """(roots, which are the truth (K,), {rule: which tokens it gets right}) of a batch of images."""
-    y, start = behind.values, inverse.fitted("starts", step)
-    staged = start(step, y)
+    y, half = behind.values, inverse.fitted()[step.destination]
+    staged = half.guesses(y)
     informed = {"linear start": staged[-1], "staged start": staged[0]}
     informed |= {f"{name} start": guess(behind) for name, guess in guesses.items()}
     starts = [*informed.values(), y, 1.4 * staged[0]]
-    prior = inverse.fitted("priors", step)
-    if examples and prior is not None:
-        starts += prior.further_starts(y, staged[0])[:examples]
+    if examples and half.prior:
+        starts += half.further_starts(y, staged[0])[:examples]
     roots = step_roots(step, y, starts, search, single)
     tokens, flat, truth = token_map(step), y.flatten(0, 1), x.flatten(0, 1)
     near = _near(roots.x, truth[roots.token])
@@ -181,8 +179,8 @@ def _roots_of(
         right[rule] = _near(ended, truth) & (residual <= search.tolerance)
         scores[f"nearest to the {rule}"] = (roots.x - values.flatten(0, 1)[roots.token]).norm(dim=1)
     scores["shortest"] = roots.x.norm(dim=1)
-    if prior is not None:
-        scores["most usual"] = prior.of_rows(roots.x, roots.token % y.shape[1])
+    if half.prior:
+        scores["most usual"] = half.distance(roots.x, roots.token % y.shape[1])
     for rule, score in scores.items():
         best = roots.best(score)
         right[rule] = best >= 0
@@ -331,7 +329,7 @@ def second_root_pictures(
 
 
 def _decoded_at(inverse: ExactInverse, stream: str, families: Mapping[str, Mapping[str, Reconstruct]]) -> str:
-    walked = inverse.model.walk
+    walked = inverse.model
     first, last = walked.taps[inverse.reached], walked.streams.index(stream)
     inside = [tap for tap, place in walked.taps.items() if first <= place <= last]
     known = [tap for tap in inside if families and all(tap in taps for taps in families.values())]
@@ -379,9 +377,9 @@ def _back_to(case: Case, stream: str, tap: str, values: Tensor, settings: Settin
 
 def _residual(inverse: ExactInverse, tap: str, destination: str, x: Tensor, y: Tensor) -> Tensor:
     """(N,) |g(x) − y| / |y| of the model's own half-steps from the tap to `destination`."""
-    place = inverse.model.walk.streams.index
+    place = inverse.model.streams.index
     with torch.no_grad():
-        for step in inverse.model.walk.between(inverse.source, inverse.reached):
+        for step in inverse.steps:
             if place(tap) <= place(step.source) and place(step.destination) <= place(destination):
                 x = step(x)
     return relative_error(x, y)

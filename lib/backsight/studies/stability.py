@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -25,12 +26,12 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, ExactModel
-from backsight.exact.map import KINDS, MapInverse, Noise, noisy, parts_of
-from backsight.exact.posterior import Gaussian, MapSettings, MapSolution, whitened
+from backsight.exact.embedding import Embedding, measured_embedding
+from backsight.exact.inverse import ExactInverse
+from backsight.exact.map import MapInverse, parts_of
+from backsight.exact.posterior import MapSettings, MapSolution, Posterior
 from backsight.exact.solver import Linearised
-from backsight.exact.starts import Embedding, measured_embedding
-from backsight.exact.steps import NotInvertibleError, in_precision
+from backsight.exact.steps import ExactModel, NotInvertibleError, in_precision
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, concatenate
@@ -56,6 +57,8 @@ SHOWN = 3  # images kept as pictures
 TOGETHER = 8  # images solved at once
 ROUNDING = 2**-24 / 3**0.5  # of float32, relative: no stored value is known better, though two passes may agree
 COLUMNS = ("noise", "sigma", "seeds", "against", "step", "note")
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LEVELS = 127  # of int8, on either side of zero
 Job = tuple[str, str]  # tap, name of the noise
 
 
@@ -100,12 +103,40 @@ class Stability:
 # ------------------------------------------------------------------------------------------------------------- noises
 
 
+@dataclass(frozen=True)
+class Noise:
+    """kind: how a representation is stored, or "gaussian"; sigma: of Gaussian noise, relative to the deviation of the
+    values at that tap (ignored by the other kinds)."""
+
+    kind: str
+    sigma: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"gaussian {self.sigma:g}" if self.kind == "gaussian" else self.kind
+
+
+def noisy(values: Tensor, noise: Noise, generator: torch.Generator | None = None) -> Tensor:
+    """values (B, n, c) as they come back from the store; of the type they had. generator: of the CPU.
+
+    int8: rounded to 127 steps of the largest absolute value of each sample. gaussian: white, of the deviation
+    noise.sigma times the values' own.
+    """
+    if noise.kind in STORED:
+        return values.to(STORED[noise.kind]).to(values.dtype)
+    if noise.kind == "int8":
+        step = values.flatten(1).abs().amax(1).clamp(min=1e-30)[:, None, None] / LEVELS
+        return (values / step).round() * step
+    drawn = torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)
+    return values + noise.sigma * float(values.std()) * drawn
+
+
 def parse_noises(noises: Sequence[str | float]) -> list[Noise]:
     """Noises from names of a format ("float32", "int8", …) and sizes σ above 0 of Gaussian noise.
 
     σ is relative to the deviation of the tap's values. Raises BacksightError on anything else, and on one named twice.
     """
-    formats = [kind for kind in KINDS if kind != "gaussian"]
+    formats = [*STORED, "int8"]
     if isinstance(noises, str) or not isinstance(noises, Sequence) or not len(noises):
         raise BacksightError(f"Noises are a list such as ['float32', 'int8', 0.01], not {noises!r}.")
     parsed = []
@@ -142,7 +173,7 @@ def disturbed(clean: Representation, tap: str, noise: Noise, seed: int = 0) -> R
 class Solved:
     """What one MAP inverse made of all images: images, steadied (N, 3, H, W), deviation (N, H, W), misfit (N,).
 
-    kept: (representation, prior, solution) of the first batches, as many as `probes` look at.
+    kept: (posterior, solution) of the first batches, as many as `probes` look at.
     """
 
     inverse: MapInverse
@@ -150,38 +181,38 @@ class Solved:
     steadied: Tensor
     deviation: Tensor
     misfit: Tensor
-    kept: list[tuple[Representation, Gaussian, MapSolution]]
+    kept: list[tuple[Posterior, MapSolution]]
 
 
 def _solved(uncertainty: Uncertainty, y: Representation, keep: int) -> Solved:
     inverse, made = uncertainty.inverse, []
-    kept: list[tuple[Representation, Gaussian, MapSolution]] = []
+    kept: list[tuple[Posterior, MapSolution]] = []
     for part in parts_of(y, TOGETHER):
-        prior, solution, patches = inverse.solve(part)
-        if sum(representation.batch for representation, _, _ in kept) < keep:
-            kept.append((part, prior, solution))
-        pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, prior.mean)]
-        made.append((*pictures, uncertainty.deviation(part, prior, solution), solution.misfit))
+        posterior, solution, patches = inverse.solve(part)
+        if sum(len(solution.w) for _, solution in kept) < keep:
+            kept.append((posterior, solution))
+        pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, posterior.mean)]
+        made.append((*pictures, uncertainty.deviation(posterior, solution), solution.misfit))
     images, steadied, deviation, misfit = (torch.cat(parts).detach() for parts in zip(*made, strict=True))
     return Solved(inverse, images, steadied, deviation, misfit, kept)
 
 
 def _directions(
-    inverse: MapInverse, part: Representation, prior: Gaussian, found: MapSolution, probes: Probes, seed: int
+    inverse: MapInverse, posterior: Posterior, found: MapSolution, probes: Probes, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(patterns (d, B, 3, H, W), (d, B) share of the prior's variance left, patterns of random directions).
 
     About the MAP solution, with the noise taken larger where the residual is larger than it says, as for its draws.
     """
-    residual = whitened(inverse.pass_to_tap, part.values, prior, inverse.likelihood, inverse.last_stage)
-    excess = found.misfit.clamp(min=1.0).sqrt().to(part.values)[:, None, None]
+    residual = posterior.residual(found.stage)
+    excess = found.misfit.clamp(min=1.0).sqrt().to(found.w)[:, None, None]
     here = Linearised(lambda w: residual(w) / excess, found.w)
     seen, left = least_seen(here, probes.directions, probes.iterations, probes.products, seed)
     generator = torch.Generator(device=seen.device).manual_seed(seed)
     random = torch.randn(seen.shape, generator=generator, dtype=seen.dtype, device=seen.device)
     random = random / random.flatten(2).norm(dim=2)[:, :, None, None]
     seen, random = (
-        torch.stack([inverse.pictures(direction @ prior.factor.T) for direction in directions])
+        torch.stack([inverse.pictures(direction @ posterior.factor.T) for direction in directions])
         for directions in (seen, random)
     )
     return seen.detach(), left.detach(), random
@@ -303,8 +334,9 @@ def _measure_tap(
         y = disturbed(clean, tap, noise, study.seed)
         by_seed = list(study.families.values())
         uncertainty = Uncertainty.fitted(
-            study.target, tap, map_base(by_seed[0], tap), study.held_out, noise, study.settings, len(study.held_out),
-            study.checked, study.seed,
+            study.target, tap, map_base(by_seed[0], tap), study.held_out,
+            partial(noisy, noise=noise, generator=torch.Generator().manual_seed(study.seed)),
+            study.settings, len(study.held_out), study.checked,
         )  # fmt: skip
         solved = _solved(uncertainty, y, study.probes.images)
         _score(study, tap, y, solved, columns)
@@ -313,7 +345,7 @@ def _measure_tap(
         if noise is least:
             _measure_directions(study, tap, solved, error, radius, columns)
         done()
-    _measure_recoverable(study, tap, solved.inverse.start.patch, float(clean.values.std()), embedding)
+    _measure_recoverable(study, tap, solved.inverse.patch, float(clean.values.std()), embedding)
     done()
     return tables
 
@@ -411,10 +443,10 @@ def _measure_amplification(study: _Study, tap: str) -> None:
         return
     if inverse.reached == tap:
         return
-    steps = inverse.model.walk.between(tap, inverse.reached)
+    steps = inverse.model.between(tap, inverse.reached)
     if any(step.norm is not None for step in steps):
         return  # a norm takes the mean of its tokens: no error there has a way back
-    stream = inverse.model.walk.taps
+    stream = inverse.model.taps
     places = sorted(stream, key=stream.__getitem__)
     start = double.record(study.images[: probes.images].double(), [inverse.reached])[inverse.reached].values
     grown = chain_amplification(steps, start, probes.amplified, seed=study.seed)[::-1]

@@ -1,7 +1,7 @@
 """How sure a MAP inverse is, pixel by pixel: draws about its solution, and what of them and of other clues counts.
 
     with Uncertainty.fitted(…) -> inverse, uncertainty      the fit of an inverse also measures the shares of its clues
-    uncertainty.deviation(representation, prior, solution)  (B, H, W) root mean square error expected of a pixel
+    uncertainty.deviation(posterior, solution)  (B, H, W) root mean square error expected of a pixel
 
     reliability(deviation, error)                          whether it means what it says, and its number
 
@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from backsight.exact.map import MapInverse, fit_map_tap
-from backsight.exact.posterior import Gaussian, Likelihood, MapSolution, whitened
+from backsight.exact.posterior import MapSolution, Posterior
 from backsight.exact.solver import Linearised, conjugate_gradients, dot
 from backsight.representation import Representation
 from backsight.tables.names import MAP, NULL_CONSTANT
@@ -35,15 +35,7 @@ RESAMPLES = 300  # of the bootstrap of a calibration
 
 
 def posterior_samples(
-    forward: Any,
-    y: Tensor,
-    prior: Gaussian,
-    likelihood: Likelihood,
-    solution: MapSolution,
-    stage: float,
-    count: int = 8,
-    products: int = 25,
-    seed: int = 0,
+    posterior: Posterior, solution: MapSolution, count: int = 8, products: int = 25, seed: int = 0
 ) -> Tensor:
     """(count, B, n, c) draws of z − z_MAP from the Gaussian about the solution, covariance L (1 + J̃ᵀJ̃)⁻¹ Lᵀ.
 
@@ -51,7 +43,7 @@ def posterior_samples(
     the products have not reached keeps the prior's own width. The whitened residual has to be about 1; where it is
     larger (the search did not end, or the model is not linear between) the noise is taken larger by that factor.
     """
-    here = Linearised(whitened(forward, y, prior, likelihood, stage), solution.w)
+    y, here = posterior.y, Linearised(posterior.residual(solution.stage), solution.w)
     excess = (dot(here.value, here.value) / y[0].numel()).clamp(min=1.0).to(y)[:, None, None]
     generator = torch.Generator(device=y.device).manual_seed(seed)
 
@@ -63,7 +55,7 @@ def posterior_samples(
         white = torch.randn(solution.w.shape, generator=generator, dtype=y.dtype, device=y.device)
         noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
         right = here.transposed(noise) / excess.sqrt() + white
-        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white)[0] @ prior.factor.T)
+        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white)[0] @ posterior.factor.T)
     return torch.stack(drawn)
 
 
@@ -97,31 +89,30 @@ class Uncertainty:
     @classmethod
     def fitted(cls, *arguments: Any, **named: Any) -> Uncertainty:
         """With the inverse that `fit_map_tap` makes of the same arguments, measured on its `checked` images."""
-        seen: list[tuple[Representation, Gaussian, MapSolution, Tensor]] = []
+        seen: list[tuple[Representation, Posterior, MapSolution, Tensor]] = []
         inverse = fit_map_tap(*arguments, **{**named, "watch": lambda *solved: seen.append(solved)})
         if not seen:
             return cls(inverse, torch.tensor([0.0, 1.0, 0.0, 0.0]))
         made, clues, errors = cls(inverse, torch.zeros(4)), [], []
-        for representation, prior, solution, truth in seen:
-            clues.append(made.clues(representation, prior, solution))
-            patches = inverse.gained(prior.mean, solution.z)
+        for _, posterior, solution, truth in seen:
+            clues.append(made.clues(posterior, solution))
+            patches = inverse.gained(posterior.mean, solution.z)
             errors.append((inverse.pictures(patches).clamp(0, 1) - inverse.pictures(truth)).square().mean(1))
         return cls(inverse, variance_shares(torch.cat(clues), torch.cat(errors)))
 
-    def deviation(self, representation: Representation, prior: Gaussian, solution: MapSolution) -> Tensor:
+    def deviation(self, posterior: Posterior, solution: MapSolution) -> Tensor:
         """(B, H, W) of what `inverse.solve` gave."""
-        clues = self.clues(representation, prior, solution)
+        clues = self.clues(posterior, solution)
         return torch.einsum("bkhw,k->bhw", clues, self.shares.to(clues)).clamp(min=1e-12).sqrt()
 
-    def clues(self, part: Representation, prior: Gaussian, solution: MapSolution, samples: int = 2) -> Tensor:
+    def clues(self, posterior: Posterior, solution: MapSolution, samples: int = 2) -> Tensor:
         """(B, 4, H, W), each a variance: one; of draws about the solution; the way from the start, squared; the
         detail of the solution, squared. All but the first are means over the channels and the pixels around: a few
         draws are a rough measure of one pixel alone.
         """
         inverse, products = self.inverse, self.inverse.settings.products
-        problem = (inverse.pass_to_tap, part.values, prior, inverse.likelihood, solution, inverse.last_stage)
-        drawn = posterior_samples(*problem, count=samples, products=products).square().mean(0)
-        way, solved, spread = (inverse.pictures(each) for each in (solution.z - prior.mean, solution.z, drawn))
+        drawn = posterior_samples(posterior, solution, samples, products).square().mean(0)
+        way, solved, spread = (inverse.pictures(each) for each in (solution.z - posterior.mean, solution.z, drawn))
         detail = solved - _around(solved)
         squares = [_around(each.mean(1, keepdim=True)) for each in (spread, way.square(), detail.square())]
         return torch.cat([torch.ones_like(squares[0]), *squares], dim=1)

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import ExactInverse, ExactModel
-from backsight.exact.joint import JointSettings, solve_joint
-from backsight.exact.map import Noise, fit_map_tap
+from backsight.exact.inverse import ExactInverse
+from backsight.exact.map import fit_map_tap
 from backsight.exact.posterior import MapSettings
+from backsight.exact.steps import ExactModel
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
+from backsight.studies.joint import JointSettings, solve_joint
 from backsight.studies.roots import map_base, relative_error
 from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
@@ -80,7 +81,7 @@ def measure_whole_chains(
     inverses = {tap: ExactInverse(model, tap, completion=linear) for tap in target.resolve_taps(taps)}
     for tap, inverse in inverses.items():
         bare = tap == first or inverse.reached != first or model.embedding is None
-        if bare or any(step.norm is not None for step in model.walk.between(tap, first)):
+        if bare or any(step.norm is not None for step in model.between(tap, first)):
             raise BacksightError(
                 f"From {tap} of {target.name} no chain of residual half-steps (without a norm behind them) reaches an "
                 f"affine patch embedding; exactness ends at {inverse.reached}: leave {tap} out of the whole chains."
@@ -94,7 +95,7 @@ def measure_whole_chains(
     with tqdm(total=total, desc=f"whole chains of {target.name}", leave=False, disable=not progress) as bar:
         for tap, inverse in inverses.items():
             base, effort = map_base(families, tap), map_settings or MapSettings()
-            fit = fit_map_tap(target, tap, base, held_out, Noise("float32"), effort, fitted, checked=0, seed=seed)
+            fit = fit_map_tap(target, tap, base, held_out, None, effort, fitted, checked=0)
             parts = []
             for part in pictures.split(batch_size):
                 began = time.perf_counter()

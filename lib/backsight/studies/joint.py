@@ -58,13 +58,12 @@ def solve_joint(
     start: Tensor,
     known: int = 0,
     settings: JointSettings | None = None,
-    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Solution:
     """x with T(x) = y from a start, T the steps one after the other.
 
     steps: in y's precision; singles: the same in `settings.precision`; y, start: (B, n, c); known: prefix tokens of the
-    start that stay as they are; watch: called with the number of every step and the residuals (B,). Steps are taken
-    only where they lower the residual. Raises BacksightError on post-norm steps, whose equations do not determine x.
+    start that stay as they are. Steps are taken only where they lower the
+    residual. Raises BacksightError on post-norm steps, whose equations do not determine x.
     """
     if any(step.norm is not None for step in steps):
         raise BacksightError(
@@ -76,14 +75,13 @@ def solve_joint(
     effort = Settings(settings.goal, settings.end, settings.iterations)
     with torch.no_grad():
         x, residual, iterations, passes = newton(
-            lambda x: through(steps, x),
+            lambda x, _: through(steps, x),
             y,
             start.to(y),
             _Directions(steps, singles, y, start.to(y), known, settings.precision),
             effort,
             slow=LEAST,
             shortest=SHORTEST,
-            watch=watch,
         )
     return Solution(x, residual, iterations, passes, residual <= settings.goal, time.perf_counter() - began)
 
