@@ -71,7 +71,7 @@ class ExactInverse(nn.Module):
         (self.source,) = model.target.resolve_taps([tap])
         self.model, self.settings, self.batch_size = model, settings or Settings(), batch_size
         self.steps, self.reached = model.back_from(self.source)
-        self.halves = nn.ModuleList((halves or {}).get(step.destination, Half(step)) for step in self.steps)
+        self.halves: Any = nn.ModuleList((halves or {}).get(step.destination, Half(step)) for step in self.steps)
         self.completion, self.header = completion, None
 
     @property
@@ -83,8 +83,8 @@ class ExactInverse(nn.Module):
         if embedding.rank == len(embedding.matrix):
             return None
         reason = "the patch embedding has no full rank, and the linear inverse completes it"
-        sizes = (len(embedding.bias) * size for size in (len(embedding.matrix), embedding.rank))
-        return Lost(order[1], PIXELS, *sizes, reason)
+        patches = len(embedding.bias)
+        return Lost(order[1], PIXELS, patches * len(embedding.matrix), patches * embedding.rank, reason)
 
     def fitted(self) -> dict[str, Half]:
         """The half-steps by the stream behind them."""

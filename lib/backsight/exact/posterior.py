@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class Posterior:
         for stage in settings.stages or self.stages():
             residual = self.residual(stage)
 
-            def objective(w: Tensor, which: Tensor | slice = slice(None), residual: Forward = residual) -> Tensor:
+            def objective(w: Tensor, which: Tensor | slice = slice(None), residual: Any = residual) -> Tensor:
                 with torch.no_grad():
                     away = residual(w, which)
                     return 0.5 * dot(away, away) + 0.5 * dot(w, w)

@@ -298,15 +298,15 @@ def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _halves(call: _Call) -> tuple[Step, Step]:
     """Both halves of a block, as functions of flat tokens (B, n, c)."""
     block, (attention, mlp, *names) = call.module, BLOCKS[class_of(call.module)]
-    first, second = [Norm(getattr(block, name)) for name in names] or [None, None]
+    norms: list[Any] = [Norm(getattr(block, name)) for name in names] or [None, None]
 
     def attended(x: Tensor) -> Tensor:
         on_grid = x if len(call.grid) == 1 else x.unflatten(1, call.grid)
         return x + attention(block, on_grid, call.arguments, call.named).reshape(x.shape)
 
     # What acts on tokens alone takes them in any arrangement, and needs no grid.
-    tokens = Step("", "", lambda x: x + mlp(block, x), second, tokenwise=True, jacobian=_mlp_jacobian(block))
-    return Step("", "", attended, first), tokens
+    tokens = Step("", "", lambda x: x + mlp(block, x), norms[1], tokenwise=True, jacobian=_mlp_jacobian(block))
+    return Step("", "", attended, norms[0]), tokens
 
 
 # The block classes: (attention branch, MLP branch, names of the norms behind them).

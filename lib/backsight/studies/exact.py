@@ -68,7 +68,7 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
             end, steps, reached = inverse.lost, inverse.steps, inverse.reached
         except NotInvertibleError as error:
             end, steps, reached = error.lost, (), ""
-        norms = [step for step in steps if step.norm is not None and step.lossy]
+        norms = {step.destination: step.norm for step in steps if step.norm is not None and step.lossy}
         rows.append(
             {
                 "target": target.name,
@@ -82,8 +82,8 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
                 "dimension_in": end.dimension_in if end else math.nan,
                 "dimension_out": end.dimension_out if end else math.nan,
                 "reason": _why(target, end, model.embedding is not None) if end else "",
-                "norms": ", ".join(step.destination for step in norms),
-                "means_lost": sum(model.sizes[tap] // step.norm.module.normalized_shape[0] for step in norms),
+                "norms": ", ".join(norms),
+                "means_lost": sum(model.sizes[tap] // norm.module.normalized_shape[0] for norm in norms.values()),
             }
         )
     return pd.DataFrame(rows)
