@@ -12,8 +12,7 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import MapInverse, fit_map, fit_map_tap, pixel_forward
-from backsight.exact.posterior import MapSettings, Posterior
+from backsight.exact.map import MapInverse, MapSettings, Posterior, fit_map, fit_map_tap, pixel_forward
 from backsight.exact.starts import by_group
 from backsight.inverses.files import read, write
 from backsight.inverses.linear import fit_linear

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse, fit_exact
-from backsight.exact.map import MapInverse
-from backsight.exact.posterior import MapSettings
+from backsight.exact.map import MapInverse, MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr

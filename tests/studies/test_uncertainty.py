@@ -7,7 +7,7 @@ import torch
 from targets.examples import small_timm
 from torch import Tensor
 
-from backsight.exact.posterior import MapSettings, Posterior
+from backsight.exact.map import MapSettings, Posterior
 from backsight.studies.stability import Noise, noisy
 from backsight.studies.uncertainty import Uncertainty, posterior_samples, variance_shares
 

@@ -8,7 +8,7 @@ from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.posterior import MapSettings
+from backsight.exact.map import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.studies.joint import JointSettings
 from backsight.studies.whole_chain import measure_whole_chains

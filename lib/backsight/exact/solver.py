@@ -3,8 +3,8 @@
     starts ──► damped Newton steps ──► solved, and a usual root?  no ──► the next start, then perturbed ones
                dense: J⁻¹ (y − g) by LU; krylov: by GMRES on differences; step lengths by backtracking
 
-Sources: Knoll & Keyes, Jacobian-free Newton–Krylov methods (2004); Eisenstat & Walker, Choosing the forcing terms in an
-inexact Newton method (1996); Walker & Zhou, A simpler GMRES (1994); Nocedal & Wright, Numerical Optimization (2006).
+Sources: Knoll & Keyes (2004); Eisenstat & Walker (1996), forcing terms; Walker & Zhou, A simpler GMRES (1994); Nocedal
+& Wright, Numerical Optimization (2006).
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ class Solution:
 
     def grouped(self, count: int) -> Solution:
         """Samples that are the tokens of `count` images, joined: the worst residual, the most iterations."""
-        parts = (values.view(count, -1) for values in (self.residual, self.iterations, self.passes, self.solved))
-        residual, iterations, passes, solved = parts
-        x, used = self.x.view(count, -1, self.x.shape[2]), passes.double().mean(1)
-        return Solution(x, residual.amax(1), iterations.amax(1), used, solved.all(1), self.seconds)
+        x, passes = self.x.view(count, -1, self.x.shape[2]), self.passes.view(count, -1).double().mean(1)
+        worst, most = (values.view(count, -1).amax(1) for values in (self.residual, self.iterations))
+        return Solution(x, worst, most, passes, self.solved.view(count, -1).all(1), self.seconds)
 
 
 def solve(
@@ -243,8 +242,8 @@ def differences(function: Function, x: Tensor, value: Tensor) -> Product:
 class Linearised:
     """A function of (B, n, c), acting on each sample alone, and the products with its derivative at one point.
 
-    Products Jᵀv are backward passes; Ju is the derivative of Jᵀv by v, which is a backward pass of the same retained
-    graph: ten times faster on CPU than forward-mode differentiation. float32 and float64 alike.
+    Ju is the derivative of Jᵀv by v, a backward pass of the same retained graph: ten times faster on CPU than
+    forward-mode differentiation.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], at: Tensor) -> None:
@@ -280,8 +279,7 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
     """Solutions d of product(d) = right of least residual in a Krylov space a sample, from d = 0.
 
     right: (B, N); tolerance: (B,) of |right − product(d)| / |right|; limit: products. Returns (B, N) and the products
-    (B,) that each sample needed. Orthonormal images of moves (classical Gram–Schmidt, twice), the next move is the last
-    image. A sample ends when it has met its tolerance, whatever the others do: results do not depend on the batch.
+    (B,) of each. Images of moves are made orthonormal (classical Gram–Schmidt, twice); the next move is the last image.
     """
     result, used = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.long, device=right.device)
     length = right.norm(dim=1)
@@ -318,7 +316,7 @@ def conjugate_gradients(
 ) -> tuple[Tensor, int]:
     """x with operator(x) = right for a symmetric positive operator that acts on each sample alone, and the products.
 
-    right: (B, …); every sample has step lengths of its own, and what has converged stands still.
+    right: (B, …); what has converged stands still.
     """
     x = torch.zeros_like(right) if start is None else start.clone()
     rest = right.clone() if start is None else right - operator(x)
@@ -351,8 +349,8 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 def factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """(LU, pivots) of (T, c, c), as `torch.linalg.lu_solve` takes them; not finite where a matrix is singular.
 
-    torch factors a batch in threads of its own, each of which asks MKL for threads again; from about 150 columns on,
-    MKL's row swaps then fail: wrong factors, or a process that never ends (pytorch issues 142815, 141358; torch 2.15).
+    In torch's threads MKL's row swaps fail from about 150 columns on: wrong factors, or a process that never ends
+    (pytorch issues 142815, 141358; torch 2.15).
     """
     if matrices.device.type != "cpu" or matrices.shape[-1] <= WIDE or len(matrices) < 2:
         return torch.linalg.lu_factor_ex(matrices)[:2]

@@ -1,9 +1,7 @@
 """Half-steps to be solved, and what training images say of each, in closed form and float64.
 
-    Half     guesses of x from y = g(x): a ridge map of y, then ridge maps that also read g at the last guess; of what
-             a norm took; how usual a token is, by which one of several roots is chosen
-
-Each prefix token has numbers of its own, and the grid's tokens have theirs together: (P + 1, …).
+Guesses of x from y = g(x), of what a norm took, and how usual a token is, by which one of several roots is chosen. Each
+prefix token has numbers of its own, and the grid's tokens have theirs together: (P + 1, …).
 """
 
 from __future__ import annotations
@@ -221,9 +219,9 @@ class Half(Numbers):
         """x with step(x) = y, for a batch of streams (B, n, c); tokens that do not see one another are solved alone.
 
         square: (B, n, 1) mean square of x̂ (1 where not known) of a step between norms; stripped: y has lost its last
-        digits in float32. A norm's û = û(x + f(x)) holds C − 1 equations a token (and the scale only in its last
-        digits). Where x itself left a norm, x̂ has the mean 0 and a known mean square: added along 1, which û never has,
-        and along û, whose length is known. Without a norm before it, mean and scale are guessed.
+        digits in float32. A norm's û = û(x + f(x)) holds C − 1 equations a token. Where x itself left a norm, x̂ has the
+        mean 0 and a known mean square: added along 1, which û never has, and along û, whose length is known. Without a
+        norm before it, mean and scale are guessed.
         """
         step, norm, before, settings = self.step, self.step.norm, self.step.before, settings or Settings()
         right, squares = y, torch.ones_like(y[..., :1]) if square is None else square

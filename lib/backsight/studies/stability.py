@@ -28,8 +28,7 @@ from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.embedding import Embedding, measured_embedding
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import MapInverse, parts_of
-from backsight.exact.posterior import MapSettings, MapSolution, Posterior
+from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior, parts_of
 from backsight.exact.solver import Linearised
 from backsight.exact.steps import ExactModel, NotInvertibleError, in_precision
 from backsight.inverses.families import Reconstruct

@@ -22,8 +22,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from backsight.exact.map import MapInverse, fit_map_tap
-from backsight.exact.posterior import MapSolution, Posterior
+from backsight.exact.map import MapInverse, MapSolution, Posterior, fit_map_tap
 from backsight.exact.solver import Linearised, conjugate_gradients, dot
 from backsight.representation import Representation
 from backsight.tables.names import MAP, NULL_CONSTANT

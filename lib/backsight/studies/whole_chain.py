@@ -22,8 +22,7 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import fit_map_tap
-from backsight.exact.posterior import MapSettings
+from backsight.exact.map import MapSettings, fit_map_tap
 from backsight.exact.steps import ExactModel
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
