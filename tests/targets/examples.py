@@ -64,7 +64,9 @@ def small_timm(name: str = "ViT", **changes: Any) -> Target:
     """One of TIMM; changes: of its arguments."""
     architecture, side, arguments = TIMM[name]
     build = partial(getattr(timm.models, architecture), **{"num_classes": 5, **arguments, **changes})
-    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (side, side))
+    size = changes.get("img_size", side)
+    size = (size, size) if isinstance(size, int) else size
+    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), size)
     with seeded(0):
         model = build()
     vit = isinstance(model, timm.models.VisionTransformer)
