@@ -34,12 +34,6 @@ def test_maps_are_row_major():
     assert torch.equal(second[0, :, 0, 1], tokens.patches[0, 7])
 
 
-def test_map_needs_a_single_grid():
-    with pytest.raises(BacksightError, match="use maps"):
-        _tokens().map()
-    assert Tokens(_random(2, 7, 4), ((2, 3),), 1).map().shape == (2, 4, 2, 3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -100,15 +100,10 @@ class Tokens(_Batch):
                 f"Tokens on the grids {self.grids} behind {self.prefix} prefix tokens need values of shape "
                 f"(batch, {self.prefix + area}, channels), not {shape}."
             )
-        whole = (shape[0], area, shape[2])
-        for name, tensor, fitting in (
-            ("padding", self.padding, (whole[:2],)),
-            ("position", self.position, (whole, (1, *whole[1:]))),
-        ):
-            if tensor is not None and tuple(tensor.shape) not in fitting:
-                raise BacksightError(
-                    f"The {name} of tokens {shape} has the shape {fitting[0]}, not {tuple(tensor.shape)}."
-                )
+        for name, batches, fitting in (("padding", shape[:1], (area,)), ("position", (1, shape[0]), (area, shape[2]))):
+            given = getattr(self, name)
+            if given is not None and (given.shape[0] not in batches or tuple(given.shape[1:]) != fitting):
+                raise BacksightError(f"The {name} of tokens {shape} has the shape {fitting}, not {tuple(given.shape)}.")
 
     @property
     def patches(self) -> Tensor:
@@ -136,12 +131,6 @@ class Tokens(_Batch):
         """One (B, C, h, w) map for each grid."""
         pieces = self.patches.split([height * width for height, width in self.grids], dim=1)
         return tuple(piece.transpose(1, 2).unflatten(2, grid) for piece, grid in zip(pieces, self.grids, strict=True))
-
-    def map(self) -> Tensor:
-        """(B, C, h, w) of the only grid. Raises BacksightError on several grids."""
-        if len(self.grids) != 1:
-            raise BacksightError(f"These tokens have {len(self.grids)} grids {self.grids}: use maps(), not map().")
-        return self.maps()[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -209,7 +209,7 @@ def test_patch_merging_is_undone_exactly_and_on_other_grids() -> None:
     target = Recorded(late=late, early=tokens_of(fine))
     pairs = [("late", "early"), ("early", "late")]
     fitted = fit_linear_pairs(target, pictures(60), pairs, progress=False)
-    torch.testing.assert_close(fitted["late", "early"](late).map(), fine, atol=1e-3, rtol=0)
+    torch.testing.assert_close(fitted["late", "early"](late).maps()[0], fine, atol=1e-3, rtol=0)
     torch.testing.assert_close(fitted["early", "late"](tokens_of(fine)).values, late.values, atol=1e-3, rtol=0)
     assert fitted["late", "early"](Tokens(torch.rand(1, 24, 12), ((4, 6),))).grids == ((8, 12),)
 
@@ -228,7 +228,7 @@ def test_context_is_a_convolution_in_closed_form(channels: int) -> None:
     shares = [r2(inverse, target.every["late"], target.every["early"]) for inverse in (wide, alone)]
     assert shares[0] > 1 - 1e-5
     assert shares[1] < 0.5
-    torch.testing.assert_close(wide(target.every["late"]).map(), early, atol=0.05, rtol=0)
+    torch.testing.assert_close(wide(target.every["late"]).maps()[0], early, atol=0.05, rtol=0)
 
 
 def test_a_class_token_wider_than_the_images_are_many_does_not_blow_up() -> None:
@@ -306,7 +306,7 @@ def test_a_fine_grid_is_drawn_from_and_found_all_the_same(monkeypatch: pytest.Mo
     fitted = fit_linear_pairs(Recorded(late=late, early=tokens_of(fine)), pictures(40), [pair], progress=False)[pair]
     assert torch.equal(state, torch.get_rng_state())
     assert (sum(counts), max(counts)) == (40 * 20, 4 * 20)
-    torch.testing.assert_close(fitted(late).map(), fine, atol=1e-3, rtol=0)
+    torch.testing.assert_close(fitted(late).maps()[0], fine, atol=1e-3, rtol=0)
 
 
 def test_gradients_reach_the_representation_and_other_grids_are_read() -> None:

@@ -206,10 +206,10 @@ class EyesOnly:
 @pytest.fixture(scope="module")
 def record():
     objects = open_objects("scenes", (32, 32), 24, seed=1)
-    see = {"retina": lambda tokens: tokens.map()}
+    see = {"retina": lambda tokens: tokens.maps()[0]}
     families = {seed: {"linear": see} for seed in (0, 1)}
     perturbations = colour_perturbations(6)
-    blind = {0: (EyesOnly(), {"linear": {"retina": lambda tokens: 0 * tokens.map() + 0.5}})}
+    blind = {0: (EyesOnly(), {"linear": {"retina": lambda tokens: 0 * tokens.maps()[0] + 0.5}})}
     mean = torch.full((3, 32, 32), 0.5)
     return record_colours(
         EyesOnly(), objects, perturbations, families, blind, mean, answers=False, batch_size=10, progress=False
@@ -332,7 +332,7 @@ def test_top1_counts_the_judged_objects(record):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_index_of_prototype_eyes_is_their_share(record, share):
     """The target holds the prototype, the inverse is perfect: the whole pass has a known answer."""
-    families = {0: {"linear": {"retina": lambda tokens: tokens.map()}}}
+    families = {0: {"linear": {"retina": lambda tokens: tokens.maps()[0]}}}
     rows = metrics(prototype_eyes_values(EyesOnly(), record.objects, families, share, shifts=6))
     index = rows[(rows.measure == "sanity_reversion_index") & (rows.category == "canonical")]
     assert index.value.tolist() == pytest.approx([share], abs=0.02)

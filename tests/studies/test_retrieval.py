@@ -76,7 +76,7 @@ class _Identity:
 
 def test_retrieval_falls_to_chance_as_noise_grows(pictures):
     def invert(tokens):
-        return tokens.map()
+        return tokens.maps()[0]
 
     among = gallery(pictures, pictures.mean(0))
     families = {seed: {"linear": {"pixels": invert}} for seed in (0, 1)}

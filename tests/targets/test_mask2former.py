@@ -38,7 +38,7 @@ def test_taps_agree_with_transformers(target: Mask2Former) -> None:
     for number, expected in enumerate(raw.encoder_hidden_states):
         stage = recorded[f"backbone.{number}"]
         assert isinstance(stage, Tokens)
-        normed = Tokens(norms[f"stage{number + 1}"](stage.values), stage.grids).map()
+        normed = Tokens(norms[f"stage{number + 1}"](stage.values), stage.grids).maps()[0]
         torch.testing.assert_close(normed, expected)
     predictions = recorded["predictions"]
     assert isinstance(predictions, Predictions)

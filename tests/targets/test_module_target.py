@@ -231,7 +231,7 @@ def test_a_module_that_is_called_several_times() -> None:
     assert target.taps == ("stem", "block@0", "block@2")
     recorded = target.record(_images())
     x = model.stem(_images())
-    torch.testing.assert_close(recorded["block@0"].map(), model.block(x).detach())
+    torch.testing.assert_close(recorded["block@0"].maps()[0], model.block(x).detach())
     _agrees(target, _images())
     assert [tap for tap in target.available_taps if tap[-2:] in ("@0", "@1", "@2")] == ["block@0", "block@1", "block@2"]
     twice = nn.Sequential(shared := nn.Conv2d(3, 3, 1), shared)

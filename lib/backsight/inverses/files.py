@@ -65,21 +65,17 @@ def read_header(path: Path | str) -> InverseHeader:
 
 
 def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
-    if not Path(path).is_file():
-        raise BacksightError(f"There is no inverse at {path}: check the path.")
     try:
         with safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["backsight"])
         number = int(description["format"])
         if number == FORMAT:
             return InverseHeader(**description["header"]), description
-    except (OSError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise BacksightError(f"There is no inverse at {path}: check the path.") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BacksightError(
-            f"The inverse {path} is damaged or is no safetensors file ({error}): delete it and make it again."
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise BacksightError(
-            f"{path} holds no inverse of backsight ({error}): name a file that save() wrote."
+            f"{path} is damaged or holds no inverse of backsight ({error}): name a file that save() wrote."
         ) from error
     age, advice = ("a newer", "update backsight, or fit") if number > FORMAT else ("an older", "fit")
     raise BacksightError(

@@ -35,10 +35,9 @@ LIBRARIES = ("backsight", "torch", "timm", "transformers")  # that decide what a
 class InverseHeader:
     """Where an inverse comes from; it is written into every file.
 
-    family: one of `backsight.inverses.families.FAMILIES`; target, weights, weights_hash: of the target;
-    source, destination: taps, or "pixels"; data: name and split of the training images; seed; steps: trained
-    (0 for what is not trained); validation_loss: the error of the pictures from this tap, of a modular family those of
-    the whole chain, as a share of their variance, or None.
+    family: of `families.FAMILIES`; source, destination: taps, or "pixels"; data: name and split of the training images;
+    steps: trained, 0 for what is not trained; validation_loss: the error of the pictures from this tap, of a modular
+    family those of the whole chain, as a share of their variance, or None.
     """
 
     family: str
@@ -66,8 +65,8 @@ def header_for(
 class Moments(NamedTuple):
     """First and second moments of a representation, of which the residuals take their units.
 
-    mean, deviation: (P + 1, C): each prefix token by itself, then all grid tokens together; (1, C) for sets and
-    for pixels. variance: of all values about these means, the unit of the losses.
+    mean, deviation: (P + 1, C): each prefix token, then all grid tokens together; (1, C) for sets and for pixels.
+    variance: of all values about these means, the unit of the losses.
     """
 
     mean: Tensor

@@ -44,12 +44,9 @@ class Form:
     count: int = 0
 
     def __str__(self) -> str:
-        sides = " + ".join(f"{height} x {width}" for height, width in self.grids)
-        if self.kind == PIXELS:
-            return f"images of {sides} pixels"
-        if self.kind == "tokens":
-            return f"{self.prefix} prefix and {sides} grid tokens of {self.channels} channels"
-        return f"{self.count} {self.kind} of {self.channels} channels"
+        number = " + ".join(f"{height} x {width}" for height, width in self.grids) or str(self.count)
+        number = f"{self.prefix} prefix and {number}" if self.kind == "tokens" else number
+        return f"{number} {self.kind} of {self.channels} channels"
 
 
 def form_of(value: Tensor | Representation) -> Form:
@@ -250,17 +247,26 @@ def pack_source(
     if not isinstance(representation, Tokens):
         return values.flatten(0, 1)
     prefix = representation.prefix_values
-    if what == "prefix":
-        return prefix[:, block.level]
-    if what == "prefixes":
-        return prefix.flatten(0, 1)
+    if what in ("prefix", "prefixes"):
+        return prefix[:, block.level] if what == "prefix" else prefix.flatten(0, 1)
     if what == "mean":
         shown = values.new_ones(values.shape[:2])
         if representation.padding is not None:
             shown[:, representation.prefix :] = (~representation.padding).to(shown)
         return (values * shown[..., None]).sum(1) / shown.sum(1, keepdim=True).clamp(min=1)
     maps, cells = _unpadded(representation).maps(), block.cells(representation.grids)
-    parts = _own(maps[block.level], block, projection)
+    parts, projected = [maps[block.level].flatten(2).transpose(1, 2)], maps[block.level]
+    if projection is not None:
+        projected = torch.einsum("bchw,cd->bdhw", projected, projection)
+    if block.gathered != (1, 1):
+        parts = [patchify(projected, block.gathered)]
+    elif block.context > 1:
+        around = F.unfold(projected, block.context, padding=block.context // 2).transpose(1, 2)
+        if projection is None:
+            parts = [around]
+        else:  # the own token stands before its neighbours, with all of its channels
+            square, centre = around.unflatten(2, (-1, block.context**2)), block.context**2 // 2
+            parts.append(torch.cat([square[..., :centre], square[..., centre + 1 :]], dim=3).flatten(2))
     for level in block.coarser:
         parts.append(F.interpolate(maps[level], cells, mode="nearest-exact").flatten(2).transpose(1, 2))
     if block.context > 1 and representation.prefix:
@@ -268,21 +274,6 @@ def pack_source(
             prefix = torch.einsum("bpc,pcd->bpd", prefix, prefix_projection)
         parts.append(prefix.flatten(1)[:, None].expand(-1, area(cells), -1))
     return torch.cat(parts, dim=2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
-
-
-def _own(own: Tensor, block: Block, projection: Tensor | None) -> list[Tensor]:
-    """(B, N, …) of what each cell reads of its own grid."""
-    projected = own if projection is None else torch.einsum("bchw,cd->bdhw", own, projection)
-    if block.gathered != (1, 1):
-        return [patchify(projected, block.gathered)]
-    if block.context == 1:
-        return [own.flatten(2).transpose(1, 2)]
-    around = F.unfold(projected, block.context, padding=block.context // 2).transpose(1, 2)
-    if projection is None:
-        return [around]
-    cells, centre = around.unflatten(2, (-1, block.context**2)), block.context**2 // 2
-    neighbours = torch.cat([cells[..., :centre], cells[..., centre + 1 :]], dim=3).flatten(2)
-    return [own.flatten(2).transpose(1, 2), neighbours]
 
 
 def _unpadded(tokens: Tokens) -> Tokens:
