@@ -62,7 +62,7 @@ def fit(
         if unknown := sorted(others - known):
             raise TypeError(f"no inverse family takes {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
     if family == "modular_polished" and arguments.get("modules") is None:
-        both = {"features": features, "checkpoint": checkpoint}
+        both: dict[str, Any] = {"features": features, "checkpoint": checkpoint}
         arguments["modules"] = fit("modular", target, images, validation, **both, **arguments)
     if "steps" in taken:
         shown = (arguments.get("steps") or 400) * arguments.get("batch_size", 16) / len(images)

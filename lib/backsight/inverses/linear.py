@@ -106,6 +106,7 @@ class LinearInverse(nn.Module):
     """
 
     kind = "linear"
+    position: Tensor | None
 
     def __init__(
         self,
@@ -282,7 +283,8 @@ class _Group:
         given, batch = held[self.members[0][0].source], len(held[PIXELS])
         parts = [pack_destination(held[to.destination], it, it.blocks[name]) for to, it, name in self.members]
         self.widths, ends = [part.shape[1] for part in parts], torch.cat(parts, dim=1)
-        count, drawn = len(ends) // batch, slice(None)
+        drawn: Any = slice(None)
+        count = len(ends) // batch
         if count > self.rows:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             drawn = order[: self.rows].sort().values.to(ends.device)

@@ -89,6 +89,7 @@ class Inverse(nn.Module):
     source_deviation: Tensor
     destination_mean: Tensor
     destination_deviation: Tensor
+    position: Tensor | None
 
     def __init__(
         self,
@@ -192,10 +193,10 @@ class Inverse(nn.Module):
         design, linear, variance, shape = (configuration[k] for k in ("design", "linear", "variance", "position"))
         design = with_forms(Design, design)
         empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
-        moments = [Moments(each, each, variance) for each in empty]
+        before, after = (Moments(each, each, variance) for each in empty)
         like: Any = None if linear is None else rebuilt(linear, target)
         position = None if shape is None else torch.zeros(shape)
-        return cls(InverseHeader("", "", "", "", "", ""), design, like, *moments, position)
+        return cls(InverseHeader("", "", "", "", "", ""), design, like, before, after, position)
 
 
 def _spread(moments: Tensor, grids: Sequence[Grid]) -> Tensor:

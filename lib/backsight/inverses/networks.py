@@ -386,7 +386,8 @@ def _factors(patch: Grid) -> list[Grid]:
             while side % prime == 0:
                 factors.insert(0, prime)
                 side //= prime
-    return list(zip_longest(*sides, fillvalue=1))[::-1] or [(1, 1)]
+    pairs: Any = zip_longest(*sides, fillvalue=1)
+    return list(pairs)[::-1] or [(1, 1)]
 
 
 def _codes(count: int, channels: int) -> nn.Parameter:

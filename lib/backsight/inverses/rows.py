@@ -209,11 +209,12 @@ def plan_layout(
             "pixels, queries and predictions map to as many queries, to tokens or pixels."
         )
     directions = DIRECTIONS if context > 1 and source.channels > DIRECTIONS else None
+    together: Any = sum if from_set else max
     if from_set:
-        rows, together, many, directions = "set", sum, source.count, None
+        rows, many, directions = "set", source.count, None
         patches = list(destination.grids)
     else:
-        rows, together = "cells", max
+        rows = "cells"
         blocks = [_cells(source, destination, level) for level in range(len(destination.grids))]
         many = max(area(block.gathered) for block in blocks)
         cells = [block.cells(source.grids) for block in blocks]
