@@ -63,12 +63,16 @@ def _torch() -> Findings:
 
 
 def _kernel() -> Findings:
-    from jupyter_client.manager import start_new_kernel
+    from jupyter_client.manager import KernelManager
 
     from backsight.app.runner import KERNEL, KERNEL_START_SECONDS
 
+    manager = KernelManager(kernel_name=KERNEL, transport_encryption="auto")
     try:
-        manager, client = start_new_kernel(KERNEL_START_SECONDS, KERNEL)
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=KERNEL_START_SECONDS)
         client.stop_channels()
         manager.shutdown_kernel(now=True)
         yield "OK", "kernel", f"{KERNEL} starts"
