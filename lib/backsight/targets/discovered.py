@@ -162,7 +162,7 @@ class ModuleTarget(Discovered):
         return f"{self.name}, images {size}, {len(self.taps)} taps\n{self.describe().to_string(index=False)}"
 
     def describe(self) -> pd.DataFrame:
-        """How each tap is read: tap, module, element, shape, axes, grid, prefix, cut.
+        """How each tap is read: tap, module, element, shape, axes, grid, prefix, channels, cut.
 
         cut: "yes", "with its companions" (the other tensors that the module returns), or "no": then `from_tap` is
         refused, and all else works. `from_tap` tries it out before it answers.
@@ -173,7 +173,7 @@ class ModuleTarget(Discovered):
         for tap, found in ((tap, self._chosen[tap]) for tap in self.taps):
             cut = "yes" if found.cut else "with its companions" if found.with_companions else "no"
             element = brackets(found.place.element) or ALL
-            rows.append(read_as(found, element=element) | {"tap": tap, "cut": cut})
+            rows.append(read_as(found, element=element) | {"tap": tap, "channels": found.channels, "cut": cut})
         return pd.DataFrame(rows)
 
     def _put_to_rest(self, model: nn.Module) -> nn.Module:
