@@ -144,7 +144,7 @@ class FeatureStore:
         return {name: self._file[name][self.own[indices]] for name in names}
 
     def _widened(self, rows: dict[str, np.ndarray]) -> tuple[Tensor, Recorded]:
-        parts: dict[str, dict[str, Tensor]] = {tap: {} for tap in self.taps}
+        parts: dict[str, dict[str, Any]] = {tap: {} for tap in self.taps}
         for name, values in rows.items():
             if name != "images":
                 tap, _, part = name.partition("/")
@@ -199,6 +199,7 @@ def record_features(
     """
     taps = target.taps if taps is None else target.resolve_taps(taps)
     first = {tap: _kept(held) for tap, held in target.record(next(batches(images, 1)), taps).items()}
+    size: Any
     if isinstance(images, Tensor):
         name, split, size, bytewise = None, None, images.shape[2:], images.dtype == torch.uint8
     else:
@@ -285,8 +286,8 @@ def _stored(target: Recordable, images: Tensor, first: Recorded) -> dict[str, Te
     stored = {"images": images if images.dtype == torch.uint8 else unit}
     for tap, representation in target.record(unit, tuple(first)).items():
         held = _kept(representation)
-        codes = [code for code in (getattr(x, "position", None) for x in (held, first[tap])) if code is not None]
-        alike = len(codes) < 2 or torch.allclose(*codes, rtol=1e-5, atol=1e-6)
+        code, known = (getattr(x, "position", None) for x in (held, first[tap]))
+        alike = code is None or known is None or torch.allclose(code, known, rtol=1e-5, atol=1e-6)
         if held.signature != first[tap].signature or not alike:
             raise BacksightError(
                 f"{target.name} gives representations of several forms at {tap}, which one store cannot hold: leave "

@@ -84,8 +84,8 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
         parts.pop("test", None)  # the test images of ImageNet and COCO come without
     if not parts:
         parts = {"": [root]}
-        files = [*(root / "annotations").glob("instances_*.json")]
-        annotations = {root: files[0]} if len(files) == 1 else {}
+        listed = [*(root / "annotations").glob("instances_*.json")]
+        annotations = {root: listed[0]} if len(listed) == 1 else {}
     found = Found(split or ("all" if "" in parts else "test"), classes=tuple(sorted(set().union(*classes.values()))))
     if "" not in parts:
         used = {path for places in parts.values() for path in places}
@@ -94,7 +94,7 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
     for part, low, high in _shares(parts, found.split, root):
         for place in parts[part]:
             shard = place.suffix.lower() == ".tar"
-            files = {}
+            files: dict[str, Entry] = {}
             for name, entry in _of_shard(place) if shard else _of_folder(place, root, found):
                 key = os.path.splitext(name)[0] if place in annotations else name
                 fraction = int.from_bytes(sha256(key.encode()).digest()[:6], "big") / 2**48  # equal on every machine

@@ -270,7 +270,8 @@ class _Fit:
                 f"{number} processes cannot share {self.batch_size} images a batch: choose a multiple."
             )
         target, own, size = self.target, share(self.images), self.batch_size // number
-        following, stream = -1, iter(())
+        following = -1
+        stream: Iterator[Any] = iter(())
 
         def read(start: int) -> Iterator[Any]:
             if isinstance(own, FeatureStore):

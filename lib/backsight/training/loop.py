@@ -107,7 +107,7 @@ def train(
     path = None if checkpoint is None else Path(checkpoint)
     # What a checkpoint holds besides modules and optimizers; recent: losses since the last row of the history.
     state = SimpleNamespace(step=0, seconds=0.0, history=[], recent={}, best={}, weights={})
-    holders = [whole, *stepping]
+    holders: list[Any] = [whole, *stepping]
     with seeded(seed, device):
         if path is not None and path.exists():
             content = _read(path, identity, device)

@@ -47,7 +47,7 @@ def optimizers(
         ]
         for muon in (True, False)
     )
-    found = [Muon(matrices)] if matrices else []
+    found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
     return [*found, torch.optim.AdamW(others, betas=betas, fused=True)] if others else found
 
 
