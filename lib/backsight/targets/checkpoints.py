@@ -26,8 +26,8 @@ from backsight.errors import BacksightError
 
 INDEX_SUFFIX = ".index.json"  # of a checkpoint in several files: says which tensor lies in which of them
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".pt.tar", ".npz", INDEX_SUFFIX)
-NAMES = ("model.safetensors", "pytorch_model.bin", "model.pth", "open_clip_model.safetensors")
-NAMES += tuple(f"{name}{INDEX_SUFFIX}" for name in NAMES[:2])
+NAMES = ["model.safetensors", "pytorch_model.bin", "model.pth", "open_clip_model.safetensors"]
+NAMES += [f"{name}{INDEX_SUFFIX}" for name in NAMES[:2]]
 # Modules that wrap others anywhere in a model, under names that nobody gives to a layer.
 TRANSPARENT = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?:[._]|$)")

@@ -33,7 +33,7 @@ ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {**ATTENTION, "cross_attn": "encoder_attn_layer_norm"}
 # Of several parts between two taps, the hardest, which is the first, names the stage.
 PARTS = ("decoder", "encoder", "blocks", "convolution", "projection", "backbone", "heads", "norm")
-KINDS = {"maps": Tokens, "tokens": Tokens, "queries": Queries, "predictions": Predictions}
+KINDS: Mapping[str, Any] = {"maps": Tokens, "tokens": Tokens, "queries": Queries, "predictions": Predictions}
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,8 @@ class DetectionTarget(Target):
             raise BacksightError(f"{tap} of {self.name} holds {kind.__name__.lower()}, not a representation {given}.")
         if spot.kind == "predictions":
             return representation
-        size, padding, lacking = self.image_size, None, []
+        size, lacking = self.image_size, list[str]()
+        padding: Tensor | None = None
         if spot.kind == "queries":
             values[spot.places[0]] = self._ordered("queries", representation.values, back=True)
             tokens = representation.context

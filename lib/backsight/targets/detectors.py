@@ -70,7 +70,7 @@ class DeformableDetr(DetectionTarget):
     ones and the queries of two stages from the encoder's output: `from_tap` computes them again."""
 
     @property
-    def _least_tokens(self) -> int:
+    def _least_tokens(self) -> int:  # type: ignore[override]
         config = self.model.config
         return int(config.two_stage_num_proposals) if config.two_stage else 0
 
@@ -82,7 +82,7 @@ class RtDetr(DetectionTarget):
     tokens are marked, and take part."""
 
     @property
-    def _least_tokens(self) -> int:
+    def _least_tokens(self) -> int:  # type: ignore[override]
         return int(self.model.config.num_queries)
 
     def _encoder_spots(self) -> dict[str, Spot]:
@@ -120,7 +120,7 @@ class Yolos(DetectionTarget):
     first_stage = "patch_embedding"
 
     @property
-    def _prefix(self) -> int:
+    def _prefix(self) -> int:  # type: ignore[override]
         return 1 + int(self.model.config.num_detection_tokens)
 
     @cached_property

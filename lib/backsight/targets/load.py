@@ -98,7 +98,8 @@ def _timm(source: Source, pretrained: bool, seed: int, size: Size | None, argume
         with contextlib.suppress(BacksightError), torch.device("meta"):
             _constructed(source, {**arguments, "img_size": size})
             arguments["img_size"] = size
-    path, state, label, settings = source.checkpoint, None, source.label if pretrained else "random", {}
+    path, label, settings = source.checkpoint, source.label if pretrained else "random", dict[str, Any]()
+    state: dict[str, Tensor] | None = None
     if pretrained and path is not None and path.suffix == ".npz":  # timm reads Google's with the model's own code
         heads = [tensor for name, tensor in read_tensors(path).items() if name.endswith("head/bias")]
         arguments["num_classes"] = heads[0].shape[-1] if heads else 0
@@ -166,7 +167,8 @@ def _timm_state(source: Source, path: Any, arguments: dict[str, Any]) -> tuple[d
 
 def _size_in(model: Any, state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The image size that the position embedding of a file is for, where that is another than the model's."""
-    own, embed = (getattr(model, name, None) for name in ("pos_embed", "patch_embed"))
+    own: Any = getattr(model, "pos_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     position, plain = state.get("pos_embed", own), isinstance(own, Tensor) and hasattr(embed, "grid_size")
     if "img_size" in arguments or not plain or not position.ndim == own.ndim == 3 or position.shape[1] == own.shape[1]:
         return {}
