@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from backsight.inverses.linear import PIXELS, fit_linear
-from backsight.studies.trainings import count_flops
+from backsight.studies.efficiency import count_flops
 from backsight.targets import module_target
 from backsight.targets.base import Target
 from backsight.training.fit import fit_direct, fit_modular

@@ -16,7 +16,7 @@ from table import Row, compare, interleaved, write
 from torch import Tensor
 
 from backsight.inverses.linear import fit_linear
-from backsight.studies.trainings import count_flops
+from backsight.studies.efficiency import count_flops
 from backsight.targets import load_target
 
 FULL = os.environ.get("SIZE") == "full"

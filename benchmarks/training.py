@@ -31,7 +31,7 @@ from backsight.data.features import record_features
 from backsight.data.images import batches, tensor
 from backsight.inverses.linear import PIXELS, fit_linear_pairs
 from backsight.inverses.module import Chain
-from backsight.studies.trainings import count_flops
+from backsight.studies.efficiency import count_flops
 from backsight.targets.base import Target
 from backsight.training.loop import train
 

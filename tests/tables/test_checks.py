@@ -63,19 +63,7 @@ def test_sound_tables_pass(tmp_path: Path) -> None:
         ("quality", lambda t: t.assign(n=1), INTERVALS, "fewer than two images"),
         ("quality", lambda t: t.assign(seeds=1), SEEDS, "modular has 1"),
         ("quality", lambda t: t.assign(seed=float("nan")), SEED, "no seed"),
-        (
-            "modular_vs_direct",
-            lambda t: t[~((t["inverse"] == "direct") & (t["learning_rate"] > 5e-3))],
-            MATCHED,
-            "learning_rate",
-        ),
         ("modular_vs_direct", lambda t: t[~((t["inverse"] == "direct") & (t["steps"] == 10))], MATCHED, "steps"),
-        (
-            "modular_vs_direct",
-            lambda t: t.assign(train_images=t["train_images"].where(t["inverse"] != "direct", 50)),
-            MATCHED,
-            "train_images of direct is 50, of modular 100",
-        ),
         ("modular_vs_direct", lambda t: t[t["inverse"] != "direct"], MATCHED, "nothing is compared"),
     ],
 )

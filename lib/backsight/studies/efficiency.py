@@ -1,410 +1,242 @@
-"""What a decibel costs: modular inverses against direct decoders under equal conditions (trainings.py), as tables.
+"""What a decibel costs: chains of modules against direct decoders, on the same images, for several lengths of training.
 
-The same images, seeds, batch size, optimiser, schedule, validation images and modes for every method, and a learning
-rate that each has searched with the same budget on the validation split. One point of a curve is one whole training of
-that length, with its own warm-up and decay: one that is looked at half-way has not decayed its learning rate yet.
+    direct               a decoder from every judged tap to pixels
+    modular              a module for every block down from the deepest judged tap, chained
+    modular_components   a module between neighbouring judged taps, chained
+
+    ours     the library's own way: closed-form starts, modules that learn along chains and in the picture
+    paper    random weights, and every module learns alone, by squared error in its own space
+
+One point of a curve is one whole training of that length: one that is looked at half-way has not decayed its learning
+rate yet. FLOPs are those of matrix products, convolutions and attention that torch's FlopCounterMode meets in the
+training code itself (frozen pass, starts, forward, backward, optimiser), two for a multiplication and addition; solves
+of the closed form are not among them. Seconds hold everything.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from backsight.data.images import batches
-from backsight.inverses.families import Reconstruct
+from backsight.errors import BacksightError
 from backsight.inverses.module import Inverses
-from backsight.inverses.rows import PIXELS, Pair
+from backsight.inverses.passes import Images
+from backsight.inverses.rows import PIXELS, form_of
 from backsight.measures.pixels import psnr
-from backsight.studies.nulls import null_mean, shuffled
-from backsight.studies.optimisation import best_option, first_images, optimise_pixels, optimise_prior
-from backsight.studies.trainings import (
-    ALL,
-    METHODS,
-    Matched,
-    Setting,
-    Starts,
-    Trial,
-    closed_form_starts,
-    count_flops,
-    judged_mean,
-    tap_psnr,
-    without_context,
-)
-from backsight.tables.pool import metrics_row, pooled_ratio, pooled_rows
+from backsight.tables.values import Values
+from backsight.targets import Target
+from backsight.training.fit import fit_direct, fit_modular
+from backsight.training.starts import stage_pairs
 
-# method, function, the option that is chosen on validation images, its candidates
-OPTIMISERS = (
-    ("optimised_tv", optimise_pixels, "total_variation", (3.0, 30.0, 300.0)),
-    ("optimised_prior", optimise_prior, "learning_rate", (0.001, 0.003, 0.01)),
-)
-
-
-# --------------------------------------------------------------------------------------------------------- tidy rows
-
-
-def tidy(setting: Setting, trials: Iterable[Trial], seed: int = 0, **columns: Any) -> pd.DataFrame:
-    """Tidy rows of PSNR: one for each tap and one for the mean over the judged taps (tap "all"), seeds pooled.
-
-    Trainings that differ in nothing but the seed are one group; its seconds and FLOPs are their means. Rows of the
-    search have the split of the validation images. columns: others of every row (dataset, split, …).
-    """
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in trials:
-        rate = trial.learning_rate if trial.part == "search" else None
-        key = (trial.part, trial.method, trial.start, trial.steps, trial.train_images, rate)
-        groups.setdefault(key, []).append(trial)
-    rows: list[dict[str, Any]] = []
-    for members in groups.values():
-        first = members[0]
-        here = _columns(setting, members) | columns
-        if first.part == "search":
-            here["split"] = getattr(setting.validation, "split", "validation")
-        tables = {tap: {t.seed: t.values[tap] for t in members} for tap in first.values}
-        if first.part != "per_image":
-            tables[ALL] = {t.seed: judged_mean(setting, t) for t in members}
-        for tap, table in tables.items():
-            depth = math.nan if tap == ALL else setting.target.depth(tap)
-            rows += pooled_rows(table, "psnr", seed, tap=tap, depth=depth, inverse=first.method, **here)
-    return pd.DataFrame(rows)
-
-
-def _columns(setting: Setting, members: Sequence[Trial]) -> dict[str, Any]:
-    first = members[0]
-    return {
-        "target": setting.target.name,
-        "weights": setting.target.weights,
-        "steps": first.steps,
-        "flops": float(np.mean([t.flops for t in members])),
-        "seconds": float(np.mean([t.seconds for t in members])),
-        "parameters": first.parameters,
-        "learning_rate": first.learning_rate,
-        "train_images": first.train_images,
-        "module": None,
-        "part": first.part,
-        "start": first.start,
-    }
-
-
-def chain_losses(values: Mapping[str, Tensor], pairs: Sequence[Pair]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{module: ((N,) dB lost, (N,) squared error added)} along a chain, from the PSNR of each of its starting points.
-
-    values: {tap: (N,) PSNR} of the chain fed with the true representation at that tap; pairs: (source, destination) of
-    the modules. What the module of a tap loses is the PSNR from its destination minus that from its source; its added
-    squared error is the same difference in squared error, and these sum up exactly to the error of the whole chain.
-    The module that ends in pixels has no PSNR below it (NaN), and adds all of its own squared error.
-    """
-    found = {}
-    for source, destination in pairs:
-        error = torch.pow(10.0, -values[source].double() / 10)
-        if destination == PIXELS:
-            found[source] = (torch.full_like(error, math.nan), error)
-        else:
-            below = values[destination]
-            found[source] = (below - values[source], error - torch.pow(10.0, -below.double() / 10))
-    return found
-
-
-def chain_path(pairs: Sequence[Pair]) -> list[Pair]:
-    """The modules that the chain from the deepest tap runs through, deepest first."""
-    ends = dict(pairs)
-    source, path = pairs[-1][0], []
-    while source in ends:
-        path.append((source, ends[source]))
-        source = ends[source]
-    return path
-
-
-def chain_table(setting: Setting, trials: Sequence[Trial], seed: int = 0, **columns: Any) -> pd.DataFrame:
-    """Tidy rows along the chain: `chain_error` (dB lost at each module) and `chain_share` of its squared error.
-
-    trials: of one length, all seeds. A direct or linear family has no chain: their rows tell how much less is read from
-    a tap than from the tap before it, which a chain cannot be blamed for.
-    """
-    rows: list[dict[str, Any]] = []
-    for method in dict.fromkeys(trial.method for trial in trials):
-        members = [trial for trial in trials if trial.method == method]
-        taps = [tap for tap in setting.chain if tap in members[0].values]
-        reads = method in ("direct", "linear")
-        pairs = list(zip(taps, (PIXELS, *taps), strict=False)) if reads else setting.pairs(method)
-        path = chain_path(pairs)
-        losses = {trial.seed: chain_losses(trial.values, path) for trial in members}
-        whole = {trial.seed: torch.pow(10.0, -trial.values[path[0][0]].double() / 10) for trial in members}
-        for source, destination in path:
-            here = _columns(setting, members) | columns
-            here |= {"tap": source, "depth": setting.target.depth(source), "inverse": method}
-            here |= {"module": source, "part": "chain"}
-            if destination != PIXELS:
-                rows += pooled_rows({s: each[source][0] for s, each in losses.items()}, "chain_error", seed, **here)
-            if not reads:
-                added = {s: each[source][1] for s, each in losses.items()}
-                value, low, high = pooled_ratio(added, whole, seed)
-                n = len(next(iter(whole.values())))
-                rows.append(metrics_row("chain_share", value, low, high, n, seed, seeds=len(members), **here))
-    return pd.DataFrame(rows)
-
-
-def difference_table(setting: Setting, trials: Sequence[Trial], first: str, second: str, seed: int = 0) -> pd.DataFrame:
-    """PSNR of one method minus another's, paired image by image and seed by seed, at each judged tap and over all.
-
-    trials: any; pairs are those that agree in part, start, steps, training images and seed. Columns: part, start,
-    steps, train_images, tap, difference, low, high (dB), n, seeds.
-    """
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Trial]]] = {}
-    for trial in trials:
-        if trial.method in (first, second) and trial.part not in ("search", "per_image"):
-            key = (trial.part, trial.start, trial.steps, trial.train_images)
-            groups.setdefault(key, {}).setdefault(trial.method, {})[trial.seed] = trial
-    rows = []
-    for key, methods in groups.items():
-        shared = sorted(methods.get(first, {}).keys() & methods.get(second, {}).keys())
-        if not shared:
-            continue
-        a, b = ([methods[name][s] for s in shared] for name in (first, second))
-        tables = {tap: [x.values[tap] - y.values[tap] for x, y in zip(a, b, strict=True)] for tap in setting.judged}
-        tables[ALL] = [judged_mean(setting, x) - judged_mean(setting, y) for x, y in zip(a, b, strict=True)]
-        for tap, values in tables.items():
-            row = pooled_rows(dict(zip(shared, values, strict=True)), "difference", seed)[0]
-            names = ("part", "start", "steps", "train_images")
-            kept = {name: row[name] for name in ("low", "high", "n", "seeds")}
-            rows.append(dict(zip(names, key, strict=True)) | {"tap": tap, "difference": row["value"]} | kept)
-    return pd.DataFrame(rows)
-
-
-def step_costs(setting: Setting, matched: Matched) -> pd.DataFrame:
-    """What one step costs: taps inverted, GFLOPs of a step, of a step and tap, of the frozen pass in it (one method a
-    row)."""
-    image = next(iter(batches(setting.test, 1)))
-    frozen = count_flops(lambda: setting.target.record(image, setting.chain)) * setting.batch_size / 1e9
-    rows = []
-    for (method, start), cost in matched.costs.items():
-        if cost.step:
-            taps = len(setting.taps(method))
-            rows.append(
-                {
-                    "inverse": method,
-                    "start": start,
-                    "taps": taps,
-                    "GFLOPs a step": cost.step / 1e9,
-                    "GFLOPs a step and tap": cost.step / 1e9 / taps,
-                    "of it the frozen pass": frozen,
-                    "learning rate": matched.rates[method, start],
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def every_block(setting: Setting) -> Setting:
-    """The same setting, judged at every block: what it would take to invert all of them directly."""
-    return replace(setting, judged=setting.chain)
-
-
-def reference_trials(setting: Setting, families: Mapping[int, Mapping[str, Mapping[str, Reconstruct]]]) -> list[Trial]:
-    """Inverses from elsewhere on the same test images: the part "reference", which is matched to nothing.
-
-    families: {training seed: {family: {tap: reconstruction}}} as `families_by_seed` gives them; of each, the taps of
-    the chain. What they have cost is not known here (NaN).
-    """
-    trials = []
-    for seed, found in families.items():
-        for family, taps in found.items():
-            shared = {tap: reconstruct for tap, reconstruct in taps.items() if tap in setting.chain}
-            if set(shared) >= set(setting.judged):
-                values = tap_psnr(setting.target, shared, setting.test)
-                trials.append(_untimed("reference", family, seed, values))
-    return trials
-
-
-def null_trials(setting: Setting, starts: Starts) -> list[Trial]:
-    """The part "nulls": the mean training image, linear inverses of another image's representation, and linear
-    inverses of the same architecture with random weights (fitted on `ridge_images`), at the judged taps."""
-    seed, target = starts.seed, setting.target
-    mean = null_mean(setting.train(seed, setting.ridge_images))
-    linear: dict[str, Reconstruct] = {tap: starts.maps[tap, PIXELS] for tap in setting.judged}
-    generator = torch.Generator().manual_seed(seed)
-    random_setting = replace(setting, target=target.untrained(seed))
-    maps = closed_form_starts(random_setting, seed, setting.ridge_images).maps
-    values = {
-        "null_mean": tap_psnr(
-            target, dict.fromkeys(linear, lambda given: mean.expand(given.batch, -1, -1, -1)), setting.test
-        ),
-        "null_shuffled": tap_psnr(
-            target, {tap: _of_another(each, generator) for tap, each in linear.items()}, setting.test
-        ),
-        "null_untrained": tap_psnr(
-            random_setting.target, {tap: maps[tap, PIXELS] for tap in setting.judged}, setting.test
-        ),
-    }
-    return [_untimed("nulls", name, seed, found) for name, found in values.items()]
-
-
-def _untimed(part: str, method: str, seed: int, values: Mapping[str, Tensor]) -> Trial:
-    """Scores of what was not trained here: what it cost is not known."""
-    unknown = math.nan
-    return Trial(part, method, "closed_form", 0, unknown, 0, seed, values, unknown, unknown, 0)
-
-
-def _of_another(inverse: Reconstruct, generator: torch.Generator) -> Reconstruct:
-    def reconstruct(given: Any) -> Tensor:
-        return inverse(shuffled(given, generator))
-
-    return reconstruct
-
-
-def as_data_size(trials: Iterable[Trial], seed: int, steps: int) -> list[Trial]:
-    """The full training set as a point of the data-size curve: the trials of the curves with this seed and length."""
-    return [
-        replace(trial, part="data")
-        for trial in trials
-        if trial.part == "curve"
-        and trial.seed == seed
-        and (trial.method == "linear" or (trial.method != "modular_polished" and trial.steps == steps))
-    ]
-
-
-# ---------------------------------------------------------------------------------- optimisation, on the same images
+METHODS = ("direct", "modular", "modular_components")
+Start = Literal["ours", "paper"]
+COSTS = ("flops", "seconds")
 
 
 @dataclass(frozen=True)
-class OptimisedFew:
-    """trials: one a method, of the part "per_image"; chosen: the options tried on validation images, a row each."""
+class Training:
+    """One training. flops, seconds: with its start; parameters: numbers that the inverses of all taps hold."""
 
-    trials: tuple[Trial, ...]
-    chosen: tuple[Mapping[str, Any], ...]
+    method: str
+    start: Start
+    steps: int
+    seed: int
+    inverses: Inverses
+    flops: float
+    seconds: float
+    parameters: int
 
 
-def few_images(setting: Setting, count: int) -> tuple[Tensor, str]:
-    """The first test images (B, 3, H, W), and the deepest judged tap that is no prediction."""
-    taps = [tap for tap in setting.judged if setting.forms[tap].kind != "predictions"]
-    return first_images(setting.test, count), taps[-1]
+@dataclass(frozen=True)
+class Taps:
+    """judged: where all methods are compared; chain: of the every-block chain, the judged ones among them."""
+
+    judged: tuple[str, ...]
+    chain: tuple[str, ...]
+
+    def of(self, method: str) -> tuple[str, ...]:
+        return self.chain if method == "modular" else self.judged
 
 
-def optimise_few(
-    setting: Setting, tap: str, images: Tensor, steps: int, seed: int = 0
-) -> tuple[dict[str, Tensor], OptimisedFew]:
-    """Both kinds of optimisation on these images, their option chosen on as many validation images.
+def taps_for(target: Target, judged: str | Sequence[str]) -> Taps:
+    """The target's own taps as the every-block chain, down from the deepest judged one.
 
-    Returns {"optimised_tv" | "optimised_prior": (B, 3, H, W)} and their trials; candidates get a third of the steps,
-    so that choosing costs as much as the inversion itself, and neither is charged for it.
+    judged: "components", which gets the tap in the middle too where there are fewer than three, or tap names.
+    Raises BacksightError on unknown taps.
     """
-    target, validation = setting.target, first_images(setting.validation, len(images))
-    representation = target.record(images, [tap])[tap]
-    pictures: dict[str, Tensor] = {}
-    trials, chosen = [], []
-    for method, optimise, option, choices in OPTIMISERS:
-        best, found = best_option(
-            optimise, option, choices, target, tap, validation, steps=max(1, steps // len(choices)), seed=seed
-        )
-        chosen += [
-            {"inverse": method, "option": option, "value": value, "validation PSNR": ratio, "chosen": value == best}
-            for value, ratio in found.items()
-        ]
-        options: dict[str, Any] = {"steps": steps, "seed": seed, option: best}
-        made = optimise(target, tap, representation, **options)
-        pictures[method] = made.images
-        values = {tap: psnr(images, made.images)}
-        trials.append(
-            Trial("per_image", method, "random", steps, math.nan, 0, seed, values, made.flops, made.seconds, 0)
-        )
-    return pictures, OptimisedFew(tuple(trials), tuple(chosen))
+    taps, order = target.resolve_taps(judged), target.available_taps
+    blocks = target.resolve_taps(target.taps)
+    if judged == "components" and len(taps) < 3:
+        between = [tap for tap in blocks if order.index(taps[0]) < order.index(tap) < order.index(taps[-1])]
+        taps = target.resolve_taps([*taps, *between[(len(between) - 1) // 2 :][:1]])
+    deepest = order.index(taps[-1])
+    return Taps(taps, target.resolve_taps([*taps, *(tap for tap in blocks if order.index(tap) <= deepest)]))
 
 
-def rebuild_few(
-    setting: Setting, tap: str, images: Tensor, inverses: Mapping[str, Inverses], trials: Sequence[Trial], seed: int
-) -> tuple[dict[str, Tensor], list[Trial]]:
-    """The same images by the longest training of every method: pictures, and trials of the part "per_image".
+def train_method(
+    target: Target,
+    taps: Taps,
+    method: str,
+    start: Start,
+    images: Images,
+    validation: Images,
+    begun: Inverses | None = None,
+    **options: Any,
+) -> Inverses:
+    """One training as a user would call it, or as the paper describes it.
 
-    Their costs are those of the whole training, and of rebuilding these images.
+    begun: of no step, whose closed-form starts are taken; options: steps, batch_size, seed.
     """
-    representation = without_context(setting.target.record(images, [tap])[tap])
-    pictures: dict[str, Tensor] = {}
-    made = []
-    for method, modules in inverses.items():
-        reconstruct = modules[tap]
-        began = time.perf_counter()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            pictures[method] = reconstruct(representation).clamp(0, 1).cpu()
-        spent = time.perf_counter() - began
-        trained = max(
-            (t for t in trials if t.part == "curve" and t.method == method and t.seed == seed), key=lambda t: t.steps
-        )
-        made.append(
-            replace(
-                trained,
-                part="per_image",
-                values={tap: psnr(images, pictures[method])},
-                flops=trained.flops + counter.get_total_flops(),
-                seconds=trained.seconds + spent,
-            )
-        )
-    return pictures, made
+    own: dict[str, Any] = {"taps": taps.of(method), "progress": False, **options}
+    if start == "paper":
+        recorded = target.record(next(iter(batches(images, 1))), list(own["taps"]))
+        forms = {tap: form_of(representation) for tap, representation in recorded.items()}
+        pairs = stage_pairs(target, own["taps"], forms) if method != "direct" else ((t, PIXELS) for t in own["taps"])
+        own |= {"starts": dict.fromkeys(pairs)}
+    elif begun is not None:
+        own |= {"starts": {(tap, module.destination): module.linear for tap, module in begun.modules.items()}}
+    if method == "direct":
+        return fit_direct(target, images, validation, **own)
+    plain = {"chain_fraction": 0.0, "image_share": 0.0} if start == "paper" else {}
+    return fit_modular(target, images, validation, **own, **plain)
 
 
-def break_even(metrics: pd.DataFrame) -> pd.DataFrame:
-    """From how many images on a training costs fewer FLOPs than optimising every image anew.
+def train_all(
+    target: Target,
+    taps: Taps,
+    train: Callable[[int], Images],
+    validation: Images,
+    steps: Sequence[int],
+    seeds: Sequence[int] = (0,),
+    starts: Sequence[Start] = ("ours", "paper"),
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[Training]:
+    """Every method from every start for every length and seed; train: the training images of a seed.
 
-    metrics: tidy rows with the part "per_image". Columns: inverse, PSNR, against, its PSNR, images.
+    A seed's start is made once for all lengths, and its cost is added to each. A step's FLOPs are the difference
+    between a training of one step and one of none.
     """
-    rows = metrics[(metrics["part"] == "per_image") & (metrics["tap"] != ALL)]
-    trained = rows[rows["train_images"] > 0]
-    found = []
-    for one in rows[rows["train_images"] == 0].to_dict("records"):
-        for method in trained.to_dict("records"):
-            each = one["flops"] / one["n"]
-            found.append(
-                {
-                    "inverse": method["inverse"],
-                    "PSNR": method["value"],
-                    "against": one["inverse"],
-                    "its PSNR": one["value"],
-                    "images": method["flops"] / each,
-                }
-            )
-    return pd.DataFrame(found)
+    ways = [(method, start) for start in starts for method in METHODS]
+    trainings = []
+    bar = tqdm(total=len(ways) * len(seeds) * (1 + len(steps)), desc="trainings", leave=False, disable=not progress)
+    with bar:
+        for method, start in ways:
+            step_flops = 0.0
+            for seed in seeds:
+                images = train(seed)
+
+                def fit(
+                    length: int,
+                    begun: Inverses | None = None,
+                    method: str = method,
+                    start: Start = start,
+                    images: Images = images,
+                    seed: int = seed,
+                ) -> Inverses:
+                    options = {"steps": length, "batch_size": batch_size, "seed": seed}
+                    return train_method(target, taps, method, start, images, validation, begun, **options)
+
+                began = time.perf_counter()
+                with FlopCounterMode(display=False) as counter:
+                    begun = fit(0)
+                preparation, start_flops = time.perf_counter() - began, counter.get_total_flops()
+                if not step_flops:
+                    none, one = (count_flops(lambda: fit(length, begun)) for length in (0, 1))  # noqa: B023
+                    step_flops = one - none
+                bar.update()
+                for length in sorted(steps):
+                    began = time.perf_counter()
+                    inverses = fit(length, begun)
+                    seconds = preparation + time.perf_counter() - began
+                    held = sum(p.numel() for module in inverses.modules.values() for p in module.state_dict().values())
+                    flops = start_flops + step_flops * length
+                    trainings.append(Training(method, start, length, seed, inverses, flops, seconds, held))
+                    bar.update()
+    return trainings
 
 
-def check_comparison(metrics: pd.DataFrame) -> pd.DataFrame:
-    """What this run's numbers say about the comparison: claim, holds, and the numbers behind it."""
-    rows = metrics[(metrics["measure"] == "psnr") & (metrics["tap"] == ALL)]
-    curve = rows[rows["part"] == "curve"]
-    last = curve[curve["steps"] == curve.groupby("inverse")["steps"].transform("max")]
-    value, flops = (dict(zip(last["inverse"], last[name].astype(float), strict=True)) for name in ("value", "flops"))
-    found: list[dict[str, Any]] = []
+def count_flops(function: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products, convolutions and attention in a call, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
-    def claim(text: str, holds: bool, numbers: str) -> None:
-        found.append({"claim": text, "holds": holds, "numbers": numbers})
 
-    trained = [name for name in METHODS if name in value]
-    for name in trained:
-        begun = "modular" if name == "modular_polished" else name
-        closed = curve.loc[(curve["inverse"] == begun) & (curve["steps"] == 0), "value"].astype(float)
-        gained = value[name] - closed.mean()
-        claim(f"{name}: training gained over its closed form", gained > 0, f"{gained:+.2f} dB")
-    for name in trained[1:]:
-        difference = value[name] - value["direct"]
-        ratio = flops[name] / flops["direct"]
-        claim(
-            f"{name}: at least as good as direct for no more FLOPs",
-            difference >= 0 and ratio <= 1,
-            f"{difference:+.2f} dB, {ratio:.2f} x FLOPs",
-        )
-    searched = rows[rows["part"] == "search"]
-    for (kind, start), group in searched.groupby(["inverse", "start"], sort=False):
-        ranked = group.astype({"learning_rate": float}).sort_values("value")
-        rates, best = sorted(ranked["learning_rate"]), ranked["learning_rate"].to_list()[-1]
-        tied = ranked["value"].nunique() == 1 and len(rates) > 1
-        tried = ", ".join(f"{rate:g}" for rate in rates)
-        claim(
-            f"{kind} ({start}): the best learning rate is inside the range searched",
-            not tied and rates[0] < best < rates[-1],
-            f"cannot tell, {tried} tie" if tied else f"{best:g} of {tried}",
-        )
-    return pd.DataFrame(found)
+@torch.no_grad()
+def add_scores(
+    values: Values,
+    target: Target,
+    trainings: Iterable[Training],
+    taps: Taps,
+    images: Images,
+    mean_image: Tensor,
+    batch_size: int = 64,
+) -> None:
+    """PSNR of every training at the judged taps, with the columns start, steps, flops, seconds (means over training
+    seeds) and parameters; and of the mean training image (3, H, W), the `null_mean`."""
+    trainings = list(trainings)
+    costs = pd.DataFrame([vars(replace(one, inverses=Inverses({}))) for one in trainings])
+    costs = costs.groupby(["method", "start", "steps"])[list(COSTS)].mean()
+    scores: list[dict[str, list[Tensor]]] = [{tap: [] for tap in taps.judged} for _ in trainings]
+    flat: list[Tensor] = []
+    for batch in batches(images, batch_size):
+        recorded = target.record(batch, list(taps.judged))
+        flat.append(psnr(batch, mean_image.expand_as(batch)))
+        for training, score in zip(trainings, scores, strict=True):
+            for tap in taps.judged:
+                score[tap].append(psnr(batch, training.inverses[tap](recorded[tap]).clamp(0, 1)))
+    for training, score in zip(trainings, scores, strict=True):
+        spent = costs.loc[(training.method, training.start, training.steps)].to_dict()
+        about = {"start": training.start, "steps": training.steps, "parameters": training.parameters, **spent}
+        for tap, parts in score.items():
+            values.add("psnr", {training.seed: torch.cat(parts)}, tap, training.method, **about)
+    for tap in taps.judged:
+        values.add("psnr", torch.cat(flat), tap, "null_mean")
+
+
+def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
+    """PSNR of every method at the cost that all of them have been trained for: one value an image, tap and seed.
+
+    values: of `add_scores`. Of each start the largest cost that every method reaches, `budget`; between two lengths
+    PSNR is interpolated along the logarithm of the cost, image by image. The measure is psnr_at_equal_<cost>. Raises
+    BacksightError where the curves of a start do not overlap: train for more lengths.
+    """
+    parts = []
+    trained = values[(values["measure"] == "psnr") & (values["steps"] > 0)]
+    for start, of_start in trained.groupby("start", sort=False):
+        costs = of_start.groupby(["inverse", "steps"])[cost].mean()
+        ranges = costs.groupby("inverse").agg(["min", "max"])
+        budget = float(ranges["max"].min())
+        if budget < ranges["min"].max() * (1 - 1e-9):
+            raise BacksightError(f"no {cost} are common to all methods that start as {start}: train for more lengths.")
+        for inverse, rows in of_start.groupby("inverse", sort=False):
+            known = costs[inverse].sort_values()
+            upper = int(np.searchsorted(known.to_numpy(), budget * (1 - 1e-9)))
+            lower = max(0, upper - 1)
+            apart = math.log(known.iloc[upper] / known.iloc[lower]) if upper > lower else 0.0
+            share = math.log(budget / known.iloc[lower]) / apart if apart > 0 else 1.0
+            same = [name for name in rows if name not in ("value", "steps", "parameters", *COSTS)]
+            below, above = (rows[rows["steps"] == known.index[place]] for place in (lower, upper))
+            both = above.merge(below[[*same, "value"]], on=same, suffixes=("", "_below"))
+            both["value"] = share * both["value"] + (1 - share) * both.pop("value_below")
+            parts.append(both[[*same, "value"]].assign(measure=f"psnr_at_equal_{cost}", budget=budget, steps=np.nan))
+    return pd.concat(parts, ignore_index=True)
+
+
+def over_taps(values: pd.DataFrame) -> pd.DataFrame:
+    """The mean over the judged taps of each image and training seed: tap "all"."""
+    same = [name for name in values if name not in ("tap", "depth", "value", "weight")]
+    mean = values.groupby(same, sort=False, dropna=False)["value"].mean().reset_index()
+    return mean.assign(tap="all", depth=np.nan, weight=1.0)[[*values.columns]]

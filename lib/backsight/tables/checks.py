@@ -42,8 +42,7 @@ SCORES = (
 # Counted, not estimated: a number of these measures has no interval.
 COUNTED = ("flops", "seconds", "parameters", "steps", "chance", "learning_rate")
 SEARCH = "search"  # the part of the efficiency study that chooses learning rates
-# What compared families must share, part by part: rates where they are searched, or in all rows where there is no part.
-MATCHED = ("train_images", "steps", "seeds", "n")
+MATCHED = ("steps", "seeds", "n")  # what compared families must share
 TOLERANCE = 1e-6  # of intervals of values that are all equal, after a round trip through text
 
 
@@ -141,8 +140,8 @@ def _seedless(table: pd.DataFrame) -> Iterator[str]:
 
 
 def _unmatched(table: pd.DataFrame) -> Iterator[str]:
-    """What differs between the trained families of the efficiency study: of each target and part, the sets of training
-    images, steps, numbers of seeds, judged images and, where they are searched, learning rates."""
+    """What differs between the trained families of the efficiency study: of each target and start, the sets of steps,
+    numbers of seeds and judged images."""
     trained = table[table["inverse"].isin(TRAINED_FAMILIES) & (table["measure"] == "psnr")]
     if "part" in trained:
         trained = trained[trained["part"].isin([SEARCH, "curve", "data"])]
@@ -152,11 +151,7 @@ def _unmatched(table: pd.DataFrame) -> Iterator[str]:
     keys = [key for key in ("target", "part", "start") if key in trained]
     for group, rows in trained.groupby(keys, sort=True):
         where = [str(word) for word in group]
-        searched = "part" not in rows or SEARCH in where
-        for column in (*MATCHED, *(["learning_rate"] * searched)):
-            if column not in rows:
-                yield f"{' '.join(where)}: the table has no column {column}"
-                continue
+        for column in MATCHED:
             sets = [(name, sorted(set(of[column].dropna()))) for name, of in rows.groupby("inverse", sort=True)]
             for (first, some), (second, others) in pairwise(sets):
                 if some != others:

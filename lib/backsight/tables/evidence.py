@@ -332,87 +332,40 @@ def _size(rows: pd.DataFrame, tap: str) -> Estimate | None:
 def as_good(study: Study) -> Iterator[Evidence]:
     """PSNR of the chain minus the direct decoder's, at the same steps and images; above −AS_GOOD: as good."""
     for target, of in _by_target(_quality(study, "psnr")):
-        yield from _modular_minus_direct(target, of, "the same steps and images", QUALITY, border=-AS_GOOD)
-    for target, of in _by_target(fullest_run(_scenes_first(_unpolished(study)))):
-        if (common := _largest_common(of, "steps")) is not None:
-            where = f"{common:,.0f} steps, each at its best learning rate"
-            at = _best_rate(_has(of, steps=common))
-            yield from _modular_minus_direct(target, at, where, EFFICIENCY, border=-AS_GOOD)
+        yield from _modular_minus_direct(target, of, border=-AS_GOOD)
+    rows = study.rows(EFFICIENCY, "psnr_change")
+    if len(rows):
+        longest = rows[(rows["start"] == "ours") & (rows["steps"] == rows["steps"].max())]
+        yield from _paired(longest, "the same steps and images", border=-AS_GOOD)
 
 
 def more_efficient(study: Study) -> Iterator[Evidence]:
     """PSNR of the chain minus the direct decoder's, at equal cost in FLOPs and in seconds."""
-    for target, of in _by_target(fullest_run(_scenes_first(_unpolished(study)))):
-        for cost in ("flops", "seconds"):
-            if (both := _at_equal_cost(of, cost)) is not None:
-                at, budget = both
-                yield from _modular_minus_direct(target, at, f"at most {budget:.3g} {cost}", EFFICIENCY)
+    for cost in ("flops", "seconds"):
+        rows = study.rows(EFFICIENCY, f"psnr_at_equal_{cost}_change")
+        for start in sorted(set(rows["start"])) if len(rows) else ():
+            yield from _paired(rows[rows["start"] == start], f"equal {cost}, start: {start}")
 
 
-def _unpolished(study: Study) -> pd.DataFrame:
-    """Held-out PSNR of the chain and of the direct decoder in the efficiency study, at the largest training set."""
-    rows = study.rows(EFFICIENCY, "psnr")
-    if rows.empty:
-        return rows
-    rows = rows[rows["inverse"].isin(["modular", "direct"])]
-    if "part" in rows:  # the curve of whole trainings, not the search, the data sizes or other starts
-        rows = _has(rows, part="curve")
-    images = _largest_common(rows, "train_images")
-    return rows if images is None else _has(rows, train_images=images)
+def _paired(rows: pd.DataFrame, where: str, border: float = 0.0) -> Iterator[Evidence]:
+    """The paired differences of the chain against direct decoders, over all judged taps."""
+    for target, of in _by_target(fullest_run(_has(rows, inverse="modular", against="direct", tap=ALL_TAPS))):
+        if (better := estimate_of(of)) is not None:
+            what = f"PSNR, modular minus direct, mean over the judged taps, {where} ({EFFICIENCY})"
+            yield Evidence(target, what, "dB", better, border=border)
 
 
-def _largest_common(rows: pd.DataFrame, column: str) -> float | None:
-    """The largest value of a column that both families have; None where there is none."""
-    if column not in rows:
-        return None
-    sets = [set(rows.loc[rows["inverse"] == name, column].dropna()) for name in ("modular", "direct")]
-    common = set.intersection(*sets)
-    return max(common) if common else None
-
-
-def _best_rate(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of several learning rates of a family the one with the highest mean PSNR over taps."""
-    if "learning_rate" not in rows or rows.empty:
-        return rows
-    kept = []
-    for _, group in rows.groupby("inverse", sort=False):
-        means = group.groupby("learning_rate", dropna=False)["value"].mean()
-        best = means.idxmax() if len(means) > 1 else None
-        kept.append(group if best is None else group[group["learning_rate"] == best])
-    return pd.concat(kept, ignore_index=True)
-
-
-def _at_equal_cost(rows: pd.DataFrame, cost: str) -> tuple[pd.DataFrame, float] | None:
-    """Of both families the rows of the last checkpoint within the budget that the cheaper one used; and the budget."""
-    if cost not in rows or set(rows["inverse"]) != {"modular", "direct"}:
-        return None
-    spent = rows.groupby("inverse")[cost].max()
-    budget = float(spent.min())
-    within = rows[rows[cost] <= budget * (1 + 1e-9)]
-    if set(within["inverse"]) != {"modular", "direct"}:
-        return None
-    kept = []
-    for _, family in within.groupby("inverse", sort=False):
-        last = family.groupby("tap", dropna=False)[cost].transform("max")
-        kept.append(_best_rate(family[family[cost] == last]))
-    return pd.concat(kept, ignore_index=True), budget
-
-
-def _modular_minus_direct(
-    target: str, rows: pd.DataFrame, where: str, notebook: str, border: float = 0.0
-) -> Iterator[Evidence]:
+def _modular_minus_direct(target: str, rows: pd.DataFrame, border: float) -> Iterator[Evidence]:
     families = {name: rows[rows["inverse"] == name] for name in ("modular", "direct")}
     everywhere = set(families["modular"]["tap"]) & set(families["direct"]["tap"])
     taps = [tap for tap in deep_taps(rows).values() if all((part["tap"] == tap).any() for part in families.values())]
     scopes: list[tuple[str, set[str]]] = [(tap, {tap}) for tap in taps]
-    if ALL_TAPS in everywhere:
-        scopes.append(("mean over the judged taps", {ALL_TAPS}))
-    elif len(everywhere) > 1:
+    if len(everywhere) > 1:
         scopes.append((f"mean of {len(everywhere)} taps", everywhere))
     for name, chosen in scopes:
         better = difference(*(estimate_of(part[part["tap"].isin(chosen)]) for part in families.values()))
         if better is not None:
-            what = f"PSNR, modular minus direct, {name}, {where} ({notebook})"
+            what = f"PSNR, modular minus direct, {name}, the same steps and images ({QUALITY})"
             yield Evidence(target, what, "dB", better, border=border)
 
 
