@@ -119,7 +119,7 @@ def add_cross(
         null_scores = {pair: np.concatenate([part[pair] for part in parts]) for pair in parts[0]}
         tables.append(("null_untrained", "", null_scores, list(untrained)))
     for inverse, suffix, scores, seeds in tables:
-        about = {"inverse": inverse, "family": reference if inverse.startswith("null_") else inverse}
+        about: dict[str, Any] = {"inverse": inverse, "family": reference if inverse.startswith("null_") else inverse}
         for pair, numbers in scores.items():
             by_seed = dict(zip(seeds, numbers, strict=True))
             values.add(f"cross_psnr{suffix}", by_seed, **about, **placed(target, pair))
@@ -192,7 +192,7 @@ def add_similarity(
             if recorded[step.before].signature == recorded[step.after].signature:
                 update = residual_update(recorded[step.before], recorded[step.after])
                 updates.setdefault(step, []).append(update.cpu())
-    about = {"family": "", "inverse": "null_untrained" if null else "features"}
+    about: dict[str, Any] = {"family": "", "inverse": "null_untrained" if null else "features"}
     for i, j, component in wanted:
         if (i, j) in cosines:
             for way in _ways((i, j), component):

@@ -28,10 +28,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from backsight.data.images import batches
+from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.inverses.module import Inverses
-from backsight.inverses.passes import Images
 from backsight.inverses.rows import PIXELS, form_of
 from backsight.measures.pixels import psnr
 from backsight.tables.values import Values
@@ -89,8 +88,8 @@ def train_method(
     taps: Taps,
     method: str,
     start: Start,
-    images: Images,
-    validation: Images,
+    images: ImageSource | Tensor,
+    validation: ImageSource | Tensor,
     begun: Inverses | None = None,
     **options: Any,
 ) -> Inverses:
@@ -108,15 +107,15 @@ def train_method(
         own |= {"starts": {(tap, module.destination): module.linear for tap, module in begun.modules.items()}}
     if method == "direct":
         return fit_direct(target, images, validation, **own)
-    plain = {"chain_fraction": 0.0, "image_share": 0.0} if start == "paper" else {}
+    plain: dict[str, Any] = {"chain_fraction": 0.0, "image_share": 0.0} if start == "paper" else {}
     return fit_modular(target, images, validation, **own, **plain)
 
 
 def train_all(
     target: Target,
     taps: Taps,
-    train: Callable[[int], Images],
-    validation: Images,
+    train: Callable[[int], ImageSource | Tensor],
+    validation: ImageSource | Tensor,
     steps: Sequence[int],
     seeds: Sequence[int] = (0,),
     starts: Sequence[Start] = ("ours", "paper"),
@@ -142,7 +141,7 @@ def train_all(
                     begun: Inverses | None = None,
                     method: str = method,
                     start: Start = start,
-                    images: Images = images,
+                    images: ImageSource | Tensor = images,
                     seed: int = seed,
                 ) -> Inverses:
                     options = {"steps": length, "batch_size": batch_size, "seed": seed}
@@ -180,7 +179,7 @@ def add_scores(
     target: Target,
     trainings: Iterable[Training],
     taps: Taps,
-    images: Images,
+    images: ImageSource | Tensor,
     mean_image: Tensor,
     batch_size: int = 64,
 ) -> None:
@@ -198,8 +197,14 @@ def add_scores(
             for tap in taps.judged:
                 score[tap].append(psnr(batch, training.inverses[tap](recorded[tap]).clamp(0, 1)))
     for training, score in zip(trainings, scores, strict=True):
-        spent = costs.loc[(training.method, training.start, training.steps)].to_dict()
-        about = {"start": training.start, "steps": training.steps, "parameters": training.parameters, **spent}
+        place: Any = (training.method, training.start, training.steps)
+        spent = {cost: float(costs.loc[place, cost]) for cost in COSTS}
+        about: dict[str, Any] = {
+            "start": training.start,
+            "steps": training.steps,
+            "parameters": training.parameters,
+            **spent,
+        }
         for tap, parts in score.items():
             values.add("psnr", {training.seed: torch.cat(parts)}, tap, training.method, **about)
     for tap in taps.judged:

@@ -354,7 +354,7 @@ def _values(
     """Values of the probes and nulls of all training seeds, the colour null repeated at every tap."""
     count = len(probes["probe", taps[0]][0][factor].truth)
     split = "train" if _judged_on(factor) == "background" else "test"
-    said = {"factor": factor, "unit": UNITS[factor], "chance": CHANCE[factor]}
+    said: dict[str, Any] = {"factor": factor, "unit": UNITS[factor], "chance": CHANCE[factor]}
     values = Values(target, "scenes", split, [f"{split} {index}" for index in range(count)], **said)
     order = _another(count, seed)
     for tap in taps:

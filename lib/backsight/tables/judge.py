@@ -61,10 +61,10 @@ def decide(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(verdict=[verdict for verdict, _ in told], why=[why for _, why in told])
 
 
-def _rows(claim: Claim, values: pd.DataFrame, seed: int) -> Iterable[dict[str, Any]]:
+def _rows(claim: Claim, values: pd.DataFrame, seed: int) -> Iterable[dict[Any, Any]]:
     null = {"inverse": claim.floor} if claim.floor else {}
     for target, of_target in values.groupby("target", sort=True):
-        chosen = _chosen(of_target, claim.rows | ({"target": target} if "target" in claim.rows else {}))
+        chosen = _chosen(of_target, {**claim.rows, **({"target": target} if "target" in claim.rows else {})})
         taps = list(dict.fromkeys(chosen.sort_values("depth", kind="stable")["tap"].dropna()))
         if not taps:
             continue
@@ -77,7 +77,7 @@ def _rows(claim: Claim, values: pd.DataFrame, seed: int) -> Iterable[dict[str, A
         for column, value in against.items():
             own |= pooled[column] == value
         compared = differences(pooled[own], against) if against else pooled[own]
-        compared = _chosen(compared, claim.rows | {"target": target})
+        compared = _chosen(compared, {**claim.rows, "target": target})
         if compared.empty:
             continue
         (row,) = pool(compared, ["target"], seed=seed).to_dict("records")
@@ -97,7 +97,7 @@ def _chosen(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
     return rows
 
 
-def compare(claim: Claim, row: Mapping[str, Any]) -> dict[str, Any]:
+def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
     """agrees: on which side of the border the value lies; p: two-sided, that it does by chance, from the interval."""
     value, low, high = row["value"], row["low"], row["high"]
     z = stats.norm.ppf((1 + LEVEL) / 2)
@@ -119,7 +119,7 @@ def compare(claim: Claim, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"agrees": inside <= outside, "p": min(1.0, inside, outside), "border": border}
 
 
-def _verdict(row: Mapping[str, Any]) -> tuple[str, str]:
+def _verdict(row: Mapping[Any, Any]) -> tuple[str, str]:
     if not np.isfinite([row["value"], row["low"], row["high"]]).all():
         return UNDECIDED, "no interval"
     if row["floor"]:

@@ -66,7 +66,7 @@ class Values:
         inverse: str | None = None,
         *,
         weight: Numbers | None = None,
-        clusters: Sequence[Any] | None = None,
+        clusters: Sequence[Any] | np.ndarray | None = None,
         **columns: Any,
     ) -> None:
         """(N',) values of the first N' images, or {training seed: (N',)}; NaN: an image without this measure.
