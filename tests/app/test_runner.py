@@ -275,7 +275,7 @@ def test_only_the_same_run_is_resumed(
         ({"code_digest": "older"}, "of other code"),
     ]:
         start_run(folder, plan.identity | change)
-        for name in ("checkpoints/step.pt", "figures/depth.png", "figures/notes.txt", "mine.ipynb"):
+        for name in ("checkpoints/step.safetensors", "figures/depth.png", "figures/notes.txt", "mine.ipynb"):
             write_atomically(folder / name, lambda temporary: temporary.write_text(""))
         with pytest.raises(FileNotFoundError):  # nothing was executed: there is no notebook to check
             run_plan(plan, say=said.append)

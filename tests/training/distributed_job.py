@@ -58,7 +58,7 @@ def training(found: dict[str, torch.Tensor], folder: Path) -> None:
         steps=30,
         learning_rate=0.05,
         validate=lambda: {"module": float(F.mse_loss(module(inputs), inputs @ truth))},
-        checkpoint=folder / "checkpoint.pt",
+        checkpoint=folder / "checkpoint.safetensors",
         checkpoint_every=7,
         progress=False,
     )

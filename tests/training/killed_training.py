@@ -31,7 +31,7 @@ def run(folder: Path) -> None:
         batch_at,
         steps=STEPS,
         validate=lambda: {"module": float(F.mse_loss(module(inputs), inputs @ truth))},
-        checkpoint=folder / "checkpoint.pt",
+        checkpoint=folder / "checkpoint.safetensors",
         checkpoint_every=EVERY,
         progress=False,
     )

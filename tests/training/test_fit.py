@@ -180,7 +180,7 @@ def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, 
             return super().record(*arguments, **options)
 
     settings |= {
-        "checkpoint": tmp_path / "fit.pt",
+        "checkpoint": tmp_path / "fit.safetensors",
         "starts": {("blocks.0", "pixels"): whole["blocks.0"].linear},
     }
     with pytest.raises(KeyboardInterrupt):

@@ -71,7 +71,7 @@ def test_one_graph_is_held_at_a_time() -> None:
 
 @pytest.mark.parametrize("broken_at", [7, 11])
 def test_interrupted_and_resumed_is_uninterrupted_to_the_last_digit(tmp_path, broken_at: int) -> None:
-    path = tmp_path / "training.pt"
+    path = tmp_path / "training.safetensors"
     settings = {"steps": 20, "seed": 3, "validate_every": 4, "checkpoint_every": 5}
     whole, resumed = _modules(), _modules()
     history = _trained(whole, validate=_validation_of(whole), **settings)
@@ -97,7 +97,7 @@ def test_interrupted_and_resumed_is_uninterrupted_to_the_last_digit(tmp_path, br
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "training.pt"
+    path = tmp_path / "training.safetensors"
     modules = _modules()
 
     def broken(batch: Tensor, step: int):

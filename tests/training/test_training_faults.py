@@ -60,18 +60,18 @@ def test_killed_while_it_may_be_writing_it_ends_in_the_same_weights(tmp_path: Pa
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = loop.torch.save
-    path = tmp_path / "checkpoint.pt"
+    written = loop.save
+    path = tmp_path / "checkpoint.safetensors"
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any) -> bytes:
         if path.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        written(*arguments)
+        return written(*arguments)
 
     def go(folder_is_full: bool) -> list[int]:
         torch.manual_seed(0)
         module, seen = nn.Linear(3, 2), []
-        monkeypatch.setattr(loop.torch, "save", full if folder_is_full else written)
+        monkeypatch.setattr(loop, "save", full if folder_is_full else written)
 
         def batch_at(step: int) -> torch.Tensor:
             seen.append(step)

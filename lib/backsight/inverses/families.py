@@ -70,7 +70,7 @@ def fit(
             source: Any = images
             images = features_or_images(target, source, target.taps, progress=arguments.get("progress", True))
         if checkpoint is not None:
-            arguments["checkpoint"] = checkpoint / f"{family}.pt"
+            arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}
     return function(target, images, validation, **passed)
 

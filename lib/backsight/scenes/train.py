@@ -239,7 +239,7 @@ def train_target(
         seed=recipe.seed,
         validate=lambda: {recipe.target: -evaluate(training, validation, device)["all"][measure]},
         validate_every=recipe.evaluate_every,
-        checkpoint=folder / "checkpoint.pt",
+        checkpoint=folder / "checkpoint.safetensors",
         identity=asdict(recipe),
         title=recipe.target,
         progress=progress,

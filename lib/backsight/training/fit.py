@@ -36,6 +36,8 @@ from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, un
 
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
+KEPT_BYTES = 2**30  # of representations of validation images: what needs more is computed anew at each validation
+Recorded = Iterable[tuple[Tensor, dict[str, Representation]]]
 
 
 def fit_direct(
@@ -232,7 +234,7 @@ class _Fit:
         target, images, together = self.target, self.images, self.family != "direct"
         times = self.steps * self.batch_size / len(images)
         seen = f"each seen {times:.3g} times" if times >= 1 else f"{times:.1%} of them seen"
-        held_out = None if self.held_out is None else share(self.held_out)
+        recorded = None if self.held_out is None else _kept(target, list(inverses), share(self.held_out))
         common = {"target": target.weights_hash, "family": self.family, "data": images_digest(images)}
         history = train(
             inverses,
@@ -242,7 +244,7 @@ class _Fit:
             learning_rate=self.learning_rate,
             seed=self.seed,
             checkpoint=self.checkpoint,
-            validate=None if held_out is None else lambda: _validated(target, inverses, held_out),
+            validate=None if recorded is None else lambda: _validated(inverses, recorded()),
             together=together,
             identity={**common, "batch_size": self.batch_size, **(identity or {})},
             title=f"{self.family.replace('_', ' ')} inverses of {target.name} ({len(images)} images, {seen})",
@@ -295,13 +297,29 @@ class _Fit:
 
 
 @torch.no_grad()
-def _validated(target: Target, inverses: Mapping[str, Inverse], images: FeatureStore | Tensor) -> dict[str, float]:
+def _kept(target: Target, taps: Sequence[str], images: FeatureStore | Tensor) -> Callable[[], Recorded]:
+    """What the target makes of validation images, batch by batch: computed once where all of it fits into KEPT_BYTES."""
+
+    def recorded() -> Recorded:
+        return recorded_batches(target, images, list(taps), RECORDING_BATCH)
+
+    for batch, held in recorded():
+        size = batch.nbytes + sum(representation.values.nbytes for representation in held.values())
+        if size * math.ceil(len(images) / len(batch)) <= KEPT_BYTES:
+            kept = list(recorded())
+            return lambda: kept
+        break
+    return recorded
+
+
+@torch.no_grad()
+def _validated(inverses: Mapping[str, Inverse], recorded: Recorded) -> dict[str, float]:
     """{tap: squared error of the pictures from it / their variance}, over the images of all processes."""
     whole = Inverses(inverses)
     unit = next(inverse.variance for inverse in inverses.values() if inverse.destination == PIXELS)
     totals = torch.zeros(len(inverses) + 1, dtype=torch.float64)
-    for batch, recorded in recorded_batches(target, images, list(inverses), RECORDING_BATCH):
-        errors = [F.mse_loss(whole[tap](recorded[tap]), batch) / unit for tap in whole]
+    for batch, held in recorded:
+        errors = [F.mse_loss(whole[tap](held[tap]), batch) / unit for tap in whole]
         totals += torch.tensor([*torch.stack(errors).tolist(), 1.0], dtype=torch.float64) * len(batch)
     average([totals])
     return dict(zip(inverses, (totals[:-1] / totals[-1]).tolist(), strict=True))

@@ -6,6 +6,7 @@ state too: a training that was interrupted and resumed ends in the same weights,
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -17,6 +18,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -212,25 +215,49 @@ def _gradients(
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Written beside it under a name of its own, which a killed training leaves and its resumption writes over."""
     temporary = path.with_name(f".{path.name}.partial")
+    tensors: dict[str, Tensor] = {}
+    metadata = {"content": json.dumps(_described(content, tensors))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
+        temporary.write_bytes(save(tensors, metadata))
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's own of a full disk
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         raise BacksightError(f"{path} cannot be written ({error}): choose a folder with space.") from error
 
 
 def _read(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            content = _restored(json.loads(file.metadata()["content"]), file)
         other = content["identity"]
-    except Exception as error:  # whatever a damaged file makes torch stumble over
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BacksightError(f"{path} is a damaged checkpoint, or none ({error}): delete it.") from error
-    for key in sorted(other.keys() | identity.keys()):
-        if other.get(key) != identity.get(key):
+    here = json.loads(json.dumps(identity))
+    for key in sorted(other.keys() | here.keys()):
+        if other.get(key) != here.get(key):
             raise BacksightError(
                 f"The checkpoint {path} belongs to another training ({key} is {other.get(key)} there and "
-                f"{identity.get(key)} here): delete it, or name another file."
+                f"{here.get(key)} here): delete it, or name another file."
             )
     return content
+
+
+def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can hold of nested dictionaries and lists; their tensors go to `tensors`, which share no memory."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name, "stride": value.stride()}  # sums come out the same in the same order alone
+    if isinstance(value, Mapping):  # as pairs: keys may be numbers
+        return {"pairs": [[key, _described(item, tensors)] for key, item in value.items()]}
+    return [_described(item, tensors) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any, file: Any) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            tensor = file.get_tensor(value["tensor"])
+            return tensor.new_empty_strided(tensor.shape, value["stride"]).copy_(tensor)
+        return {key: _restored(item, file) for key, item in value["pairs"]}
+    return [_restored(item, file) for item in value] if isinstance(value, list) else value
