@@ -192,12 +192,16 @@ def test_a_fit_resumes_and_not_on_other_images_of_the_same_name_and_number(vit, 
     assert _same(whole["blocks.0"], resumed["blocks.0"])
 
 
-def test_validation_images_are_counted_once(vit, monkeypatch) -> None:
-    """Also where the last batch is smaller."""
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_validation_images_are_counted_once(vit, monkeypatch, kept_bytes: int) -> None:
+    """Also where the last batch is smaller, and whether what the target makes of them is kept or not."""
+    monkeypatch.setattr(fitting, "KEPT_BYTES", kept_bytes)
     images = _shown(vit, 10)
     inverses = fit_direct(vit, images, **{**QUICK, "steps": 0}).modules
     monkeypatch.setattr(fitting, "RECORDING_BATCH", 4)
-    losses, held = fitting._validated(vit, inverses, images), vit.record(images)
+    recorded = fitting._kept(vit, list(inverses), images)
+    assert isinstance(recorded(), list) == bool(kept_bytes)
+    losses, held = fitting._validated(inverses, recorded()), vit.record(images)
     for tap, inverse in inverses.items():
         assert losses[tap] == pytest.approx(float(F.mse_loss(inverse(held[tap]), images)) / inverse.variance)
 

@@ -185,9 +185,11 @@ def _processed_size(processor: Any, config: Any, step: Size | None) -> tuple[Siz
     Where a detector's processor keeps the aspect ratio (shortest and longest edge), it is a 4:3 picture of at most 480
     pixels in height: the size at which DETR was inverted in the paper, and a third of the cost of 800 x 1066.
     """
-    rule = (getattr(processor, "do_resize", True) and processor.size) or {}
+    rule: Any = (getattr(processor, "do_resize", True) and processor.size) or {}
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", None) else None
     short, long = rule.get("shortest_edge"), rule.get("longest_edge")
+    height: Any
+    width: Any
     height, width = (rule.get(side) or rule.get(f"max_{side}") for side in ("height", "width"))
     if not rule:
         return _own_size(config) or (224, 224), 1.0

@@ -298,7 +298,7 @@ class _Fit:
 
 @torch.no_grad()
 def _kept(target: Target, taps: Sequence[str], images: FeatureStore | Tensor) -> Callable[[], Recorded]:
-    """What the target makes of validation images, batch by batch: computed once where all of it fits into KEPT_BYTES."""
+    """What the target makes of validation images, batch by batch: computed once where it fits into KEPT_BYTES."""
 
     def recorded() -> Recorded:
         return recorded_batches(target, images, list(taps), RECORDING_BATCH)
