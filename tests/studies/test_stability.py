@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
 from backsight.exact.solver import Linearised
-from backsight.studies.lanczos import (
-    colour_share,
-    detail_radius,
-    detail_share,
-    least_seen,
-    recoverable,
-    relative_size,
-    spectrum,
-)
+from backsight.studies.lanczos import least_seen, recoverable, relative_size, spectrum
 from backsight.studies.stability import Noise, noisy
 from backsight.studies.uncertainty import reliability
 
@@ -103,23 +94,6 @@ def test_a_constant_deviation_is_judged_where_the_map_says() -> None:
     # 1.96 constants are 4.38 and 1.461 of the true deviations.
     within = (math.erf(4.383 / 2**0.5) + math.erf(1.461 / 2**0.5)) / 2
     assert float(found.coverage["null_constant"].mean()) == pytest.approx(within, abs=0.005)
-
-
-def test_shares_of_colour_and_detail() -> None:
-    grey = normal(2, 1, 16, 12, seed=9).expand(2, 3, 16, 12)
-    tint = normal(2, 1, 16, 12, seed=9) * torch.tensor([1.0, -1.0, 0.0])[:, None, None]
-    assert torch.allclose(colour_share(grey), torch.zeros(2, dtype=torch.float64), atol=1e-6)
-    assert torch.allclose(colour_share(tint), torch.ones(2, dtype=torch.float64), atol=1e-6)
-    assert float(colour_share(normal(20, 3, 16, 12)).mean()) == pytest.approx(2 / 3, abs=0.02)
-    down = torch.arange(16)[:, None].expand(16, 12)
-    slow, fast = (torch.cos(2 * torch.pi * down * cycles / 16).expand(1, 3, 16, 12) for cycles in (1, 6))
-    images = 0.5 + 0.3 * slow + 0.05 * fast
-    assert detail_radius(images) == pytest.approx(1 / 16)
-    assert float(detail_share(slow, 1 / 16)) == pytest.approx(0, abs=1e-9)
-    assert float(detail_share(fast, 1 / 16)) == pytest.approx(1)
-    assert float(detail_share(0.3 * slow + 0.05 * fast, 1 / 16)) == pytest.approx(0.0025 / 0.0925, rel=1e-4)
-    with pytest.raises(BacksightError, match="no detail"):
-        detail_radius(torch.full((2, 3, 8, 8), 0.3))
 
 
 def test_noises_are_of_the_size_they_say() -> None:

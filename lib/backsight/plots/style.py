@@ -63,7 +63,6 @@ _INVERSES = {
     "optimised_prior": Look("optimised, deep prior", "#7f7f7f", "P"),
     "steadied": Look("decoder, steadied", "#6a51a3", "v", (3, 1.5)),
     "map": Look("most probable (MAP)", "#000000", "P"),
-    "map_error": Look("what MAP got wrong", "#b2182b", "D"),
     "exact": Look("exact", "#8c510a", "X"),
     "probe": Look("probe", "#d55e00", "o"),
     "painter": Look("painter", "#ee6677"),
@@ -72,7 +71,6 @@ _INVERSES = {
     "null_untrained": Look("untrained", dashes=(1, 1.5)),
     "null_colour_position": Look("colours, no model", dashes=(5, 1.5, 1, 1.5)),
     "null_constant": Look("constant deviation", dashes=(4, 1, 1, 1)),
-    "null_random": Look("random directions", dashes=(5, 2)),
 }
 _PARTS = {
     "block": Look("whole layer", "#3c3c3c", "o"),
@@ -156,8 +154,6 @@ MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
         "roots": "roots found of a token, mean",
         "tokens_right": "picked rightly (share)",
         "survived": "images still right (share)",
-        "fragile_colour_share": "colour (share of energy)",
-        "fragile_detail_share": "fine detail (share of energy)",
     }
 )
 _STYLE: dict[Any, Any] = {

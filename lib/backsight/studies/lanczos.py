@@ -4,7 +4,6 @@
     recoverable(spectrum, sigma)            how many directions show more strongly than noise of the size σ
     recoverable_directions(target, tap, …)  the same of a tap, with the images' own Gaussian of patches as prior
     least_seen(linearised)                  the directions that show least: what an error looks like
-    colour_share, detail_share (patterns)   what such directions are made of
     relative_size(values, disturbed)        how large a noise was
 
 The derivative is asked for products alone (`backsight.exact.solver.Linearised`), so that nothing grows with the square
@@ -23,14 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
 from backsight.exact.embedding import Embedding
 from backsight.exact.map import pixel_forward
 from backsight.exact.solver import Linearised, conjugate_gradients
 from backsight.inverses.rows import patchify
 from backsight.targets.base import Target
-
-DETAIL = 0.1  # share of the images' own power above the radius from which on frequencies count as detail
 
 
 def relative_size(values: Tensor, disturbed: Tensor) -> float:
@@ -168,48 +164,3 @@ def recoverable_directions(
     here = Linearised(lambda w: forward(at + w @ factor.T) / scale, at.new_zeros(len(at), at.shape[1], factor.shape[1]))
     found = spectrum(here, steps, probes, seed)
     return {sigma: recoverable(found, sigma) for sigma in sigmas}, at[0].numel(), found.dimensions
-
-
-# What a pattern is made of
-
-
-def colour_share(patterns: Tensor) -> Tensor:
-    """(…,) share of a pattern's energy (…, 3, H, W) that is not grey; white noise: 2/3.
-
-    The axes are orthonormal ((R+G+B)/√3 and what is left), so that the shares of grey and of colour sum to 1.
-    """
-    total = patterns.double().square().sum((-3, -2, -1))
-    grey = 3 * patterns.double().mean(-3).square().sum((-2, -1))
-    return 1 - grey / total.clamp(min=1e-300)
-
-
-def _radii(height: int, width: int) -> Tensor:
-    """(H, W) cycles a pixel."""
-    return (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt().double()
-
-
-def _power(patterns: Tensor) -> Tensor:
-    """(…, H, W) of (…, 3, H, W), over the channels."""
-    return torch.fft.fft2(patterns.double()).abs().square().sum(-3)
-
-
-def detail_radius(images: Tensor, share: float = DETAIL) -> float:
-    """Spatial frequency (cycles a pixel) above which the images (N, 3, H, W) have this share of their power.
-
-    Their means are left out. Raises BacksightError where every image is of one colour.
-    """
-    power = _power(images - images.mean((-2, -1), keepdim=True)).sum(0).flatten()
-    if float(power.sum()) <= 1e-12 * images.numel():
-        raise BacksightError("Images of one colour have no detail to compare with: give other ones.")
-    radii, order = _radii(*images.shape[-2:]).flatten().sort()
-    # All frequencies of one radius count together.
-    above = power.sum() - torch.cumsum(power[order], 0)
-    distinct = torch.cat([radii[1:] > radii[:-1] + 1e-9, torch.ones(1, dtype=torch.bool)])
-    return float(radii[distinct & (above <= share * power.sum())][0])
-
-
-def detail_share(patterns: Tensor, radius: float) -> Tensor:
-    """(…,) share of a pattern's energy (…, 3, H, W) at spatial frequencies above the radius (cycles a pixel)."""
-    power = _power(patterns)
-    high = _radii(*patterns.shape[-2:]) > radius + 1e-9
-    return (power * high).sum((-2, -1)) / power.sum((-2, -1)).clamp(min=1e-300)

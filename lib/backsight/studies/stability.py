@@ -5,7 +5,7 @@
 
 For every tap and noise one disturbed representation is drawn, and all inverses read that one. Beside the scores: which
 directions of a picture a tap shows more strongly than the noise, how much a half-step's inverse amplifies, whether the
-MAP inverse knows where it is wrong, and what the directions that it cannot know look like: detail and colour.
+MAP inverse knows where it is wrong, and what the directions that it cannot know look like.
 """
 
 from __future__ import annotations
@@ -35,23 +35,15 @@ from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, concatenate
 from backsight.studies.amplification import amplification, chain_amplification
-from backsight.studies.lanczos import (
-    colour_share,
-    detail_radius,
-    detail_share,
-    least_seen,
-    recoverable_directions,
-    relative_size,
-)
+from backsight.studies.lanczos import least_seen, recoverable_directions, relative_size
 from backsight.studies.nulls import null_mean
 from backsight.studies.roots import map_base
 from backsight.studies.tidy_rows import TidyRows
 from backsight.studies.uncertainty import Uncertainty, reliability
-from backsight.tables.names import EXACT, MAP, NULL_MEAN, NULL_RANDOM, NULL_SHUFFLED, STEADIED
+from backsight.tables.names import EXACT, MAP, NULL_MEAN, NULL_SHUFFLED, STEADIED
 from backsight.targets.base import Target
 
 BEST = "best"  # of the trained decoders that are not linear, at that tap and noise
-ERROR = "map_error"  # what went wrong in fact, beside what could not be known
 SHOWN = 3  # images kept as pictures
 TOGETHER = 8  # images solved at once
 ROUNDING = 2**-24 / 3**0.5  # of float32, relative: no stored value is known better, though two passes may agree
@@ -65,7 +57,7 @@ Job = tuple[str, str]  # tap, name of the noise
 class Probes:
     """How much is spent on what needs products with derivatives.
 
-    images: of a spectrum, of directions and of amplifications, the first ones; vectors, steps: of a Lanczos quadrature;
+    images: of a spectrum and of amplifications, the first ones; vectors, steps: of a Lanczos quadrature;
     directions: least-seen ones of an image, found in `iterations` of `products` pairs (J, Jᵀ) each;
     amplified: noise vectors, and steps of the power iteration, of a half-step's amplification (0: not measured).
     """
@@ -172,7 +164,7 @@ def disturbed(clean: Representation, tap: str, noise: Noise, seed: int = 0) -> R
 class Solved:
     """What one MAP inverse made of all images: images, steadied (N, 3, H, W), deviation (N, H, W), misfit (N,).
 
-    kept: (posterior, solution) of the first batches, as many as `probes` look at.
+    kept: (posterior, solution) of the first batch.
     """
 
     inverse: MapInverse
@@ -180,41 +172,39 @@ class Solved:
     steadied: Tensor
     deviation: Tensor
     misfit: Tensor
-    kept: list[tuple[Posterior, MapSolution]]
+    kept: tuple[Posterior, MapSolution]
 
 
-def _solved(uncertainty: Uncertainty, y: Representation, keep: int) -> Solved:
+def _solved(uncertainty: Uncertainty, y: Representation) -> Solved:
     inverse, made = uncertainty.inverse, []
-    kept: list[tuple[Posterior, MapSolution]] = []
+    kept: Any = None
     for part in parts_of(y, TOGETHER):
         posterior, solution, patches = inverse.solve(part)
-        if sum(len(solution.w) for _, solution in kept) < keep:
-            kept.append((posterior, solution))
+        kept = kept or (posterior, solution)
         pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, posterior.mean)]
         made.append((*pictures, uncertainty.deviation(posterior, solution), solution.misfit))
     images, steadied, deviation, misfit = (torch.cat(parts).detach() for parts in zip(*made, strict=True))
     return Solved(inverse, images, steadied, deviation, misfit, kept)
 
 
-def _directions(
-    inverse: MapInverse, posterior: Posterior, found: MapSolution, probes: Probes, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(patterns (d, B, 3, H, W), (d, B) share of the prior's variance left, patterns of random directions).
+def _directions(solved: Solved, probes: Probes, seed: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((patterns (d, 3, H, W), (d,) share of the prior's variance left), patterns of random directions), first image.
 
     About the MAP solution, with the noise taken larger where the residual is larger than it says, as for its draws.
     """
-    residual = posterior.residual(found.stage)
-    excess = found.misfit.clamp(min=1.0).sqrt().to(found.w)[:, None, None]
-    here = Linearised(lambda w: residual(w) / excess, found.w)
+    posterior, solution = solved.kept
+    residual = posterior.residual(solution.stage)
+    excess = solution.misfit.clamp(min=1.0).sqrt().to(solution.w)[:, None, None]
+    here = Linearised(lambda w: residual(w) / excess, solution.w)
     seen, left = least_seen(here, probes.directions, probes.iterations, probes.products, seed)
     generator = torch.Generator(device=seen.device).manual_seed(seed)
     random = torch.randn(seen.shape, generator=generator, dtype=seen.dtype, device=seen.device)
     random = random / random.flatten(2).norm(dim=2)[:, :, None, None]
     seen, random = (
-        torch.stack([inverse.pictures(direction @ posterior.factor.T) for direction in directions])
+        torch.stack([solved.inverse.pictures(direction @ posterior.factor.T) for direction in directions])[:, 0]
         for directions in (seen, random)
     )
-    return seen.detach(), left.detach(), random
+    return (seen.detach(), left[:, 0].detach()), random
 
 
 # ---------------------------------------------------------------------------------------------------------- the study
@@ -265,10 +255,9 @@ def measure_stability(
     are solved for its gain (`fit_map`); exact: {tap: exact inverse}, judged on the first `exact_images`; settings: of
     the search. Measures: psnr, psnr_difference; misfit; solved; calibration_error and coverage of the MAP's deviation
     beside those of a constant; recoverable, dimensions; amplification_mean, amplification_largest of every half-step
-    from the last tap to where exactness ends, and amplification_chain of all from there to the last tap;
-    fragile_{colour,detail}_share of least-seen directions, of random ones and of what MAP got wrong, at the least
-    noise. MAP − decoder is paired image by image; `against` = "best" is the best of the trained decoders that are not
-    linear at that tap and noise, chosen on the judged images, in its favour.
+    from the last tap to where exactness ends, and amplification_chain of all from there to the last tap. MAP − decoder
+    is paired image by image; `against` = "best" is the best of the trained decoders that are not linear at that tap and
+    noise, chosen on the judged images, in its favour.
     Raises BacksightError on a target that is not float32, and on noises or taps that do not fit.
     """
     parsed, taps = parse_noises(noises), target.resolve_taps(taps)
@@ -298,12 +287,12 @@ def measure_stability(
     )
     # A module's own target tells its values in float32, whatever the precision of its pass.
     wide = double.record(pictures[:1].double(), taps[:1])[taps[0]].values.dtype == torch.float64
-    embedding, radius = measured_embedding(double if wide else target), detail_radius(pictures)
+    embedding = measured_embedding(double if wide else target)
     tables: list[pd.DataFrame] = []
     total = len(taps) * (len(parsed) + 1) + 1
     with tqdm(total=total, desc=f"stability of {target.name}", leave=False, disable=not progress) as bar:
         for tap in taps:
-            tables += _measure_tap(study, tap, radius, embedding, bar.update)
+            tables += _measure_tap(study, tap, embedding, bar.update)
         if study.probes.amplified:
             _measure_amplification(study, taps[-1])
         bar.update()
@@ -317,7 +306,7 @@ def _recorded(target: Target, images: Tensor, tap: str, size: int = 32) -> Repre
 
 
 def _measure_tap(
-    study: _Study, tap: str, radius: float, embedding: Embedding | None, done: Callable[[], Any]
+    study: _Study, tap: str, embedding: Embedding | None, done: Callable[[], Any]
 ) -> Iterable[pd.DataFrame]:
     """One noise after the other, of which nothing stays but scores and the first pictures; tables of reliability."""
     clean = _recorded(study.target, study.images, tap)
@@ -337,12 +326,12 @@ def _measure_tap(
             partial(noisy, noise=noise, generator=torch.Generator().manual_seed(study.seed)),
             study.settings, len(study.held_out), study.checked,
         )  # fmt: skip
-        solved = _solved(uncertainty, y, study.probes.images)
+        solved = _solved(uncertainty, y)
         _score(study, tap, y, solved, columns)
-        error = solved.images - study.images
-        tables.append(_measure_uncertainty(study, tap, solved.deviation, error, columns))
+        tables.append(_measure_uncertainty(study, tap, solved.deviation, solved.images - study.images, columns))
         if noise is least:
-            _measure_directions(study, tap, solved, error, radius, columns)
+            made = study.made
+            made.directions[tap], made.random_directions[tap] = _directions(solved, study.probes, study.seed)
         done()
     _measure_recoverable(study, tap, solved.inverse.patch, float(clean.values.std()), embedding)
     done()
@@ -397,24 +386,6 @@ def _measure_uncertainty(
     study.made.deviations[tap, columns["noise"]] = (deviation[:SHOWN].clone(), actual)
     places = {"target": study.target.name, "tap": tap, "depth": study.target.depth(tap), **columns}
     return judged.table.assign(**places, constant=judged.constant)
-
-
-def _measure_directions(
-    study: _Study, tap: str, solved: Solved, error: Tensor, radius: float, columns: Mapping[str, Any]
-) -> None:
-    """What cannot be known, beside random directions of the prior and what went wrong in fact."""
-    count = min(study.probes.images, len(study.images))
-    parts = [
-        _directions(solved.inverse, *kept, study.probes, study.seed + number) for number, kept in enumerate(solved.kept)
-    ]
-    patterns, left, random = (torch.cat(parts, dim=1)[:, :count] for parts in zip(*parts, strict=True))
-    for name, directions in {MAP: patterns, NULL_RANDOM: random, ERROR: error[None, :count]}.items():
-        # The mean over an image's directions, which count alike.
-        study.rows.pooled(colour_share(directions).mean(0), "fragile_colour_share", tap, name, **columns)
-        study.rows.pooled(detail_share(directions, radius).mean(0), "fragile_detail_share", tap, name, **columns)
-    study.rows.pooled(left.mean(0), "fragile_variance_left", tap, MAP, **columns)
-    study.made.directions[tap] = (patterns[:, 0], left[:, 0])
-    study.made.random_directions[tap] = random[:, 0]
 
 
 def _measure_recoverable(

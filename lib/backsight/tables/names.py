@@ -7,8 +7,7 @@ from types import MappingProxyType
 LEADING_FAMILIES = ("modular", "direct", "linear")
 SHUFFLED_FAMILIES = ("modular", "linear", "direct")
 MAP, EXACT, STEADIED = "map", "exact", "steadied"
-NULL_MEAN, NULL_SHUFFLED = "null_mean", "null_shuffled"
-NULL_CONSTANT, NULL_RANDOM = "null_constant", "null_random"
+NULL_MEAN, NULL_SHUFFLED, NULL_CONSTANT = "null_mean", "null_shuffled", "null_constant"
 ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
 
 # 04_cross_layer: slopes and their units.
