@@ -31,10 +31,9 @@ from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel
 from backsight.inverses.files import load, shipped_inverses
 from backsight.representation import Representation
-from backsight.studies.continuation import Search
 from backsight.studies.exact import measure_chain, measure_half_steps
 from backsight.studies.roots import RootChoosing, recorded_truth
-from backsight.studies.second_roots import find_roots, modular_guess, root_rows
+from backsight.studies.second_roots import find_roots, root_rows
 from backsight.targets import Target, load_target
 
 FULL = os.environ.get("SIZE") == "full"
@@ -70,13 +69,12 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
         measure = row["measure"]
         if pd.isna(row["value"]):
             continue
-        distance = measure in ("other_distance", "nearest_other")
-        parts = [measure.replace("_", " "), *(["median"] if distance else [])]
+        parts = [measure.replace("_", " ")]
         if measure.startswith(("lost_", "survived")) or measure == "error_back":
             parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
         elif not pd.isna(row.get("rule")):
             parts.append(f"rule: {row['rule']}")
-        unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS or distance else "share"
+        unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS else "share"
         yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
 
 
@@ -95,13 +93,7 @@ def chain(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, wo
 
 def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: int, curves: int) -> Iterator[Row]:
     """The roots of a half-step on tokens, from the true y, and how often each rule picks the truth's."""
-    target = load_target(name)
-    folder = shipped_inverses(target)
-    modular = load(folder, target).get("modular", {}).get(step) if folder is not None else None
-    guess = modular_guess(inverse, step, modular)
-    guesses = {} if guess is None else {"modular": guess}
-    found = find_roots(inverse, step, truth, guesses, examples, Search(rounds=curves), **QUIET)
-    table = root_rows(target, [found])
+    table = root_rows(inverse.model.target, [find_roots(inverse, step, truth, examples, curves)])
     yield from rows_of(f"{name}, roots of {step}, {examples} examples, {curves} rounds of curves", table)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -32,7 +31,6 @@ from backsight.studies.second_roots import (
     FoundRoots,
     find_roots,
     foldable_steps,
-    modular_guess,
     root_rows,
     second_root_pictures,
 )
@@ -124,12 +122,11 @@ def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None
     assert value(chain, "error", step=None) < 1e-10
     assert value(chain, "survived", step="blocks.0.attn") == 1
     for step in foldable_steps(usual):
-        roots = rows_of(find_roots(usual, step, truth, examples=2, **QUIET))
+        roots = rows_of(find_roots(usual, step, truth, examples=2))
         assert value(roots, "roots") == 1
         assert value(roots, "several_roots") == value(roots, "negative_determinant") == 0
         assert value(roots, "truth_found") == value(roots, "complete") == 1
         assert value(roots, "tokens_right", rule="most usual") == 1
-        assert math.isnan(value(roots, "nearest_other"))
 
 
 def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> None:
@@ -190,10 +187,9 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
 
 def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: ExactInverse) -> None:
     inverse, truth = folded(usual, start=2.5)
-    found = find_roots(inverse, LAST, truth, examples=1, **QUIET)
+    found = find_roots(inverse, LAST, truth, examples=1)
     tokens = truth[LAST].values.shape[1]
     assert found.roots.count.tolist() == [3] * (2 * tokens)
-    assert bool(found.found.all())
     assert found.roots.degree.tolist() == [1.0] * (2 * tokens)
     others, root = found.nearest_other()
     assert others.tolist() == list(range(2 * tokens))
@@ -202,29 +198,22 @@ def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: 
     table = rows_of(found)
     assert value(table, "roots") == 3
     assert value(table, "several_roots") == 1
-    length = found.truth.norm(dim=1)
-    assert value(table, "nearest_other") == pytest.approx(float(np.median(SECOND / 2 / length)), rel=1e-6)
-    # The start leads to the upper root; the usual tokens are at the lower one, and the shortest is the middle one.
+    assert value(table, "truth_found") == 1
+    # The start leads to the upper root, and the usual tokens are at the lower one.
     assert value(table, "tokens_right", rule="staged start") == 0
-    assert value(table, "tokens_right", rule="nearest to the staged start") == 0
-    assert value(table, "tokens_right", rule="shortest") == 0
-    assert value(table, "images_right", rule="most usual") == 1
-    guessed = rows_of(find_roots(inverse, LAST, truth, {"told": lambda y: truth[HALF].values[: y.batch]}, **QUIET))
-    assert value(guessed, "tokens_right", rule="told start") == 1
-    assert value(guessed, "tokens_right", rule="nearest to the told start") == 1
+    assert value(table, "tokens_right", rule="most usual") == 1
 
 
 def test_what_roots_are_of_is_refused_where_they_cannot_be_listed(usual: ExactInverse) -> None:
     truth = recorded_truth(usual, images_of(usual, 1))
     assert foldable_steps(usual) == ["blocks.0", "blocks.1"]
     with pytest.raises(BacksightError, match="mixes tokens"):
-        find_roots(usual, "blocks.1.attn", truth, **QUIET)
+        find_roots(usual, "blocks.1.attn", truth)
     with pytest.raises(BacksightError, match="no half-step"):
-        find_roots(usual, "blocks.3", truth, **QUIET)
+        find_roots(usual, "blocks.3", truth)
     single = {tap: each.replace(each.values.float()) for tap, each in truth.items()}
     with pytest.raises(ValueError, match="float32"):
-        find_roots(usual, "blocks.1", single, **QUIET)
-    assert modular_guess(usual, "blocks.1", None) is None
+        find_roots(usual, "blocks.1", single)
 
 
 def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usual: ExactInverse) -> None:
@@ -239,15 +228,13 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
     def blind(representation: Tokens) -> Tensor:
         return torch.full((representation.batch, 3, *size), 0.5)
 
-    case, found = cases_of(inverse, truth)[0], find_roots(inverse, LAST, truth, examples=1, **QUIET)
+    case, found = cases_of(inverse, truth)[0], find_roots(inverse, LAST, truth, examples=1)
     families = {"linear": {HALF: decoder}, "modular": {HALF: blind}}
     shown = second_root_pictures(case, found, images, families, **QUIET)
     assert set(shown.metrics["tap"]) == {HALF}
     for picture in (TRUE_STREAM, ONE_TOKEN, ALL_TOKENS):
         assert value(shown.metrics, "residual_largest", picture=picture) < 1e-10
     tokens = truth[LAST].values.shape[1]
-    assert value(shown.metrics, "replaced", picture=ONE_TOKEN) == pytest.approx(1 / tokens)
-    assert value(shown.metrics, "replaced", picture=ALL_TOKENS) == 1
     # Every token's first channel goes from −1.915 to 0, so that grey goes from 0.1284 to 0.5.
     low = torch.tensor(-SECOND / 2).sigmoid()
     expected = float(-20 * (0.5 - low).log10())
@@ -280,7 +267,7 @@ def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactI
     last = inverse.model.between(LAST, HALF)[0]
     with torch.no_grad():
         streams[LAST] = truth[LAST].replace(last(half))
-    case, found = cases_of(inverse, streams)[0], find_roots(inverse, LAST, streams, examples=1, **QUIET)
+    case, found = cases_of(inverse, streams)[0], find_roots(inverse, LAST, streams, examples=1)
     shown = second_root_pictures(case, found, images_of(usual, 2), {"linear": {"blocks.0": grey}}, **QUIET)
     assert set(shown.metrics["tap"]) == {"blocks.0"}
     for picture in (ONE_TOKEN, ALL_TOKENS):

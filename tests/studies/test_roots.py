@@ -14,7 +14,7 @@ from backsight.exact.solver import Settings, solve
 from backsight.exact.starts import Half
 from backsight.exact.steps import ExactModel, Step
 from backsight.studies.amplification import amplification, chain_amplification
-from backsight.studies.continuation import Search, TokenMap, signs, token_roots
+from backsight.studies.continuation import signs, token_roots
 from backsight.studies.roots import RootChoosing, judged
 from backsight.studies.tidy_rows import wilson_interval
 
@@ -31,7 +31,7 @@ def kinked(x: Tensor) -> Tensor:
     return x - 2 * x.tanh()
 
 
-KINKED = TokenMap(kinked, lambda x: torch.diag_embed(2 * x.tanh().square() - 1))
+KINKED = Step("a", "b", kinked, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x.tanh().square() - 1))
 
 
 def mixing(x: Tensor, lipschitz: float = 0.9) -> Tensor:
@@ -47,7 +47,7 @@ CUBIC = Step("a", "b", lambda x: x + x**3, tokenwise=True, jacobian=lambda x: to
 def test_all_roots_of_tokens_are_found_and_their_signs_sum_to_one(single: bool) -> None:
     y = torch.zeros(3, 2, dtype=torch.float64)
     starts = [torch.tensor([[a, b]], dtype=torch.float64).expand(3, 2) for a in (-2, 0.1, 2) for b in (-2, 0.1, 2)]
-    roots = token_roots(KINKED, y, [*starts, *starts], Search(), KINKED if single else None)
+    roots = token_roots(KINKED, y, [*starts, *starts], single=KINKED if single else None)
     assert roots.count.tolist() == [9] * 3
     assert roots.degree.tolist() == [1.0] * 3
     assert roots.token.tolist() == sorted(roots.token.tolist())
@@ -59,23 +59,23 @@ def test_all_roots_of_tokens_are_found_and_their_signs_sum_to_one(single: bool) 
 def test_a_curve_around_the_folds_leads_from_one_root_to_the_others() -> None:
     y = torch.tensor([[0.5], [0.5], [0.7]], dtype=torch.float64)
     middle = torch.tensor([[-0.7], [-0.7], [3.0]], dtype=torch.float64)
-    alone = token_roots(KINKED, y, [middle], Search(rounds=0))
+    alone = token_roots(KINKED, y, [middle], rounds=0)
     assert alone.degree.tolist() == [-1.0, -1.0, 1.0]  # which says that a root of the first two is missing
-    roots = token_roots(KINKED, y, [middle], Search(rounds=1))
+    roots = token_roots(KINKED, y, [middle], rounds=1)
     assert roots.count.tolist() == [3, 3, 1]
     assert float((kinked(roots.x) - y[roots.token]).abs().max()) < 1e-12
 
 
 def test_near_a_fold_both_roots_are_found_and_beyond_it_none() -> None:
     fold = kinked(torch.tensor([[0.881373587019543]], dtype=torch.float64))
-    roots = token_roots(KINKED, fold + 1e-6, [torch.full((1, 1), 0.87, dtype=torch.float64)], Search())
+    roots = token_roots(KINKED, fold + 1e-6, [torch.full((1, 1), 0.87, dtype=torch.float64)])
     near = roots.x[roots.x > 0]
     assert (roots.count.tolist(), roots.degree.tolist()) == ([3], [1.0])
     # g is fold + (x − fold)² · g″ / 2, and g″ = 4 tanh sech² = √2 there.
     assert float(near.max() - near.min()) == pytest.approx(2 * (2e-6 / 2**0.5) ** 0.5, rel=1e-3)
     y = torch.tensor([[4.0], [-1.0]], dtype=torch.float64)
-    square = TokenMap(Tensor.square, lambda x: torch.diag_embed(2 * x))
-    roots = token_roots(square, y, [torch.full_like(y, 0.5)], Search(rounds=0))
+    square = Step("a", "b", Tensor.square, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x))
+    roots = token_roots(square, y, [torch.full_like(y, 0.5)], rounds=0)
     assert roots.count.tolist() == [1, 0]
     assert roots.best(roots.x[:, 0]).tolist() == [0, -1]
 

@@ -15,8 +15,8 @@ Analysis (1985), 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,35 +29,12 @@ STRAIGHT = 0.9  # least cosine between the tangents of two points that follow on
 INSIDE = tuple(number / 8 for number in range(1, 9))  # places between two points of a curve where t is looked at
 COARSE = 1e-5  # relative residual that float32 reaches
 NEAR = 3e-3  # relative distance within which a root in float32 counts as a known one
+TOLERANCE, GOAL = 1e-10, 1e-14  # relative residual of a root, and where iterations end
+NEWTON, POINTS = 40, 150  # iterations from a start, points of a curve
+CROSSINGS = 2  # of t = 0 on a curve, before it is left
+APART = 1e-6  # relative distance of two roots
+FAR = 4.0  # curves are left where |x| is this many times as long as y and the start of the curve
 CONTRACTION = 0.5  # of a corrector's error an iteration; above it a step is too long
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """g and its derivative, tokens one by one: value (T, c) -> (T, c), jacobian (T, c) -> (T, c, c)."""
-
-    value: Callable[[Tensor], Tensor]
-    jacobian: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Search:
-    """How long roots are looked for.
-
-    tolerance: relative residual of a root; goal: where iterations end; newton: iterations; points: of a curve;
-    rounds: of curves through the known roots of tokens whose signs do not sum to 1; crossings: of t = 0 on a curve,
-    before it is left; apart: relative distance of two roots; far: curves are left where |x| is this many times as long
-    as y and the start of the curve.
-    """
-
-    tolerance: float = 1e-10
-    goal: float = 1e-14
-    newton: int = 40
-    points: int = 150
-    rounds: int = 1
-    crossings: int = 2
-    apart: float = 1e-6
-    far: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -93,27 +70,29 @@ class TokenRoots:
         return torch.where(last >= 0, order[last.clamp(min=0)], last) if len(order) else last
 
 
-def token_map(step: Step) -> TokenMap:
-    return TokenMap(lambda x: step.forward(x[:, None])[:, 0], step.slopes)
+def _value(step: Step, x: Tensor) -> Tensor:
+    """g of tokens (T, c), one by one."""
+    return step.forward(x[:, None])[:, 0]
 
 
-def polished(tokens: TokenMap, y: Tensor, x: Tensor, search: Search | None = None) -> tuple[Tensor, Tensor]:
+def polished(
+    step: Step, y: Tensor, x: Tensor, tolerance: float = TOLERANCE, goal: float = GOAL
+) -> tuple[Tensor, Tensor]:
     """(x, relative residual) of Newton's method from a start for each token. y, x: (T, c)."""
-    search = search or Search()
     if not len(y):
         return x, y.new_zeros(0)
 
     def function(x: Tensor, _which: Tensor) -> Tensor:
-        return tokens.value(x[:, 0])[:, None]
+        return _value(step, x[:, 0])[:, None]
 
     y, x = y[:, None], x[:, None]
-    effort = Settings(search.tolerance, search.goal, search.newton)
-    x, residual, _, _ = newton(function, y, x, dense(function, y, tokens.jacobian), effort)
+    effort = Settings(tolerance, goal, NEWTON)
+    x, residual, _, _ = newton(function, y, x, dense(function, y, step.slopes), effort)
     return x[:, 0], residual
 
 
 def follow(
-    tokens: TokenMap, y: Tensor, x: Tensor, t: Tensor, direction: Tensor, sense: Tensor, search: Search | None = None
+    step: Step, y: Tensor, x: Tensor, t: Tensor, direction: Tensor, sense: Tensor, crossings: int = CROSSINGS
 ) -> tuple[Tensor, Tensor]:
     """The curves g(x) = y + t · direction, and where they meet t = 0, by arc length and so around every fold.
 
@@ -123,36 +102,36 @@ def follow(
     """
     curves, places = [torch.zeros(0, dtype=torch.long)], [y[:0]]
     for at in torch.arange(len(y)).split(_chunk(y)):
-        curve, place = _follow(tokens, y[at], x[at], t[at], direction[at], sense[at], search or Search())
+        curve, place = _follow(step, y[at], x[at], t[at], direction[at], sense[at], crossings)
         curves.append(at[curve])
         places.append(place)
     return torch.cat(curves), torch.cat(places)
 
 
 def _follow(
-    tokens: TokenMap, y: Tensor, x: Tensor, t: Tensor, direction: Tensor, sense: Tensor, search: Search
+    step: Step, y: Tensor, x: Tensor, t: Tensor, direction: Tensor, sense: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
     count, channels = y.shape
     size = _size(y)
     place = torch.cat([x, t[:, None]], dim=1)  # (T, c + 1)
-    tangent = _first_tangent(tokens.jacobian(x), direction, sense)
+    tangent = _first_tangent(step.slopes(x), direction, sense)
     scale = torch.maximum(size, x.norm(dim=1))
     length = 1e-3 * scale
     met = torch.zeros(count, dtype=torch.long)
     steps = torch.zeros(count, dtype=torch.long)
     live = tangent.isfinite().all(1)
     crossed, crossings = [torch.zeros(0, dtype=torch.long)], [y[:0]]
-    for _ in range(2 * search.points):
+    for _ in range(2 * POINTS):
         at = live.nonzero().flatten()
         if not len(at):
             break
         guess = place[at] + length[at, None] * tangent[at]
         bordered = y.new_zeros(len(at), channels + 1, channels + 1)
-        bordered[:, :channels, :channels] = tokens.jacobian(guess[:, :channels])
+        bordered[:, :channels, :channels] = step.slopes(guess[:, :channels])
         bordered[:, :channels, channels] = -direction[at]
         bordered[:, channels] = tangent[at]
         factors, pivots = factored(bordered)
-        corrected, good, quick = _corrected(tokens, y[at], direction[at], guess, factors, pivots, size[at])
+        corrected, good, quick = _corrected(step, y[at], direction[at], guess, factors, pivots, size[at])
         unit = y.new_zeros(len(at), channels + 1, 1)
         unit[:, channels] = 1
         turned = torch.linalg.lu_solve(factors, pivots, unit)[:, :, 0]
@@ -168,8 +147,8 @@ def _follow(
         steps[at] += 1
         factor = torch.where(good, torch.where(quick, 2.0, 1.2), 0.4)
         length[at] = length[at] * factor
-        ended = (met[at] >= search.crossings) | (place[at, :channels].norm(dim=1) > search.far * scale[at])
-        ended |= (length[at] < 1e-9 * scale[at]) | (steps[at] >= search.points)
+        ended = (met[at] >= most) | (place[at, :channels].norm(dim=1) > FAR * scale[at])
+        ended |= (length[at] < 1e-9 * scale[at]) | (steps[at] >= POINTS)
         live[at[ended]] = False
     return torch.cat(crossed), torch.cat(crossings)
 
@@ -185,14 +164,14 @@ def _first_tangent(jacobian: Tensor, direction: Tensor, sense: Tensor) -> Tensor
 
 
 def _corrected(
-    tokens: TokenMap, y: Tensor, direction: Tensor, guess: Tensor, factors: Tensor, pivots: Tensor, size: Tensor
+    step: Step, y: Tensor, direction: Tensor, guess: Tensor, factors: Tensor, pivots: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(place, good, quick): back on the curve across the tangent, with the derivative of the guess kept."""
     channels = y.shape[1]
     place, last = guess, torch.full_like(size, torch.inf)
     good, quick = torch.ones_like(size, dtype=torch.bool), torch.zeros_like(size, dtype=torch.bool)
     for number in range(6):
-        error = y + place[:, channels:] * direction - tokens.value(place[:, :channels])
+        error = y + place[:, channels:] * direction - _value(step, place[:, :channels])
         now = _relative(error, size)
         done = now <= 1e-9
         quick |= done & (number <= 2)
@@ -230,56 +209,57 @@ def _between(a: Tensor, slope_a: Tensor, b: Tensor, slope_b: Tensor, length: Ten
 
 
 def token_roots(
-    tokens: TokenMap, y: Tensor, starts: Sequence[Tensor], search: Search | None = None, single: TokenMap | None = None
+    step: Step,
+    y: Tensor,
+    starts: Sequence[Tensor],
+    rounds: int = 1,
+    single: Step | None = None,
+    tolerance: float = TOLERANCE,
 ) -> TokenRoots:
     """The roots of every token that the starts and the curves behind them lead to.
 
-    y: (T, c); starts: each (T, c); single: the same map in float32, which brings starts near a root at half the cost;
-    every root is polished in y's precision. Tokens that no start solves are followed along curves from their starts;
-    the curves through roots are followed for `search.rounds`.
+    step: one that acts on every token alone; y, starts: (T, c); single: the same step in float32, which brings starts
+    near a root at half the cost; tolerance: relative residual of a root, which is polished in y's precision. Tokens
+    that no start solves are followed along curves from their starts; tokens whose signs do not sum to 1 along the
+    curves through their roots, for so many rounds. Raises BacksightError for other steps.
     """
-    search = search or Search()
+    if not step.tokenwise or step.norm is not None:
+        raise BacksightError(f"{step.destination} mixes tokens or ends in a norm: its roots cannot be listed.")
     everywhere = torch.arange(len(y))
     roots = TokenRoots(everywhere[:0], y[:0], y.new_zeros(0), y.new_zeros(0), len(y))
     for start in starts:
-        roots = _added(tokens, y, roots, everywhere, start, search, single)
+        roots = _added(step, y, roots, everywhere, start, tolerance, single)
     for start in starts:
         left = (roots.count == 0).nonzero().flatten()
         if not len(left):
             break
-        away = tokens.value(start[left]) - y[left]
+        away = _value(step, start[left]) - y[left]
         t = away.norm(dim=1)
         direction = away / t.clamp(min=1e-300)[:, None]
-        first = replace(search, crossings=1)
-        curve, met = follow(tokens, y[left], start[left], t, direction, -torch.ones_like(t), first)
-        roots = _added(tokens, y, roots, left[curve], met, search)
+        curve, met = follow(step, y[left], start[left], t, direction, -torch.ones_like(t), crossings=1)
+        roots = _added(step, y, roots, left[curve], met, tolerance)
     followed = 0
-    for _ in range(search.rounds):
+    for _ in range(rounds):
         # Roots are appended, so that those not yet followed are the last; a sum of 1 gives no reason to go on.
         at = torch.arange(followed, len(roots.token))
         at = at[roots.degree[roots.token[at]] != 1]
         followed = len(roots.token)
         if not len(at):
             break
-        roots = _through(tokens, y, roots, at, search)
+        # Both ways along the direction that g hardly moves in.
+        x, token = roots.x[at], roots.token[at]
+        flat = torch.cat([torch.linalg.svd(step.slopes(part)).U[:, :, -1] for part in x.split(_chunk(x))])
+        for sense in (1.0, -1.0):
+            begin = torch.zeros(len(at), dtype=y.dtype)
+            curve, met = follow(step, y[token], x, begin, flat, torch.full_like(begin, sense))
+            roots = _added(step, y, roots, token[curve], met, tolerance)
     order = torch.argsort(roots.token, stable=True)
     return TokenRoots(roots.token[order], roots.x[order], roots.residual[order], roots.sign[order], len(y))
 
 
-def _through(tokens: TokenMap, y: Tensor, roots: TokenRoots, at: Tensor, search: Search) -> TokenRoots:
-    """With what lies on the curves through these roots along the direction that g hardly moves in, both ways."""
-    x, token = roots.x[at], roots.token[at]
-    flat = torch.cat([torch.linalg.svd(tokens.jacobian(part)).U[:, :, -1] for part in x.split(_chunk(x))])
-    for sense in (1.0, -1.0):
-        begin = torch.zeros(len(at), dtype=y.dtype)
-        curve, met = follow(tokens, y[token], x, begin, flat, torch.full_like(begin, sense), search)
-        roots = _added(tokens, y, roots, token[curve], met, search)
-    return roots
-
-
-def token_signs(tokens: TokenMap, x: Tensor) -> Tensor:
+def token_signs(step: Step, x: Tensor) -> Tensor:
     """(T,) signs of det g′ at x (T, c)."""
-    return torch.cat([signs(tokens.jacobian(part)) for part in x.split(_chunk(x))])
+    return torch.cat([signs(step.slopes(part)) for part in x.split(_chunk(x))])
 
 
 def _chunk(values: Tensor) -> int:
@@ -287,34 +267,24 @@ def _chunk(values: Tensor) -> int:
 
 
 def _added(
-    tokens: TokenMap,
-    y: Tensor,
-    roots: TokenRoots,
-    token: Tensor,
-    start: Tensor,
-    search: Search,
-    single: TokenMap | None = None,
+    step: Step, y: Tensor, roots: TokenRoots, token: Tensor, start: Tensor, tolerance: float, single: Step | None = None
 ) -> TokenRoots:
     """With those that Newton finds from starts (K, c) of the tokens (K,), where they are new."""
-    if single is not None and len(token):
-        coarse = replace(search, tolerance=COARSE, goal=COARSE)
-        near, residual = polished(single, y[token].float(), start.float(), coarse)
+    if single is not None:
+        near, residual = polished(single, y[token].float(), start.float(), COARSE, COARSE)
         # What float32 already shows to be a known root needs no polish; what it cannot solve is lost with this start.
         kept = (residual <= 10 * COARSE) & _fresh(roots, token, near.to(y), NEAR)
         token, start = token[kept], near[kept].to(y)
-    if not len(token):
-        return roots
-    x, residual = polished(tokens, y[token], start, search)
-    ended = residual <= search.tolerance
+    x, residual = polished(step, y[token], start)
+    ended = residual <= tolerance
     token, x, residual = token[ended], x[ended], residual[ended]
-    fresh = _fresh(roots, token, x, search.apart)
+    fresh = _fresh(roots, token, x, APART)
     token, x, residual = token[fresh], x[fresh], residual[fresh]
     if not len(token):
         return roots
-    new = (token, x, residual, token_signs(tokens, x))
+    new = (token, x, residual, token_signs(step, x))
     known = (roots.token, roots.x, roots.residual, roots.sign)
-    token, x, residual, sign = (torch.cat(both) for both in zip(known, new, strict=True))
-    return TokenRoots(token, x, residual, sign, roots.tokens)
+    return TokenRoots(*(torch.cat(both) for both in zip(known, new, strict=True)), roots.tokens)
 
 
 def _fresh(roots: TokenRoots, token: Tensor, x: Tensor, apart: float) -> Tensor:
@@ -346,16 +316,3 @@ def signs(matrices: Tensor) -> Tensor:
     diagonal = factors.diagonal(dim1=-2, dim2=-1)
     odd = (swaps + (diagonal < 0).sum(-1)) % 2
     return (1.0 - 2.0 * odd).to(matrices).masked_fill((diagonal == 0).any(-1), 0.0)
-
-
-def step_roots(
-    step: Step, y: Tensor, starts: Sequence[Tensor], search: Search | None = None, single: Step | None = None
-) -> TokenRoots:
-    """The roots of a step that acts on every token alone, of all tokens (B n) of streams y (B, n, c).
-
-    starts: each (B, n, c); single: the same step in float32. Raises BacksightError for other steps.
-    """
-    if not step.tokenwise or step.norm is not None:
-        raise BacksightError(f"{step.destination} mixes tokens or ends in a norm: its roots cannot be listed.")
-    coarse = None if single is None else token_map(single)
-    return token_roots(token_map(step), y.flatten(0, 1), [start.flatten(0, 1) for start in starts], search, coarse)

@@ -31,13 +31,11 @@ from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel, Lost, NotInvertibleError, walk
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Tokens
-from backsight.studies.continuation import Search
 from backsight.studies.roots import Case, RootChoosing, Truth, cases_of, judged, recorded_truth
 from backsight.studies.second_roots import (
     SecondRoots,
     find_roots,
     foldable_steps,
-    modular_guess,
     root_rows,
     second_root_pictures,
 )
@@ -323,13 +321,11 @@ def measure_exactness(
     about: dict[str, Any] = {"dataset": images, "seed": seed, "progress": progress}
     tables = [("half_step", measure_half_steps(inverse, every.first(n).streams, **about))]
     tables.append(("chain", measure_chain(inverse, every.first(n_chain).streams, ALONE, **about)))
-    search, second = Search(rounds=curves), {}
+    second = {}
     few = every.first(min(n, n_roots))
     steps = _chosen(root_steps, foldable_steps(inverse), "half-step on tokens")
     for step in steps:
-        guess = modular_guess(inverse, step, families.get("modular", {}).get(step))
-        guesses = {} if guess is None else {"modular": guess}
-        roots = find_roots(inverse, step, few.streams, guesses, examples, search, progress)
+        roots = find_roots(inverse, step, few.streams, examples, curves)
         tables.append(("roots", root_rows(target, [roots], images, seed)))
         if families and bool((roots.roots.count > 1).any()):
             second[step] = second_root_pictures(few, roots, pictures[: few.count], families, ALONE, **about)
@@ -340,9 +336,8 @@ def measure_exactness(
         tables.append(("half_step", measure_half_steps(drawn, truths, **about)))
         tables.append(("chain", measure_chain(drawn, truths, ALONE, **about)))
         for step in steps:
-            streams = [case.first(n_roots).streams for case in cases_of(drawn, truths)]
-            pairs = zip(drawn, streams, strict=True)
-            found = [find_roots(one, step, truth, {}, examples, search, progress) for one, truth in pairs]
+            cases = cases_of(drawn, truths)
+            found = [find_roots(case.inverse, step, case.first(n_roots).streams, examples, curves) for case in cases]
             tables.append(("roots", root_rows(drawn[0].model.target, found, images, seed)))
     return Exactness(pd.concat([table.assign(study=study) for study, table in tables], ignore_index=True), second)
 

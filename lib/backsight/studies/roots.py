@@ -20,7 +20,7 @@ from backsight.exact.starts import Half
 from backsight.exact.steps import Step
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Representation, Tokens
-from backsight.studies.continuation import Search, token_map, token_roots
+from backsight.studies.continuation import token_roots
 from backsight.tables.names import RIGHT
 
 SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
@@ -61,10 +61,10 @@ class RootChoosing(ExactInverse):
         if not step.tokenwise or step.norm is not None:
             return solution
         began, flat, x = time.perf_counter(), y.flatten(0, 1), solution.x.flatten(0, 1).clone()
-        tokens, doubts = token_map(step), self.settings.choose and half.folds
+        doubts = self.settings.choose and half.folds
         token = torch.arange(len(x), device=x.device) % y.shape[1]
-        size = flat.norm(dim=1)
-        residual = ((tokens.value(x) - flat).norm(dim=1) / size).nan_to_num(torch.inf, torch.inf)
+        off = (step(solution.x) - y).norm(dim=2) / y.norm(dim=2)
+        residual = off.flatten().nan_to_num(torch.inf, torch.inf)
         solved_tokens = residual <= self.settings.tolerance
         rated = half.doubt(x, token) if doubts else torch.zeros_like(residual)
         doubted = ~solved_tokens | (rated > 0)
@@ -72,7 +72,7 @@ class RootChoosing(ExactInverse):
         if not len(at):
             return solution
         given = [start.flatten(0, 1)[at] for start in starts]
-        roots = token_roots(tokens, flat[at], given, Search(tolerance=self.settings.tolerance, rounds=0))
+        roots = token_roots(step, flat[at], given, rounds=0, tolerance=self.settings.tolerance)
         scores = half.doubt(roots.x, token[at[roots.token]]) if doubts else roots.residual
         best = roots.best(scores)
         has = best >= 0

@@ -1,17 +1,15 @@
 """Is the picture the only one behind a representation? The roots of half-steps on tokens, and what they look like.
 
 find_roots             the roots of a half-step on tokens, and which rule picks the right one
-root_rows              how many there are and how far apart they lie, in tidy rows
+root_rows              how many there are, in tidy rows
 second_root_pictures   the same y, another x: does it look different?
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,20 +20,16 @@ from tqdm.auto import tqdm
 from backsight.errors import BacksightError, nearest
 from backsight.exact.inverse import ExactInverse
 from backsight.exact.solver import Settings
-from backsight.exact.steps import NotInvertibleError, Step
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.module import Chain
 from backsight.measures.pixels import psnr
 from backsight.representation import Tokens
-from backsight.studies.continuation import Search, TokenRoots, polished, step_roots, token_map, token_signs
+from backsight.studies.continuation import TOLERANCE, TokenRoots, polished, token_roots, token_signs
 from backsight.studies.roots import Case, RootChoosing, Truth, cases_of, relative_error
 from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ALL_TOKENS, EXACT, ONE_TOKEN, RANDOM_MOVE, RIGHT, TRUE_STREAM
-from backsight.tables.pool import bootstrap_statistic
 from backsight.targets.base import Target
 
 COLUMNS = ("step", "to", "rule", "seeds")
-Guess = Callable[[Tokens], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class FoundRoots:
     """The roots of one half-step on tokens, from the true y of N images with n tokens each.
 
     roots: of all N n tokens; truth: (N n, c); near: (K,) bool, the root is the truth; signs: (N n,) of det g′ at the
-    truth; right: {rule: (N n,) bool} whether it picks the truth: "… start": Newton's method from there ends at it, the
-    others choose among all roots; seconds: an image.
+    truth; right: {rule: (N n,) bool} whether it picks the truth: "staged start": Newton's method from there ends at it,
+    "most usual": it is the nearest of all roots to the mean of training tokens.
     """
 
     step: str
@@ -55,14 +49,6 @@ class FoundRoots:
     signs: Tensor
     right: Mapping[str, Tensor]
     images: int
-    seconds: float
-
-    @property
-    def found(self) -> Tensor:
-        """(N n,) bool: the truth is among the roots."""
-        has = torch.zeros(self.roots.tokens, dtype=torch.bool)
-        has[self.roots.token[self.near]] = True
-        return has
 
     def nearest_other(self) -> tuple[Tensor, Tensor]:
         """(numbers of tokens that have another root, number of the nearest of these roots)."""
@@ -78,114 +64,37 @@ def foldable_steps(inverse: ExactInverse) -> list[str]:
     return [step.destination for step in inverse.steps if step.tokenwise and step.norm is None]
 
 
-def modular_guess(inverse: ExactInverse, destination: str, modular: Reconstruct | None) -> Guess | None:
-    """A trained modular inverse's word on the stream before a half-step, from the one behind it, or None.
-
-    modular: the family's reconstruction at `destination` (a `Chain`, whose first module ends at an earlier tap); the
-    model's own half-steps lead on from there.
-    """
-    if not isinstance(modular, Chain):
-        return None
-    module: Any = modular.path[0]
-    walked = inverse.model
-    if module.source != destination or module.destination not in walked.taps:
-        return None
-    try:
-        between = [one for one in walked.between(destination, module.destination) if one.destination != destination]
-    except NotInvertibleError:
-        return None
-
-    def guess(behind: Tokens) -> Tensor:
-        with torch.no_grad():
-            x = module(behind.replace(behind.values.float())).values.double()
-            for later in between:
-                x = later(x)
-        return x
-
-    return guess
-
-
-def _step(inverse: ExactInverse, destination: str, single: bool = False) -> Step:
-    walked = inverse.model.single if single else inverse.model
-    steps = {step.destination: step for step in walked.between(inverse.source, inverse.reached)}
-    if destination not in steps:
-        raise BacksightError(f"There is no half-step {destination!r}; {nearest(destination, list(steps))}.")
-    return steps[destination]
-
-
-def find_roots(
-    inverse: ExactInverse,
-    destination: str,
-    truth: Truth,
-    guesses: Mapping[str, Guess] | None = None,
-    examples: int = 8,
-    search: Search | None = None,
-    progress: bool = True,
-    batch_size: int = 4,
-) -> FoundRoots:
+def find_roots(inverse: ExactInverse, destination: str, truth: Truth, examples: int = 8, rounds: int = 1) -> FoundRoots:
     """The roots of the half-step that leads to `destination`, from the true y, and what rules make of them.
 
     Starts: the staged ridge guess, its first stage (linear), y itself, the staged guess made longer, the errors of the
-    nearest training tokens (as many as `examples`), and `guesses` {name: stream behind -> (B, n, c) before}; the truth
-    is no start. search: how long; batch_size: images at once. Raises BacksightError on half-steps that mix tokens.
+    nearest training tokens (as many as `examples`); the truth is no start. rounds: of curves through known roots.
+    Raises BacksightError on half-steps that mix tokens.
     """
-    search = search or Search()
-    streams = cases_of(inverse, truth)[0].streams
-    step, single = (_step(inverse, destination, single) for single in (False, True))
-    x, behind = streams[step.source], streams[destination]
-    began, parts = time.perf_counter(), []
-    split = torch.arange(x.batch).split(batch_size)
+    halves = inverse.fitted()
+    if destination not in halves:
+        raise BacksightError(f"There is no half-step {destination!r}; {nearest(destination, list(halves))}.")
+    half, streams = halves[destination], cases_of(inverse, truth)[0].streams
+    step, y = half.step, streams[destination].values
+    single = {step.destination: step for step in inverse.model.single.between(inverse.source, inverse.reached)}
+    flat, tokens = streams[step.source].values.flatten(0, 1), y.shape[1]
     with torch.no_grad():
-        for part in tqdm(split, desc=f"roots of {destination}", leave=False, disable=not progress):
-            y = behind.index(part)
-            parts.append(_roots_of(inverse, step, single, x.values[part], y, guesses or {}, examples, search))
-        seconds = (time.perf_counter() - began) / x.batch
-        truths = x.values.flatten(0, 1)
-        signs = token_signs(token_map(step), truths)
-    found = [roots for roots, _, _ in parts]
-    offsets = np.cumsum([0, *(roots.tokens for roots in found)])
-    token = torch.cat([part.token + int(offset) for part, offset in zip(found, offsets, strict=False)])
-    values, residual, sign = (torch.cat([getattr(part, name) for part in found]) for name in ("x", "residual", "sign"))
-    roots = TokenRoots(token, values, residual, sign, len(truths))
-    near = torch.cat([near for _, near, _ in parts])
-    right = {rule: torch.cat([rules[rule] for _, _, rules in parts]) for rule in parts[0][2]}
-    return FoundRoots(destination, step.source, roots, truths, near, signs, right, x.batch, seconds)
-
-
-def _roots_of(
-    inverse: ExactInverse,
-    step: Step,
-    single: Step,
-    x: Tensor,
-    behind: Tokens,
-    guesses: Mapping[str, Guess],
-    examples: int,
-    search: Search,
-) -> tuple[TokenRoots, Tensor, dict[str, Tensor]]:
-    """(roots, which are the truth (K,), {rule: which tokens it gets right}) of a batch of images."""
-    y, half = behind.values, inverse.fitted()[step.destination]
-    staged = half.guesses(y)
-    informed = {"linear start": staged[-1], "staged start": staged[0]}
-    informed |= {f"{name} start": guess(behind) for name, guess in guesses.items()}
-    starts = [*informed.values(), y, 1.4 * staged[0]]
-    if examples and half.prior:
-        starts += half.further_starts(y, staged[0])[:examples]
-    roots = step_roots(step, y, starts, search, single)
-    tokens, flat, truth = token_map(step), y.flatten(0, 1), x.flatten(0, 1)
-    near = _near(roots.x, truth[roots.token])
-    right, scores = {}, {}
-    for rule, values in informed.items():
-        ended, residual = polished(tokens, flat, values.flatten(0, 1), search)
-        right[rule] = _near(ended, truth) & (residual <= search.tolerance)
-        scores[f"nearest to the {rule}"] = (roots.x - values.flatten(0, 1)[roots.token]).norm(dim=1)
-    scores["shortest"] = roots.x.norm(dim=1)
-    if half.prior:
-        scores["most usual"] = half.distance(roots.x, roots.token % y.shape[1])
-    for rule, score in scores.items():
-        best = roots.best(score)
-        right[rule] = best >= 0
-        right[rule][best >= 0] = near[best[best >= 0]]
-    return roots, near, right
+        guesses = half.guesses(y)
+        starts = [guesses[0], guesses[-1], y, 1.4 * guesses[0]]
+        if examples and half.prior:
+            starts += half.further_starts(y, guesses[0])[:examples]
+        roots = token_roots(
+            step, y.flatten(0, 1), [start.flatten(0, 1) for start in starts], rounds, single[destination]
+        )
+        ended, residual = polished(step, y.flatten(0, 1), guesses[0].flatten(0, 1))
+        near = _near(roots.x, flat[roots.token])
+        right = {"staged start": _near(ended, flat) & (residual <= TOLERANCE)}
+        if half.prior:
+            best = roots.best(half.distance(roots.x, roots.token % tokens))
+            right["most usual"] = best >= 0
+            right["most usual"][best >= 0] = near[best[best >= 0]]
+        signs = token_signs(step, flat)
+    return FoundRoots(destination, step.source, roots, flat, near, signs, right, len(y))
 
 
 def _near(x: Tensor, truth: Tensor) -> Tensor:
@@ -193,66 +102,30 @@ def _near(x: Tensor, truth: Tensor) -> Tensor:
 
 
 def root_rows(target: Target, found: Sequence[FoundRoots], dataset: str = "scenes", seed: int = 0) -> pd.DataFrame:
-    """How many x a half-step on tokens takes to one y, how far apart they are, and which rule picks the truth.
+    """How many x a half-step on tokens takes to one y, and which rule picks the truth.
 
     found: of one half-step, by seed of the weights. Shares of tokens: negative_determinant (of the truth: then it has
-    at least two other roots), several_roots, solved, complete (signs sum to 1: no root is known to be missing),
-    truth_found. roots: mean number found of a token. other_distance, nearest_other: medians, relative to |truth|. Rules
-    (column `rule`): tokens_right, images_right (all tokens).
+    at least two other roots), several_roots, complete (signs sum to 1: no root is known to be missing), truth_found,
+    and tokens_right of every rule (column `rule`). roots: mean number found of a token.
     """
     step = found[0].step
-    columns = {"step": step, "to": found[0].to}
-    rows = TidyRows.about(target, dataset, "test", seed, **columns)
+    rows = TidyRows.about(target, dataset, "test", seed, step=step, to=found[0].to)
 
-    def by_image(flags: Tensor, roots: FoundRoots) -> Tensor:
-        return flags.double().view(roots.images, -1)
+    def by_image(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.double().view(found[0].images, -1) for value in values])
 
-    def share(measure: str, flags: Callable[[FoundRoots], Tensor], whole: bool = False, **more: str) -> None:
-        tables = [by_image(flags(roots), roots) for roots in found]
-        if whole:
-            rows.share(torch.stack([table.amin(1) for table in tables]), measure, step, EXACT, **more)
-        else:
-            trials = torch.stack([torch.full((len(table),), table.shape[1]).double() for table in tables])
-            rows.share(torch.stack([table.sum(1) for table in tables]), measure, step, EXACT, trials, **more)
+    def share(measure: str, flags: Sequence[Tensor], **columns: str) -> None:
+        table = by_image(flags)
+        rows.share(table.sum(2), measure, step, EXACT, torch.ones_like(table).sum(2), **columns)
 
-    share("negative_determinant", lambda roots: roots.signs < 0)
-    share("several_roots", lambda roots: roots.roots.count > 1)
-    share("solved", lambda roots: roots.roots.count > 0)
-    share("complete", lambda roots: roots.roots.degree == 1)
-    share("truth_found", lambda roots: roots.found)
-    rows.pooled(torch.stack([by_image(roots.roots.count, roots).mean(1) for roots in found]), "roots", step, EXACT)
-    rows.pooled([[roots.seconds] * roots.images for roots in found], "seconds", step, EXACT)
-    _add_distances(rows, "other_distance", found, [~roots.near for roots in found])
-    _add_distances(rows, "nearest_other", found, [roots.nearest_other()[1] for roots in found])
-
-    def right(rule: str) -> Callable[[FoundRoots], Tensor]:
-        return lambda roots: roots.right[rule]
-
+    share("negative_determinant", [one.signs < 0 for one in found])
+    share("several_roots", [one.roots.count > 1 for one in found])
+    share("complete", [one.roots.degree == 1 for one in found])
+    share("truth_found", [torch.bincount(one.roots.token[one.near], minlength=len(one.truth)) > 0 for one in found])
+    rows.pooled(by_image([one.roots.count for one in found]).mean(2), "roots", step, EXACT)
     for rule in found[0].right:
-        share("tokens_right", right(rule), rule=rule)
-        share("images_right", right(rule), whole=True, rule=rule)
+        share("tokens_right", [one.right[rule] for one in found], rule=rule)
     return rows.table(*COLUMNS)
-
-
-def _add_distances(rows: TidyRows, measure: str, found: Sequence[FoundRoots], which: Sequence[Tensor]) -> None:
-    """The median distance of these roots from the truth; images are drawn anew, each with all of its tokens."""
-    images, distances = [], []
-    for roots, at in zip(found, which, strict=True):
-        truth, tokens = roots.truth[roots.roots.token[at]], roots.roots.tokens // roots.images
-        images.append(roots.roots.token[at] // tokens)
-        distances.append((roots.roots.x[at] - truth).norm(dim=1) / truth.norm(dim=1))
-    image, distance = torch.cat(images).numpy(), torch.cat(distances).numpy()
-    of_image = [distance[image == number] for number in range(found[0].images)]
-
-    def median(drawn: np.ndarray) -> float:
-        values = np.concatenate([of_image[number] for number in drawn])
-        return float(np.median(values)) if len(values) else math.nan
-
-    interval = (math.nan, math.nan, math.nan)
-    if len(distance):
-        interval = (float(np.median(distance)), *bootstrap_statistic(median, len(of_image), rows.seed))
-    count = sum(len(values) > 0 for values in of_image)
-    rows.one(interval, measure, found[0].step, EXACT, count, seeds=len(found))
 
 
 # ------------------------------------------------------------------------------------------ what a second root shows
@@ -292,10 +165,9 @@ def second_root_pictures(
     other root is the farthest; ALL_TOKENS: every token that has another root; RANDOM_MOVE: the same tokens moved as far
     in a random direction, which changes y.
 
-    Measures: replaced (share of tokens), reached (share of images whose stream leads back to that tap),
-    residual_largest, |g(x) − y| / |y| of the model's own pass; psnr_between (to the picture of the true stream, dB) and
-    psnr (to the image) for each family. Images without a second root have none of these. Raises BacksightError where no
-    tap is decoded by all families.
+    Measures: reached (share of images whose stream leads back to that tap); residual_largest, |g(x) − y| / |y| of the
+    model's own pass; psnr_between (to the picture of the true stream, dB) for each family. Images without a second root
+    have none of these. Raises BacksightError where no tap is decoded by all families.
     """
     tap, truth = _decoded_at(case.inverse, found.to, families), case.streams[found.to].values
     streams = {TRUE_STREAM: truth} | _replaced(found, case.streams[found.to], seed)
@@ -304,27 +176,20 @@ def second_root_pictures(
     rows = TidyRows.about(case.inverse.model.target, dataset, "test", seed, step=found.step, to=found.to)
     for name, values in tqdm(streams.items(), desc="second roots", leave=False, disable=not progress):
         x, solved = _back_to(case, found.to, tap, values, settings)
-        moved = (values != truth).any(2)
-        has = moved.any(1) if name != TRUE_STREAM else torch.ones_like(solved)
-        rows.pooled(np.where(has, moved.double().mean(1), np.nan), "replaced", tap, EXACT, picture=name)
+        has = (values != truth).flatten(1).any(1) if name != TRUE_STREAM else torch.ones_like(solved)
         rows.share(solved & has, "reached", tap, EXACT, has, picture=name)
         kept = reached[name] = has & solved
         if name != RANDOM_MOVE:
             residual = _residual(case.inverse, tap, found.step, x, case.streams[found.step].values)[kept]
             largest = float(residual.max()) if len(residual) else math.nan
-            rows.one(
-                (largest, math.nan, math.nan), "residual_largest", tap, EXACT, len(residual), seeds=1, picture=name
-            )
+            interval = (largest, math.nan, math.nan)
+            rows.one(interval, "residual_largest", tap, EXACT, len(residual), seeds=1, picture=name)
         at = case.streams[tap].replace(x.float())
-        made = {family: taps[tap](at).detach().clamp(0, 1).float() for family, taps in families.items()}
-        pictures[name] = made
-        for family, picture in made.items():
-            scores = {"psnr": images.float()}
-            if name != TRUE_STREAM:
-                scores["psnr_between"] = pictures[TRUE_STREAM][family]
-            for measure, reference in scores.items():
-                score = np.where(kept, psnr(reference, picture).double(), np.nan)
-                rows.pooled(score, measure, tap, family, picture=name)
+        pictures[name] = {family: taps[tap](at).detach().clamp(0, 1).float() for family, taps in families.items()}
+        if name != TRUE_STREAM:
+            for family, picture in pictures[name].items():
+                between = psnr(pictures[TRUE_STREAM][family], picture).double()
+                rows.pooled(np.where(kept, between, np.nan), "psnr_between", tap, family, picture=name)
     return SecondRoots(rows.table(*COLUMNS), images.float(), pictures, reached)
 
 
