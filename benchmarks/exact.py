@@ -41,7 +41,7 @@ SINGLE = Settings(choose=False, restarts=0, newton=20)  # the plain solver
 CHOOSING = Settings(restarts=0, newton=20)
 NONE = (float("nan"), float("nan"), "")
 IN_SECONDS = ("seconds",)
-COUNTS = ("residual", "error", "error_back", "iterations", "passes", "roots", "prefix_error_lost")
+COUNTS = ("error", "roots")
 QUIET = {"progress": False}
 SIZES = ((64, 2), (64, 4), (64, 8), (128, 4), (224, 4)) if FULL else ((64, 2), (64, 4), (64, 8), (128, 4))  # px, blocks
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
@@ -70,7 +70,7 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
         if pd.isna(row["value"]):
             continue
         parts = [measure.replace("_", " ")]
-        if measure.startswith(("lost_", "survived")) or measure == "error_back":
+        if measure.startswith(("lost_", "survived")):
             parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
         elif not pd.isna(row.get("rule")):
             parts.append(f"rule: {row['rule']}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -116,9 +115,7 @@ def measure_half_steps(
     inverse: of the deepest tap, or several of one architecture with different weights (seeds), and truth the same
     (`recorded_truth`); steps: names of the streams that they lead to, default all between the tap and where exactness
     ends (where a block has no tap between its halves, both together). Measures: back, another_root, unsolved,
-    error_grown (shares of images, sum 1); solved; tokens_right; residual, error (medians); error_back (of images that
-    are back); iterations, passes (means; of Krylov spaces: dense derivatives count in the seconds alone); seconds (an
-    image, of solving alone).
+    error_grown (shares of images, sum 1); tokens_right; error (median); seconds (an image, of solving alone).
     """
     cases = cases_of(inverse, truth)
     spans = _spans(cases[0].inverse)
@@ -168,7 +165,7 @@ def _taken_back(
 
 
 def outcomes_of(table: pd.DataFrame) -> pd.DataFrame:
-    """A row an image: its fate, where it was lost first (lost_at), and what its steps took together.
+    """A row an image: its fate, where it was lost first (lost_at), the last error, and the seconds of all steps.
 
     table: rows of one image and step, the steps of an image in the order in which they were solved.
     """
@@ -181,10 +178,8 @@ def outcomes_of(table: pd.DataFrame) -> pd.DataFrame:
             lost = steps.iloc[int(np.argmax(~(error <= RIGHT)))]
             fate = ANOTHER_ROOT if lost["another_root"] else UNSOLVED if not lost["solved"] else ERROR_GROWN
             lost_at = lost["step"]
-        summed = {name: steps[name].sum() for name in ("iterations", "passes", "seconds")}
         last = {"error": error[-1], "right_tokens": steps["right_tokens"].iloc[-1]}
-        whole = {"solved": bool(steps["solved"].all()), "residual": steps["residual"].max()}
-        rows.append({"image": image, "fate": fate, "lost_at": lost_at, **whole, **last, **summed})
+        rows.append({"image": image, "fate": fate, "lost_at": lost_at, **last, "seconds": steps["seconds"].sum()})
     return pd.DataFrame(rows)
 
 
@@ -198,16 +193,11 @@ def _fate(outcomes: Sequence[pd.DataFrame], fate: str) -> np.ndarray:
 
 
 def _add_outcomes(rows: TidyRows, outcomes: Sequence[pd.DataFrame], tap: str, **columns: Any) -> None:
-    error, back = _column(outcomes, "error"), _fate(outcomes, BACK)
     for fate in FATES:
         rows.share(_fate(outcomes, fate), fate, tap, EXACT, **columns)
-    rows.share(_column(outcomes, "solved"), "solved", tap, EXACT, **columns)
     rows.pooled(_column(outcomes, "right_tokens"), "tokens_right", tap, EXACT, **columns)
-    rows.median(_column(outcomes, "residual"), "residual", tap, EXACT, **columns)
-    rows.median(error, "error", tap, EXACT, **columns)
-    rows.median(np.where(back > 0, error, np.nan), "error_back", tap, EXACT, **columns)
-    for name in ("iterations", "passes", "seconds"):
-        rows.pooled(_column(outcomes, name), name, tap, EXACT, **columns)
+    rows.median(_column(outcomes, "error"), "error", tap, EXACT, **columns)
+    rows.pooled(_column(outcomes, "seconds"), "seconds", tap, EXACT, **columns)
 
 
 # -------------------------------------------------------------------------------------------------------- the chain
@@ -245,45 +235,25 @@ def measure_chain(
 ) -> pd.DataFrame:
     """The chain in tidy rows, see `follow_chain`.
 
-    Without a step, of the whole way: back, another_root, unsolved, error_grown (of images, sum 1), the medians and
-    costs of `measure_half_steps`, tokens_right and tokens_right_lost (of the images that are not back). With a step:
-    survived (share still right behind it), lost_another_root, lost_unsolved, lost_error_grown (share lost first here),
-    error_back (median of those that survived it).
+    Without a step, of the whole way: the measures of `measure_half_steps`. With a step: survived (share still right
+    behind it), lost_another_root, lost_unsolved, lost_error_grown (share lost first here).
     """
     cases = cases_of(inverse, truth)
     first = cases[0].inverse
-    tables = [follow_chain(case.inverse, case.streams, settings, progress) for case in cases]
-    outcomes = [outcomes_of(table) for table in tables]
+    outcomes = [outcomes_of(follow_chain(case.inverse, case.streams, settings, progress)) for case in cases]
     rows, tap = TidyRows.about(first.model.target, dataset, "test", seed), first.source
     _add_outcomes(rows, outcomes, tap)
-    lost = np.where(_fate(outcomes, BACK) == 0, _column(outcomes, "right_tokens"), np.nan)
-    rows.pooled(lost, "tokens_right_lost", tap, EXACT)
     order = {step.destination: number for number, step in enumerate(first.steps[::-1])}
     places = np.stack([table["lost_at"].map(order).fillna(len(order)).to_numpy() for table in outcomes])
     for step in first.steps[::-1]:
         number, where = order[step.destination], {"step": step.destination, "to": step.source}
-        survived = places > number
-        rows.share(survived.astype(float), "survived", tap, EXACT, **where)
+        rows.share((places > number).astype(float), "survived", tap, EXACT, **where)
         for fate in FATES[1:]:
             rows.share((places == number) * _fate(outcomes, fate), f"lost_{fate}", tap, EXACT, **where)
-        errors = np.full(places.shape, np.nan)  # of images that were not followed so far
-        for line, table in zip(errors, tables, strict=True):
-            at = table[table["step"] == step.destination]
-            line[at["image"].to_numpy(int)] = at["error"].to_numpy(float)
-        rows.median(np.where(survived, errors, np.nan), "error_back", tap, EXACT, **where)
     return rows.table(*COLUMNS)
 
 
 # -------------------------------------------------------------------------------------------------------- the study
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """metrics: tidy rows of half-steps (column `study`: "half_step"), chains ("chain"), roots ("roots") and second
-    roots ("second_root"); second_roots: pictures by half-step."""
-
-    metrics: pd.DataFrame
-    second_roots: Mapping[str, SecondRoots]
 
 
 def measure_exactness(
@@ -303,9 +273,10 @@ def measure_exactness(
     seeds: Sequence[int] = (0, 1, 2),
     seed: int = 0,
     progress: bool = True,
-) -> Exactness:
+) -> tuple[pd.DataFrame, dict[str, SecondRoots]]:
     """Half-steps, chains, roots and second roots of one target, and of untrained weights of its architecture.
 
+    Returns tidy rows (column `study`: "half_step", "chain", "roots", "second_root"), and pictures by half-step.
     families: reconstructions by family and tap, "linear" and "modular" of which are used; tap: where the chain starts,
     default the deepest whose way back loses nothing; root_steps: half-steps whose roots are looked for, by the stream
     behind them (default: all); n, n_chain, n_roots: test images of half-steps (and of all that is done with untrained
@@ -339,7 +310,7 @@ def measure_exactness(
             cases = cases_of(drawn, truths)
             found = [find_roots(case.inverse, step, case.first(n_roots).streams, examples, curves) for case in cases]
             tables.append(("roots", root_rows(drawn[0].model.target, found, images, seed)))
-    return Exactness(pd.concat([table.assign(study=study) for study, table in tables], ignore_index=True), second)
+    return pd.concat([table.assign(study=study) for study, table in tables], ignore_index=True), second
 
 
 def _fitted_inverse(

@@ -158,9 +158,8 @@ def _streams(inverse: ExactInverse, truth: Truth) -> dict[str, Tokens]:
 def judged(inverse: ExactInverse, trace: Trace, representation: Representation, truth: Truth) -> pd.DataFrame:
     """A row for each sample and step of a trace, steps from the last to the first; truth: by stream, in float64.
 
-    sample, step, to, residual, iterations, passes, solved, seconds (of a sample); error: relative, of x, NaN without
-    truth; another_root: solved, from a right y, to another x; right_tokens: share of the tokens whose own error is at
-    most RIGHT.
+    sample, step, to, solved, seconds (of a sample); error: relative, of x, NaN without truth; another_root: solved,
+    from a right y, to another x; right_tokens: share of the tokens whose own error is at most RIGHT.
     """
     frames, y = [], representation.values.double()
     right = torch.ones(len(y), dtype=torch.bool, device=y.device)
@@ -178,10 +177,9 @@ def judged(inverse: ExactInverse, trace: Trace, representation: Representation, 
                 if bool(another.any()):
                     another &= _elsewhere(inverse, step, y, exact, x, trace.squares.get(step.source), another)
             right = error <= RIGHT
-        columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes", "solved")}
-        columns |= {"error": error.tolist(), "another_root": another.tolist(), "right_tokens": share.tolist()}
-        place = {"sample": range(len(y)), "step": step.destination, "to": step.source}
-        frames.append(pd.DataFrame({**place, **columns, "seconds": solution.seconds / len(y)}))
+        columns = {"solved": solution.solved.tolist(), "error": error.tolist(), "another_root": another.tolist()}
+        columns |= {"right_tokens": share.tolist(), "seconds": solution.seconds / len(y)}
+        frames.append(pd.DataFrame({"sample": range(len(y)), "step": step.destination, "to": step.source, **columns}))
         y = x
     return pd.concat(frames, ignore_index=True)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.exact.embedding import Embedding, measured_embedding
 from backsight.exact.inverse import ExactInverse
 from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior, parts_of
@@ -128,26 +127,22 @@ def parse_noises(noises: Sequence[str | float]) -> list[Noise]:
     σ is relative to the deviation of the tap's values. Raises BacksightError on anything else, and on one named twice.
     """
     formats = [*STORED, "int8"]
-    if isinstance(noises, str) or not isinstance(noises, Sequence) or not len(noises):
+    if isinstance(noises, str) or not len(noises):
         raise BacksightError(f"Noises are a list such as ['float32', 'int8', 0.01], not {noises!r}.")
-    parsed = []
+    parsed = {}
     for name in noises:
-        if isinstance(name, str) and name in formats:
-            parsed.append(Noise(name))
-            continue
         try:
-            sigma = math.nan if isinstance(name, bool) else float(name)
-        except (TypeError, ValueError):
-            near = get_close_matches(str(name), formats, 1)
-            hint = f"did you mean {near[0]!r}" if near else f"there are {', '.join(formats)}"
-            raise BacksightError(f"There is no noise {name!r}: {hint}, or a number above 0 for a Gaussian σ?") from None
-        if not 0 < sigma < math.inf:
+            noise = Noise(str(name)) if name in formats else Noise("gaussian", float(name))
+        except ValueError:
+            raise BacksightError(
+                f"There is no noise {name!r}; {nearest(str(name), formats)}, or a number above 0 for a Gaussian σ."
+            ) from None
+        if noise.kind == "gaussian" and not 0 < noise.sigma < math.inf:
             raise BacksightError(f"Gaussian noise has a finite σ above 0, not {name!r}: without noise it is 'float32'.")
-        parsed.append(Noise("gaussian", sigma))
-    names = [noise.name for noise in parsed]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise BacksightError(f"The noise {twice[0]!r} is there twice: name every noise once.")
-    return parsed
+        if noise.name in parsed:
+            raise BacksightError(f"The noise {noise.name!r} is there twice: name every noise once.")
+        parsed[noise.name] = noise
+    return list(parsed.values())
 
 
 def disturbed(clean: Representation, tap: str, noise: Noise, seed: int = 0) -> Representation:
@@ -406,38 +401,28 @@ def _measure_recoverable(
 
 def _measure_amplification(study: _Study, tap: str) -> None:
     """Of every residual half-step down to where exactness ends, at the true stream; alone, and all down to there."""
-    double, probes = study.double, study.probes
+    probes = study.probes
     try:
         inverse = ExactInverse(ExactModel.of(study.target), tap)
     except NotInvertibleError:
         return
-    if inverse.reached == tap:
-        return
     steps = inverse.model.between(tap, inverse.reached)
     if any(step.norm is not None for step in steps):
         return  # a norm takes the mean of its tokens: no error there has a way back
+    x = study.double.record(study.images[: probes.images].double(), [inverse.reached])[inverse.reached].values
+    grown = chain_amplification(steps, x, probes.amplified, seed=study.seed)[::-1]
     stream = inverse.model.taps
     places = sorted(stream, key=stream.__getitem__)
-    start = double.record(study.images[: probes.images].double(), [inverse.reached])[inverse.reached].values
-    grown = chain_amplification(steps, start, probes.amplified, seed=study.seed)[::-1]
-    x, number = start, stream[inverse.reached]
-    for step, chain in zip(steps, grown, strict=True):
-        number += 1
-        alone = amplification(step, x, probes.amplified, probes.amplified, seed=study.seed)
+    for number, (step, chain) in enumerate(zip(steps, grown, strict=True), stream[inverse.reached] + 1):
+        mean, largest = amplification(step, x, probes.amplified, probes.amplified, seed=study.seed)
         behind = next(name for name in places if stream[name] >= number)
         # Without an inverse the power iteration has no bound either, and ends at 0.
-        bounded = alone.mean.isfinite() & alone.largest.isfinite() & (alone.largest > 0)
-        measured = {
-            "mean": (alone.mean, bounded),
-            "largest": (alone.largest, bounded),
-            "chain": (chain, chain.isfinite()),
-        }
-        for measure, (values, reached) in measured.items():
-            known = torch.where(reached, values, torch.nan)
-            missing = int(known.isnan().sum())
-            note = f"no inverse was reached for {missing} of {len(known)} images" if missing else None
-            against = tap if measure == "chain" else None
-            place = {"step": step.destination or behind, "against": against, "note": note}
-            study.rows.pooled(known, f"amplification_{measure}", behind, EXACT, **place)
+        bounded = mean.isfinite() & largest.isfinite() & (largest > 0)
+        measured = {"mean": mean.where(bounded, torch.nan), "largest": largest.where(bounded, torch.nan)}
+        for measure, values in (measured | {"chain": chain.where(chain.isfinite(), torch.nan)}).items():
+            missing = int(values.isnan().sum())
+            note = f"no inverse was reached for {missing} of {len(values)} images" if missing else None
+            place = {"step": step.destination, "against": tap if measure == "chain" else None, "note": note}
+            study.rows.pooled(values, f"amplification_{measure}", behind, EXACT, **place)
         with torch.no_grad():
             x = step(x)

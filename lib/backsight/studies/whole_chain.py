@@ -9,7 +9,6 @@ neither, but within NEAR. The null starts from another image's picture: what a s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -40,7 +39,7 @@ SHOWN = 4
 @dataclass(frozen=True)
 class WholeChains:
     """metrics: tidy rows, METRIC_COLUMNS and `study` ("whole"), `seeds`; outcomes: a row a tap, start and image: fate,
-    error_start, error, residual, iterations, passes, seconds_map, seconds, psnr by inverse; images (k, 3, H, W);
+    error_start, error, residual, iterations, passes, seconds, psnr by inverse; images (k, 3, H, W);
     pictures: {tap: {inverse: (k, 3, H, W)}}."""
 
     metrics: pd.DataFrame
@@ -69,8 +68,8 @@ def measure_whole_chains(
     families: {family: {tap: reconstruction}} with one for every tap, and "linear" at the first tap, which completes
     what the patch embedding drops; calibration: held-out images, of which `fitted` fit the MAP inverse of each tap;
     null_images: of them the search is also started from the picture of the next image. Measures, of the study "whole":
-    back, another_root, near, lost (shares of images, sum 1); error_start, error, residual (medians); iterations,
-    passes, seconds (an image; inverse map: of the start); psnr of linear, map, exact, embedding.
+    back, another_root, near, lost (shares of images, sum 1); error_start, error (medians); seconds (of the search, an
+    image); psnr of linear, map, exact, embedding.
     Raises BacksightError where a tap's chain does not reach an affine patch embedding.
     """
     pictures = torch.cat(list(batches(images, 64)))
@@ -97,18 +96,16 @@ def measure_whole_chains(
             fit = fit_map_tap(target, tap, base, held_out, None, effort, fitted, checked=0)
             parts = []
             for part in pictures.split(batch_size):
-                began = time.perf_counter()
                 _, solution, _ = fit.solve(target.record(part, [tap])[tap])
                 start = fit.pictures(solution.z)
-                spent = (time.perf_counter() - began) / len(part)
-                parts.append((start, *_followed(inverse, part, start, families, settings, spent)))
+                parts.append((start, *_followed(inverse, part, start, families, settings)))
                 bar.update(len(part))
             starts, tables, made = zip(*parts, strict=True)
             outcomes = {MAP: pd.concat(tables, ignore_index=True)}
             shown[tap] = {name: torch.cat([part[name] for part in made])[:SHOWN] for name in made[0]}
             if few:
                 swapped = torch.cat(starts).roll(1, 0)[:few]
-                outcomes[NULL_SHUFFLED], _ = _followed(inverse, pictures[:few], swapped, families, settings, 0.0)
+                outcomes[NULL_SHUFFLED], _ = _followed(inverse, pictures[:few], swapped, families, settings)
                 bar.update(few)
             for origin, table in outcomes.items():
                 frames.append(table.assign(image=range(len(table)), tap=tap, start=origin))
@@ -122,7 +119,6 @@ def _followed(
     start: Tensor,
     families: Mapping[str, Mapping[str, Reconstruct]],
     settings: JointSettings | None,
-    spent: float,
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """(a row an image, pictures by inverse) of the search from the start (B, 3, H, W)."""
     model, tap = inverse.model, inverse.source
@@ -147,8 +143,7 @@ def _followed(
     columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes")}
     columns |= {"error_start": relative_error(begun, end.values).tolist(), "error": error.tolist(), "fate": fates}
     columns |= {f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()}
-    table = pd.DataFrame({**columns, "seconds_map": spent, "seconds": solution.seconds / len(images)})
-    return table, pictures
+    return pd.DataFrame({**columns, "seconds": solution.seconds / len(images)}), pictures
 
 
 def _add_rows(rows: TidyRows, tap: str, outcomes: Mapping[str, pd.DataFrame]) -> None:
@@ -156,11 +151,9 @@ def _add_rows(rows: TidyRows, tap: str, outcomes: Mapping[str, pd.DataFrame]) ->
         name = EXACT if start == MAP else start
         for fate in FATES:
             rows.share((table["fate"] == fate).to_numpy(float), fate, tap, name)
-        for measure in ("error_start", "error", "residual"):
+        for measure in ("error_start", "error"):
             rows.median(table[measure].to_numpy(float), measure, tap, name)
-        for measure in ("iterations", "passes", "seconds"):
-            rows.pooled(table[measure].to_numpy(float), measure, tap, name)
+        rows.pooled(table["seconds"].to_numpy(float), "seconds", tap, name)
     table = outcomes[MAP]
-    rows.pooled(table["seconds_map"].to_numpy(float), "seconds", tap, MAP)
     for column in table.columns[table.columns.str.startswith("psnr_")]:
         rows.pooled(table[column].to_numpy(float), "psnr", tap, column.removeprefix("psnr_"))
