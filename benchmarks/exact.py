@@ -30,9 +30,8 @@ from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel
 from backsight.inverses.files import load, shipped_inverses
-from backsight.representation import Representation
 from backsight.studies.exact import measure_chain, measure_half_steps
-from backsight.studies.roots import RootChoosing, recorded_truth
+from backsight.studies.roots import Case, RootChoosing
 from backsight.studies.second_roots import find_roots, root_rows
 from backsight.targets import Target, load_target
 
@@ -46,8 +45,6 @@ QUIET = {"progress": False}
 SIZES = ((64, 2), (64, 4), (64, 8), (128, 4), (224, 4)) if FULL else ((64, 2), (64, 4), (64, 8), (128, 4))  # px, blocks
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
 BASE = ("vit_base_patch16_224", 224)
-
-Truth = dict[str, Representation]
 
 
 def test_images(target: Target, count: int) -> Tensor:
@@ -78,22 +75,23 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
         yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
 
 
-def half_steps(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str) -> Iterator[Row]:
+def half_steps(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
     """Each by itself, as far as it is a residual one."""
+    inverse = case.inverse
     steps = [step.destination for step in inverse.steps if not step.lossy and step.destination in inverse.model.taps]
-    for step, table in measure_half_steps(inverse, truth, settings, steps=steps, **QUIET).groupby("step", sort=False):
+    for step, table in measure_half_steps([case], settings, steps=steps, **QUIET).groupby("step", sort=False):
         yield from rows_of(f"{name}, {step} alone, {words}", table)
 
 
-def chain(name: str, inverse: ExactInverse, truth: Truth, settings: Settings, words: str) -> Iterator[Row]:
+def chain(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
     """From the tap to where exactness ends; how every image fared, and where it was lost first."""
-    table = measure_chain(inverse, truth, settings, **QUIET)
-    yield from rows_of(f"{name}, {inverse.source} to {inverse.reached}, {words}", table)
+    table = measure_chain([case], settings, **QUIET)
+    yield from rows_of(f"{name}, {case.inverse.source} to {case.inverse.reached}, {words}", table)
 
 
-def folded(name: str, inverse: ExactInverse, step: str, truth: Truth, examples: int, curves: int) -> Iterator[Row]:
+def folded(name: str, case: Case, step: str, examples: int, curves: int) -> Iterator[Row]:
     """The roots of a half-step on tokens, from the true y, and how often each rule picks the truth's."""
-    table = root_rows(inverse.model.target, [find_roots(inverse, step, truth, examples, curves)])
+    table = root_rows(case.inverse.model.target, [find_roots(case, step, examples, curves)])
     yield from rows_of(f"{name}, roots of {step}, {examples} examples, {curves} rounds of curves", table)
 
 
@@ -148,27 +146,23 @@ def main() -> Iterator[Row]:
     fit, alone, many, few = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
     yield from costs(threads)
     last = fitted("scenes-vit", fit, "blocks.5")
-    truth = recorded_truth(last, test_images(last.model.target, max(alone, many, few)))
-
-    def some(number: int) -> Truth:
-        return {tap: each.index(torch.arange(number)) for tap, each in truth.items()}
-
+    every = Case.of(last, test_images(last.model.target, max(alone, many, few)))
     for tap in ("blocks.4", "blocks.3"):
-        yield from chain("scenes-vit", last.at(tap), some(few), CHOOSING, threads)
+        yield from chain("scenes-vit", Case(last.at(tap), every.first(few).streams), CHOOSING, threads)
     for tap in ("blocks.5", "blocks.0"):
-        yield from folded("scenes-vit", last, tap, some(max(1, few // 2)), 8 if FULL else 2, 1)
-    yield from chain("scenes-vit", last, some(many), CHOOSING, threads)
-    yield from half_steps("scenes-vit", last, some(alone), CHOOSING, threads)
+        yield from folded("scenes-vit", every.first(max(1, few // 2)), tap, 8 if FULL else 2, 1)
+    yield from chain("scenes-vit", every.first(many), CHOOSING, threads)
+    yield from half_steps("scenes-vit", every.first(alone), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
     images = open_images("scenes", "train", untrained, 40)
     random = fit_exact(untrained, images, taps=["blocks.5"], stages=2, progress=False)["blocks.5"]
-    recorded = recorded_truth(random, test_images(untrained, 2 * few))
-    yield from chain("scenes-vit with random weights", random, recorded, CHOOSING, threads)
+    drawn = Case.of(random, test_images(untrained, 2 * few))
+    yield from chain("scenes-vit with random weights", drawn, CHOOSING, threads)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):
         if FULL:
             inverse = fitted(name, 128, tap)
-            recorded = recorded_truth(inverse, test_images(inverse.model.target, 16))
-            yield from chain(name, inverse, recorded, CHOOSING, threads)
+            judged = Case.of(inverse, test_images(inverse.model.target, 16))
+            yield from chain(name, judged, CHOOSING, threads)
 
 
 if __name__ == "__main__":

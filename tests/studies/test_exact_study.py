@@ -26,7 +26,7 @@ from backsight.studies.exact import (
     outcomes_of,
     where_exactness_ends,
 )
-from backsight.studies.roots import RootChoosing, cases_of, judged, recorded_truth
+from backsight.studies.roots import Case, RootChoosing, judged
 from backsight.studies.second_roots import (
     FoundRoots,
     find_roots,
@@ -66,7 +66,7 @@ def kinked(x: Tensor) -> Tensor:
     return x - 2 * x.tanh()
 
 
-def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, Tokens]]:
+def folded(usual: ExactInverse, start: float) -> Case:
     """The same model with a last half-step that folds in one channel; truth: its lower root; start: where to begin."""
     model = usual.model
     number = model.taps[LAST]
@@ -82,7 +82,7 @@ def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, T
     half = Half(replace(model.steps[number], forward=forward, jacobian=jacobian))
     model = replace(model, steps={**model.steps, number: half.step})
     model.__dict__["single"] = model
-    truth = recorded_truth(usual, images_of(usual, 2))
+    truth = Case.of(usual, images_of(usual, 2)).streams
     there = truth[HALF].values.clone()
     there[..., 0] = -SECOND / 2
     width = there.shape[-1]
@@ -94,7 +94,7 @@ def folded(usual: ExactInverse, start: float) -> tuple[ExactInverse, dict[str, T
     fitted = {**usual.fitted(), LAST: half}
     changed = RootChoosing(model, LAST, fitted, settings=Settings(choose=False))
     streams = {**truth, HALF: truth[HALF].replace(there), LAST: truth[LAST].replace(forward(there))}
-    return changed, streams
+    return Case(changed, streams)
 
 
 def value(table, measure: str, **where: object) -> float:  # type: ignore[no-untyped-def]
@@ -110,19 +110,19 @@ def rows_of(found: FoundRoots):  # type: ignore[no-untyped-def]
 
 
 def test_contractions_are_back_alone_and_in_a_chain(usual: ExactInverse) -> None:
-    truth = recorded_truth(usual, images_of(usual, 3))
-    alone = measure_half_steps(usual, truth, **QUIET)
+    case = Case.of(usual, images_of(usual, 3))
+    alone = measure_half_steps([case], **QUIET)
     assert set(METRIC_COLUMNS) <= set(alone.columns)
     assert list(dict.fromkeys(alone["step"])) == ["blocks.1", "blocks.1.attn", "blocks.0", "blocks.0.attn"]
     assert (alone[alone["measure"] == "back"]["value"] == 1).all()
     assert (alone[alone["measure"] == "back"]["low"] == wilson_interval(3, 3)[0]).all()
-    chain = measure_chain(usual, truth, **QUIET)
+    chain = measure_chain([case], **QUIET)
     assert value(chain, "back") == 1
     assert sum(value(chain, fate) for fate in FATES) == 1
     assert value(chain, "error", step=None) < 1e-10
     assert value(chain, "survived", step="blocks.0.attn") == 1
     for step in foldable_steps(usual):
-        roots = rows_of(find_roots(usual, step, truth, examples=2))
+        roots = rows_of(find_roots(case, step, examples=2))
         assert value(roots, "roots") == 1
         assert value(roots, "several_roots") == value(roots, "negative_determinant") == 0
         assert value(roots, "truth_found") == value(roots, "complete") == 1
@@ -133,38 +133,36 @@ def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> N
     untrained = small_timm("ViT").untrained(3)
     other = fit_exact(untrained, images_of(usual, 10), taps=[LAST], stages=1, progress=False)[LAST]
     one = images_of(usual, 1)
-    truths = [recorded_truth(each, one) for each in (usual, other)]
-    table = measure_half_steps([usual, other], truths, steps=["blocks.0"], **QUIET)
+    cases = [Case.of(each, one) for each in (usual, other)]
+    table = measure_half_steps(cases, steps=["blocks.0"], **QUIET)
     rows = table[table["measure"] == "back"]
     assert rows[["n", "seeds"]].to_numpy().tolist() == [[1, 2]]
     assert rows["value"].tolist() == [1.0]
     with pytest.raises(BacksightError, match="nearest"):
-        measure_half_steps(usual, truths[0], steps=["blocks.7"], **QUIET)
-    with pytest.raises(ValueError, match="own truth"):
-        measure_half_steps([usual, other], truths[:1], **QUIET)
+        measure_half_steps(cases, steps=["blocks.7"], **QUIET)
 
 
 def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
-    alone = measure_half_steps(inverse, truth, inverse.settings, steps=[LAST], **QUIET)
+    case = folded(usual, start=2.5)
+    alone = measure_half_steps([case], case.inverse.settings, steps=[LAST], **QUIET)
     assert value(alone, "another_root") == 1
     assert value(alone, "tokens_right") == 0
-    table = follow_chain(inverse, truth, **QUIET)
+    table = follow_chain(case, **QUIET)
     assert outcomes_of(table)["fate"].tolist() == ["another_root"] * 2
     assert outcomes_of(table)["lost_at"].tolist() == [LAST] * 2
     assert set(table["step"]) == {LAST}  # a wrong image is followed no further
-    chain = measure_chain(inverse, truth, **QUIET)
+    chain = measure_chain([case], **QUIET)
     assert [value(chain, fate) for fate in FATES] == [0, 1, 0, 0]
     assert value(chain, "lost_another_root", step=LAST) == 1
     assert value(chain, "survived", step="blocks.0.attn") == 0
-    right, there = folded(usual, start=-2.5)
-    table = measure_half_steps(right, there, right.settings, steps=[LAST], **QUIET)
+    right = folded(usual, start=-2.5)
+    table = measure_half_steps([right], right.inverse.settings, steps=[LAST], **QUIET)
     assert value(table, "back") == 1
 
 
 def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports that say what they are told: the accounting reads them alone."""
-    truth = recorded_truth(usual, images_of(usual, 5))
+    case = Case.of(usual, images_of(usual, 5))
 
     def told(inverse: ExactInverse, trace: object, *others: object) -> pd.DataFrame:
         table, count = judged(inverse, trace, *others), len(trace.values)
@@ -174,10 +172,10 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
         return table.assign(error=error, another_root=another, solved=[True, True, False, True, False])
 
     monkeypatch.setattr(study, "judged", told)
-    outcomes = outcomes_of(follow_chain(usual, truth, **QUIET))
+    outcomes = outcomes_of(follow_chain(case, **QUIET))
     assert outcomes["fate"].tolist() == ["back", "another_root", "unsolved", "error_grown", "unsolved"]
     assert outcomes["lost_at"].tolist()[1:] == [HALF] * 4
-    chain = measure_chain(usual, truth, **QUIET)
+    chain = measure_chain([case], **QUIET)
     assert [value(chain, fate) for fate in FATES] == pytest.approx([0.2, 0.2, 0.4, 0.2])
     assert value(chain, "survived", step="blocks.1") == 1
     assert value(chain, "survived", step="blocks.1.attn") == pytest.approx(0.2)
@@ -186,9 +184,9 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
 
 
 def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
-    found = find_roots(inverse, LAST, truth, examples=1)
-    tokens = truth[LAST].values.shape[1]
+    case = folded(usual, start=2.5)
+    found = find_roots(case, LAST, examples=1)
+    tokens = case.streams[LAST].values.shape[1]
     assert found.roots.count.tolist() == [3] * (2 * tokens)
     assert found.roots.degree.tolist() == [1.0] * (2 * tokens)
     others, root = found.nearest_other()
@@ -205,19 +203,16 @@ def test_a_block_with_more_roots_is_told_with_the_distance_of_the_others(usual: 
 
 
 def test_what_roots_are_of_is_refused_where_they_cannot_be_listed(usual: ExactInverse) -> None:
-    truth = recorded_truth(usual, images_of(usual, 1))
+    case = Case.of(usual, images_of(usual, 1))
     assert foldable_steps(usual) == ["blocks.0", "blocks.1"]
     with pytest.raises(BacksightError, match="mixes tokens"):
-        find_roots(usual, "blocks.1.attn", truth)
+        find_roots(case, "blocks.1.attn")
     with pytest.raises(BacksightError, match="no half-step"):
-        find_roots(usual, "blocks.3", truth)
-    single = {tap: each.replace(each.values.float()) for tap, each in truth.items()}
-    with pytest.raises(ValueError, match="float32"):
-        find_roots(usual, "blocks.1", single)
+        find_roots(case, "blocks.3")
 
 
 def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
+    case = folded(usual, start=2.5)
     images = images_of(usual, 2)
     size = images.shape[2:]
 
@@ -228,13 +223,13 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
     def blind(representation: Tokens) -> Tensor:
         return torch.full((representation.batch, 3, *size), 0.5)
 
-    case, found = cases_of(inverse, truth)[0], find_roots(inverse, LAST, truth, examples=1)
+    found = find_roots(case, LAST, examples=1)
     families = {"linear": {HALF: decoder}, "modular": {HALF: blind}}
     shown = second_root_pictures(case, found, images, families, **QUIET)
     assert set(shown.metrics["tap"]) == {HALF}
     for picture in (TRUE_STREAM, ONE_TOKEN, ALL_TOKENS):
         assert value(shown.metrics, "residual_largest", picture=picture) < 1e-10
-    tokens = truth[LAST].values.shape[1]
+    tokens = case.streams[LAST].values.shape[1]
     # Every token's first channel goes from −1.915 to 0, so that grey goes from 0.1284 to 0.5.
     low = torch.tensor(-SECOND / 2).sigmoid()
     expected = float(-20 * (0.5 - low).log10())
@@ -252,7 +247,8 @@ def test_second_roots_lead_to_the_same_y_and_are_seen_where_a_decoder_looks(usua
 
 
 def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactInverse) -> None:
-    inverse, truth = folded(usual, start=2.5)
+    case = folded(usual, start=2.5)
+    inverse, truth = case.inverse, case.streams
 
     def grey(representation: Tokens) -> Tensor:
         first = representation.values[:, 0, 0].float().sigmoid()
@@ -267,7 +263,8 @@ def test_second_roots_are_taken_back_exactly_to_where_a_decoder_is(usual: ExactI
     last = inverse.model.between(LAST, HALF)[0]
     with torch.no_grad():
         streams[LAST] = truth[LAST].replace(last(half))
-    case, found = cases_of(inverse, streams)[0], find_roots(inverse, LAST, streams, examples=1)
+    case = Case(inverse, streams)
+    found = find_roots(case, LAST, examples=1)
     shown = second_root_pictures(case, found, images_of(usual, 2), {"linear": {"blocks.0": grey}}, **QUIET)
     assert set(shown.metrics["tap"]) == {"blocks.0"}
     for picture in (ONE_TOKEN, ALL_TOKENS):

@@ -30,7 +30,7 @@ from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel, Lost, NotInvertibleError, walk
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Tokens
-from backsight.studies.roots import Case, RootChoosing, Truth, cases_of, judged, recorded_truth
+from backsight.studies.roots import Case, RootChoosing, judged
 from backsight.studies.second_roots import (
     SecondRoots,
     find_roots,
@@ -101,8 +101,7 @@ def _why(target: Target, end: Lost, affine: bool) -> str:
 
 
 def measure_half_steps(
-    inverse: ExactInverse | Sequence[ExactInverse],
-    truth: Truth | Sequence[Truth],
+    cases: Sequence[Case],
     settings: Settings = ALONE,
     *,
     steps: Sequence[str] | None = None,
@@ -112,12 +111,11 @@ def measure_half_steps(
 ) -> pd.DataFrame:
     """Every half-step by itself, from the true stream behind it. Tidy rows, `step` its end and `to` its beginning.
 
-    inverse: of the deepest tap, or several of one architecture with different weights (seeds), and truth the same
-    (`recorded_truth`); steps: names of the streams that they lead to, default all between the tap and where exactness
-    ends (where a block has no tap between its halves, both together). Measures: back, another_root, unsolved,
-    error_grown (shares of images, sum 1); tokens_right; error (median); seconds (an image, of solving alone).
+    cases: of one architecture and the same images, by seed of the weights; steps: names of the streams that they lead
+    to, default all between the tap and where exactness ends (where a block has no tap between its halves, both
+    together). Measures: back, another_root, unsolved, error_grown (shares of images, sum 1); tokens_right; error
+    (median); seconds (an image, of solving alone).
     """
-    cases = cases_of(inverse, truth)
     spans = _spans(cases[0].inverse)
     chosen = _chosen(steps, [tap for tap, _ in spans], "half-step")
     rows = TidyRows.about(cases[0].inverse.model.target, dataset, "test", seed)
@@ -203,14 +201,12 @@ def _add_outcomes(rows: TidyRows, outcomes: Sequence[pd.DataFrame], tap: str, **
 # -------------------------------------------------------------------------------------------------------- the chain
 
 
-def follow_chain(
-    inverse: ExactInverse, truth: Truth, settings: Settings | None = None, progress: bool = True
-) -> pd.DataFrame:
+def follow_chain(case: Case, settings: Settings | None = None, progress: bool = True) -> pd.DataFrame:
     """The way of every image from the tap of the inverse to where exactness ends: a row an image and step (`judged`).
 
     An image is followed, tap by tap, as long as it is right.
     """
-    case, one = cases_of(inverse, truth)[0], inverse.at(inverse.source, settings)
+    one = case.inverse.at(case.inverse.source, settings)
     alive, streams = torch.arange(case.count), case.streams[one.source]
     tables = []
     for tap, before in tqdm(_spans(one), desc="chain", leave=False, disable=not progress):
@@ -225,8 +221,7 @@ def follow_chain(
 
 
 def measure_chain(
-    inverse: ExactInverse | Sequence[ExactInverse],
-    truth: Truth | Sequence[Truth],
+    cases: Sequence[Case],
     settings: Settings | None = None,
     *,
     dataset: str = "scenes",
@@ -238,9 +233,8 @@ def measure_chain(
     Without a step, of the whole way: the measures of `measure_half_steps`. With a step: survived (share still right
     behind it), lost_another_root, lost_unsolved, lost_error_grown (share lost first here).
     """
-    cases = cases_of(inverse, truth)
     first = cases[0].inverse
-    outcomes = [outcomes_of(follow_chain(case.inverse, case.streams, settings, progress)) for case in cases]
+    outcomes = [outcomes_of(follow_chain(case, settings, progress)) for case in cases]
     rows, tap = TidyRows.about(first.model.target, dataset, "test", seed), first.source
     _add_outcomes(rows, outcomes, tap)
     order = {step.destination: number for number, step in enumerate(first.steps[::-1])}
@@ -288,27 +282,26 @@ def measure_exactness(
     most = max(n, n_chain)
     pictures = next(batches(open_images(images, "test", target, most, seed), most))
     inverse = _fitted_inverse(target, tap, training, families.get("linear", {}), fit_images)
-    every = cases_of(inverse, recorded_truth(inverse, pictures))[0]
+    every = Case.of(inverse, pictures)
     about: dict[str, Any] = {"dataset": images, "seed": seed, "progress": progress}
-    tables = [("half_step", measure_half_steps(inverse, every.first(n).streams, **about))]
-    tables.append(("chain", measure_chain(inverse, every.first(n_chain).streams, ALONE, **about)))
+    tables = [("half_step", measure_half_steps([every.first(n)], **about))]
+    tables.append(("chain", measure_chain([every.first(n_chain)], ALONE, **about)))
     second = {}
     few = every.first(min(n, n_roots))
     steps = _chosen(root_steps, foldable_steps(inverse), "half-step on tokens")
     for step in steps:
-        roots = find_roots(inverse, step, few.streams, examples, curves)
+        roots = find_roots(few, step, examples, curves)
         tables.append(("roots", root_rows(target, [roots], images, seed)))
         if families and bool((roots.roots.count > 1).any()):
             second[step] = second_root_pictures(few, roots, pictures[: few.count], families, ALONE, **about)
             tables.append(("second_root", second[step].metrics))
     if seeds:
         drawn = [_fitted_inverse(target.untrained(k), inverse.source, training, {}, fit_images) for k in seeds]
-        truths = [recorded_truth(one, pictures[:n]) for one in drawn]
-        tables.append(("half_step", measure_half_steps(drawn, truths, **about)))
-        tables.append(("chain", measure_chain(drawn, truths, ALONE, **about)))
+        cases = [Case.of(one, pictures[:n]) for one in drawn]
+        tables.append(("half_step", measure_half_steps(cases, **about)))
+        tables.append(("chain", measure_chain(cases, ALONE, **about)))
         for step in steps:
-            cases = cases_of(drawn, truths)
-            found = [find_roots(case.inverse, step, case.first(n_roots).streams, examples, curves) for case in cases]
+            found = [find_roots(case.first(n_roots), step, examples, curves) for case in cases]
             tables.append(("roots", root_rows(drawn[0].model.target, found, images, seed)))
     return pd.concat([table.assign(study=study) for study, table in tables], ignore_index=True), second
 

@@ -1,6 +1,6 @@
 """An exact inverse that looks for roots, and what its way back met: the instruments of several studies.
 
-Truth is recorded in float64 (`recorded_truth`): in float32, round-off alone makes wrong roots.
+Truth is recorded in float64 (`Case.of`): in float32, round-off alone makes wrong roots.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,14 +20,12 @@ from backsight.exact.solver import Settings, Solution
 from backsight.exact.starts import Half
 from backsight.exact.steps import Step
 from backsight.inverses.families import Reconstruct
-from backsight.representation import Representation, Tokens
+from backsight.representation import Representation, Tokens, concatenate
 from backsight.studies.continuation import token_roots
 from backsight.tables.names import RIGHT
 
 SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
 BASES = ("modular", "direct", "linear")  # of a MAP inverse, the first that is there
-
-Truth = Mapping[str, Representation]
 
 
 class RootChoosing(ExactInverse):
@@ -100,6 +99,25 @@ class Case:
     inverse: ExactInverse
     streams: Mapping[str, Tokens]
 
+    @classmethod
+    def of(cls, inverse: ExactInverse, images: Tensor, batch_size: int = 64) -> Case:
+        """The truth of images (N, 3, H, W); streams that are no tap are made by the model's own steps.
+
+        Raises BacksightError where no exact step leads back from the tap.
+        """
+        if inverse.reached == inverse.source:
+            raise BacksightError(f"No exact step leads back from {inverse.source}: choose a later tap.")
+        taps = [
+            tap for tap in inverse.model.taps if tap in (inverse.reached, *(step.destination for step in inverse.steps))
+        ]
+        parts = [inverse.model.target.record(part.double(), taps) for part in images.split(batch_size)]
+        streams: dict[str, Any] = {tap: concatenate([part[tap] for part in parts]) for tap in taps}
+        with torch.no_grad():
+            for step in inverse.steps:
+                before = streams[step.source]
+                streams.setdefault(step.destination, before.replace(step(before.values)))
+        return cls(inverse, streams)
+
     @property
     def count(self) -> int:
         return next(iter(self.streams.values())).batch
@@ -110,52 +128,12 @@ class Case:
         return Case(self.inverse, {name: tokens.index(few) for name, tokens in self.streams.items()})
 
 
-def recorded_truth(inverse: ExactInverse, images: Tensor, batch_size: int = 64) -> dict[str, Representation]:
-    """{tap: representation} of images (N, 3, H, W) at every known tap of an exact inverse's model, in float64."""
-    taps = sorted(inverse.model.taps, key=inverse.model.taps.__getitem__)
-    parts = [inverse.model.target.record(part.double(), taps) for part in images.split(batch_size)]
-    return {
-        tap: parts[0][tap].replace(torch.cat([part[tap].values for part in parts]))
-        for tap in taps
-        if isinstance(parts[0][tap], Tokens)
-    }
-
-
-def cases_of(inverse: ExactInverse | Sequence[ExactInverse], truth: Truth | Sequence[Truth]) -> list[Case]:
-    """One case for each set of weights, of one architecture and from one tap, all judged on the same images."""
-    inverses = [inverse] if isinstance(inverse, ExactInverse) else list(inverse)
-    truths = [truth] if isinstance(truth, Mapping) else list(truth)
-    if not inverses or len(inverses) != len(truths):
-        raise ValueError(f"each inverse needs its own truth, not {len(truths)} for {len(inverses)}")
-    cases = [Case(one, _streams(one, recorded)) for one, recorded in zip(inverses, truths, strict=True)]
-    if len({(case.inverse.source, case.inverse.reached, case.count) for case in cases}) > 1:
-        raise ValueError("inverses that are judged together differ in their weights alone, not in taps or images")
-    return cases
-
-
-def _streams(inverse: ExactInverse, truth: Truth) -> dict[str, Tokens]:
-    """The truth at every stream of the chain; what is no tap is made by the model's own steps."""
-    if inverse.reached == inverse.source:
-        raise BacksightError(f"No exact step leads back from {inverse.source}: choose a later tap.")
-    streams: dict[str, Tokens] = {}
-    with torch.no_grad():
-        for step in inverse.steps:
-            for name in (step.source, step.destination):
-                tokens = truth.get(name)
-                if isinstance(tokens, Tokens):
-                    if tokens.values.dtype != torch.float64:
-                        raise ValueError(f"the truth at {name} is {tokens.values.dtype}: use recorded_truth()")
-                    streams[name] = tokens
-            if step.destination not in streams:
-                before = streams[step.source]
-                streams[step.destination] = before.replace(step(before.values))
-    return streams
-
-
 # What a trace met
 
 
-def judged(inverse: ExactInverse, trace: Trace, representation: Representation, truth: Truth) -> pd.DataFrame:
+def judged(
+    inverse: ExactInverse, trace: Trace, representation: Representation, truth: Mapping[str, Tokens]
+) -> pd.DataFrame:
     """A row for each sample and step of a trace, steps from the last to the first; truth: by stream, in float64.
 
     sample, step, to, solved, seconds (of a sample); error: relative, of x, NaN without truth; another_root: solved,

@@ -24,7 +24,7 @@ from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Tokens
 from backsight.studies.continuation import TOLERANCE, TokenRoots, polished, token_roots, token_signs
-from backsight.studies.roots import Case, RootChoosing, Truth, cases_of, relative_error
+from backsight.studies.roots import Case, RootChoosing, relative_error
 from backsight.studies.tidy_rows import TidyRows
 from backsight.tables.names import ALL_TOKENS, EXACT, ONE_TOKEN, RANDOM_MOVE, RIGHT, TRUE_STREAM
 from backsight.targets.base import Target
@@ -64,17 +64,18 @@ def foldable_steps(inverse: ExactInverse) -> list[str]:
     return [step.destination for step in inverse.steps if step.tokenwise and step.norm is None]
 
 
-def find_roots(inverse: ExactInverse, destination: str, truth: Truth, examples: int = 8, rounds: int = 1) -> FoundRoots:
+def find_roots(case: Case, destination: str, examples: int = 8, rounds: int = 1) -> FoundRoots:
     """The roots of the half-step that leads to `destination`, from the true y, and what rules make of them.
 
     Starts: the staged ridge guess, its first stage (linear), y itself, the staged guess made longer, the errors of the
     nearest training tokens (as many as `examples`); the truth is no start. rounds: of curves through known roots.
     Raises BacksightError on half-steps that mix tokens.
     """
+    inverse, streams = case.inverse, case.streams
     halves = inverse.fitted()
     if destination not in halves:
         raise BacksightError(f"There is no half-step {destination!r}; {nearest(destination, list(halves))}.")
-    half, streams = halves[destination], cases_of(inverse, truth)[0].streams
+    half = halves[destination]
     step, y = half.step, streams[destination].values
     single = {step.destination: step for step in inverse.model.single.between(inverse.source, inverse.reached)}
     flat, tokens = streams[step.source].values.flatten(0, 1), y.shape[1]
