@@ -76,10 +76,7 @@ def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
 
 
 def half_steps(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
-    """Each by itself, as far as it is a residual one."""
-    inverse = case.inverse
-    steps = [step.destination for step in inverse.steps if not step.lossy and step.destination in inverse.model.taps]
-    for step, table in measure_half_steps([case], settings, steps=steps, **QUIET).groupby("step", sort=False):
+    for step, table in measure_half_steps([case], settings, **QUIET).groupby("step", sort=False):
         yield from rows_of(f"{name}, {step} alone, {words}", table)
 
 

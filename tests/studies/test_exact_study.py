@@ -134,19 +134,17 @@ def test_a_single_image_and_several_weights_are_pooled(usual: ExactInverse) -> N
     other = fit_exact(untrained, images_of(usual, 10), taps=[LAST], stages=1, progress=False)[LAST]
     one = images_of(usual, 1)
     cases = [Case.of(each, one) for each in (usual, other)]
-    table = measure_half_steps(cases, steps=["blocks.0"], **QUIET)
-    rows = table[table["measure"] == "back"]
+    table = measure_half_steps(cases, **QUIET)
+    rows = table[(table["measure"] == "back") & (table["step"] == "blocks.0")]
     assert rows[["n", "seeds"]].to_numpy().tolist() == [[1, 2]]
     assert rows["value"].tolist() == [1.0]
-    with pytest.raises(BacksightError, match="nearest"):
-        measure_half_steps(cases, steps=["blocks.7"], **QUIET)
 
 
 def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None:
     case = folded(usual, start=2.5)
-    alone = measure_half_steps([case], case.inverse.settings, steps=[LAST], **QUIET)
-    assert value(alone, "another_root") == 1
-    assert value(alone, "tokens_right") == 0
+    alone = measure_half_steps([case], case.inverse.settings, **QUIET)
+    assert value(alone, "another_root", step=LAST) == 1
+    assert value(alone, "tokens_right", step=LAST) == 0
     table = follow_chain(case, **QUIET)
     assert outcomes_of(table)["fate"].tolist() == ["another_root"] * 2
     assert outcomes_of(table)["lost_at"].tolist() == [LAST] * 2
@@ -156,8 +154,8 @@ def test_another_root_and_where_it_was_met_are_told(usual: ExactInverse) -> None
     assert value(chain, "lost_another_root", step=LAST) == 1
     assert value(chain, "survived", step="blocks.0.attn") == 0
     right = folded(usual, start=-2.5)
-    table = measure_half_steps([right], right.inverse.settings, steps=[LAST], **QUIET)
-    assert value(table, "back") == 1
+    table = measure_half_steps([right], right.inverse.settings, **QUIET)
+    assert value(table, "back", step=LAST) == 1
 
 
 def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +292,8 @@ def test_the_whole_study_runs_small() -> None:
     shown = torch.nn.functional.interpolate(pictures(24), size=target.image_size)
     families = {"linear": fit_linear(target, shown, taps=["patch_embed", "blocks.0"], progress=False)}
     counts = {"n": 2, "n_chain": 3, "n_roots": 1, "fit_images": 10, "examples": 1, "curves": 0}
+    with pytest.raises(BacksightError, match="nearest: blocks"):
+        measure_exactness(target, families, root_steps=["blocks.7"], **counts, **QUIET)
     metrics, second_roots = measure_exactness(target, families, tap="blocks.0", seeds=(0, 1), **counts, **QUIET)
     assert set(metrics["study"]) == {"half_step", "chain", "roots"}  # no second root: no picture of one
     assert second_roots == {}

@@ -20,17 +20,15 @@ from backsight.exact.starts import DENSE
 from backsight.exact.steps import Step
 
 UNREACHED = 1e-3  # relative residual of a linear solve that counts as none
-TIGHT = 1e-8  # relative residual that linear solves aim at
+TIGHT, KRYLOV = 1e-8, 200  # relative residual that linear solves aim at, and their products
 
 
-def amplification(
-    step: Step, x: Tensor, probes: int = 8, iterations: int = 10, krylov: int = 200, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def amplification(step: Step, x: Tensor, probes: int = 8, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(mean (B,), largest (B,)) growth |J⁻¹ e| / |e| of an error e in y on its way back to x (B, n, c).
 
     mean: root mean square over white noise (where tokens see one another, `probes` vectors of it); largest: of all
     directions (there a lower bound, from so many `iterations` of the power method on J⁻ᵀJ⁻¹). Both are infinite where
-    the derivative J has no inverse, or a Krylov space of the given size does not reach it.
+    the derivative J has no inverse, or a Krylov space does not reach it.
     """
     _check(step)
     x = x.detach()
@@ -47,17 +45,15 @@ def amplification(
     with torch.no_grad():
         for _ in range(iterations):
             vector = vector / vector.norm(dim=1, keepdim=True)
-            back = _solved_product(forward, vector, krylov)
-            vector = _solved_product(backward, back.nan_to_num(0.0, 0.0), krylov)
+            back = _solved_product(forward, vector)
+            vector = _solved_product(backward, back.nan_to_num(0.0, 0.0))
             reached = back.isfinite().all(1) & vector.isfinite().all(1) & largest.isfinite()
             largest = back.norm(dim=1).masked_fill(~reached, torch.inf)
             vector = vector.nan_to_num(1.0, 1.0)
-    return _grown([step], [x], noise, krylov)[0], largest
+    return _grown([step], [x], noise)[0], largest
 
 
-def chain_amplification(
-    steps: Sequence[Step], x: Tensor, probes: int = 8, krylov: int = 200, seed: int = 0
-) -> list[Tensor]:
+def chain_amplification(steps: Sequence[Step], x: Tensor, probes: int = 8, seed: int = 0) -> list[Tensor]:
     """Growth of white noise at the end of residual steps on its way back, at the stream before each, the last first.
 
     x: (B, n, c) the stream before the first step. Each (B,): root mean square over `probes` noise vectors e of
@@ -70,25 +66,25 @@ def chain_amplification(
             streams.append(step(streams[-1]))
     generator = torch.Generator(device=x.device).manual_seed(seed)
     noise = torch.randn((probes, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
-    return _grown(steps, streams[:-1], noise, krylov)
+    return _grown(steps, streams[:-1], noise)
 
 
-def _grown(steps: Sequence[Step], streams: Sequence[Tensor], noise: Tensor, krylov: int) -> list[Tensor]:
+def _grown(steps: Sequence[Step], streams: Sequence[Tensor], noise: Tensor) -> list[Tensor]:
     size, grown = noise.flatten(2).square().sum(2), []
     for step, x in zip(reversed(steps), reversed(streams), strict=True):
-        noise = torch.stack([_pulled_back(step, x, error, krylov) for error in noise])
+        noise = torch.stack([_pulled_back(step, x, error) for error in noise])
         growth = (noise.flatten(2).square().sum(2) / size).mean(0).sqrt()
         grown.append(growth.nan_to_num(torch.inf, torch.inf))
     return grown
 
 
-def _pulled_back(step: Step, x: Tensor, error: Tensor, krylov: int) -> Tensor:
+def _pulled_back(step: Step, x: Tensor, error: Tensor) -> Tensor:
     """d with J d = error at x (B, n, c); not finite where it was not reached."""
     if _factored(step, x):
         return solved(step.slopes(x.flatten(0, 1)), error.flatten(0, 1)).view_as(x)
     lost = ~error.flatten(1).isfinite().all(1, keepdim=True)
     here = Linearised(step.forward, x)
-    found = _solved_product(here.of_samples(here.product), error.flatten(1).masked_fill(lost, 0.0), krylov)
+    found = _solved_product(here.of_samples(here.product), error.flatten(1).masked_fill(lost, 0.0))
     return found.masked_fill(lost, torch.inf).view_as(x)
 
 
@@ -104,8 +100,8 @@ def _check(step: Step) -> None:
         )
 
 
-def _solved_product(product: Product, right: Tensor, krylov: int) -> Tensor:
+def _solved_product(product: Product, right: Tensor) -> Tensor:
     """d with product(d) = right; infinite where there is none (or the Krylov space is too small for it)."""
-    found = gmres(product, right, torch.full_like(right[:, 0], TIGHT), krylov)[0]
+    found = gmres(product, right, torch.full_like(right[:, 0], TIGHT), KRYLOV)[0]
     missed = (product(found, torch.arange(len(found), device=found.device)) - right).norm(dim=1)
     return found.masked_fill((missed > UNREACHED * right.norm(dim=1))[:, None], torch.inf)

@@ -104,32 +104,21 @@ def measure_half_steps(
     cases: Sequence[Case],
     settings: Settings = ALONE,
     *,
-    steps: Sequence[str] | None = None,
     dataset: str = "scenes",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Every half-step by itself, from the true stream behind it. Tidy rows, `step` its end and `to` its beginning.
 
-    cases: of one architecture and the same images, by seed of the weights; steps: names of the streams that they lead
-    to, default all between the tap and where exactness ends (where a block has no tap between its halves, both
-    together). Measures: back, another_root, unsolved, error_grown (shares of images, sum 1); tokens_right; error
+    cases: of one architecture and the same images, by seed of the weights. Where a block has no tap between its halves,
+    both together. Measures: back, another_root, unsolved, error_grown (shares of images, sum 1); tokens_right; error
     (median); seconds (an image, of solving alone).
     """
-    spans = _spans(cases[0].inverse)
-    chosen = _chosen(steps, [tap for tap, _ in spans], "half-step")
     rows = TidyRows.about(cases[0].inverse.model.target, dataset, "test", seed)
     everyone = torch.arange(cases[0].count)
-    with tqdm(total=len(chosen) * len(cases), desc="half-steps", leave=False, disable=not progress) as bar:
-        for tap, before in spans:
-            if tap not in chosen:
-                continue
-            outcomes = []
-            for case in cases:
-                table, _ = _taken_back(case.inverse.at(tap, settings), case.streams[tap], case, everyone, before)
-                outcomes.append(outcomes_of(table))
-                bar.update()
-            _add_outcomes(rows, outcomes, tap, step=tap, to=before)
+    for tap, before in tqdm(_spans(cases[0].inverse), desc="half-steps", leave=False, disable=not progress):
+        back = [_taken_back(one.inverse.at(tap, settings), one.streams[tap], one, everyone, before) for one in cases]
+        _add_outcomes(rows, [outcomes_of(table) for table, _ in back], tap, step=tap, to=before)
     return rows.table(*COLUMNS)
 
 
@@ -138,13 +127,6 @@ def _spans(inverse: ExactInverse) -> list[tuple[str, str]]:
     places = inverse.model.taps
     inside = [tap for tap in places if places[inverse.reached] <= places[tap] <= places[inverse.source]]
     return [(later, earlier) for earlier, later in pairwise(sorted(inside, key=places.__getitem__))][::-1]
-
-
-def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
-    for name in names or ():
-        if name not in known:
-            raise BacksightError(f"There is no {what} {name!r}; {nearest(name, list(known))}.")
-    return [name for name in known if names is None or name in names]
 
 
 def _taken_back(
@@ -282,13 +264,16 @@ def measure_exactness(
     most = max(n, n_chain)
     pictures = next(batches(open_images(images, "test", target, most, seed), most))
     inverse = _fitted_inverse(target, tap, training, families.get("linear", {}), fit_images)
+    steps = foldable_steps(inverse)
+    if unknown := [step for step in root_steps or () if step not in steps]:
+        raise BacksightError(f"There is no half-step on tokens {unknown[0]!r}; {nearest(unknown[0], steps)}.")
     every = Case.of(inverse, pictures)
     about: dict[str, Any] = {"dataset": images, "seed": seed, "progress": progress}
     tables = [("half_step", measure_half_steps([every.first(n)], **about))]
     tables.append(("chain", measure_chain([every.first(n_chain)], ALONE, **about)))
     second = {}
     few = every.first(min(n, n_roots))
-    steps = _chosen(root_steps, foldable_steps(inverse), "half-step on tokens")
+    steps = [step for step in steps if root_steps is None or step in root_steps]
     for step in steps:
         roots = find_roots(few, step, examples, curves)
         tables.append(("roots", root_rows(target, [roots], images, seed)))

@@ -17,7 +17,6 @@ iteration).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,22 +36,10 @@ def relative_size(values: Tensor, disturbed: Tensor) -> float:
 # How strongly directions show
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Squared singular values of a derivative J, as a quadrature of their density.
+def spectrum(here: Linearised, steps: int = 60, probes: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(values, weights), each (probes, B, steps): the density of the eigenvalues of JᵀJ by Lanczos quadrature.
 
-    values, weights: (probes, B, steps); the weights of a probe sum to 1. dimensions: columns of J (the null space
-    counted). The large ones are sharp; the smallest are smeared over the gaps between the values.
-    """
-
-    values: Tensor
-    weights: Tensor
-    dimensions: int
-
-
-def spectrum(here: Linearised, steps: int = 60, probes: int = 2, seed: int = 0) -> Spectrum:
-    """The density of the eigenvalues of JᵀJ by Lanczos quadrature, for every sample of a batch.
-
+    The weights of a probe sum to 1. The large values are sharp; the smallest are smeared over the gaps between them.
     steps: products (J, Jᵀ) of one probe; the vectors are kept orthogonal in float64: probes · steps · B · n · c numbers
     of a probe are held.
     """
@@ -83,20 +70,19 @@ def spectrum(here: Linearised, steps: int = 60, probes: int = 2, seed: int = 0) 
         found, vectors = torch.linalg.eigh(matrix)
         values.append(found.clamp(min=0))
         weights.append(vectors[:, 0].square())
-    return Spectrum(torch.stack(values), torch.stack(weights), size)
+    return torch.stack(values), torch.stack(weights)
 
 
-def recoverable(found: Spectrum, sigma: float) -> Tensor:
-    """(B,) directions whose singular value is above σ: seen more strongly than noise of that size.
+def recoverable(values: Tensor, weights: Tensor, dimensions: int, sigma: float) -> Tensor:
+    """(B,) directions, of so many dimensions (columns of J), seen more strongly than noise of the size σ.
 
     Of J as it was whitened: with z = m + w Lᵀ and a residual in units of the tap, a direction of unit prior deviation.
     NaN where σ is below the least value that the products reached: what lies there, a null space say, is not told apart
     from what lies a little higher (take more steps, or leave a known null space out of the columns).
     """
-    count = found.dimensions * (found.weights * (found.values > sigma**2)).sum(-1).mean(0)
-    reached = found.values.amin(-1).amin(0) <= sigma**2
-    whole = found.values.shape[-1] >= found.dimensions
-    return count if whole else torch.where(reached, count, torch.nan)
+    count = dimensions * (weights * (values > sigma**2)).sum(-1).mean(0)
+    reached = values.amin(-1).amin(0) <= sigma**2
+    return count if values.shape[-1] >= dimensions else torch.where(reached, count, torch.nan)
 
 
 def least_seen(
@@ -162,5 +148,7 @@ def recoverable_directions(
     grid = (height // patch[0], width // patch[1])
     forward, at = pixel_forward(target, tap, patch, grid), patchify(images, patch)
     here = Linearised(lambda w: forward(at + w @ factor.T) / scale, at.new_zeros(len(at), at.shape[1], factor.shape[1]))
-    found = spectrum(here, steps, probes, seed)
-    return {sigma: recoverable(found, sigma) for sigma in sigmas}, at[0].numel(), found.dimensions
+    values, weights = spectrum(here, steps, probes, seed)
+    dimensions = here.at[0].numel()
+    counts = {sigma: recoverable(values, weights, dimensions, sigma) for sigma in sigmas}
+    return counts, at[0].numel(), dimensions

@@ -107,9 +107,8 @@ class Case:
         """
         if inverse.reached == inverse.source:
             raise BacksightError(f"No exact step leads back from {inverse.source}: choose a later tap.")
-        taps = [
-            tap for tap in inverse.model.taps if tap in (inverse.reached, *(step.destination for step in inverse.steps))
-        ]
+        chain = {inverse.reached, *(step.destination for step in inverse.steps)}
+        taps = [tap for tap in inverse.model.taps if tap in chain]
         parts = [inverse.model.target.record(part.double(), taps) for part in images.split(batch_size)]
         streams: dict[str, Any] = {tap: concatenate([part[tap] for part in parts]) for tap in taps}
         with torch.no_grad():

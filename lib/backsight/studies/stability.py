@@ -155,39 +155,25 @@ def disturbed(clean: Representation, tap: str, noise: Noise, seed: int = 0) -> R
 # ----------------------------------------------------------------------------------------------------------- the MAP
 
 
-@dataclass(frozen=True)
-class Solved:
-    """What one MAP inverse made of all images: images, steadied (N, 3, H, W), deviation (N, H, W), misfit (N,).
-
-    kept: (posterior, solution) of the first batch.
-    """
-
-    inverse: MapInverse
-    images: Tensor
-    steadied: Tensor
-    deviation: Tensor
-    misfit: Tensor
-    kept: tuple[Posterior, MapSolution]
-
-
-def _solved(uncertainty: Uncertainty, y: Representation) -> Solved:
+def _solved(uncertainty: Uncertainty, y: Representation) -> tuple[list[Tensor], tuple[Posterior, MapSolution]]:
+    """([images, steadied (N, 3, H, W), deviation (N, H, W), misfit (N,)], (posterior, solution) of the first batch)."""
     inverse, made = uncertainty.inverse, []
-    kept: Any = None
+    first: Any = None
     for part in parts_of(y, TOGETHER):
         posterior, solution, patches = inverse.solve(part)
-        kept = kept or (posterior, solution)
+        first = first or (posterior, solution)
         pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, posterior.mean)]
         made.append((*pictures, uncertainty.deviation(posterior, solution), solution.misfit))
-    images, steadied, deviation, misfit = (torch.cat(parts).detach() for parts in zip(*made, strict=True))
-    return Solved(inverse, images, steadied, deviation, misfit, kept)
+    return [torch.cat(parts).detach() for parts in zip(*made, strict=True)], first
 
 
-def _directions(solved: Solved, probes: Probes, seed: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _directions(
+    inverse: MapInverse, posterior: Posterior, solution: MapSolution, probes: Probes, seed: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """((patterns (d, 3, H, W), (d,) share of the prior's variance left), patterns of random directions), first image.
 
     About the MAP solution, with the noise taken larger where the residual is larger than it says, as for its draws.
     """
-    posterior, solution = solved.kept
     residual = posterior.residual(solution.stage)
     excess = solution.misfit.clamp(min=1.0).sqrt().to(solution.w)[:, None, None]
     here = Linearised(lambda w: residual(w) / excess, solution.w)
@@ -196,7 +182,7 @@ def _directions(solved: Solved, probes: Probes, seed: int) -> tuple[tuple[Tensor
     random = torch.randn(seen.shape, generator=generator, dtype=seen.dtype, device=seen.device)
     random = random / random.flatten(2).norm(dim=2)[:, :, None, None]
     seen, random = (
-        torch.stack([solved.inverse.pictures(direction @ posterior.factor.T) for direction in directions])[:, 0]
+        torch.stack([inverse.pictures(direction @ posterior.factor.T) for direction in directions])[:, 0]
         for directions in (seen, random)
     )
     return (seen.detach(), left[:, 0].detach()), random
@@ -264,22 +250,10 @@ def measure_stability(
     pictures = torch.cat(list(batches(images, 64)))
     dataset, split = (None, None) if isinstance(images, Tensor) else (images.name, images.split)
     double = in_precision(target, torch.float64)
-    study = _Study(
-        target=target,
-        double=double,
-        families=families,
-        noises=parsed,
-        images=pictures,
-        held_out=next(batches(calibration, fitted)),
-        exact=exact or {},
-        exact_images=min(exact_images, len(pictures)),
-        settings=settings or MapSettings(),
-        checked=checked,
-        probes=probes or Probes(),
-        seed=seed,
-        rows=TidyRows.about(target, dataset, split, seed),
-        made=Stability(pictures[:SHOWN]),
-    )
+    rows, made = TidyRows.about(target, dataset, split, seed), Stability(pictures[:SHOWN])
+    held_out, exact_images = next(batches(calibration, fitted)), min(exact_images, len(pictures))
+    effort = settings or MapSettings(), checked, probes or Probes(), seed
+    study = _Study(target, double, families, parsed, pictures, held_out, exact or {}, exact_images, *effort, rows, made)
     # A module's own target tells its values in float32, whatever the precision of its pass.
     wide = double.record(pictures[:1].double(), taps[:1])[taps[0]].values.dtype == torch.float64
     embedding = measured_embedding(double if wide else target)
@@ -291,8 +265,8 @@ def measure_stability(
         if study.probes.amplified:
             _measure_amplification(study, taps[-1])
         bar.update()
-    study.made.metrics, study.made.reliability = study.rows.table(*COLUMNS), pd.concat(tables, ignore_index=True)
-    return study.made
+    made.metrics, made.reliability = rows.table(*COLUMNS), pd.concat(tables, ignore_index=True)
+    return made
 
 
 def _recorded(target: Target, images: Tensor, tap: str, size: int = 32) -> Representation:
@@ -321,20 +295,25 @@ def _measure_tap(
             partial(noisy, noise=noise, generator=torch.Generator().manual_seed(study.seed)),
             study.settings, len(study.held_out), study.checked,
         )  # fmt: skip
-        solved = _solved(uncertainty, y)
-        _score(study, tap, y, solved, columns)
-        tables.append(_measure_uncertainty(study, tap, solved.deviation, solved.images - study.images, columns))
+        (images, steadied, deviation, misfit), solution = _solved(uncertainty, y)
+        study.rows.pooled(misfit, "misfit", tap, MAP, **columns)
+        _score(study, tap, y, images, steadied, columns)
+        tables.append(_measure_uncertainty(study, tap, deviation, images - study.images, columns))
         if noise is least:
             made = study.made
-            made.directions[tap], made.random_directions[tap] = _directions(solved, study.probes, study.seed)
+            made.directions[tap], made.random_directions[tap] = _directions(
+                uncertainty.inverse, *solution, study.probes, study.seed
+            )
         done()
-    _measure_recoverable(study, tap, solved.inverse.patch, float(clean.values.std()), embedding)
+    _measure_recoverable(study, tap, uncertainty.inverse.patch, float(clean.values.std()), embedding)
     done()
     return tables
 
 
-def _score(study: _Study, tap: str, y: Representation, solved: Solved, columns: Mapping[str, Any]) -> None:
-    """PSNR of every inverse, and MAP − each other one."""
+def _score(
+    study: _Study, tap: str, y: Representation, solved: Tensor, steadied: Tensor, columns: Mapping[str, Any]
+) -> None:
+    """PSNR of every inverse, and MAP − the best trained one."""
     images, rows = study.images, study.rows
     made: dict[str, list[Tensor]] = {}
     for by_family in study.families.values():
@@ -344,9 +323,9 @@ def _score(study: _Study, tap: str, y: Representation, solved: Solved, columns: 
                     pictures = torch.cat([inverses[tap](part) for part in parts_of(y, 32)]).clamp(0, 1)
                 made.setdefault(family, []).append(pictures)
     trained = list(made)
-    made |= {STEADIED: [solved.steadied], MAP: [solved.images]}
+    made |= {STEADIED: [steadied], MAP: [solved]}
     if len(images) > 1:  # samples do not know of one another: another image's solution is the one of its representation
-        made[NULL_SHUFFLED] = [solved.images.roll(1, 0)]
+        made[NULL_SHUFFLED] = [solved.roll(1, 0)]
     made[NULL_MEAN] = [null_mean(study.held_out).clamp(0, 1).expand_as(images)]
     if tap in study.exact:
         part = y.index(torch.arange(study.exact_images))
@@ -362,25 +341,20 @@ def _score(study: _Study, tap: str, y: Representation, solved: Solved, columns: 
     study.made.pictures[tap, columns["noise"]] = {name: by_seed[0][:SHOWN].clone() for name, by_seed in made.items()}
     candidates = [name for name in trained if name != "linear"] or trained
     best = max(candidates, key=lambda name: float(scores[name].mean()))
-    others = {name: name for name in (*trained, STEADIED, EXACT) if name in scores} | {BEST: best}
-    for against, name in others.items():
-        note = f"best: {best}" if against == BEST else None
-        gain = scores[MAP] - scores[name][:1]
-        rows.pooled(gain, "psnr_difference", tap, MAP, against=against, note=note, **columns)
-    rows.pooled(solved.misfit, "misfit", tap, MAP, **columns)
+    gain = scores[MAP] - scores[best][:1]
+    rows.pooled(gain, "psnr_difference", tap, MAP, against=BEST, note=f"best: {best}", **columns)
 
 
 def _measure_uncertainty(
     study: _Study, tap: str, deviation: Tensor, error: Tensor, columns: Mapping[str, Any]
 ) -> pd.DataFrame:
-    judged = reliability(deviation, error, study.seed)
-    for inverse, interval in judged.calibration_error.items():
+    table, judged = reliability(deviation, error, study.seed)
+    for inverse, (interval, coverage) in judged.items():
         study.rows.one(interval, "calibration_error", tap, inverse, len(error), seeds=1, **columns)
-        study.rows.pooled(judged.coverage[inverse], "coverage", tap, inverse, **columns)
+        study.rows.pooled(coverage, "coverage", tap, inverse, **columns)
     actual = error[:SHOWN].square().mean(1).sqrt()
     study.made.deviations[tap, columns["noise"]] = (deviation[:SHOWN].clone(), actual)
-    places = {"target": study.target.name, "tap": tap, "depth": study.target.depth(tap), **columns}
-    return judged.table.assign(**places, constant=judged.constant)
+    return table.assign(target=study.target.name, tap=tap, depth=study.target.depth(tap), **columns)
 
 
 def _measure_recoverable(

@@ -12,7 +12,6 @@ Sensors 22 (2022) (expected normalised calibration error of a regression's uncer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,24 +120,17 @@ def _around(images: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(images, AROUND, 1, AROUND // 2, count_include_pad=False)
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """Of a MAP inverse, beside one constant deviation of the same mean variance.
+def reliability(
+    deviation: Tensor, error: Tensor, seed: int = 0, bins: int = 10
+) -> tuple[pd.DataFrame, dict[str, tuple[tuple[float, float, float], Tensor]]]:
+    """Whether predicted deviations (N, H, W) above 0 are those of errors (N, C, H, W).
 
-    table: a row a bin of equally many pixels, by predicted deviation: `bin`, `predicted` and `actual` root mean square,
-    `n`; calibration_error: {inverse: (value, low, high)} mean over these bins of |actual − predicted| / predicted (0 is
-    perfect; a constant that is right on average is off wherever errors are rightly said to be small or large);
-    coverage: {inverse: (N,)} share of errors within 1.96 predicted deviations (0.95 of normal errors).
+    Returns a row a bin of equally many pixels, by predicted deviation (`bin`, `predicted` and `actual` root mean
+    square, `n`, and `constant`, one deviation of the same mean variance), and {inverse: (calibration error, coverage)}
+    of MAP and of that constant. Calibration error: (value, low, high), mean over these bins of |actual − predicted| /
+    predicted (0 is perfect; a constant that is right on average is off wherever errors are rightly said to be small or
+    large), images drawn anew; coverage: (N,) share of errors within 1.96 deviations (0.95 of normal errors).
     """
-
-    table: pd.DataFrame
-    constant: float
-    calibration_error: Mapping[str, tuple[float, float, float]]
-    coverage: Mapping[str, Tensor]
-
-
-def reliability(deviation: Tensor, error: Tensor, seed: int = 0, bins: int = 10) -> Reliability:
-    """deviation: (N, H, W) above 0; error: (N, C, H, W). Intervals: images are drawn anew."""
     predicted, count = deviation[:, None].expand_as(error).double(), len(error)
     constant = float(predicted.square().mean().sqrt())
     label = torch.empty(error.numel(), dtype=torch.long)
@@ -164,11 +156,7 @@ def reliability(deviation: Tensor, error: Tensor, seed: int = 0, bins: int = 10)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
     low, high = np.nanquantile(errors(*in_bins(drawn)), [0.025, 0.975], axis=1)
     intervals = zip(errors(said, actual)[:, 0].tolist(), low.tolist(), high.tolist(), strict=True)
-    table = pd.DataFrame(
-        {"bin": range(bins), "predicted": said[0], "actual": actual[0], "n": number.sum(0).astype(int)}
-    )
-    within = {
-        name: (error.double().abs() <= NORMAL_95 * size).double().flatten(1).mean(1)
-        for name, size in ((MAP, predicted), (NULL_CONSTANT, constant))
-    }
-    return Reliability(table, constant, dict(zip(within, intervals, strict=True)), within)
+    columns = {"bin": range(bins), "predicted": said[0], "actual": actual[0], "n": number.sum(0).astype(int)}
+    covered = [(error.double().abs() <= NORMAL_95 * size).double().flatten(1).mean(1) for size in (predicted, constant)]
+    judged = dict(zip((MAP, NULL_CONSTANT), zip(intervals, covered, strict=True), strict=True))
+    return pd.DataFrame({**columns, "constant": constant}), judged
