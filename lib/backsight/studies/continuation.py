@@ -284,7 +284,8 @@ def _added(
         return roots
     new = (token, x, residual, token_signs(step, x))
     known = (roots.token, roots.x, roots.residual, roots.sign)
-    return TokenRoots(*(torch.cat(both) for both in zip(known, new, strict=True)), roots.tokens)
+    token, x, residual, sign = (torch.cat(both) for both in zip(known, new, strict=True))
+    return TokenRoots(token, x, residual, sign, roots.tokens)
 
 
 def _fresh(roots: TokenRoots, token: Tensor, x: Tensor, apart: float) -> Tensor:

@@ -155,8 +155,9 @@ def judged(
                     another &= _elsewhere(inverse, step, y, exact, x, trace.squares.get(step.source), another)
             right = error <= RIGHT
         columns = {"solved": solution.solved.tolist(), "error": error.tolist(), "another_root": another.tolist()}
-        columns |= {"right_tokens": share.tolist(), "seconds": solution.seconds / len(y)}
-        frames.append(pd.DataFrame({"sample": range(len(y)), "step": step.destination, "to": step.source, **columns}))
+        place = {"sample": range(len(y)), "step": step.destination, "to": step.source}
+        times = {"right_tokens": share.tolist(), "seconds": solution.seconds / len(y)}
+        frames.append(pd.DataFrame({**place, **columns, **times}))
         y = x
     return pd.concat(frames, ignore_index=True)
 
