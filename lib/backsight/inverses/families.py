@@ -30,7 +30,6 @@ FAMILIES = {
     "exact": "backsight.exact.inverse:fit_exact",
     "map": "backsight.exact.map:fit_map",
 }  # later rooms are loaded by name, when they are needed
-SOLVED = ("exact", "map")  # no training: a fit of starts and covariances, and a search for every image
 
 
 def fit(
