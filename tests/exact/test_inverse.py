@@ -12,11 +12,18 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.embedding import measured_embedding
 from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
 from backsight.exact.starts import Half
-from backsight.exact.steps import ExactModel, Norm, NotInvertibleError, Step, in_precision, walk
+from backsight.exact.steps import (
+    ExactModel,
+    Norm,
+    NotInvertibleError,
+    Step,
+    in_precision,
+    measured_embedding,
+    walk,
+)
 from backsight.inverses.files import read, save
 from backsight.inverses.linear import fit_linear
 from backsight.targets.base import Target
@@ -98,7 +105,7 @@ def test_one_image_alone_and_a_tap_on_the_way(vit: Target, inverse: ExactInverse
 def test_what_is_no_residual_block_is_refused_with_its_dimensions() -> None:
     with pytest.raises(NotInvertibleError, match="no residual block") as refused:
         walk(small_timm("Swin")).between("layers.1", "layers.0")
-    assert (refused.value.lost.dimension_in, refused.value.lost.dimension_out) == (256 * 16, 64 * 32)
+    assert (refused.value.dimension_in, refused.value.dimension_out) == (256 * 16, 64 * 32)
     convolutional = small_timm("ConvNeXt")
     with pytest.raises(NotInvertibleError):
         walk(convolutional).between(*reversed(convolutional.available_taps[1:3]))

@@ -10,7 +10,7 @@ What is exact is what the model computes: x ↦ x + f(x) may take several x to o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.exact.solver import Settings, Solution
 from backsight.exact.starts import STAGES, Half
-from backsight.exact.steps import ExactModel, Lost, NotInvertibleError, Step
+from backsight.exact.steps import ExactModel, NotInvertibleError, Step
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.module import InverseHeader, Inverses, described, header_for, rebuilt
 from backsight.representation import Representation, Tokens, concatenate
@@ -32,8 +32,8 @@ SWEEPS = 3  # of a post-norm chain: each brings the norms' ε in more exactly, b
 
 @dataclass(frozen=True)
 class Trace:
-    """What an exact inverse did: values (B, n, c) where it ended; steps and solutions, from the last to the first;
-    squares: {stream behind a norm: mean square of û there}."""
+    """values: (B, n, c) where it ended; steps, solutions: from the last to the first; squares: {stream behind a norm:
+    mean square of û there}."""
 
     values: Tensor
     steps: Sequence[Step]
@@ -75,7 +75,7 @@ class ExactInverse(nn.Module):
         self.completion, self.header = completion, None
 
     @property
-    def lost(self) -> Lost | None:
+    def lost(self) -> NotInvertibleError | None:
         """What ends exactness, None where nothing is lost; beside it, lossy steps take the mean of every token."""
         order, embedding = (PIXELS, *self.model.target.available_taps), self.model.embedding
         if self.reached != order[1] or embedding is None:
@@ -83,21 +83,18 @@ class ExactInverse(nn.Module):
         if embedding.rank == len(embedding.matrix):
             return None
         reason = "the patch embedding has no full rank, and the linear inverse completes it"
-        patches = len(embedding.bias)
-        return Lost(order[1], PIXELS, patches * len(embedding.matrix), patches * embedding.rank, reason)
+        dimensions = (len(embedding.bias) * rank for rank in (len(embedding.matrix), embedding.rank))
+        return NotInvertibleError(order[1], PIXELS, *dimensions, reason)
 
     def fitted(self) -> dict[str, Half]:
-        """The half-steps by the stream behind them."""
         return {half.step.destination: half for half in self.halves}
 
     def at(self, tap: str, settings: Settings | None = None) -> Self:
         """The inverse of a tap on its way, which shares what was fitted."""
-        shared = self.fitted(), self.completion, settings or self.settings, self.batch_size
-        return type(self)(self.model, tap, *shared)
+        return type(self)(self.model, tap, self.fitted(), self.completion, settings or self.settings, self.batch_size)
 
     def forward(self, representation: Representation) -> Tensor:
-        every = torch.arange(representation.batch, device=representation.values.device)
-        parts = [representation.index(part) for part in every.split(self.batch_size)]
+        parts = parts_of(representation, self.batch_size)
         return torch.cat([self.images(self.trace(part), part) for part in parts])
 
     def images(self, trace: Trace, representation: Representation) -> Tensor:
@@ -115,7 +112,7 @@ class ExactInverse(nn.Module):
         return images.clamp(0, 1).float()
 
     def trace(self, representation: Representation, to: str | None = None) -> Trace:
-        """Back to the tap `to` (default: as far as exactness goes). Raises BacksightError on padded or unfit tokens."""
+        """Back to the tap `to` (default: as far as exactness goes). Raises BacksightError on other or padded tokens."""
         if not isinstance(representation, Tokens) or representation.padding is not None:
             raise BacksightError(f"The exact inverse of {self.source} reads unpadded tokens, not {representation}.")
         halves = list(self.halves)[::-1][: len(self.model.between(self.source, to or self.reached))]
@@ -130,19 +127,15 @@ class ExactInverse(nn.Module):
                         hat = norm.normalised(half.step.forward(solution.x))
                         squares[half.step.destination] = hat.square().mean(-1, keepdim=True)
                 for number, half in enumerate(halves):
-                    starts = [last[number].x, x] if last else self.starts_of(half, x)
+                    starts = [last[number].x, x] if last else half.starts(x, self.settings.choose)
                     solutions.append(self.solve(half, x, starts, squares.get(half.step.source), stripped))
                     x = solutions[-1].x
         return Trace(x, [half.step for half in halves], solutions, squares)
-
-    def starts_of(self, half: Half, y: Tensor) -> list[Tensor]:
-        return half.starts(y, self.settings.choose)
 
     def solve(self, half: Half, y: Tensor, starts: Sequence[Tensor], square: Tensor | None, stripped: bool) -> Solution:
         return half.solve(y, starts, self.settings, square, stripped)
 
     def configuration(self) -> dict[str, Any]:
-        """All but the numbers, for a file."""
         end = None if self.completion is None else described(self.completion)
         return {"tap": self.source, "reached": self.reached, "settings": asdict(self.settings), "completion": end}
 
@@ -181,43 +174,32 @@ def fit_exact(
     """
     names = target.taps if taps is None else target.resolve_taps(taps)
     model, ends, refused = ExactModel.of(target), {}, {}
-    deepest: dict[str, int] = {}
     for tap in names:
         try:
-            steps, end = model.back_from(tap)
-            if not steps and model.embedding is None:
+            _, end = model.back_from(tap)
+            if end == tap and model.embedding is None:
                 model.between(tap, PIXELS)  # raises
+            ends[tap] = end
         except NotInvertibleError as error:
             refused[tap] = str(error)
-            continue
-        ends[tap] = end
-        if steps:
-            deepest[end] = max(deepest.get(end, 0), model.taps[tap])
     tell_left_out("exact", target, refused, bool(ends))
-    halves = _fitted(model, images, deepest, count, stages)
-    completion = dict(linear or {})
-    if missing := [tap for tap in dict.fromkeys(ends.values()) if tap not in completion]:
-        completion |= fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)
-    inverses = {tap: ExactInverse(model, tap, halves, completion[end], settings) for tap, end in ends.items()}
+    halves = _fitted(model, next(batches(images, count)), ends, stages)
+    ending = completed(linear or {}, ends.values(), target, images, validation, seed, progress)
+    inverses = {tap: ExactInverse(model, tap, halves, ending[end], settings) for tap, end in ends.items()}
     for tap, inverse in inverses.items():
         inverse.header = header_for(target, "exact", tap, PIXELS, images, seed)
     return Inverses(inverses)
 
 
-def _fitted(
-    model: ExactModel, images: ImageSource | Tensor, deepest: Mapping[str, int], count: int, stages: int
-) -> dict[str, Half]:
-    """{stream behind it: half-step}, of runs that begin at taps and end at the streams of these numbers.
-
-    No more than the beginnings, and the streams on either side of one half-step, are held.
-    """
+def _fitted(model: ExactModel, images: Tensor, ends: Mapping[str, str], stages: int) -> dict[str, Half]:
+    """{stream behind it: half-step} on all ways; two streams are held at once."""
+    runs = {tap: end for tap, end in ends.items() if tap != end}
     halves: dict[str, Half] = {}
-    pictures = next(batches(images, count)).double() if deepest else torch.zeros(0)
-    parts = [model.target.record(part, list(deepest)) for part in pictures.split(64)]
-    for tap, last in deepest.items():
-        tokens: Any = concatenate([part.pop(tap) for part in parts])
-        x = tokens.values
-        for number in range(model.taps[tap] + 1, last + 1):
+    parts = [model.target.record(part, list(set(runs.values()))) for part in images.double().split(64)] if runs else []
+    for end in dict.fromkeys(runs.values()):
+        tokens: Any = concatenate([part.pop(end) for part in parts])
+        x, last = tokens.values, max(model.taps[tap] for tap in runs if runs[tap] == end)
+        for number in range(model.taps[end] + 1, last + 1):
             half = Half(model.steps[number])
             with torch.no_grad():
                 y = torch.cat([half.step(part) for part in x.split(64)])
@@ -226,11 +208,30 @@ def _fitted(
     return halves
 
 
+def completed(
+    given: Mapping[str, Any],
+    taps: Iterable[str],
+    target: Target,
+    images: Any,
+    validation: Any,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Inverses to pixels of these taps: the given ones, and linear ones of those that are missing."""
+    if missing := [tap for tap in dict.fromkeys(taps) if tap not in given]:
+        return {**given, **fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)}
+    return dict(given)
+
+
+def parts_of(representation: Representation, size: int) -> list[Representation]:
+    every = torch.arange(representation.batch, device=representation.values.device)
+    return [representation.index(part) for part in every.split(size)]
+
+
 def tell_left_out(family: str, target: Target, refused: Mapping[str, str], some: bool) -> None:
     """Warn once of the taps that a family cannot read; raise BacksightError where it can read none."""
-    if not refused:
-        return
-    taps, reason = ", ".join(refused), next(iter(refused.values()))
+    taps, reason = ", ".join(refused), next(iter(refused.values()), "")
     if not some:
         raise BacksightError(f"{target.name} has no {family} inverse at any of its taps ({taps}). {reason}")
-    warnings.warn(f"{target.name} has no {family} inverse at {taps}. {reason}", stacklevel=3)
+    if refused:
+        warnings.warn(f"{target.name} has no {family} inverse at {taps}. {reason}", stacklevel=3)

@@ -22,10 +22,9 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
-from backsight.exact.inverse import tell_left_out
+from backsight.exact.inverse import completed, parts_of, tell_left_out
 from backsight.exact.solver import Linearised, conjugate_gradients, dot, factored, line_search
-from backsight.exact.starts import HELD_OUT, Numbers, affine, by_group, covariance, groups, of_tokens, ridge
-from backsight.inverses.linear import fit_linear
+from backsight.exact.starts import HELD_OUT, Numbers, affine, by_group, covariance, groups, ridge
 from backsight.inverses.module import InverseHeader, Inverses, described, header_for, rebuilt
 from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Queries, Representation, Tokens, concatenate
@@ -40,7 +39,6 @@ SHORTEST = 0.06  # length of a step below which a search gives up
 FLOOR = 1e-6  # of a covariance's mean variance: directions that never move get this, not an infinite weight
 SIDE = 8  # of the pixel patches of the prior, where the target's tokens cover larger ones
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 3))
-ROUND_OFF = 4.0  # times the machine's ε of the values' deviation: the noise that no representation is without
 GAINS = 16  # groups of neighbouring directions that share a gain
 
 
@@ -48,11 +46,10 @@ GAINS = 16  # groups of neighbouring directions that share a gain
 class MapSettings:
     """How long the search goes on.
 
-    stages: shares of the start's residual covariance that are added to the noise's, in order (the last is the objective
-    that counts; 0: the noise alone), None: decades down to the noise; steps: Gauss–Newton steps of a stage; products:
-    pairs of products (J, Jᵀ) of one step; tolerance: relative residual at which its linear solve ends; damping: first
-    λ; enough: relative fall of the objective below which a stage ends; least: noise that is taken at least, relative to
-    the values' deviation: with less, the products go where hardly anything is to be gained.
+    stages: shares of the start's residual covariance that are added to the noise's, in order (the last is what counts;
+    0: the noise alone), None: decades down to the noise; steps: Gauss–Newton steps of a stage; products: pairs (J, Jᵀ)
+    of one step; tolerance: relative residual of its linear solve; damping: first λ; enough: relative fall of the
+    objective below which a stage ends; least: noise that is taken at least, in deviations of the values.
     """
 
     stages: Sequence[float] | None = None
@@ -68,14 +65,13 @@ class MapSettings:
 class MapSolution:
     """What a search found, a sample each.
 
-    w, z: (B, n, c), whitened and not; objective, at_start: (B,) ½|r̃|² + ½|w|² of the last stage, at the end and at
-    w = 0; misfit: (B,) mean square of the whitened residual (1: as the noise says); stage: the last.
+    w, z: (B, n, c), whitened and not; objective: (B,) ½|r̃|² + ½|w|² of the last stage; misfit: (B,) mean square of the
+    whitened residual (1: as the noise says); stage: the last.
     """
 
     w: Tensor
     z: Tensor
     objective: Tensor
-    at_start: Tensor
     misfit: Tensor
     stage: float
 
@@ -96,12 +92,11 @@ class Posterior:
     spread: Tensor
 
     def at(self, w: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
-        """z (K, n, c) of whitened (K, n, c), of these samples."""
+        """z (K, n, c) of whitened w."""
         return self.mean[which] + w @ self.factor.T
 
     def stages(self) -> tuple[float, ...]:
-        """Decades of the spread from 1 to the noise, then 0; where the noise is below LEAST_STAGE of it, that is the
-        end: with less, the objective is so ill conditioned that the products go nowhere, and nothing is gained."""
+        """Decades of the spread from 1 to the noise, then 0; at least LEAST_STAGE: below, products go nowhere."""
         noise, spread = (float(part.diagonal(dim1=-2, dim2=-1).mean()) for part in (self.noise, self.spread))
         ratio = noise / max(spread, 1e-300)
         decades = [10.0**-power for power in range(1 - round(math.log10(LEAST_STAGE)))]
@@ -124,11 +119,10 @@ class Posterior:
         return residual
 
     def most_probable(self, settings: MapSettings | None = None) -> MapSolution:
-        """The z of the least objective at the last stage, by Levenberg–Marquardt from w = 0.
+        """The z of the least objective at the last stage, by Levenberg–Marquardt from w = 0, each sample on its own.
 
-        First V is of the residual's covariance at the start, so that every direction of y is of size one and few
-        products go far, then, stage by stage, of the noise alone. A step is taken only where it lowers the objective,
-        sample by sample. Raises BacksightError where the pass of the start is not finite.
+        First V is of the residual's covariance at the start, so that few products go far, then, stage by stage, of the
+        noise alone. Raises BacksightError where the pass of the start is not finite.
         """
         settings, w = settings or MapSettings(), torch.zeros_like(self.mean)
         damping = torch.full((len(w),), settings.damping, dtype=torch.float64, device=w.device)
@@ -142,7 +136,7 @@ class Posterior:
 
             for _ in range(settings.steps):
                 move, before, promised = _step(residual, w, damping, settings)
-                w, after, _ = line_search(objective, w, move, before, shortest=SHORTEST, armijo=0.0)
+                w, after = line_search(objective, w, move, before, shortest=SHORTEST, armijo=0.0)
                 ratio = (before - after) / promised.clamp(min=1e-300)
                 damping = torch.where(ratio > GOOD, damping / 4, torch.where(ratio < POOR, damping * 4, damping))
                 damping = damping.clamp(LEAST_DAMPING, MOST_DAMPING)
@@ -152,7 +146,7 @@ class Posterior:
         start, end = objective(torch.zeros_like(w)), objective(w)
         w = torch.where((end > start)[:, None, None], torch.zeros_like(w), w)
         end = torch.minimum(start, end)
-        return MapSolution(w, self.at(w), end, start, (2 * end - dot(w, w)) / self.y[0].numel(), stage)
+        return MapSolution(w, self.at(w), end, (2 * end - dot(w, w)) / self.y[0].numel(), stage)
 
 
 def _step(residual: Forward, w: Tensor, damping: Tensor, settings: MapSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +156,7 @@ def _step(residual: Forward, w: Tensor, damping: Tensor, settings: MapSettings) 
     if not bool(torch.isfinite(before).all()):
         raise BacksightError("The pass of the start is not finite: look at the representation and at the prior.")
     slope, weight = here.transposed(here.value) + w, (1 + damping).to(w)[:, None, None]
-    move, _ = conjugate_gradients(
+    move = conjugate_gradients(
         lambda direction: here.transposed(here.product(direction)) + weight * direction,
         -slope,
         settings.products,
@@ -173,10 +167,7 @@ def _step(residual: Forward, w: Tensor, damping: Tensor, settings: MapSettings) 
 
 
 def pixel_forward(target: Target, tap: str, patch: tuple[int, int], grid: tuple[int, int]) -> Forward:
-    """T from patches (B, N, 3 p q) of pixels to the values (B, n, c) at `tap`: the model's own pass, differentiable.
-
-    Unlike `target.record` it takes pixels outside [0, 1], where a search may go on its way.
-    """
+    """T from patches (B, N, 3 p q), also outside [0, 1], to values (B, n, c): the model's own pass, differentiable."""
     (tap,) = target.resolve_taps([tap])
 
     def forward(patches: Tensor) -> Tensor:
@@ -202,14 +193,6 @@ class MapInverse(Numbers):
     destination = PIXELS
     precise = ("mean", "wiener", "noise", "spread", "factor", "basis", "gain")  # in files
     header: InverseHeader | None = None
-    mean: Tensor
-    wiener: Tensor
-    weight: Tensor
-    noise: Tensor
-    spread: Tensor
-    factor: Tensor
-    basis: Tensor
-    gain: Tensor
 
     def __init__(
         self, target: Target, tap: str, base: Base, patch: tuple[int, int], settings: MapSettings, batch_size: int = 8
@@ -224,7 +207,7 @@ class MapInverse(Numbers):
     def features(self, representation: Representation) -> Tensor:
         """(B, N, d) that the start is read from."""
         values = representation.values
-        mean = of_tokens(self.mean, values.shape[1])
+        mean = torch.cat([self.mean[:-1], self.mean[-1:].expand(values.shape[1] - len(self.mean) + 1, -1)])
         filtered = by_group(values - mean, self.wiener) + mean
         patches = patchify(self.base(representation.replace(filtered)), self.patch)
         if isinstance(representation, Tokens) and values.shape[1] - representation.prefix == patches.shape[1]:
@@ -232,11 +215,9 @@ class MapInverse(Numbers):
         return patches
 
     def start(self, representation: Representation) -> Tensor:
-        """(B, N, 3 p q) patches."""
         return affine(self.features(representation), self.weight)
 
     def pictures(self, patches: Tensor) -> Tensor:
-        """(B, 3, H, W) of (B, N, 3 p q), not clamped."""
         return unpatchify(patches, self.grid, self.patch)
 
     def solve(self, representation: Representation) -> tuple[Posterior, MapSolution, Tensor]:
@@ -267,11 +248,6 @@ class MapInverse(Numbers):
         return cls(target, tap, rebuilt(base, target), tuple(patch), MapSettings(**settings))
 
 
-def parts_of(representation: Representation, size: int) -> list[Representation]:
-    every = torch.arange(representation.batch, device=representation.values.device)
-    return [representation.index(part) for part in every.split(size)]
-
-
 def fit_map(
     target: Target,
     images: ImageSource | Tensor,
@@ -285,9 +261,8 @@ def fit_map(
 ) -> Inverses:
     """The MAP inverse of every tap, for what float32 keeps; taps that cannot be read are left out with a warning.
 
-    validation: held-out images, which nothing was fitted on; modules: trained inverses to start from, else linear ones,
-    of which those that are missing are fitted on `images`. Raises BacksightError without held-out
-    images, and where no tap can be read.
+    validation: images that nothing was fitted on; modules: trained inverses to start from, else linear ones, which are
+    fitted on `images` where missing. Raises BacksightError without validation, and where no tap can be read.
     """
     if validation is None:
         raise BacksightError(
@@ -298,9 +273,8 @@ def fit_map(
     refused = {tap: reason for tap in names if (reason := _refusal(tap, recorded[tap]))}
     tell_left_out("map", target, refused, len(refused) < len(names))
     kept = [tap for tap in names if tap not in refused]
-    bases: dict[str, Any] = {**(linear or {}), **(modules or {})}
-    if missing := [tap for tap in kept if tap not in bases]:
-        bases |= fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)
+    given = {**(linear or {}), **(modules or {})}
+    bases = completed(given, kept, target, images, validation, seed, progress)
     inverses = {}
     for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
         inverses[tap] = fit_map_tap(target, tap, bases[tap], validation)
@@ -310,11 +284,9 @@ def fit_map(
 
 def _refusal(tap: str, representation: Representation) -> str:
     """Why a MAP inverse cannot read this; "" where it can."""
-    if not isinstance(representation, Tokens | Queries):
-        return f"A MAP inverse reads tokens or queries, and {tap} holds {type(representation).__name__.lower()}."
-    if isinstance(representation, Tokens) and representation.padding is not None:
-        return f"A MAP inverse reads unpadded tokens, and those of {tap} are padded: crop or stretch images instead."
-    return ""
+    if isinstance(representation, Queries) or (isinstance(representation, Tokens) and representation.padding is None):
+        return ""
+    return f"A MAP inverse reads queries or unpadded tokens, and {tap} holds other {type(representation).__name__}."
 
 
 def fit_map_tap(
@@ -338,11 +310,9 @@ def fit_map_tap(
     settings, pictures = settings or MapSettings(), next(batches(images, count)).to(target.device)
     if len(pictures) < HELD_OUT:
         raise BacksightError(f"A MAP inverse needs at least {HELD_OUT} held-out images, not {len(pictures)}.")
-    recorded: list[Any] = [target.record(part, [tap])[tap] for part in pictures.split(64)]
-    for part in recorded:
-        if reason := _refusal(tap, part):
-            raise BacksightError(reason)
-    clean = concatenate(recorded)
+    clean: Any = concatenate([target.record(part, [tap])[tap] for part in pictures.split(64)])
+    if reason := _refusal(tap, clean):
+        raise BacksightError(reason)
     sizes = zip(target.image_size, target.reduction, strict=True)
     down, across = (token if side % SIDE or (token <= SIDE and side % token == 0) else SIDE for side, token in sizes)
     disturbed = clean if noise is None else clean.replace(noise(clean.values))
@@ -352,8 +322,7 @@ def fit_map_tap(
         """(P + 1, c, c) about zero of (B, n, c), in float64."""
         return torch.stack([covariance(rows, FLOOR) for rows in groups(values, prefix)])
 
-    # A pass in another order of operations is off by round-off: no noise is smaller.
-    least = (max(settings.least, ROUND_OFF * torch.finfo(torch.float32).eps) * float(clean.values.std())) ** 2
+    least = (settings.least * float(clean.values.std())) ** 2
     squares = [rows.double().square().mean(0) for rows in groups(disturbed.values - clean.values, prefix)]
     variance, signal = torch.stack(squares).add(least).diag_embed(), covariances(clean.values)
     inverse = MapInverse(target, tap, base, (down, across), settings)

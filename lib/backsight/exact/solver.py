@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Function = Callable[[Tensor, Tensor], Tensor]  # (x (K, n, c), which samples (K,)) -> g(x), each sample's alone
 Product = Callable[[Tensor, Tensor], Tensor]  # (directions (K, N), which samples (K,)) -> (K, N)
-Propose = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor | int]]
+Propose = Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]
 
 TINY = 1e-300
 ARMIJO = 1e-4  # least decrease, as a share of what the full linear step promises
@@ -54,22 +54,20 @@ class Settings:
 class Solution:
     """What a solver found, a sample each; a sample that no start solved keeps its best iterate.
 
-    x: (B, n, c); residual: (B,) relative; iterations: (B,) over all starts; passes: (B,) forward passes (dense
-    derivatives are not counted); solved: (B,) bool; seconds: of the whole batch.
+    x: (B, n, c); residual: (B,) relative; iterations: (B,) over all starts; solved: (B,) bool; seconds: of all.
     """
 
     x: Tensor
     residual: Tensor
     iterations: Tensor
-    passes: Tensor
     solved: Tensor
     seconds: float = field(default=0.0, compare=False)
 
     def grouped(self, count: int) -> Solution:
         """Samples that are the tokens of `count` images, joined: the worst residual, the most iterations."""
-        x, passes = self.x.view(count, -1, self.x.shape[2]), self.passes.view(count, -1).double().mean(1)
+        x, solved = self.x.view(count, -1, self.x.shape[2]), self.solved.view(count, -1).all(1)
         worst, most = (values.view(count, -1).amax(1) for values in (self.residual, self.iterations))
-        return Solution(x, worst, most, passes, self.solved.view(count, -1).all(1), self.seconds)
+        return Solution(x, worst, most, solved, self.seconds)
 
 
 def solve(
@@ -93,7 +91,7 @@ def solve(
         raise ValueError("the values to be inverted are not all finite: look at the pass that made them")
     x, residual = y.clone(), torch.full_like(y[:, 0, 0], torch.inf)
     scores, solved = residual.clone(), torch.zeros_like(residual, dtype=torch.bool)
-    suspect, iterations, passes = solved.clone(), solved.long(), solved.long()
+    suspect, iterations = solved.clone(), solved.long()
     generator = torch.Generator(device=y.device).manual_seed(0)
     for number in range(len(starts) + settings.restarts):
         at = (~solved | suspect if number < len(starts) else ~solved).nonzero().flatten()
@@ -109,9 +107,8 @@ def solve(
             return function(x, at[which])
 
         propose = krylov(part, y[at], settings) if jacobian is None else dense(part, y[at], jacobian)
-        found, error, turns, used = newton(part, y[at], start, propose, settings)
+        found, error, turns = newton(part, y[at], start, propose, settings)
         iterations[at] += turns
-        passes[at] += used
         if wrong is not None:
             error = error + wrong(found)
         ended = error <= settings.tolerance
@@ -120,7 +117,7 @@ def solve(
         took = at[better]
         x[took], residual[took], scores[took], solved[took] = found[better], error[better], rated[better], ended[better]
         suspect |= solved & (scores > 0)
-    return Solution(x, residual, iterations, passes, solved, time.perf_counter() - began)
+    return Solution(x, residual, iterations, solved, time.perf_counter() - began)
 
 
 def newton(
@@ -131,11 +128,11 @@ def newton(
     settings: Settings,
     slow: float = SLOW,
     shortest: float = SHORTEST,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, relative residual, iterations, passes), a sample each: the one loop of damped Newton steps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, relative residual, iterations), a sample each: the one loop of damped Newton steps.
 
-    propose: (x, residual, its ratio to the last one, which samples) -> directions, the best of which is taken, and the
-    passes that they cost; slow: share of the residual that five iterations may keep.
+    propose: (x, residual, its ratio to the last one, which samples) -> directions, the best of which is taken; slow:
+    share of the residual that five iterations may keep.
     """
     size = y.flatten(1).norm(dim=1).clamp(min=torch.finfo(y.dtype).tiny)
     everything = torch.arange(len(y), device=y.device)
@@ -145,33 +142,31 @@ def newton(
         return (error.flatten(1).norm(dim=1) / size[which]).nan_to_num(torch.inf, torch.inf)
 
     x, residual = x.clone(), loss(x, everything)
-    iterations, passes = torch.zeros_like(everything), torch.ones_like(everything)
-    history, live = [2 * residual, residual.clone()], (residual > settings.goal) & residual.isfinite()
+    iterations, history = torch.zeros_like(everything), [2 * residual, residual.clone()]
+    live = (residual > settings.goal) & residual.isfinite()
     for _ in range(settings.newton):
         at = live.nonzero().flatten()
         if not len(at):
             break
         before = residual[at]
-        directions, cost = propose(x[at], before, before / history[-2][at], at)
 
         def lower(value: Tensor, part: Tensor, at: Tensor = at) -> Tensor:
             return loss(value, at[part])
 
         best, after = x[at], before
-        for direction in directions:
-            trial, lowered, used = line_search(lower, x[at], direction, before, shortest=shortest)
+        for direction in propose(x[at], before, before / history[-2][at], at):
+            trial, lowered = line_search(lower, x[at], direction, before, shortest=shortest)
             best = torch.where(_wide(lowered < after, best), trial, best)
-            after, cost = torch.minimum(after, lowered), cost + used
+            after = torch.minimum(after, lowered)
         x[at], residual[at] = best, after
         iterations[at] += 1
-        passes[at] += cost
         history.append(residual.clone())
         ended = (after >= before) | (after <= settings.goal)
         ended |= (after <= settings.tolerance) & (after > STALLED * before)
         if len(history) > 6:
             ended |= (after > settings.tolerance) & (after > slow * history[-6][at])
         live[at[ended]] = False
-    return x, residual, iterations, passes
+    return x, residual, iterations
 
 
 def line_search(
@@ -181,34 +176,32 @@ def line_search(
     before: Tensor,
     shortest: float = SHORTEST,
     armijo: float = ARMIJO,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, loss (B,), passes (B,)) of the best step along a direction, a length a sample; unmoved where none is lower.
+) -> tuple[Tensor, Tensor]:
+    """(x, loss (B,)) of the best step along a direction, a length a sample; unmoved where none is lower.
 
     loss: (x, which samples) -> (K,); before: (B,) of x.
     """
     best, after, length = x.clone(), before.clone(), torch.ones_like(before)
     at = torch.arange(len(x), device=x.device)
-    passes = torch.zeros_like(at)
     while len(at):
         trial = x[at] + _wide(length[at], x) * direction[at]
         value = loss(trial, at)
-        passes[at] += 1
         better = value < after[at]
         best[at[better]], after[at[better]] = trial[better], value[better]
         enough = value < (1 - armijo * length[at]) * before[at]
         length[at] *= SHRINK
         at = at[~enough & (length[at] >= shortest)]
-    return best, after, passes
+    return best, after
 
 
 def dense(function: Function, y: Tensor, jacobian: Callable[[Tensor], Tensor]) -> Propose:
     """Newton's directions of samples that are one token (K, 1, c) each, from their whole derivatives."""
 
-    def propose(x: Tensor, _residual: Tensor, _ratio: Tensor, which: Tensor) -> tuple[list[Tensor], int]:
+    def propose(x: Tensor, _residual: Tensor, _ratio: Tensor, which: Tensor) -> list[Tensor]:
         error = (y[which] - function(x, which))[:, 0]
         size = max(1, CHUNK // x.shape[2] ** 2)
         parts = zip(x[:, 0].split(size), error.split(size), strict=True)
-        return [torch.cat([solved(jacobian(at), rest) for at, rest in parts])[:, None]], 1
+        return [torch.cat([solved(jacobian(at), rest) for at, rest in parts])[:, None]]
 
     return propose
 
@@ -216,13 +209,12 @@ def dense(function: Function, y: Tensor, jacobian: Callable[[Tensor], Tensor]) -
 def krylov(function: Function, y: Tensor, settings: Settings) -> Propose:
     """Newton's directions from products alone, solved as tightly as the outer iteration is already fast."""
 
-    def propose(x: Tensor, residual: Tensor, ratio: Tensor, which: Tensor) -> tuple[list[Tensor], Tensor]:
+    def propose(x: Tensor, residual: Tensor, ratio: Tensor, which: Tensor) -> list[Tensor]:
         value = function(x, which)
         forcing = (0.9 * ratio.square()).clamp(TIGHTEST, LOOSEST)
         forcing = torch.maximum(forcing, 0.3 * settings.goal / residual).clamp(max=0.5)
         product = differences(lambda moved, part: function(moved, which[part]), x, value)
-        direction, used = gmres(product, (y[which] - value).flatten(1), forcing, settings.krylov)
-        return [direction.view_as(x)], used + 1
+        return [gmres(product, (y[which] - value).flatten(1), forcing, settings.krylov).view_as(x)]
 
     return propose
 
@@ -275,18 +267,17 @@ class Linearised:
         return product
 
 
-def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Solutions d of product(d) = right of least residual in a Krylov space a sample, from d = 0.
+def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> Tensor:
+    """Solutions d (B, N) of product(d) = right of least residual in a Krylov space a sample, from d = 0.
 
-    right: (B, N); tolerance: (B,) of |right − product(d)| / |right|; limit: products. Returns (B, N) and the products
-    (B,) of each. Images of moves are made orthonormal (classical Gram–Schmidt, twice); the next move is the last image.
+    right: (B, N); tolerance: (B,) of |right − product(d)| / |right|; limit: products. Images of moves are made
+    orthonormal (classical Gram–Schmidt, twice); the next move is the last image.
     """
-    result, used = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.long, device=right.device)
-    length = right.norm(dim=1)
+    result, length = torch.zeros_like(right), right.norm(dim=1)
     at = (length > 0).nonzero().flatten()
     rest, move = right[at], right[at] / length[at, None]
     moves = images = right.new_zeros(len(at), 0, right.shape[1])
-    for number in range(1, min(limit, right.shape[1]) + 1):
+    for _ in range(min(limit, right.shape[1])):
         if not len(at):
             break
         image = product(move, at)
@@ -299,12 +290,11 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> tup
         image, move = (values.masked_fill(broken[:, None], 0.0) / size.clamp(min=TINY) for values in (image, move))
         share = (image * rest).sum(1, keepdim=True)
         result[at], rest = result[at] + share * move, rest - share * image
-        used[at] = number
         live = ~broken & (rest.norm(dim=1) > tolerance[at] * length[at])
         at, rest, image, move = at[live], rest[live], image[live], move[live]
         images, moves = torch.cat([images[live], image[:, None]], 1), torch.cat([moves[live], move[:, None]], 1)
         move = image
-    return result, used
+    return result
 
 
 def conjugate_gradients(
@@ -313,26 +303,25 @@ def conjugate_gradients(
     products: int,
     tolerance: float = 1e-3,
     start: Tensor | None = None,
-) -> tuple[Tensor, int]:
-    """x with operator(x) = right for a symmetric positive operator that acts on each sample alone, and the products.
+) -> Tensor:
+    """x with operator(x) = right (B, …), for a symmetric positive operator on each sample; what converged stands still.
 
-    right: (B, …); what has converged stands still.
+    products: with the operator, at most, that of a `start` included.
     """
-    x = torch.zeros_like(right) if start is None else start.clone()
-    rest = right.clone() if start is None else right - operator(x)
-    direction, square = rest.clone(), dot(rest, rest)
-    goal, used = tolerance**2 * dot(right, right), int(start is not None)
-    while used < products and bool((square > goal).any()):
+    x, rest = (torch.zeros_like(right), right) if start is None else (start, right - operator(start))
+    direction, square, goal = rest, dot(rest, rest), tolerance**2 * dot(right, right)
+    for _ in range(products - (start is not None)):
+        if not bool((square > goal).any()):
+            break
         pushed = operator(direction)
-        used += 1
         curvature = dot(direction, pushed)
         live = (square > goal) & (curvature > 0)
         length = _wide(torch.where(live, square / curvature.clamp(min=TINY), 0.0), x)
         x, rest = x + length * direction, rest - length * pushed
         after = dot(rest, rest)
         direction = rest + _wide(torch.where(live, after / square.clamp(min=TINY), 0.0), x) * direction
-        square = torch.where(live, after, torch.zeros_like(after))
-    return x, used
+        square = torch.where(live, after, 0.0)
+    return x
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Half-steps to be solved, and what training images say of each, in closed form and float64.
 
-Guesses of x from y = g(x), of what a norm took, and how usual a token is, by which one of several roots is chosen. Each
-prefix token has numbers of its own, and the grid's tokens have theirs together: (P + 1, …).
+Guesses of x from y = g(x), of what a norm took, and how usual a token is, by which one of several roots is chosen:
+numbers (P + 1, …), of each prefix token and of the grid's tokens together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +42,10 @@ def by_group(values: Tensor, matrices: Tensor) -> Tensor:
     return torch.cat([heads, values[:, prefix:] @ matrices[-1]], dim=1)
 
 
-def of_tokens(rows: Tensor, tokens: int) -> Tensor:
-    """(n, …) of (P + 1, …): the last row is every grid token's."""
-    return torch.cat([rows[:-1], rows[-1:].expand(tokens - len(rows) + 1, *rows.shape[1:])])
-
-
 def covariance(rows: Tensor, floor: float) -> Tensor:
     """(c, c) of rows (M, c) about zero, in float64; floor: of its mean variance, added to every direction."""
     rows = rows.double()
-    square = rows.T @ rows / max(1, len(rows))
+    square = rows.T @ rows / len(rows)
     square.diagonal().add_(floor * square.diagonal().mean().clamp(min=1e-12))
     return square
 
@@ -87,6 +82,10 @@ def ridge(
 class Numbers(nn.Module):
     """A module whose buffers come with a fit, or with the file that holds them."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def put(self, **numbers: Tensor) -> None:
         for name, tensor in numbers.items():
             self.register_buffer(name, tensor)
@@ -109,20 +108,12 @@ class Half(Numbers):
     behind, errors: (M, c) tokens behind the step, and how far the guesses of them were off.
     """
 
-    mean: Tensor
-    precision: Tensor
-    usual: Tensor
-    folding: Tensor
-    behind: Tensor
-    errors: Tensor
-
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.step = step
 
     @property
     def prior(self) -> bool:
-        """Whether it is known how usual a token is."""
         return "mean" in self._buffers
 
     @property
@@ -141,13 +132,10 @@ class Half(Numbers):
 
             self.put(taken=ridge((taken(part) for part in x.split(BATCH)), 0))
         guesses: list[Any] = [None] * len(x.split(BATCH))
-
-        def features() -> Iterator[Tensor]:
-            return (self._features(behind, guess) for behind, guess in zip(y.split(BATCH), guesses, strict=True))
-
         for number in range(stages):
-            weight = ridge(zip(features(), x.split(BATCH), strict=True), prefix).float()
-            guesses = [affine(part, weight) for part in features()]
+            features = map(self._features, y.split(BATCH), guesses)
+            weight = ridge(zip(features, x.split(BATCH), strict=True), prefix).float()
+            guesses = [affine(self._features(*pair), weight) for pair in zip(y.split(BATCH), guesses, strict=True)]
             self.put(**{f"stage{number}": weight})
         if step.jacobian is None or x.shape[2] > DENSE:
             return
@@ -183,7 +171,7 @@ class Half(Numbers):
         return guesses[::-1]
 
     def starts(self, y: Tensor, choose: bool = True) -> list[Tensor]:
-        """(B, n, c) guesses of x, in the order in which they are tried."""
+        """(B, n, c) of x, in the order in which they are tried."""
         guesses = self.guesses(y)
         # The last and best stage, the first, which errs in another way, and those between.
         starts = [*guesses[:1], *guesses[1:][-1:], *guesses[1:-1], y]
@@ -205,7 +193,7 @@ class Half(Numbers):
         return distance
 
     def doubt(self, x: Tensor, token: Tensor) -> Tensor:
-        """(K,) how much farther than usual tokens (K, c) lie from the mean."""
+        """(K,) how much farther than usual they lie from the mean."""
         return self.distance(x, token) - self.usual[token.clamp(max=len(self.usual) - 1)]
 
     def solve(
@@ -218,10 +206,9 @@ class Half(Numbers):
     ) -> Solution:
         """x with step(x) = y, for a batch of streams (B, n, c); tokens that do not see one another are solved alone.
 
-        square: (B, n, 1) mean square of x̂ (1 where not known) of a step between norms; stripped: y has lost its last
-        digits in float32. A norm's û = û(x + f(x)) holds C − 1 equations a token. Where x itself left a norm, x̂ has the
-        mean 0 and a known mean square: added along 1, which û never has, and along û, whose length is known. Without a
-        norm before it, mean and scale are guessed.
+        square: (B, n, 1) mean square of x̂ (1: unknown) of a step between norms; stripped: y has lost its last digits in
+        float32. A norm's û = û(x + f(x)) holds C − 1 equations a token. Where x left a norm, x̂ has the mean 0 and a
+        known mean square: added along 1, which û never has, and along û. Else mean and scale are guessed.
         """
         step, norm, before, settings = self.step, self.step.norm, self.step.before, settings or Settings()
         right, squares = y, torch.ones_like(y[..., :1]) if square is None else square
@@ -245,15 +232,16 @@ class Half(Numbers):
             excess = hat.square().mean(-1, keepdim=True) - squares[which]
             return norm.normalised(z) * (1 + excess) + hat.mean(-1, keepdim=True)
 
+        known: Any = step.known
+
         def wrong(x: Tensor) -> Tensor:
-            assert step.known is not None
-            return (x[:, : len(step.known)] - step.known).flatten(1).norm(dim=1) > KNOWN_OFF * step.known.norm()
+            return (x[:, : len(known)] - known).flatten(1).norm(dim=1) > KNOWN_OFF * known.norm()
 
         def doubt(x: Tensor, which: Tensor) -> Tensor:
             return self.doubt(x[:, 0], which % y.shape[1])
 
         if not step.tokenwise:
-            return solve(function, right, starts, settings, wrong=None if step.known is None else wrong)
+            return solve(function, right, starts, settings, wrong=None if known is None else wrong)
         jacobian = step.jacobian if norm is None and y.shape[2] <= DENSE else None
         chosen = doubt if settings.choose and self.folds else None
         return solve(function, right, starts, settings, jacobian, chosen).grouped(len(y))

@@ -3,8 +3,8 @@
     stream ──► + attention ──► + MLP ──► stream           y = x + f(x)          pre-norm blocks (ViT, BEiT, Swin, …)
     stream ──► + attention ──► norm ──► + MLP ──► norm    y = norm(x + f(x))    post-norm layers (DETR)
 
-They are found, not configured: one pass with hooks on the known block classes gives every block's input, output and
-further arguments; a tap is placed by comparing what `target.record` gives with these streams.
+One pass with hooks on the known block classes gives each block's input, output and further arguments; a tap is placed
+by comparing what `target.record` gives with these streams.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backsight.errors import BacksightError
-from backsight.exact.embedding import Embedding, measured_embedding
+from backsight.inverses.rows import patchify, unpatchify
 from backsight.representation import Tokens
 from backsight.targets.base import PIXELS, Target
 from backsight.targets.hooks import watching
 
 AGREEMENT = 1e-4  # relative, between a half-step in float32 and the model's own pass
 SAME = 1e-6  # relative, between two records of one stream
+RANK_TOLERANCE = 1e-6  # singular values below this share of the largest one count as zero
+WIDEST = 4096  # values of a patch up to which its embedding is measured
 
 Map = Callable[[Tensor], Tensor]
 
@@ -45,14 +47,12 @@ class Norm:
         return y if self.module.weight is None else y / self.module.weight
 
     def normalised(self, z: Tensor) -> Tensor:
-        """û of z."""
         return F.layer_norm(z, z.shape[-1:], eps=self.module.eps)
 
     def deviation(self, stripped: Tensor) -> Tensor:
         """√(variance + ε) of z (…, 1) from û, NaN where û's precision does not hold it.
 
-        mean û² = variance / (variance + ε) falls short of 1 by ε / (variance + ε): the scale is in û's last digits,
-        in float64 (relative error about 1e-16 · variance / ε), not in float32.
+        mean û² falls short of 1 by ε / (variance + ε): float64 holds the scale in û's last digits, float32 does not.
         """
         short = 1 - stripped.square().mean(-1, keepdim=True)
         deviation = (self.module.eps / short.clamp(min=torch.finfo(short.dtype).tiny)).sqrt()
@@ -79,11 +79,10 @@ class Step:
 
     @property
     def lossy(self) -> bool:
-        """Whether it takes the mean and scale of every token for good."""
+        """Whether it takes mean and scale of every token for good."""
         return self.norm is not None and self.before is None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The stream behind x."""
         return self.forward(x) if self.norm is None else self.norm.module(self.forward(x))
 
     def slopes(self, x: Tensor) -> Tensor:
@@ -96,28 +95,46 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Where exactness ends: going back from `tap` to `previous`, and what does not come through.
+class Embedding:
+    """The patch embedding: tokens = patches @ matrix + bias, row-major, and the pixels back from them.
 
-    dimension_in: values of an image at `previous`; dimension_out: at `tap`.
+    matrix: (3 p q, C) on pixels in [0, 1]; bias: (n, C); rank; patch: (p, q); prefix: (P, C) the prefix tokens, which
+    are the same for every image; size: (H, W).
     """
 
-    tap: str
-    previous: str
-    dimension_in: int
-    dimension_out: int
-    reason: str
+    matrix: Tensor
+    bias: Tensor
+    rank: int
+    patch: tuple[int, int]
+    prefix: Tensor
+    size: tuple[int, int]
+
+    def stream(self, images: Tensor) -> Tensor:
+        """(B, P + n, C); images may leave [0, 1]."""
+        patches = patchify(images.to(self.matrix), self.patch) @ self.matrix + self.bias
+        return torch.cat([self.prefix.expand(len(images), -1, -1), patches], dim=1)
+
+    def pixels(self, values: Tensor, start: Tensor | None = None) -> Tensor:
+        """The images (B, 3, H, W) nearest to `start` (default: grey) of this embedding: start + A⁺(y − A start)."""
+        if start is None:
+            start = values.new_full((len(values), 3, *self.size), 0.5)
+        patches = patchify(start.to(values), self.patch)
+        missing = values[:, len(self.prefix) :] - self.bias - patches @ self.matrix
+        inverse = torch.linalg.pinv(self.matrix, rtol=RANK_TOLERANCE)
+        grid = (self.size[0] // self.patch[0], self.size[1] // self.patch[1])
+        return unpatchify(patches + missing @ inverse, grid, self.patch)
 
 
 class NotInvertibleError(BacksightError):
-    """A stage that has no exact inverse; `lost` says where and how much."""
+    """No exact way back from `tap` to `previous`; dimensions: values of an image at `previous` (in) and `tap` (out)."""
 
-    def __init__(self, lost: Lost) -> None:
+    def __init__(self, tap: str, previous: str, dimension_in: int, dimension_out: int, reason: str) -> None:
         super().__init__(
-            f"{lost.tap} cannot be inverted exactly to {lost.previous}: {lost.reason} "
-            f"({lost.dimension_in} values an image before it, {lost.dimension_out} behind it)."
+            f"{tap} cannot be inverted exactly to {previous}: {reason} "
+            f"({dimension_in} values an image before it, {dimension_out} behind it)."
         )
-        self.lost = lost
+        self.tap, self.previous, self.reason = tap, previous, reason
+        self.dimension_in, self.dimension_out = dimension_in, dimension_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,24 +166,21 @@ class ExactModel:
         """In float32, for directions."""
         return walk(in_precision(self.target, torch.float32))
 
-    def gap(self, tap: str, previous: str) -> Lost | None:
+    def gap(self, tap: str, previous: str) -> NotInvertibleError | None:
         """Why the later `tap` does not lead back to `previous`, None where steps do."""
-        unknown = [name for name in (tap, previous) if name not in self.taps]
-        numbers = [] if unknown else range(self.taps[previous] + 1, self.taps[tap] + 1)
-        missing = [number for number in numbers if number not in self.steps]
-        if unknown:
+        if unknown := [name for name in (tap, previous) if name not in self.taps]:
             reason = f"no known residual block begins or ends at {unknown[0]}"
-        elif missing:
-            before, behind = self.streams[missing[-1] - 1 : missing[-1] + 1]
+        elif missing := set(range(self.taps[previous] + 1, self.taps[tap] + 1)) - self.steps.keys():
+            before, behind = self.streams[max(missing) - 1 : max(missing) + 1]
             reason = f"what lies between {before} and {behind} is no residual block"
         else:
             return None
-        return Lost(tap, previous, self.sizes[previous], self.sizes[tap], reason)
+        return NotInvertibleError(tap, previous, self.sizes[previous], self.sizes[tap], reason)
 
     def between(self, tap: str, previous: str) -> tuple[Step, ...]:
         """The steps from the tap `previous` to the later `tap`, in forward order. Raises `NotInvertibleError`."""
         if lost := self.gap(tap, previous):
-            raise NotInvertibleError(lost)
+            raise lost
         return tuple(self.steps[number] for number in range(self.taps[previous] + 1, self.taps[tap] + 1))
 
     def back_from(self, tap: str) -> tuple[tuple[Step, ...], str]:
@@ -187,6 +201,33 @@ class ExactModel:
 _MEASURED: WeakKeyDictionary[Target, ExactModel] = WeakKeyDictionary()
 
 
+def measured_embedding(target: Target) -> Embedding | None:
+    """The first tap as an affine map of patches, measured on single pixels; None where it is none."""
+    tap, weights = target.available_taps[0], next(target.model.parameters())
+    (height, width), patch = target.image_size, target.reduction
+    count = len(target.preprocessing.mean) * patch[0] * patch[1]
+    if height % patch[0] or width % patch[1] or count > WIDEST:
+        return None
+    grid = (height // patch[0], width // patch[1])
+    cells = grid[0] * grid[1]
+
+    def embedded(patches: Tensor) -> Any:
+        tokens = target.record(unpatchify(patches.expand(-1, cells, -1), grid, patch), [tap])[tap]
+        return tokens.replace(tokens.values.to(weights))  # a module's own target tells its values in float32
+
+    blank = embedded(weights.new_zeros(1, 1, count))
+    if not isinstance(blank, Tokens) or blank.grids != (grid,):
+        return None
+    lines = torch.eye(count).to(weights)[:, None].split(64)
+    matrix = torch.cat([(embedded(part).patches - blank.patches)[:, 0] for part in lines])
+    probe = torch.rand(2, cells, count, generator=torch.Generator().manual_seed(0)).to(weights)
+    values = embedded(probe).patches
+    if float((values - probe @ matrix - blank.patches).norm()) > 1e-4 * float(values.norm()):
+        return None
+    rank = int(torch.linalg.matrix_rank(matrix, rtol=RANK_TOLERANCE))
+    return Embedding(matrix, blank.patches[0], rank, patch, blank.prefix_values[0], target.image_size)
+
+
 def in_precision(target: Target, precision: torch.dtype) -> Target:
     """A copy of the target whose weights (and so passes) are of this precision; the original is left alone."""
     other = copy.copy(target)
@@ -197,7 +238,7 @@ def in_precision(target: Target, precision: torch.dtype) -> Target:
 
 @dataclass
 class _Call:
-    """A call of a known block or of a LayerNorm outside of them, its streams flattened to (1, n, c)."""
+    """Of a known block, or of a LayerNorm outside of them; streams are (1, n, c)."""
 
     path: str
     module: Any
@@ -209,10 +250,7 @@ class _Call:
 
 
 def walk(target: Target) -> ExactModel:
-    """One pass of a random image, and the half-steps that it went through.
-
-    Raises BacksightError where a half-step does not agree with the model's own pass, and on padded images.
-    """
+    """The half-steps of one pass. Raises BacksightError where they disagree with the model, and on padded images."""
     shape = (1, len(target.preprocessing.mean), *target.image_size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(target.model.parameters()))
     blocks: list[_Call] = []
@@ -229,9 +267,8 @@ def walk(target: Target) -> ExactModel:
             named = {name: value for name, value in named.items() if value is not stream}
             leaving = output[0] if isinstance(output, tuple) else output
             entering, leaving = stream.flatten(1, -2).clone(), leaving.flatten(1, -2).clone()
-            (blocks if known else norms).append(
-                _Call(path, module, stream.shape[1:-1], entering, leaving, others, named)
-            )
+            calls = blocks if known else norms
+            calls.append(_Call(path, module, stream.shape[1:-1], entering, leaving, others, named))
 
     with watching(target.model, seen):
         recorded = target.record(image, target.available_taps)
@@ -244,17 +281,15 @@ def walk(target: Target) -> ExactModel:
         if number is not None and isinstance(representation, Tokens):
             taps[tap] = last = number
             streams[number] = tap
-    embedding = measured_embedding(target)
+    embedding, first = measured_embedding(target), target.available_taps[0]
     for number, step in steps.items():
-        source, known = streams[number - 1], None
-        if embedding is not None and len(embedding.prefix) and source == target.available_taps[0]:
-            known = embedding.prefix
-        steps[number] = replace(step, source=source, destination=streams[number], known=known)
+        source, destination = streams[number - 1 : number + 1]
+        known = embedding.prefix if embedding and len(embedding.prefix) and source == first else None
+        steps[number] = replace(step, source=source, destination=destination, known=known)
     return ExactModel(target, tuple(streams), taps, steps, sizes, embedding)
 
 
 def _joined(blocks: Sequence[_Call], norms: Sequence[_Call]) -> tuple[list[str], list[Tensor], dict[int, Step]]:
-    """Streams by name and value, and the steps that lead to them."""
     streams: list[str] = []
     values: list[Tensor] = []
     steps: dict[int, Step] = {}
@@ -283,9 +318,9 @@ def _joined(blocks: Sequence[_Call], norms: Sequence[_Call]) -> tuple[list[str],
 
 
 def _placed(tap: Tensor, streams: Sequence[Tensor], after: int) -> int | None:
-    """The stream behind number `after` that a tap holds: the very same numbers, else the nearest within round-off.
+    """The first stream behind number `after` that a tap holds, the nearest within round-off.
 
-    Branches that are still zero leave several streams alike; taps come in forward order, so the first is right.
+    Branches that are still zero leave several streams alike; taps come in forward order.
     """
     near = [number for number in range(after + 1, len(streams)) if _same(tap, streams[number], SAME)]
     return min(near, key=lambda number: float((tap - streams[number]).norm()), default=None)
@@ -296,7 +331,6 @@ def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _halves(call: _Call) -> tuple[Step, Step]:
-    """Both halves of a block, as functions of flat tokens (B, n, c)."""
     block, (attention, mlp, *names) = call.module, BLOCKS[class_of(call.module)]
     norms: list[Any] = [Norm(getattr(block, name)) for name in names] or [None, None]
 
@@ -307,9 +341,6 @@ def _halves(call: _Call) -> tuple[Step, Step]:
     # What acts on tokens alone takes them in any arrangement, and needs no grid.
     tokens = Step("", "", lambda x: x + mlp(block, x), norms[1], tokenwise=True, jacobian=_mlp_jacobian(block))
     return Step("", "", attended, norms[0]), tokens
-
-
-# The block classes: (attention branch, MLP branch, names of the norms behind them).
 
 
 def _times(block: Any, name: str) -> Any:
@@ -337,7 +368,7 @@ NORMED_BRANCH = (
     lambda block, x, given, named: block.norm1(block.attn(x, *given, **named)),
     lambda block, x: block.norm2(block.mlp(x)),
 )
-BLOCKS: dict[str, tuple[Any, ...]] = {
+BLOCKS: dict[str, tuple[Any, ...]] = {  # class: (attention branch, MLP branch, names of the norms behind them)
     "timm.models.vision_transformer.Block": VIT,
     "timm.models.vision_transformer.ResPostBlock": NORMED_BRANCH,
     "timm.models.beit.Block": SCALED,

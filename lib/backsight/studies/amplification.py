@@ -102,6 +102,6 @@ def _check(step: Step) -> None:
 
 def _solved_product(product: Product, right: Tensor) -> Tensor:
     """d with product(d) = right; infinite where there is none (or the Krylov space is too small for it)."""
-    found = gmres(product, right, torch.full_like(right[:, 0], TIGHT), KRYLOV)[0]
+    found = gmres(product, right, torch.full_like(right[:, 0], TIGHT), KRYLOV)
     missed = (product(found, torch.arange(len(found), device=found.device)) - right).norm(dim=1)
     return found.masked_fill((missed > UNREACHED * right.norm(dim=1))[:, None], torch.inf)

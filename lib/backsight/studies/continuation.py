@@ -87,7 +87,7 @@ def polished(
 
     y, x = y[:, None], x[:, None]
     effort = Settings(tolerance, goal, NEWTON)
-    x, residual, _, _ = newton(function, y, x, dense(function, y, step.slopes), effort)
+    x, residual, _ = newton(function, y, x, dense(function, y, step.slopes), effort)
     return x[:, 0], residual
 
 

@@ -74,7 +74,7 @@ def solve_joint(
     began, settings = time.perf_counter(), settings or JointSettings()
     effort = Settings(settings.goal, settings.end, settings.iterations)
     with torch.no_grad():
-        x, residual, iterations, passes = newton(
+        x, residual, iterations = newton(
             lambda x, _: through(steps, x),
             y,
             start.to(y),
@@ -83,7 +83,7 @@ def solve_joint(
             slow=LEAST,
             shortest=SHORTEST,
         )
-    return Solution(x, residual, iterations, passes, residual <= settings.goal, time.perf_counter() - began)
+    return Solution(x, residual, iterations, residual <= settings.goal, time.perf_counter() - began)
 
 
 class _Directions:
@@ -96,7 +96,7 @@ class _Directions:
         self.last = x.clone()
         self.past: list[Tensor] = []
 
-    def __call__(self, x: Tensor, residual: Tensor, _ratio: Tensor, which: Tensor) -> tuple[list[Tensor], int]:
+    def __call__(self, x: Tensor, residual: Tensor, _ratio: Tensor, which: Tensor) -> list[Tensor]:
         move = torch.zeros_like(self.y)
         move[which] = x - self.last[which]
         self.past = [*self.past, move][-MEMORY:] if bool(move.any()) else self.past
@@ -112,7 +112,7 @@ class _Directions:
         inverses = [_inverse(step, stream) for step, stream in zip(self.singles, streams, strict=False)]
         new = [chain.transposed(right), *(past[which].to(self.precision) for past in self.past)]
         basis = pushed = right.new_zeros(len(x), right[0].numel(), 0)
-        left, flat, cost = right, right.double().flatten(1)[:, :, None], 2
+        left, flat = right, right.double().flatten(1)[:, :, None]
         for _ in range(CYCLES):
             back = left.repeat(len(DAMPED), 1, 1)
             for inverse in reversed(inverses):
@@ -123,12 +123,11 @@ class _Directions:
             u, values, v = torch.linalg.svd(pushed.double(), full_matrices=False)
             along = u.mT @ flat
             left, new = (flat - u @ along).view_as(right).to(right), []
-            cost += 3 * len(images) + 3 * KRYLOV * len(DAMPED)
         directions = []
         for damping in DAMPINGS:
             shares = values / (values.square() + (damping * values.amax(1, keepdim=True)).square()).clamp(min=1e-300)
             directions.append(scale * (basis.to(x) @ (v.mT @ (shares[:, :, None] * along)).to(x)).view_as(x))
-        return directions, cost
+        return directions
 
 
 def _inverse(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -151,7 +150,7 @@ def _inverse(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     def mixed(directions: Tensor) -> Tensor:
         goal = directions.new_full((len(directions),), LOOSE)
-        return gmres(product, directions.flatten(1), goal, KRYLOV)[0].view_as(directions)
+        return gmres(product, directions.flatten(1), goal, KRYLOV).view_as(directions)
 
     return mixed
 

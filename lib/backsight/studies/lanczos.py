@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backsight.exact.embedding import Embedding
 from backsight.exact.map import pixel_forward
 from backsight.exact.solver import Linearised, conjugate_gradients
+from backsight.exact.steps import Embedding
 from backsight.inverses.rows import patchify
 from backsight.targets.base import Target
 
@@ -105,7 +105,7 @@ def least_seen(
 
     block = orthonormal(block)
     for _ in range(iterations):
-        block = orthonormal(torch.stack([conjugate_gradients(operator, each, products, 1e-6)[0] for each in block]))
+        block = orthonormal(torch.stack([conjugate_gradients(operator, each, products, 1e-6) for each in block]))
     pushed = torch.stack([operator(each) for each in block])
     small = torch.einsum("kbs,lbs->bkl", block.flatten(2), pushed.flatten(2))
     left, vectors = torch.linalg.eigh((small + small.mT) / 2)

@@ -49,14 +49,12 @@ class RootChoosing(ExactInverse):
     def at(self, tap: str, settings: Settings | None = None) -> RootChoosing:
         return RootChoosing.of(super().at(tap, settings), near=self.near)
 
-    def starts_of(self, half: Half, y: Tensor) -> list[Tensor]:
-        starts, source = super().starts_of(half, y), half.step.source
-        return [self.near[source], *starts] if source in self.near else starts
-
     def solve(
         self, half: Half, y: Tensor, starts: Sequence[Tensor], square: Tensor | None = None, stripped: bool = False
     ) -> Solution:
-        solution, step = super().solve(half, y, starts, square, stripped), half.step
+        step = half.step
+        starts = [self.near[step.source], *starts] if step.source in self.near else starts
+        solution = super().solve(half, y, starts, square, stripped)
         if not step.tokenwise or step.norm is not None:
             return solution
         began, flat, x = time.perf_counter(), y.flatten(0, 1), solution.x.flatten(0, 1).clone()

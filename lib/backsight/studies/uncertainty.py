@@ -53,7 +53,7 @@ def posterior_samples(
         white = torch.randn(solution.w.shape, generator=generator, dtype=y.dtype, device=y.device)
         noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
         right = here.transposed(noise) / excess.sqrt() + white
-        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white)[0] @ posterior.factor.T)
+        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white) @ posterior.factor.T)
     return torch.stack(drawn)
 
 
