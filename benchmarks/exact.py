@@ -1,4 +1,4 @@
-"""How far back exact inversion goes on the shipped targets, and what it costs: shares, roots, passes, seconds.
+"""How far back exact inversion goes on the shipped targets, and what it costs: shares, roots, seconds.
 
 About a quarter of an hour on two cores, with a few images; SIZE=full takes an hour or more.
 Rows of `results/bench/exact.csv`: half-steps alone, from the true stream behind each; the roots of the half-steps that
@@ -96,7 +96,7 @@ def folded(name: str, case: Case, step: str, examples: int, curves: int) -> Iter
 
 
 def cost(case: str, target: Target, tap: str, images: int, to: str | None = None) -> Iterator[Row]:
-    """Seconds and passes an image from a tap to `to` (default: the embedding); baseline: these blocks' forward pass.
+    """Seconds an image from a tap to `to` (default: the embedding); baseline: these blocks' forward pass.
 
     No closed-form starts: the search begins at y, which random weights do not move far.
     """
@@ -120,9 +120,7 @@ def cost(case: str, target: Target, tap: str, images: int, to: str | None = None
     trace = inverse.trace(truth[tap], to)
     seconds = (time.perf_counter() - began) / images
     error = (trace.values - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
-    passes = torch.stack([solution.passes.double() for solution in trace.solutions]).mean(0)
     yield compare("exact", case, "seconds an image", seconds, "s", baseline, "")
-    yield Row("exact", case, "passes of a half-step, mean", float(passes.mean()), "1", *NONE)
     yield Row("exact", case, "solved", float(trace.solved.double().mean()), "share", *NONE)
     yield Row("exact", case, "relative error, largest", float(error.max()), "1", *NONE)
 

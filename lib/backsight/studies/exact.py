@@ -27,7 +27,7 @@ from backsight.data.images import ImageSource, batches, open_images
 from backsight.errors import BacksightError, nearest
 from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
-from backsight.exact.steps import ExactModel, Lost, NotInvertibleError, walk
+from backsight.exact.steps import ExactModel, NotInvertibleError, walk
 from backsight.inverses.families import Reconstruct
 from backsight.representation import Tokens
 from backsight.studies.roots import Case, RootChoosing, judged
@@ -64,7 +64,7 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
             inverse = ExactInverse(model, tap)
             end, steps, reached = inverse.lost, inverse.steps, inverse.reached
         except NotInvertibleError as error:
-            end, steps, reached = error.lost, (), ""
+            end, steps, reached = error, (), ""
         norms = {step.destination: step.norm for step in steps if step.norm is not None and step.lossy}
         rows.append(
             {
@@ -86,7 +86,7 @@ def where_exactness_ends(target: Target, taps: Sequence[str] | str | None = None
     return pd.DataFrame(rows)
 
 
-def _why(target: Target, end: Lost, affine: bool) -> str:
+def _why(target: Target, end: NotInvertibleError, affine: bool) -> str:
     """The reason, with what the walk alone does not know: what a tap holds."""
     if end.previous == PIXELS and not affine:
         return "what lies between the pixels and the first tap is no affine map of patches, and is not inverted"

@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError, nearest
-from backsight.exact.embedding import Embedding, measured_embedding
-from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior, parts_of
+from backsight.exact.inverse import ExactInverse, parts_of
+from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior
 from backsight.exact.solver import Linearised
-from backsight.exact.steps import ExactModel, NotInvertibleError, in_precision
+from backsight.exact.steps import Embedding, ExactModel, NotInvertibleError, in_precision, measured_embedding
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, concatenate

@@ -39,7 +39,7 @@ SHOWN = 4
 @dataclass(frozen=True)
 class WholeChains:
     """metrics: tidy rows, METRIC_COLUMNS and `study` ("whole"), `seeds`; outcomes: a row a tap, start and image: fate,
-    error_start, error, residual, iterations, passes, seconds, psnr by inverse; images (k, 3, H, W);
+    error_start, error, residual, iterations, seconds, psnr by inverse; images (k, 3, H, W);
     pictures: {tap: {inverse: (k, 3, H, W)}}."""
 
     metrics: pd.DataFrame
@@ -140,7 +140,7 @@ def _followed(
         EXACT: decoded(end.replace(solution.x)),
         EMBEDDING: decoded(end),
     }
-    columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations", "passes")}
+    columns = {name: getattr(solution, name).tolist() for name in ("residual", "iterations")}
     columns |= {"error_start": relative_error(begun, end.values).tolist(), "error": error.tolist(), "fate": fates}
     columns |= {f"psnr_{name}": psnr(images, made.to(images)).tolist() for name, made in pictures.items()}
     return pd.DataFrame({**columns, "seconds": solution.seconds / len(images)}), pictures
