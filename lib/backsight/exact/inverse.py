@@ -83,8 +83,8 @@ class ExactInverse(nn.Module):
         if embedding.rank == len(embedding.matrix):
             return None
         reason = "the patch embedding has no full rank, and the linear inverse completes it"
-        dimensions = (len(embedding.bias) * rank for rank in (len(embedding.matrix), embedding.rank))
-        return NotInvertibleError(order[1], PIXELS, *dimensions, reason)
+        patches = len(embedding.bias)
+        return NotInvertibleError(order[1], PIXELS, patches * len(embedding.matrix), patches * embedding.rank, reason)
 
     def fitted(self) -> dict[str, Half]:
         return {half.step.destination: half for half in self.halves}
