@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -197,7 +198,8 @@ def _as_timm_reads(
     resampled. Which filter a model has only its entry point knows, so the state is caught where it would be loaded."""
     settings: dict[str, Any] = dict.fromkeys(("url", "file", "source", "hf_hub_id", "hf_hub_filename"))
     settings |= {"state_dict": dict(state), "custom_load": False, "num_classes": model.num_classes}
-    loading = mock.patch.object(nn.Module, "load_state_dict")
+    nothing_left = SimpleNamespace(missing_keys=[], unexpected_keys=[])
+    loading = mock.patch.object(nn.Module, "load_state_dict", return_value=nothing_left)
     with contextlib.suppress(BacksightError), torch.device("meta"), loading as caught:
         _constructed(source, arguments, True, settings)
     return dict(caught.call_args.args[0]) if caught.called else state
