@@ -132,7 +132,7 @@ def test_nothing_global_changes() -> None:
     assert dict(matplotlib.rcParams) == before
     data, size = figure._repr_png_()
     assert data.startswith(b"\x89PNG")
-    assert size["width"] == 650
+    assert abs(size["width"] - 650) < 20  # a text column, with a little room around it
 
 
 def test_a_png_is_the_same_every_time_and_carries_its_caption() -> None:

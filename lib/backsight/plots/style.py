@@ -7,6 +7,7 @@ changes, and nothing is computed: values and intervals are those of the tidy row
 import io
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,12 +237,14 @@ class ShownFigure(Figure):
         if kind in ("png", "svg"):
             texts = {"Title": self.caption, "Description": self.description}
             options["metadata"] = {key: text for key, text in texts.items() if text} | (options.get("metadata") or {})
+        options.setdefault("bbox_inches", "tight")  # nothing is cut off, on screen as in files
         with rc_context(_STYLE):  # how many ticks there are is decided while they are drawn
             super().savefig(fname, **options)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        width, height = self.get_size_inches() * 100
-        return png_bytes(self), {"width": round(width), "height": round(height)}
+        shown = png_bytes(self)
+        width, height = struct.unpack(">II", shown[16:24])  # of the PNG's header
+        return shown, {"width": width // 2, "height": height // 2}
 
 
 def png_bytes(figure: Figure, dpi: int = 200) -> bytes:
