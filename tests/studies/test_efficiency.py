@@ -88,6 +88,12 @@ def test_equal_cost_lies_on_both_curves():
     assert set(seconds.measure) == {"psnr_at_equal_seconds"}
 
 
+def test_methods_of_other_cost_are_pairs_at_equal_steps():
+    values = made_up({"direct": {10: (100.0, 20.0)}, "modular": {10: (50.0, 21.0)}})
+    change = pool(values, ["steps", "inverse"], {"inverse": "direct"})
+    assert change[["steps", "inverse", "value", "n"]].to_numpy().tolist() == [[10, "modular", 1.0, 8]]
+
+
 def test_a_side_that_was_not_trained_so_far_is_no_comparison():
     curves = {"direct": {10: (100.0, 20.0)}, "modular": {10: (10.0, 21.0)}}
     with pytest.raises(BacksightError, match="more lengths"):

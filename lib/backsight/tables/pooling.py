@@ -16,7 +16,12 @@ from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
 DRAWS = 1000
 LEVEL = 0.95
 FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t counts where it is the wider one
-DIFFER = {"target": ("weights", "tap", "depth"), "tap": ("depth",), "inverse": ("family",)}
+# What is another one of another target, tap or inverse, and not part of what a pair has in common.
+DIFFER = {
+    "target": ("weights", "tap", "depth"),
+    "tap": ("depth",),
+    "inverse": ("family", "flops", "seconds", "parameters"),
+}
 CEILING = "_ceiling"  # a measure of this ending, of the true images, is the column `ceiling` of the measure
 TOLD = ("value", "low", "high", "n", "seeds", "photographs")
 
