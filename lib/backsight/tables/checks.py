@@ -124,7 +124,7 @@ def _bad_intervals(table: pd.DataFrame) -> Iterator[str]:
 def _few_seeds(table: pd.DataFrame) -> Iterator[str]:
     """Scores of inverses from too few training seeds; a value that is NaN says nothing and is let pass."""
     family = table["inverse"].astype(str).str.split("_").str[0]
-    # A control beside the scored families may have fewer: findings.py then says "cannot tell".
+    # A control beside the scored families may have fewer: claims.py then says "cannot tell".
     family = family.where(table["inverse"] != "linear_uniform")
     trained = table[family.isin(SEEDED_FAMILIES) & table["value"].notna() & ~table["measure"].isin(COUNTED)]
     if "part" in trained:  # neither the search on validation nor a handful of optimised images is reported as a score
