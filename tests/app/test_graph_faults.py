@@ -26,7 +26,7 @@ import numpy
 from safetensors.numpy import save_file
 from backsight.app.runs import open_run
 from backsight.project import read_json, write_atomically, write_json
-run = open_run(out, "00_train", {{}})
+run = open_run("00_train", {{"out": out}})
 checkpoint, journal = run.folder / "checkpoints" / "state.json", run.folder.parent / "journal.txt"
 state = read_json(checkpoint) or {{"step": 0, "weight": 1.0}}
 for step in range(state["step"], {STEPS}):
@@ -48,7 +48,7 @@ import pathlib, time
 from safetensors.numpy import load_file
 from backsight.app.runs import open_run
 from backsight.project import write_atomically
-run = open_run(out, "01_judge", {})
+run = open_run("01_judge", {"out": out})
 mean = load_file(pathlib.Path(results) / "train" / "inverses" / "inverse.safetensors")["weight"].mean()
 with (run.folder.parent / "journal.txt").open("a") as lines:
     lines.write("judged\\n")
@@ -180,7 +180,7 @@ def test_a_failed_job_does_not_cost_the_page(root: Path, write_notebook: Noteboo
     fine = """\
 from backsight.app.runs import open_run
 from backsight.tables.values import METRIC_COLUMNS
-run = open_run(out, "00_fine", {})
+run = open_run("00_fine", {"out": out})
 run.save_metrics([dict.fromkeys(METRIC_COLUMNS) | {"target": "scenes-vit"}])
 run.finish()
 """

@@ -183,7 +183,7 @@ def test_paths_of_the_command_line_are_the_callers(
     assert plan_run(notebook).folder == Path(os.environ.get("BACKSIGHT_RESULTS", project_root() / "results")) / "tiny"
 
 
-OPEN = 'from backsight.app.runs import open_run\nrun = open_run(out, "tiny", {"steps": steps})'
+OPEN = 'from backsight.app.runs import open_run\nrun = open_run("tiny", {"out": out, "steps": steps})'
 WORK = (
     "import os\n"
     "with run.phase('work'):\n"
@@ -326,7 +326,7 @@ def wait_until(condition: object, seconds: float = 180) -> None:
 def test_a_run_in_lab_completes_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKSIGHT_RESULTS", str(tmp_path))
     monkeypatch.delenv("BACKSIGHT_RUN", raising=False)
-    run = open_run("", "tiny", {"steps": 2, "seed": 1})
+    run = open_run("tiny", {"steps": 2, "seed": 1})
     with run.phase("work"), run.phase("work"):
         pass
     assert not (tmp_path / "tiny" / "run.json").exists()
@@ -334,8 +334,28 @@ def test_a_run_in_lab_completes_itself(tmp_path: Path, monkeypatch: pytest.Monke
     record = read_json(tmp_path / "tiny" / "run.json")
     assert record is not None
     assert (record["status"], record["seed"]) == ("complete", 1)
-    open_run("", "tiny", {"steps": 2, "seed": 1})
+    open_run("tiny", {"steps": 2, "seed": 1})
     assert not (tmp_path / "tiny" / "run.json").exists(), "a run that starts again is not complete"
+
+
+def test_settings_are_parameters_in_one_dictionary(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    cell = 'steps = 3\nout = ""\nsettings = {\n    "n": 100,  # images\n    "noises": ["float32", "0.1"],\n}'
+    notebook = write_notebook(cell, OPEN, "print(steps, settings)", "run.finish()")
+    plan = plan_run(notebook, assignments=["n=4", "noises=int8,bfloat16"], out=tmp_path / "run")
+    assert plan.identity["parameters"] == {"steps": 3, "n": 4, "noises": ["int8", "bfloat16"]}
+    run_plan(plan)
+    executed = nbformat.read(tmp_path / "run" / notebook.name, as_version=4)
+    printed = "".join(o.get("text", "") for cell in executed.cells for o in cell.get("outputs", []))
+    assert "3 {'n': 4, 'noises': ['int8', 'bfloat16']}" in printed
+    for wrong, said in (
+        ("m=4", "no parameter 'm'"),
+        ("n=many", "n = 'many'"),
+        ("settings={}", "no parameter 'settings'"),
+    ):
+        with pytest.raises(BacksightError, match=said):
+            plan_run(notebook, assignments=[wrong])
+    with pytest.raises(BacksightError, match="twice"):
+        read_notebook(write_notebook('n = 1\nsettings = {"n": 2}', OPEN))
 
 
 def test_saved_tables_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +364,7 @@ def test_saved_tables_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from backsight.tables.values import METRIC_COLUMNS
 
     monkeypatch.delenv("BACKSIGHT_RUN", raising=False)
-    run = open_run(tmp_path / "run", "tiny", {})
+    run = open_run("tiny", {"out": tmp_path / "run"})
     figure = Figure()
     figure.subplots().plot([1, 2])
     elsewhere = run.save_figure(f"{tmp_path}/org/model", figure)  # a target may be a path

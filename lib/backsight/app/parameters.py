@@ -4,7 +4,8 @@ A notebook declares them in the cell tagged `parameters`, one plain literal a li
 
     steps = 1500  # optimiser steps per inverse
 
-The type is the default's. All of this happens before a kernel is started.
+The type is the default's. What few people change stands there in one dictionary, `settings`, whose keys are named as
+parameters are. All of this happens before a kernel is started.
 """
 
 import ast
@@ -24,22 +25,30 @@ from backsight.project import project_root, shown
 
 # Sections of a preset that belong to no single notebook: values for all, and the run graph (app.plan).
 SHARED_SECTIONS = ("common", "graph")
+SETTINGS = "settings"  # the parameter that holds further ones
 TAPS = str | list[str]  # a preset's name or module paths, whichever of them is the default of `taps`
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook as it was read: its text (nbformat 4), the source of its code cells, its parameters' defaults."""
+    """A notebook as it was read: its text (nbformat 4), the source of its code cells, its parameters' defaults, and
+    which of them are keys of its `settings`."""
 
     path: Path
     text: str
     code: Sequence[str]
     defaults: Mapping[str, Any]
+    settings: Sequence[str] = ()
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    def injected(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values as the parameters cell has them: settings in their dictionary."""
+        plain = {name: value for name, value in values.items() if name not in self.settings}
+        return plain | ({SETTINGS: {name: values[name] for name in self.settings}} if self.settings else {})
 
     def checked(self, name: str, value: Any, origin: str) -> Any:
         """The value that may be passed for a parameter. Raises BacksightError on an unknown name and a wrong type."""
@@ -84,7 +93,10 @@ def read_notebook(path: str | Path) -> Notebook:
                     raise ValueError(f"{ast.unparse(statement)!r} is not `name = literal`")
     except (SyntaxError, ValueError) as error:
         raise BacksightError(f"the parameters cell of {path}: {error}.") from error
-    return Notebook(path, text, code, defaults)
+    settings = defaults.pop(SETTINGS, {})
+    if twice := sorted(settings.keys() & defaults.keys()):
+        raise BacksightError(f"the parameters cell of {path} has {twice[0]} twice: outside and inside of {SETTINGS}.")
+    return Notebook(path, text, code, {**defaults, **settings}, tuple(settings))
 
 
 def _notebooks() -> Path:

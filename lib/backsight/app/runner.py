@@ -218,7 +218,7 @@ def _execute(plan: Plan, verbose: bool) -> None:
             papermill.execute_notebook(
                 nbformat.reads(plan.notebook.text, as_version=4),
                 str(plan.partial).replace("{", "{{").replace("}", "}}"),  # papermill fills in {parameters}
-                parameters=dict(plan.values),
+                parameters=plan.notebook.injected(plan.values),
                 kernel_name=KERNEL,
                 cwd=project_root(),
                 progress_bar=verbose,

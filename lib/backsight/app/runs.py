@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backsight.app.parameters import SETTINGS, read_notebook
 from backsight.errors import BacksightError
 from backsight.project import (
     FINISHED,
@@ -164,6 +165,20 @@ class Run:
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
         )
 
+    def show(self, name: str, figure: "Figure", sentence: str = "") -> None:
+        """Save a figure, display it, and under it the sentence that says what this run shows."""
+        from IPython.display import display
+
+        self.save_figure(name, figure)
+        display(figure)
+        self.say(sentence)
+
+    def say(self, text: str) -> None:
+        """Display Markdown."""
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+
     def finish(self) -> None:
         """Declare the run complete; under `backsight run` the runner does that, after checking every cell."""
         with self._record() as record:
@@ -178,16 +193,21 @@ class Run:
         write_json(self.folder / STARTED, record)
 
 
-def open_run(out: str | Path, notebook: str, parameters: Mapping[str, Any]) -> Run:
-    """Open the folder of a notebook's run.
+def open_run(notebook: str, parameters: Mapping[str, Any] | None = None) -> Run:
+    """Open the folder of a notebook's run: what its parameter `out` says, or results/<notebook>.
 
-    out: the notebook's `out` parameter ("" means results/<notebook>); notebook: its file name without suffix;
-    parameters: its parameters by name. Under `backsight run` the runner's folder and record are joined.
+    notebook: its file name without suffix; parameters: its parameters by name, by default as they are in the kernel.
+    Under `backsight run` the runner's folder and record are joined.
     """
     if folder := os.environ.get(RUN_VARIABLE):
         return Run(Path(folder), in_runner=True)
-    run = Run(run_folder(out, notebook), in_runner=False)
-    start_run(run.folder, {"notebook": notebook, "parameters": dict(parameters)})
+    if parameters is None:
+        from IPython import get_ipython
+
+        known, cells = read_notebook(project_root() / "notebooks" / f"{notebook}.ipynb"), get_ipython().user_ns
+        parameters = {name: (cells[SETTINGS] if name in known.settings else cells)[name] for name in known.defaults}
+    run = Run(run_folder(parameters.get("out", ""), notebook), in_runner=False)
+    start_run(run.folder, {"notebook": notebook, "parameters": {n: v for n, v in parameters.items() if n != "out"}})
     return run
 
 
