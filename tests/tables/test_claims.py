@@ -127,7 +127,7 @@ def test_a_claim_turns_when_the_numbers_turn(tmp_path: Path) -> None:
 
 
 def test_what_the_model_itself_gives_back_was_never_lost(tmp_path: Path) -> None:
-    for name, table in tables(("exact",)):
+    for name, table in tables(("exact", "noise")):
         (tmp_path / name).mkdir()
         gained = table.assign(value=table["value"].replace({0.1: 0.9, 1.0: 8.0}))
         moved = gained["value"] - table["value"]

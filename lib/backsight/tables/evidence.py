@@ -13,7 +13,7 @@ import pandas as pd
 
 from backsight.tables.estimates import Estimate, difference, estimate_of, flipped, log_ratio
 from backsight.tables.names import ALL_TAPS, LEADING_FAMILIES, SLOPES
-from backsight.tables.read import COLOUR, CROSS_LAYER, EFFICIENCY, EXACT, QUALITY, TRADEOFF, Study, fullest_run
+from backsight.tables.read import COLOUR, CROSS_LAYER, EFFICIENCY, EXACT, NOISE, QUALITY, TRADEOFF, Study, fullest_run
 
 HALF_OF_IT = 0.5  # share of images: more of them have to be out of reach to count as lost
 HIDDEN = 3.0  # dB: what MAP gains on the best decoder where a picture counts as hidden from decoders, not lost
@@ -412,7 +412,8 @@ def _largest_t(rows: pd.DataFrame) -> pd.DataFrame:
 
 def lost_for_good(study: Study) -> Iterator[Evidence]:
     """What decoders do not read: how much of it the model's own inverse gets back, at which noise, and how exactly."""
-    rows = fullest_run(_has(study.rows(EXACT, "psnr"), study="stability"))
+    rows = study.rows(NOISE, "psnr")
+    rows = fullest_run(rows[rows["sigma"].notna()] if len(rows) else rows)
     for target, of in _by_target(rows):
         of = of[of["tap"] == list(deep_taps(of).values())[-1]].sort_values("sigma")
         for noise in dict.fromkeys(of["noise"]):

@@ -18,7 +18,7 @@ from backsight.tables.values import METRIC_COLUMNS
 
 QUALITY, CROSS_LAYER, COLOUR = "03_quality", "04_cross_layer", "05_colour"
 EFFICIENCY, TRADEOFF, TRAINING = "06_modular_vs_direct", "10_tradeoff", "02_train_inverse"
-EXACT = "11_exact"
+EXACT, NOISE = "11_exact", "12_noise"
 FIGURES = "07_figures"
 STUDIES = (QUALITY, CROSS_LAYER, COLOUR, EFFICIENCY, TRADEOFF)  # whose tables pool training seeds in every row
 # What the folder of a run is called where no run.json says which notebook made it: the notebook's name without its
@@ -33,13 +33,21 @@ _FIRST_WORDS: Mapping[str, str] = MappingProxyType(
         "efficiency": EFFICIENCY,
         "tradeoff": TRADEOFF,
         "exact": EXACT,
+        "noise": NOISE,
         "targets": "01_targets",
         "quickstart": "00_quickstart",
     }
 )
 # The column that only one study writes.
 _SIGNATURES: Mapping[str, str] = MappingProxyType(
-    {"study": EXACT, "source_tap": CROSS_LAYER, "perturbation": COLOUR, "flops": EFFICIENCY, "t": TRADEOFF}
+    {
+        "sigma": NOISE,
+        "study": EXACT,
+        "source_tap": CROSS_LAYER,
+        "perturbation": COLOUR,
+        "flops": EFFICIENCY,
+        "t": TRADEOFF,
+    }
 )
 
 
