@@ -60,7 +60,7 @@ def test_every_run_is_read_with_its_notebook(study: Study) -> None:
 
 
 def test_a_study_without_such_runs_has_no_rows(study: Study) -> None:
-    rows = study.rows("01_targets")
+    rows = study.rows("18_targets")
     assert rows.empty
     assert set(METRIC_COLUMNS) <= set(rows)
 

@@ -48,7 +48,7 @@ STUDIES: Mapping[str, str] = {
     "12_noise": "Lost, or only hidden?",
     "10_tradeoff": "Trained to be invertible",
     "02_train_inverse": "Training of the inverses",
-    "01_targets": "Classes and training",
+    "18_targets": "Classes and training",
 }
 # Tables by depth are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
 TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse")

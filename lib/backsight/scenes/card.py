@@ -73,7 +73,7 @@ def card_text(card: dict[str, Any]) -> str:
         f"{minutes['training']} minutes on {card['device']} (one thread of two busy cores), torch {card['torch']}.",
         f"- **Scores**: test split, photographs {', '.join(SPLIT_PHOTOGRAPHS['test'])}, "
         f"{card['scored_on']['images']:,} scenes for each colour rule; 95 % intervals in brackets.",
-        f"- **Remake**: `backsight run notebooks/01_targets.ipynb -p retrain={name}`",
+        f"- **Remake**: `backsight run notebooks/18_targets.ipynb -p retrain={name}`",
         "",
         "| measure | classes | usual hues | random hues |",
         "| --- | --- | --- | --- |",

@@ -34,7 +34,7 @@ _FIRST_WORDS: Mapping[str, str] = MappingProxyType(
         "tradeoff": TRADEOFF,
         "exact": EXACT,
         "noise": NOISE,
-        "targets": "01_targets",
+        "targets": "18_targets",
         "quickstart": "00_quickstart",
     }
 )

@@ -82,7 +82,7 @@ def list_targets() -> list[dict[str, str]]:
         if is_local(name):
             status, needs = "ready", ""
         elif name in SHIPPED:
-            status, needs = "missing", "notebooks/01_targets.ipynb"
+            status, needs = "missing", "notebooks/18_targets.ipynb"
         else:
             status, needs = "to fetch", "its weights, once"
         kind = "detector" if any(word in name for word in ("detr", "yolos", "mask2former")) else "classifier"

@@ -88,7 +88,7 @@ def resolve(name: str) -> Source:
     elif name in SHIPPED or rest.startswith(PATHS) or path.is_file() or rest.endswith(SUFFIXES):
         raise BacksightError(
             f"There is no target {name!r} here: give a name of timm or of the hub, a folder with config.json or a file "
-            f"in {', '.join(SUFFIXES)}; shipped targets lie in data/weights, and notebooks/01_targets.ipynb makes them."
+            f"in {', '.join(SUFFIXES)}; shipped targets lie in data/weights, and notebooks/18_targets.ipynb makes them."
         )
     else:
         source = Source(name, "pretrained", name)
