@@ -17,12 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backsight.data.features as features
-from backsight.data.features import (
-    FeatureStore,
-    StoreError,
-    features_or_images,
-    record_features,
-)
+from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, SourceError
 from backsight.representation import Predictions, Tokens
@@ -190,7 +185,6 @@ def test_a_store_is_found_again_after_one_image(tmp_path, monkeypatch) -> None:
     passed = count_passes(monkeypatch, target)
     assert record_features(target, images.clone(), "blocks.0", progress=False).folder == first.folder
     assert passed == [1]
-    assert isinstance(features_or_images(target, images, "blocks.0", progress=False), FeatureStore)
 
 
 def test_whatever_decides_about_a_representation_is_in_the_key(tmp_path) -> None:
@@ -245,15 +239,12 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch) -
     monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage(10**6, 9 * 10**5, 10**5))
     target, images = pyramid(), pictures(40)
-    with pytest.raises(StoreError, match="free"):
+    with pytest.raises(BacksightError, match="free"):
         record_features(target, images, progress=False)
-    with pytest.warns(UserWarning, match="computed anew") as warned:
-        assert features_or_images(target, images, progress=False) is images
-    assert warned[0].filename == __file__
     assert not (tmp_path / "cache").exists()
     (tmp_path / "file").write_text("")
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(BacksightError, match="cannot be written"):
         record_features(target, images, folder=tmp_path / "file" / "features", progress=False)
 
 

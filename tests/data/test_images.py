@@ -264,7 +264,6 @@ def test_class_folders_are_read_as_imagenet(tmp_path):
         (lambda folder: fill(folder, ["a.png"]), {"target_or_size": "64"}, "'64'"),
         (lambda folder: fill(folder, ["a.png"]), {"count": 0}, "0"),
         (lambda folder: fill(folder, ["a.png"]), {"masks": True}, "no masks"),
-        (lambda folder: fill(folder, ["a.png"]), {"options": object()}, "options"),
         (lambda folder: fill(folder, ["train/a.png"]), {"split": "test"}, "'test'.*train"),
         (lambda folder: "scenes", {"split": "all"}, "'all'"),
         (lambda folder: "photographs", {"masks": True}, "no masks"),

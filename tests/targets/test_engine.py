@@ -69,6 +69,12 @@ def test_features_are_recorded_where_every_image_is_shown_twice(
     assert not (tmp_path / "features").exists()
     fit("direct", vit, images, images[:8], **{**once, "steps": 12})
     assert len(list((tmp_path / "features").rglob("index.json"))) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="computed anew"):
+        fit("direct", vit, images, images[:8], **{**once, "steps": 12})
+    with pytest.raises(BacksightError, match="cannot be written"):
+        fit("direct", vit, images, images[:8], **{**once, "features": "always"})
 
 
 def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,7 +31,7 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, batches, index_batches, paying_workers, read_batches, unit_floats
 from backsight.errors import BacksightError
 from backsight.project import cache_folder, read_json, shown, write_json
-from backsight.representation import Representation, Tokens
+from backsight.representation import Representation
 
 FORMAT = 5  # part of the key: raise it whenever files are written, or representations made, in another way
 Recorded = dict[str, Representation]
@@ -49,10 +48,6 @@ class Recordable(Protocol):
     def weights_hash(self) -> str: ...
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]: ...
     def record(self, images: Tensor, taps: Any = None) -> Recorded: ...
-
-
-class StoreError(BacksightError):
-    """A store that cannot be written here, for lack of space or of permission; recomputing still works."""
 
 
 @dataclass(eq=False)
@@ -75,15 +70,30 @@ class FeatureStore:
     first: Recorded
     errors: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        missing = (read_json(self.folder / "index.json") or {})["missing"]
-        self.skipped = [(path, reason) for _, path, reason in missing]
-        self.size, self.taps, self.bytes = (
-            self.row["images"].shape[1:],
-            tuple(self.first),
-            self.images * self.row.itemsize,
-        )
-        self.own = np.delete(np.arange(self.images), [place for place, _, _ in missing])  # rows of this view
+    @cached_property
+    def own(self) -> np.ndarray:
+        """Rows of the file: of this view, without those of images that could not be read."""
+        return np.delete(np.arange(self.images), [place for place, *_ in self._missing])
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return [(path, reason) for _, path, reason in self._missing]
+
+    @property
+    def _missing(self) -> list[tuple[int, str, str]]:
+        return (read_json(self.folder / "index.json") or {})["missing"]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(self.first)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.row["images"].shape[1:]
+
+    @property
+    def bytes(self) -> int:
+        return self.images * self.row.itemsize
 
     def __len__(self) -> int:
         return len(self.own)
@@ -165,17 +175,6 @@ class FeatureStore:
             ) from error
 
 
-def features_or_images(
-    target: Recordable, images: ImageSource | Tensor, taps: str | Sequence[str] | None = None, progress: bool = True
-) -> FeatureStore | ImageSource | Tensor:
-    """`record_features`, or the images themselves, with a warning, where the store cannot be written."""
-    try:
-        return record_features(target, images, taps, progress=progress)
-    except StoreError as error:
-        warnings.warn(f"{error} Until then features are computed anew at every step.", stacklevel=2)
-        return images
-
-
 def record_features(
     target: Recordable,
     images: ImageSource | Tensor,
@@ -193,45 +192,37 @@ def record_features(
     contexts (a detector's memory) are not kept.
 
     A recording that was killed, or whose disk was full, goes on from its last whole batch and ends in the same bytes;
-    one that another process is writing is waited for. Raises StoreError where the disk is too small, before anything is
-    written, or the folder cannot be written; BacksightError on features that are not finite or not of one form;
-    SourceError without images.
+    one that another process is writing is waited for. Raises BacksightError where the disk is too small, before
+    anything is written, or the folder cannot be written, and on features that are not finite, padded or of several
+    forms; SourceError without images.
     """
     taps = target.taps if taps is None else target.resolve_taps(taps)
-    first = {tap: _kept(held) for tap, held in target.record(next(batches(images, 1)), taps).items()}
-    size: Any
-    if isinstance(images, Tensor):
-        name, split, size, bytewise = None, None, images.shape[2:], images.dtype == torch.uint8
-    else:
-        name, split, size, bytewise = images.name, images.split, images.size, True
-    columns: list[Any] = [("images", "uint8" if bytewise else "float32", (3, *size))]
+    image = next(batches(images, 1, raw=True))
+    first = {tap: _kept(held) for tap, held in target.record(unit_floats(image), taps).items()}
+    columns: list[Any] = [("images", image.numpy().dtype.name, tuple(image.shape[1:]))]
     for tap, held in first.items():
-        for part, values in _parts(held).items():
-            columns.append((f"{tap}/{part}", "float16", values.shape[1:]))
+        columns += [(f"{tap}/{part}", "float16", values.shape[1:]) for part, values in _parts(held).items()]
     row = np.dtype(columns)
     identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), str(row)]
     identity += [repr(held.signature) for held in first.values()] + [images_digest(images)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    name, split = (None, None) if isinstance(images, Tensor) else (images.name, images.split)
     label = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (target.name, name, split, key))))
     place = Path(folder or cache_folder() / "features") / label
+    store = FeatureStore(place, name, split, len(images), target.name, target.weights_hash, row, first)
     try:
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
-        free, needed = shutil.disk_usage(existing).free, len(images) * row.itemsize
-        if needed > free and existing != place:
-            raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        free = shutil.disk_usage(existing).free
+        if store.bytes > free and existing != place:
+            raise OSError(f"it takes {store.bytes / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):
-            index, file = read_json(place / "index.json"), place / "rows.bin"
-            rows = min(file.stat().st_size // row.itemsize if index and file.is_file() else 0, len(images))
-            if index is None or index["status"] != "complete" or rows < len(images):
-                whole = rows if rows == len(images) else rows - rows % batch_size
-                _record(target, images, place, row, first, index or {"missing": []}, whole, batch_size, progress)
+            _complete(store, target, images, batch_size, progress)
     except OSError as error:
-        raise StoreError(
+        raise BacksightError(
             f"The feature store {shown(place)} cannot be written ({error}): make space, or set BACKSIGHT_CACHE to "
             "another folder; the next call goes on from there."
         ) from error
-    store = FeatureStore(place, name, split, len(images), target.name, target.weights_hash, row, first)
     for tap, held in store.read([0])[1].items():  # what is in no key, as a user's code, shows in the first image
         values = first[tap].values
         store.errors[tap] = float((held.values - values).norm() / values.norm().clamp(min=1e-30))
@@ -243,71 +234,60 @@ def record_features(
     return store
 
 
-def _record(
-    target: Recordable,
-    images: ImageSource | Tensor,
-    place: Path,
-    row: np.dtype,
-    first: Recorded,
-    index: dict[str, Any],
-    start: int,
-    batch_size: int,
-    progress: bool,
+def _complete(
+    store: FeatureStore, target: Recordable, images: ImageSource | Tensor, batch_size: int, progress: bool
 ) -> None:
-    """Append what is missing behind the first `start` rows, in the same batches; an unreadable image has a row too."""
-    missing = [failure for failure in index["missing"] if failure[0] < start]
+    """Append the rows that are missing, in the same batches; an unreadable image has one too."""
+    path, row, number = store.folder / "rows.bin", store.row, store.images
+    index = read_json(store.folder / "index.json") or {}
+    start = min(path.stat().st_size // row.itemsize, number) if index and path.is_file() else 0
+    if index.get("status") == "complete" and start == number:
+        return
+    start -= start % batch_size if start < number else 0
+    missing = [failure for failure in index.get("missing", ()) if failure[0] < start]
     index = {"format": FORMAT, "status": "recording", "target": target.name, "missing": missing}
-    left = list(index_batches(len(images), batch_size, None, endless=False, start=-(-start // batch_size)))
-    stream = read_batches(images, left, paying_workers(len(images) - start))
+    left = list(index_batches(number, batch_size, None, endless=False, start=-(-start // batch_size)))
+    stream = read_batches(images, left, paying_workers(number - start))
     with (
-        open(place / "rows.bin", "ab") as file,
-        tqdm(total=len(images) - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,
+        open(path, "ab") as file,
+        tqdm(total=number - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,
     ):
         file.truncate(start * row.itemsize)
-        write_json(place / "index.json", index)
+        write_json(store.folder / "index.json", index)
         for indices, (read, failures) in zip(left, stream, strict=True):
             rows = np.zeros(len(indices), row)
             if failures:
                 missing += [[place, failure.path, failure.reason] for place, failure in failures.items()]
-                write_json(place / "index.json", index)  # before its row
+                write_json(store.folder / "index.json", index)  # before its row
             if read is not None:
                 readable = ~np.isin(indices, [*failures])
-                for name, values in _stored(target, read, first).items():
-                    rows[name][readable] = values.cpu().numpy()
+                rows["images"][readable] = read
+                for tap, held in target.record(unit_floats(read), store.taps).items():
+                    for part, values in _parts(_kept(held, store.first[tap], f"of {target.name} at {tap}")).items():
+                        rows[f"{tap}/{part}"][readable] = values.half()
             file.write(rows.tobytes())
             file.flush()  # a kill then costs no more than this batch
             bar.update(len(indices))
-    write_json(place / "index.json", index | {"status": "complete"})
+    write_json(store.folder / "index.json", index | {"status": "complete"})
 
 
-def _stored(target: Recordable, images: Tensor, first: Recorded) -> dict[str, Tensor]:
-    """{column: (B, …)} of a batch. Raises BacksightError for what a store does not keep."""
-    unit = unit_floats(images)
-    stored = {"images": images if images.dtype == torch.uint8 else unit}
-    for tap, representation in target.record(unit, tuple(first)).items():
-        held = _kept(representation)
-        code, known = (getattr(x, "position", None) for x in (held, first[tap]))
-        alike = code is None or known is None or torch.allclose(code, known, rtol=1e-5, atol=1e-6)
-        if held.signature != first[tap].signature or not alike:
-            raise BacksightError(
-                f"{target.name} gives representations of several forms at {tap}, which one store cannot hold: leave "
-                "this tap out."
-            )
-        for part, values in _parts(held).items():
-            stored[f"{tap}/{part}"] = values.half()
-            if not stored[f"{tap}/{part}"].isfinite().all():
-                raise BacksightError(f"The features of {target.name} at {tap} are not finite in half precision.")
-    return stored
-
-
-def _kept(representation: Representation) -> Representation:
-    """Float32 on the CPU, without context, with one positional code for all images."""
-    held = representation.plain().to("cpu", torch.float32)
-    if not isinstance(held, Tokens):
-        return held
-    if held.padding is not None:
+def _kept(representation: Representation, first: Representation | None = None, where: str = "") -> Representation:
+    """Float32 on the CPU, without context, with one positional code for all images; all of one form."""
+    held: Any = representation.plain().to("cpu", torch.float32)
+    if getattr(held, "padding", None) is not None:
         raise BacksightError("One store cannot hold padded representations: leave their taps out.")
-    return replace(held, position=None if held.position is None else held.position[:1].contiguous())
+    if getattr(held, "position", None) is not None:
+        held = replace(held, position=held.position[:1].contiguous())
+    if first is not None:
+        code, known = (getattr(x, "position", None) for x in (held, first))
+        alike = code is None or known is None or torch.allclose(code, known, rtol=1e-5, atol=1e-6)
+        if held.signature != first.signature or not alike:
+            raise BacksightError(
+                f"Representations of several forms, {where}: one store cannot hold them, leave this tap out."
+            )
+        if not all(values.half().isfinite().all() for values in _parts(held).values()):
+            raise BacksightError(f"The features {where} are not finite in half precision.")
+    return held
 
 
 def _parts(representation: Representation) -> dict[str, Tensor]:

@@ -48,12 +48,13 @@ class Entry(NamedTuple):
 
 @dataclass
 class Found:
-    """What a source has of a split. skipped: [(path, reason)]."""
+    """What a source has of a split. skipped: [(path, reason)]; to_size: of the size asked for, never cropped."""
 
     split: str
     entries: list[Entry] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    to_size: bool = False
 
     def add(self, files: dict[str, Entry], annotations: Path | None) -> None:
         """Add {path in its folder: entry}, with the objects that a COCO file, where one is given, has of it."""

@@ -8,7 +8,7 @@ never lost silently.
 import copy
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -23,15 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from backsight.data.coco import Box, Size
 from backsight.data.decode import ImageError, decode
-from backsight.data.folders import SPLITS, Entry, Found, folder_entries
+from backsight.data.folders import SPLITS, Entry, folder_entries
 from backsight.errors import SourceError, nearest
 from backsight.project import available_cores
 
-# Sources that are no folders, each with the function that gives a `Generated`.
-GENERATORS = {
-    "scenes": "backsight.scenes.dataset:generated",
-    "photographs": "backsight.scenes.photographs:generated",
-}
+# Sources that are no folders, each with the module whose `generated` finds the images.
+GENERATORS = {"scenes": "backsight.scenes.dataset", "photographs": "backsight.scenes.photographs"}
 WORTH_WORKERS = 2000  # images that are read by processes of their own, where there are cores to spare
 
 
@@ -39,19 +36,6 @@ class Preprocessed(Protocol):
     """What is asked of a target: preprocessing with size, interpolation and crop_fraction."""
 
     preprocessing: Any
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a generator gives: a split, {id: file}, and COCO annotations where it knows the truth.
-
-    to_size: the images were made for the size that was asked for: nothing is cropped.
-    """
-
-    split: str
-    files: Mapping[str, Path]
-    annotations: Path | None = None
-    to_size: bool = False
 
 
 @dataclass(eq=False, repr=False)
@@ -157,7 +141,6 @@ def open_images(
     seed: int = 0,
     *,
     masks: bool = False,
-    options: object = None,
 ) -> ImageSource:
     """Images of one split of a source, all of one size.
 
@@ -168,7 +151,7 @@ def open_images(
         square: as much as possible, bicubic.
     count: at most this many, chosen by `seed` (a larger count contains the smaller ones), in stable order. For scenes:
         exactly this many (default 1024), `seed` being the seed of the scenes.
-    masks: also read masks, boxes and labels (scenes and COCO only). options: SceneOptions, for scenes only.
+    masks: also read masks, boxes and labels (scenes and COCO only).
     Raises SourceError, a sentence that says what is missing and what to do.
     """
     name = str(source)
@@ -180,15 +163,9 @@ def open_images(
         raise SourceError(f"no split {split!r}; choose one of {', '.join((*SPLITS, 'all'))}")
     if count is not None and count < 1:
         raise SourceError(f"count is {count}; it is a number of images from 1")
-    if options is not None and name != "scenes":
-        raise SourceError(f"options are for the source 'scenes'; {name!r} has none: leave options out")
     if name in GENERATORS:
-        module, function = GENERATORS[name].split(":")
-        made: Generated = getattr(import_module(module), function)(split, count, seed, max(size), options)
-        found = Found(made.split)
-        files = {path.name: Entry(id, str(path)) for id, path in made.files.items()}
-        found.add(files, made.annotations if masks else None)
-        crop_fraction = 1.0 if made.to_size else crop_fraction
+        found = import_module(GENERATORS[name]).generated(split, count, seed, max(size), masks)
+        crop_fraction = 1.0 if found.to_size else crop_fraction
     elif not (root := Path(source).expanduser()).exists():
         raise SourceError(f"there is no folder {root}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
     else:

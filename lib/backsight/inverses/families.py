@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from backsight.data.distributed import processes
-from backsight.data.features import features_or_images
+from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import open_images
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.files import save
@@ -65,9 +66,14 @@ def fit(
         arguments["modules"] = fit("modular", target, images, validation, **both, **arguments)
     if "steps" in taken:
         shown = (arguments.get("steps") or 400) * arguments.get("batch_size", 16) / len(images)
-        if features == "always" or (features == "auto" and (arguments.get("epochs") or shown) >= 2):
-            source: Any = images
-            images = features_or_images(target, source, target.taps, progress=arguments.get("progress", True))
+        often = features == "always" or (features == "auto" and (arguments.get("epochs") or shown) >= 2)
+        if often and not isinstance(images, FeatureStore):
+            try:
+                images = record_features(target, images, target.taps, progress=arguments.get("progress", True))
+            except BacksightError as error:
+                if features == "always":
+                    raise
+                warnings.warn(f"{error} Until then features are computed anew at every step.", stacklevel=2)
         if checkpoint is not None:
             arguments["checkpoint"] = checkpoint / f"{family}.safetensors"
     passed = {name: value for name, value in arguments.items() if name in taken}

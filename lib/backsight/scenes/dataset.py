@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from backsight.data.folders import Entry, Found
 from backsight.errors import SourceError
 from backsight.project import cache_folder
 from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS
 from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, VERSION, SceneOptions, render, render_many
-
-if TYPE_CHECKING:
-    from backsight.data.images import Generated
 
 SCENES_COUNT = 1024  # where no count is given
 
@@ -161,17 +159,16 @@ def write_coco(
     (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> Generated:
+def generated(split: str | None, count: int | None, seed: int, size: int, masks: bool) -> Found:
     """Scenes of a split (default: test; 1024 where no count is given), as `open_images` asks for them."""
-    from backsight.data.images import Generated
-
     split = split or "test"
     if split not in SPLIT_PHOTOGRAPHS:
         raise SourceError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
-    chosen = options if isinstance(options, SceneOptions) else DEFAULT_OPTIONS
-    folder = cached(split, SCENES_COUNT if count is None else count, seed, size, chosen)
-    files = {path.stem: path for path in sorted((folder / f"{split}2017").iterdir())}
-    return Generated(split, files, folder / "annotations" / f"instances_{split}2017.json", to_size=True)
+    folder = cached(split, SCENES_COUNT if count is None else count, seed, size)
+    files = {path.name: Entry(path.stem, str(path)) for path in sorted((folder / f"{split}2017").iterdir())}
+    found = Found(split, to_size=True)
+    found.add(files, folder / "annotations" / f"instances_{split}2017.json" if masks else None)
+    return found
 
 
 def cached(

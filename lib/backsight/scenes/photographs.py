@@ -4,15 +4,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from backsight.data.folders import Entry, Found
 from backsight.errors import BacksightError, nearest
-
-if TYPE_CHECKING:
-    from backsight.data.images import Generated
 
 # name -> (package, path inside the package); the files are read directly because the packages' own
 # loaders may reach for the network.
@@ -39,12 +36,11 @@ SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def generated(split: str | None, count: int | None, seed: int, size: int, options: object) -> "Generated":
+def generated(split: str | None, count: int | None, seed: int, size: int, masks: bool) -> Found:
     """The photographs of a split (default: test), or all, as `open_images` asks for them."""
-    from backsight.data.images import Generated
-
     split = split or "test"
-    return Generated(split, {name: photograph_path(name) for name in SPLIT_PHOTOGRAPHS.get(split, PHOTOGRAPHS)})
+    names = SPLIT_PHOTOGRAPHS.get(split, PHOTOGRAPHS)
+    return Found(split, [Entry(name, str(photograph_path(name))) for name in names])
 
 
 def photograph_path(name: str) -> Path:

@@ -20,6 +20,7 @@ from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import fit_linear
 from backsight.measures.hue import chroma_kept, hue_distance, hue_of, object_chroma, respond, reversion, shares
 from backsight.representation import Predictions, concatenate
+from backsight.scenes.dataset import cached
 from backsight.scenes.render import SceneOptions
 from backsight.studies.recolour import JudgedObjects, Perturbation, painted
 from backsight.tables.pooling import influence
@@ -62,7 +63,8 @@ def uniform_by_seed(target: Target, seeds: Sequence[int], count: int) -> Familie
     """
     found = {}
     for seed in seeds:
-        images = open_images("scenes", "train", target, count, seed, options=SceneOptions(rule="uniform"))
+        folder = cached("train", count, seed, max(target.image_size), SceneOptions(rule="uniform"))
+        images = open_images(folder, "all", target.image_size)
         found[seed] = {"linear_uniform": fit_linear(target, images, seed=seed, progress=False)}
     return found
 
