@@ -1,6 +1,5 @@
 # make run    build the environment, then results/quick: every layer of two targets by the shipped inverses, and the page
-# make run PRESET=long  all studies with inverses of their own, at the sizes of the committed run, results/reference
-# make study  the same at full size, for all five targets: hours; it goes on where it was interrupted
+# make study  all targets and studies, with inverses of their own: remakes results/reference; it goes on where it was interrupted
 # make test   what is checked, with a pytest summary as the last line; make test-all: the slow tests too
 # make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
 # make bench  results/bench/*.csv, a quarter of an hour
@@ -28,7 +27,7 @@ run: $(INSTALLED)
 	@echo "Open results/$(PRESET)/index.html"
 
 study:
-	$(MAKE) run PRESET=study
+	$(MAKE) run PRESET=reference
 
 # The pages are tested in Chromium. A build machine (CI set, root, Debian's packages) gets it; elsewhere the tests that
 # need it are skipped and say how to install it.
@@ -66,7 +65,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf results/{quick,long,smoke,comparison,study,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results/{quick,smoke,test,bench} .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 clean-venv:

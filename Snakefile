@@ -6,8 +6,9 @@ Every notebook goes through the strict runner.
     snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
 A job is finished when its run.json is there, and made again when the preset's values for its notebook, the notebook or
-the library changed. The runner locks each run's folder, so snakemake's own lock, which a kill leaves behind, is not
-needed (--nolock). Other notebooks or another place: --config notebooks=DIR results=DIR.
+the library changed. A folder without the record of a run, such as a committed one, is made anew. The runner locks each
+run's folder, so snakemake's own lock, which a kill leaves behind, is not needed (--nolock). Other notebooks or another
+place: --config notebooks=DIR results=DIR.
 """
 
 import json
@@ -38,6 +39,7 @@ if where.default_storage_provider is not None:
     copies = f"{where.local_storage_prefix / where.default_storage_provider / place}/"
     folder = f'"$(dirname {{output[0]:q}} | cut -c {len(copies) + 1}-)"'
     hand_over = f' && for file in {{output:q}}; do cp {folder}/"$(basename "$file")" "$file"; done'
+page = f"{backsight} report {shlex.quote(str(results))}"
 
 
 def command_line(parameters):
@@ -54,15 +56,16 @@ rule page:
     message:
         f"page of {results}"
     shell:
-        f"{backsight} report {shlex.quote(str(results))}{hand_over}"
+        f"{page}{hand_over}"
 
 
 # One failed job does not cost the page of all others.
 onerror:
-    shell(f"{backsight} report {shlex.quote(str(results))} || true")
+    shell(f"{page} || true")
 
 
-# A rule for each kind of run, so that a profile can say what each asks for.
+# A rule for each kind of run, so that a profile can say what each asks for. What is made once, the quickstart above all,
+# comes first, and the page is there from then on.
 for kind in ("once", "train", "quality", "study", "last"):
 
     rule:
@@ -83,7 +86,8 @@ for kind in ("once", "train", "quality", "study", "last"):
             code=code_digest(),
         message:
             "{wildcards.run}"
+        priority: int(kind == "once")
         shell:
-            "OMP_NUM_THREADS={threads} "
+            f"test -e {folder}/started.json || rm -rf {folder}; mkdir -p {folder}; OMP_NUM_THREADS={{threads}} "
             f"{backsight} run {{input[0]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
-            f"2>&1 | tee {{log:q}}{hand_over}"
+            f"2>&1 | tee {{log:q}}{hand_over}" + (f" && ({page} || true)" if kind == "once" else "")

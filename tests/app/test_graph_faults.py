@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +18,8 @@ import psutil
 import pytest
 import yaml
 from conftest import NotebookWriter
-from test_snakefile import SNAKEMAKE, dry_run
 
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "--rerun-incomplete", "--nolock"]
 STEPS, KILLED_AFTER = 12, 5  # lines of the journal
 # A training of STEPS steps with a checkpoint after each; what it has done is told in a journal outside its folder.
 TRAIN = f"""\
@@ -113,12 +115,17 @@ def nothing_looks_whole_that_is_not(folder: Path, whole: dict[str, object]) -> N
 
 @pytest.fixture
 def graph(write_notebook: NotebookWriter, tmp_path: Path) -> list[str]:
-    """The arguments of snakemake for one training and what judges it; parameters that the runner need not check."""
+    """The arguments of snakemake for one training, what judges it, and a run beside them, of which there are old
+    results without a record, as in a clone."""
     write_notebook('out = ""', TRAIN, name="00_train", folder=tmp_path / "notebooks")
     write_notebook('out = ""\nresults = ""', JUDGE, name="01_judge", folder=tmp_path / "notebooks")
+    write_notebook('out = ""', "1 + 1", name="02_beside", folder=tmp_path / "notebooks")
     preset = tmp_path / "tiny.yaml"
-    jobs = {"once": ["00_train"], "targets": {}, "families": [], "seeds": [0], "last": ["01_judge"]}
+    jobs = {"once": ["00_train", "02_beside"], "targets": {}, "families": [], "seeds": [0], "last": ["01_judge"]}
     preset.write_text(yaml.safe_dump({"graph": jobs}))
+    old = tmp_path / "results" / "tiny" / "beside" / "metrics.csv"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
     results = tmp_path / "results"
     return [
         *SNAKEMAKE[3:],
@@ -149,7 +156,8 @@ def test_a_killed_graph_ends_as_if_uninterrupted(graph: list[str], root: Path, t
     assert uninterrupted.exitcode == 0, log.read_text()
     whole, everything = contents(results), done()
     assert everything == [*(f"step {step}" for step in range(STEPS)), "trained", "judged"]
-    assert {"train/metrics.csv", "judge/metrics.csv", "judge/run.json"} < whole.keys()
+    assert {"train/metrics.csv", "judge/metrics.csv", "judge/run.json", "beside/run.json"} < whole.keys()
+    assert "beside/metrics.csv" not in whole
     shutil.rmtree(results)
 
     killed = start()
@@ -170,10 +178,11 @@ def test_a_killed_graph_ends_as_if_uninterrupted(graph: list[str], root: Path, t
     assert len(steps) == len(set(steps)) >= STEPS - 1
     assert "resuming the interrupted run" in log.read_text()
 
-    assert "Nothing to be done" in dry_run(root, *graph[2:])
-    preset = tmp_path / "tiny.yaml"
-    preset.write_text(f"{preset.read_text()}\n00_train: {{out: elsewhere}}\n")  # its results would be stale
-    assert "Params have changed" in dry_run(root, *graph[2:])
+    preset = tmp_path / "tiny.yaml"  # what was made with other values is stale, and what depends on it
+    preset.write_text(f"{preset.read_text()}\n00_train: {{out: elsewhere}}\n")
+    command = [*SNAKEMAKE, *graph[2:], "--dry-run"]
+    planned = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^Job \d+: (\w+)", planned, flags=re.MULTILINE)) == {"train", "judge"}
 
 
 def test_a_failed_job_does_not_cost_the_page(root: Path, write_notebook: NotebookWriter, tmp_path: Path) -> None:

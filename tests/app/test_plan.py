@@ -8,6 +8,7 @@ import yaml
 
 from backsight.app import plan
 from backsight.app.cli import main
+from backsight.app.parameters import preset_path, read_notebook
 from backsight.errors import BacksightError
 from backsight.project import FINISHED, project_root, write_json
 
@@ -34,6 +35,10 @@ def test_every_run_comes_after_what_it_needs(preset: str) -> None:
     for run, made in runs.items():
         assert before.issuperset(made.needs), run
         before.add(run)
+    for run, made in runs.items():
+        notebook = read_notebook(project_root() / "notebooks" / f"{made.notebook}.ipynb")
+        for name, value in made.parameters.items():
+            notebook.checked(name, value, run)
     for made in runs.values():  # a study waits for the trainings of its target, and for no others
         if made.kind in ("quality", "study"):
             target = made.parameters["target"]
@@ -41,16 +46,38 @@ def test_every_run_comes_after_what_it_needs(preset: str) -> None:
             assert list(made.needs) == own
 
 
-def test_seconds_are_those_of_the_last_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_one_training_a_target_and_seed_fits_what_is_not_shipped() -> None:
+    trained = {run: made.parameters for run, made in plan.graph_runs("reference").items() if made.kind == "train"}
+    assert len(trained) == 8
+    fitted = {run: parameters["families"] for run, parameters in trained.items() if "vit" in run}
+    assert fitted == {
+        "train-scenes-vit-seed0": ["direct"],
+        "train-scenes-vit-seed1": ["linear", "direct", "modular"],
+        "train-scenes-vit-seed2": ["linear", "direct", "modular"],
+        "train-scenes-vit-untrained-seed0": ["direct", "modular"],
+    }
+    for target, own in yaml.safe_load(preset_path("reference").read_text())["graph"]["targets"].items():
+        for family in own.get("shipped", []):
+            assert list((project_root() / "data" / "weights" / target / "inverses").glob(f"{family}--*"))
+
+
+def test_seconds_are_those_that_were_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("BACKSIGHT_RESULTS", str(tmp_path))
+    monkeypatch.setattr(plan, "project_root", lambda: tmp_path)
+    table = tmp_path / "notebooks" / "presets" / "seconds.csv"
+    table.parent.mkdir(parents=True)
+    old = ["tiny,quickstart,12,8,a processor", "other,quickstart,7,1,b"]
+    table.write_text("\n".join(["preset,run,seconds,cores,processor", *old, ""]))
     preset = write_preset(tmp_path, GRAPH)
-    write_json(tmp_path / "tiny" / "colour-org-model" / FINISHED, {"seconds": {"total": 1234.5}})
-    assert main(["plan", preset]) == 0
+    record = {"seconds": {"total": 1234.5}, "hardware": {"cores": 2, "processor": "c"}}
+    write_json(tmp_path / "tiny" / "colour-org-model" / FINISHED, record)
+    assert main(["plan", preset, "--record"]) == 0
+    assert table.read_text().splitlines()[1:] == [*old, "tiny,colour-org-model,1234,2,c"]  # what is not here stays
     printed = capsys.readouterr().out
-    assert "1234.5" in printed
-    assert "train-org-model-untrained-direct-seed4" in printed
-    assert "6 runs" in printed
-    assert "5 not yet measured" in printed
+    assert "1234" in printed
+    assert "train-org-model-untrained-seed4" in printed
+    assert "5 runs" in printed
+    assert "3 not yet recorded" in printed
 
 
 @pytest.mark.parametrize(
@@ -58,6 +85,7 @@ def test_seconds_are_those_of_the_last_run(tmp_path: Path, monkeypatch: pytest.M
     [
         ({"targets": {"scenes-vit": {"train": "scenes"}}}, "quality"),
         ({"targets": ["scenes-vit"]}, "graph"),
+        ({"targets": {"a": {"train": "scenes", "quality": ["scenes"], "studies": [{"x": {}, "y": {}}]}}}, "graph"),
     ],
 )
 def test_a_graph_that_cannot_run_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:

@@ -63,6 +63,23 @@ def test_shipped_inverses_come_first_with_the_seed_that_they_have(target):
     assert {seed: set(families) for seed, families in made.items()} == {0: {"linear", "modular"}}
 
 
+def test_shipped_inverses_stand_in_for_families_that_only_other_seeds_have(target, tmp_path):
+    """As in the run graph, which trains with the seed 0 only what is not shipped."""
+    images = torch.rand(24, 3, 64, 64)
+    options = {"progress": False, "steps": 1, "batch_size": 4}
+    for family, seeds in (("direct", [0, 1]), ("modular", [1])):
+        for seed in seeds:
+            save(fit(family, target, images, seed=seed, **options), tmp_path / str(seed))
+    found = families_by_seed(target, tmp_path, [0, 1])
+    assert {seed: list(families) for seed, families in found.items()} == {
+        seed: ["direct", "modular"] for seed in (0, 1)
+    }
+    (shipped,) = families_by_seed(target, "", [0]).values()
+    recorded = target.record(images[:2])["norm"]
+    assert torch.equal(found[0]["modular"]["norm"](recorded), shipped["modular"]["norm"](recorded))
+    assert list(families_by_seed(target, tmp_path, [0])[0]) == ["direct"]
+
+
 def test_bad_seeds_and_folders_are_refused(target, folder):
     with pytest.raises(BacksightError, match="each of them once"):
         families_by_seed(target, folder, [0, 0])

@@ -1,4 +1,8 @@
-"""The run graph of a preset: its runs, which the Snakefile builds, and how long each took when it was last run here."""
+"""The run graph of a preset: the runs that the Snakefile builds, and the seconds that each took where it was recorded.
+
+The recorded seconds are one committed table, notebooks/presets/seconds.csv; `backsight plan PRESET --record` replaces
+the rows of the preset's finished runs by those of this machine.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +11,9 @@ from typing import Any
 from backsight.app.parameters import preset_path, read_preset
 from backsight.app.runs import file_name
 from backsight.errors import BacksightError
-from backsight.project import FINISHED, read_json, results_root
+from backsight.project import FINISHED, project_root, read_json, results_root, write_atomically
+
+SHIPPED_SEED = 0  # of the inverses that are shipped
 
 
 @dataclass(frozen=True)
@@ -23,39 +29,38 @@ class GraphRun:
 def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
     """The runs of a preset by the names of their folders, each after those that it needs.
 
-    results: the folder that will hold them all, as the notebooks read it. Linear inverses of untrained targets are
-    fitted where they are needed; other families get runs of their own. Raises BacksightError on a section `graph` that
-    is not of its form.
+    results: the folder that will hold them all, as the notebooks read it. One training fits all families of a target
+    and seed, less the shipped ones of the seed 0; one of the target with random weights all but linear ones, which are
+    fitted where they are needed. Raises BacksightError on a section `graph` that is not of its form.
     """
     graph = read_preset(preset).get("graph", {})
     try:
-        seeds, families, untrained = graph["seeds"], graph["families"], graph.get("untrained", [])
         runs = {_question(notebook): GraphRun("once", notebook) for notebook in graph["once"]}
         for target, entry in graph["targets"].items():
-            name, training = file_name(target), {"target": target, "images": entry["train"]}
-            trained = {}
-            for family in families:
-                for suffix, numbers in (("", seeds), ("-untrained", untrained if family != "linear" else [])):
-                    for seed in numbers:
-                        own = training | {"families": [family], "pretrained": not suffix, "seed": seed}
-                        run = f"train-{name}{suffix}-{family}-seed{seed}"
-                        trained[run] = GraphRun("train", "02_train_inverse", own)
-            inverses = results if families else ""  # the shipped ones
-            judging = {"target": target, "trained_on": entry["train"], "inverses": inverses, "seeds": seeds}
-            judged = [(f"quality-{name}-{file_name(images)}", "03_quality", images) for images in entry["quality"]]
-            judged += [
-                (f"{_question(notebook).replace('_', '-')}-{name}", notebook, entry["quality"][0])
-                for notebook in entry.get("studies", [])
-            ]
+            name, families = file_name(target), entry.get("families", graph["families"])
+            common, trained = {"target": target, "images": entry["train"]}, {}
+            for suffix, seeds in (("", graph["seeds"]), ("-untrained", graph.get("untrained", []))):
+                for seed in seeds if families else []:
+                    left_out = ["linear"] if suffix else entry.get("shipped", []) if seed == SHIPPED_SEED else []
+                    own = {"families": [it for it in families if it not in left_out], "seed": seed}
+                    made = GraphRun("train", "02_train_inverse", common | own | {"pretrained": not suffix})
+                    trained[f"train-{name}{suffix}-seed{seed}"] = made
             runs |= trained
-            for run, notebook, images in judged:
-                kind = "quality" if notebook == "03_quality" else "study"
-                runs[run] = GraphRun(kind, notebook, judging | {"images": images}, tuple(trained))
+            # Without trainings the studies take the shipped inverses.
+            inverses, seeds = (results, graph["seeds"]) if trained else ("", [SHIPPED_SEED])
+            judging = {"target": target, "trained_on": entry["train"], "inverses": inverses, "seeds": seeds}
+            for images in entry["quality"]:
+                made = GraphRun("quality", "03_quality", judging | {"images": images}, tuple(trained))
+                runs[f"quality-{name}-{file_name(images)}"] = made
+            for study in entry.get("studies", []):
+                ((notebook, own),) = study.items() if isinstance(study, dict) else [(study, {})]
+                made = GraphRun("study", notebook, judging | {"images": entry["quality"][0]} | own, tuple(trained))
+                runs[f"{_question(notebook).replace('_', '-')}-{name}"] = made
         before = tuple(run for run, made in runs.items() if made.kind != "train")
         for notebook in graph.get("last", []):
             runs[_question(notebook)] = GraphRun("last", notebook, {"results": results}, before)
         return runs
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BacksightError(
             f"the section `graph` of the preset {preset} is incomplete or not of its form ({error}): it needs once, "
             "seeds, families and targets, each with train and quality."
@@ -67,16 +72,19 @@ def _question(notebook: str) -> str:
     return notebook.partition("_")[2]
 
 
-def plan_preset(preset: str) -> str:
-    """The runs of a preset as a table, with the seconds that they last took on this machine, and the sum."""
+def plan_preset(preset: str, record: bool = False) -> str:
+    """The runs of a preset as a table, with their recorded seconds, and the sum; record: first record what is here."""
     import pandas as pd
 
-    folder, rows = results_root() / preset_path(preset).stem, []
-    for run, made in graph_runs(preset).items():
-        record = read_json(folder / run / FINISHED) or {}
-        rows.append((run, made.notebook, record.get("seconds", {}).get("total")))
-    runs = pd.DataFrame(rows, columns=["run", "notebook", "seconds"]).astype({"seconds": float})
-    total = f"{len(runs)} runs, {runs['seconds'].sum() / 60:.0f} minutes one after the other"
-    if unknown := int(runs["seconds"].isna().sum()):
-        total += f", {unknown} not yet measured"
-    return f"{runs.to_string(index=False, na_rep='-')}\n\n{total}"
+    name, runs, place = preset_path(preset).stem, graph_runs(preset), project_root() / "notebooks/presets/seconds.csv"
+    table = pd.read_csv(place).set_index(["preset", "run"])
+    if record:
+        for run in runs:
+            if done := read_json(results_root() / name / run / FINISHED):
+                cores, processor = (done["hardware"][key] for key in ("cores", "processor"))
+                table.loc[(name, run), :] = [round(done["seconds"]["total"]), cores, processor]
+        write_atomically(place, lambda path: table.astype({"seconds": int, "cores": int}).to_csv(path))
+    seconds = [table["seconds"].get((name, run)) for run in runs]
+    rows = pd.DataFrame({"run": [*runs], "notebook": [made.notebook for made in runs.values()], "seconds": seconds})
+    total = f"{len(runs)} runs, {rows['seconds'].sum() / 60:.0f} minutes one after the other"
+    return f"{rows.to_string(index=False, na_rep='-')}\n\n{total}, {rows['seconds'].isna().sum()} not yet recorded"

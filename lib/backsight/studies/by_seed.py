@@ -8,7 +8,7 @@ from pathlib import Path
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
-from backsight.inverses.files import headers_for, inverse_files, load, read_header, shipped_inverses
+from backsight.inverses.files import ORDER, headers_for, inverse_files, load, read_header, shipped_inverses
 from backsight.inverses.linear import fit_linear
 from backsight.targets import load_target
 from backsight.targets.base import Target
@@ -23,9 +23,7 @@ def fit_or_load(
     """
     found = Path(folder) if folder else shipped_inverses(target)
     if found is not None:
-        families = load(found, target, seed)
-        chosen = {f: {t: g for t, g in taps.items() if t in target.taps} for f, taps in families.items()}
-        return {family: taps for family, taps in chosen.items() if taps}
+        return _at_taps(target, load(found, target, seed))
     images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed)}
 
@@ -39,26 +37,37 @@ def families_by_seed(
 ) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
     """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
 
-    folder: with the runs of 02_train_inverse for each of the seeds; "": those shipped with the target, of one seed;
-    else linear inverses, fitted here once a seed on `count` training images of `trained_on`, others for every seed.
+    folder: with the runs of 02_train_inverse for each of the seeds; shipped inverses stand in for families that only
+    other seeds have there. "": those shipped with the target, of one seed; else linear inverses, fitted here once a
+    seed on `count` training images of `trained_on`, others for every seed.
     Raises BacksightError as `load`, and where no family is there for all seeds.
     """
+    shipped = shipped_inverses(target)
+    own = {header.seed for header in headers_for(shipped, target).values()} if shipped else set()
+    if not folder and shipped and own & set(seeds):
+        folder, seeds = shipped, [seed for seed in seeds if seed in own]
     by_seed = {}
-    if not folder and (shipped := shipped_inverses(target)):
-        own = {header.seed for header in headers_for(shipped, target).values()}
-        if some := [seed for seed in seeds if seed in own]:
-            folder, seeds = shipped, some
     for seed in _distinct(seeds):
         found = load(folder, target, seed) if folder else linear_family(target, count, seed, trained_on)
-        chosen = {f: {t: taps[t] for t in target.taps if t in taps} for f, taps in found.items()}
-        by_seed[seed] = {family: taps for family, taps in chosen.items() if taps}
-    common = [family for family in by_seed[seeds[0]] if all(family in each for each in by_seed.values())]
+        by_seed[seed] = _at_taps(target, found)
+    named = {family for families in by_seed.values() for family in families}
+    for seed in own & by_seed.keys():
+        if shipped and named - by_seed[seed].keys():
+            there = _at_taps(target, load(shipped, target, seed))
+            by_seed[seed] = {f: taps for f, taps in there.items() if f in named} | by_seed[seed]
+    common = [family for family in ORDER if all(family in families for families in by_seed.values())]
     if not common:
         raise BacksightError(
             f"{folder} holds no inverse family of {target.name} at its chosen taps for all of the seeds {list(seeds)}: "
             "run 02_train_inverse with each of them."
         )
     return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
+
+
+def _at_taps(target: Target, families: Mapping[str, Mapping[str, Reconstruct]]) -> dict[str, Mapping[str, Reconstruct]]:
+    """The families that read any of the target's taps, at these."""
+    chosen = {f: {tap: taps[tap] for tap in target.taps if tap in taps} for f, taps in families.items()}
+    return {family: taps for family, taps in chosen.items() if taps}
 
 
 def untrained_by_seed(
