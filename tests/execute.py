@@ -1,7 +1,7 @@
 """Execute notebooks in place, as they are committed: python tests/execute.py notebooks/03_quality.ipynb …
 
-What was executed is kept in the notebook's metadata as a digest of its source cells and of the modules of backsight that
-it imports, so that a test can tell outputs of other code (`test_notebooks.py`).
+What was executed is kept in the notebook's metadata as a digest of its source cells and of the modules of backsight
+that it imports, so that a test can tell outputs of other code (`test_notebooks.py`).
 """
 
 import ast
