@@ -6,7 +6,7 @@ Every notebook goes through the strict runner.
     snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
 A job is finished when its run.json is there, and made again when the preset's values for its notebook, the notebook or
-the library changed. A folder without the record of a run, such as a committed one, is made anew. The runner locks each
+the library changed. A committed folder without the record of a run is made anew. The runner locks each
 run's folder, so snakemake's own lock, which a kill leaves behind, is not needed (--nolock). Other notebooks or another
 place: --config notebooks=DIR results=DIR.
 """
@@ -39,6 +39,9 @@ if where.default_storage_provider is not None:
     copies = f"{where.local_storage_prefix / where.default_storage_provider / place}/"
     folder = f'"$(dirname {{output[0]:q}} | cut -c {len(copies) + 1}-)"'
     hand_over = f' && for file in {{output:q}}; do cp {folder}/"$(basename "$file")" "$file"; done'
+# Of a folder without the record of a run, what git can give back; where more lies in it, the runner refuses it.
+committed = "git ls-files -z 2> /dev/null | xargs -0 -r rm -f --"
+without_committed = f"(cd {folder} && {committed} && find . -mindepth 1 -type d -empty -delete)"
 page = f"{backsight} report {shlex.quote(str(results))}"
 
 
@@ -88,6 +91,6 @@ for kind in ("once", "train", "quality", "study", "last"):
             "{wildcards.run}"
         priority: int(kind == "once")
         shell:
-            f"test -e {folder}/started.json || rm -rf {folder}; mkdir -p {folder}; OMP_NUM_THREADS={{threads}} "
+            f"test -e {folder}/started.json || {without_committed} || true; mkdir -p {folder}; OMP_NUM_THREADS={{threads}} "
             f"{backsight} run {{input[0]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
             f"2>&1 | tee {{log:q}}{hand_over}" + (f" && ({page} || true)" if kind == "once" else "")

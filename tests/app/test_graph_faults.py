@@ -60,7 +60,7 @@ run.finish()
 print(mean)
 """
 # What says when and how long, and nothing of the result.
-OF_THE_MOMENT = ("started", "seconds", "resumed", "hardware")
+OF_THE_MOMENT = ("files_digest", "started", "seconds", "resumed", "hardware")
 
 
 def run_snakemake(arguments: list[str], folder: str, log: str) -> None:
@@ -116,7 +116,7 @@ def nothing_looks_whole_that_is_not(folder: Path, whole: dict[str, object]) -> N
 @pytest.fixture
 def graph(write_notebook: NotebookWriter, tmp_path: Path) -> list[str]:
     """The arguments of snakemake for one training, what judges it, and a run beside them, of which there are old
-    results without a record, as in a clone."""
+    committed results without a record."""
     write_notebook('out = ""', TRAIN, name="00_train", folder=tmp_path / "notebooks")
     write_notebook('out = ""\nresults = ""', JUDGE, name="01_judge", folder=tmp_path / "notebooks")
     write_notebook('out = ""', "1 + 1", name="02_beside", folder=tmp_path / "notebooks")
@@ -126,6 +126,8 @@ def graph(write_notebook: NotebookWriter, tmp_path: Path) -> list[str]:
     old = tmp_path / "results" / "tiny" / "beside" / "metrics.csv"
     old.parent.mkdir(parents=True)
     old.write_text("old")
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     results = tmp_path / "results"
     return [
         *SNAKEMAKE[3:],

@@ -25,7 +25,10 @@ def test_pictures_by_name() -> None:
         plain.image, torch.from_numpy(render("test", 22, size=32).image.copy()).permute(2, 0, 1)[None] / 255
     )
     assert not torch.equal(open_picture("scene 22", (32, 32), 90.0).image, plain.image)
-    for wrong, message in (("scene -1", "no picture"), ("scene 3 hue 360", "0 to 359"), ("chelsae", "no picture")):
+    for wrong, message in (
+        *(("scene -1", "no picture"), ("scene 3 hue 360", "0 to 359"), ("chelsae", "no picture")),
+        *(("x" * 5000, "no picture"), ("a\0b", "no picture")),
+    ):
         with pytest.raises(BacksightError, match=message):
             open_picture(wrong, (32, 32))
     assert open_picture("scene 0", (32, 48)).image.shape == (1, 3, 32, 48)

@@ -1,7 +1,9 @@
 """The page over a folder of runs: self-contained, true to the tables, and plain about what is missing."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
@@ -96,6 +98,24 @@ def test_damaged_frames_are_told_and_the_page_is_made_all_the_same(tmp_path: Pat
     assert "Pictures by depth are missing" in page.text
     assert lost in page.text
     assert len([attributes for _, attributes in page.elements if attributes.get("class") == "strip"]) == 5
+
+
+def test_a_table_without_a_record_is_taken_as_it_is(tmp_path: Path) -> None:
+    """As in the committed results/reference: no run.json, and the folder's name says which notebook made it."""
+    for name in ("quality-scenes-vit-scenes", "train-scenes-vit-linear-seed0"):
+        (tmp_path / name).mkdir()
+        better = 5.0 if name.startswith("train") else 0.0
+        rows(VIT, better=better).to_csv(tmp_path / name / "metrics.csv", index=False)
+    save_png(tmp_path / "quality-scenes-vit-scenes" / "figures" / "grid.png", "pictures")
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "33.6 33.2 to 34.0" in [" ".join(cell.split()) for cell in page.cells]
+    assert "38.6" not in page.text
+    assert "no record kept" in page.text
+    assert "Missing from this page" not in page.text
+    assert "Grid, scenes." in page.text
+    (tmp_path / "quality-scenes-vit-scenes" / "started.json").write_text("{}")  # a trace of a run that did not end
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "Missing from this page: quality-scenes-vit-scenes" in " ".join(text.split())
 
 
 def test_frames_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -222,6 +242,43 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BacksightError, match="holds no finished run"):
         write_report(tmp_path)
     assert not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "table"),
+    [
+        *(({"parameters": value}, {}) for value in ([1], "x")),
+        *(({"weights": value}, {}) for value in (["a"], "a", {VIT: "a"})),
+        *(({"seconds": value}, {}) for value in ([1], {"total": "long"})),
+        *(({"hardware": "pc"}, {}), ({"versions": ["a"]}, {})),
+        *(({}, {column: "word"}) for column in ("value", "low", "high")),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_page_is_made_all_the_same(tmp_path: Path, changed: Any, table: Any) -> None:
+    save_run(tmp_path / "whole", "03_quality", {"target": VIT}, rows(VIT))
+    run = save_run(tmp_path / "damaged", "03_quality", {"target": VIT}, rows(VIT).astype(object).assign(**table))
+    record = json.loads((run / "run.json").read_text()) | changed
+    (run / "run.json").write_text(json.dumps(record))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "damaged" in text
+    assert ("its run.json is damaged" in text) == bool(changed)
+    assert ("its metrics.csv cannot be read" in text) == bool(table)
+
+
+def test_a_table_without_a_value_is_no_table(tmp_path: Path) -> None:
+    save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT).assign(value=float("nan")))
+    assert write_report(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("name", ["index.html", "metrics.csv"])
+def test_files_that_are_not_of_backsight_are_left_alone(tmp_path: Path, name: str) -> None:
+    save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(BacksightError, match=name):
+        write_report(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    assert write_report(tmp_path) == write_report(tmp_path)  # its own it replaces
 
 
 def test_a_figure_belongs_to_the_longest_name_that_its_own_holds(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The strict runner: what it refuses before a kernel starts, and what a run leaves behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,6 +63,10 @@ def test_text_becomes_the_declared_type(write_notebook: NotebookWriter, assignme
         (["stepz=3"], ["no parameter 'stepz'", "nearest: steps"]),
         (["steps=many"], ["steps", "'many'", "10"]),
         (["steps=1.5"], ["steps", "1.5"]),
+        (["steps=-1"], ["steps", "greater than or equal to 0"]),
+        (["sizes=[1, -1]"], ["sizes", "greater than or equal to 0"]),
+        (["rate=-0.5"], ["rate", "greater than or equal to 0"]),
+        (["seed=18446744073709551616"], ["seed", "less than"]),
         (["rate=fast"], ["rate", "'fast'"]),
         (["rate=nan"], ["rate", "'nan'"]),
         (["rate=.inf"], ["rate", "finite"]),
@@ -100,6 +105,7 @@ def test_parameters_cells_that_cannot_be_checked(write_notebook: NotebookWriter,
 
 def test_presets(write_notebook: NotebookWriter, tmp_path: Path) -> None:
     notebook = read_notebook(write_notebook(DECLARATIONS, name="02_tiny"))
+    write_notebook("elsewhere = 1\nn = 2", name="03_other")
     preset = tmp_path / "mine.yaml"
 
     def said(text: str) -> dict[str, object]:
@@ -116,6 +122,10 @@ def test_presets(write_notebook: NotebookWriter, tmp_path: Path) -> None:
         "02_tiny: {steps: 1.5}": "steps = 1.5",
         "common: {flag: 'true'}": "flag = 'true'",
         "02_tinny: {steps: 1}": "no notebook is called '02_tinny'; nearest: 02_tiny",
+        "comon: {steps: 1}\n02_tiny: {}": "no notebook is called 'comon'; nearest: common",
+        "common: {stepz: 1}": "no notebook has a parameter 'stepz'",
+        "02_tiny: {steps: 1, steps: 2}": "'steps' is given twice",
+        "02_tiny: {steps: 1}\n02_tiny: {steps: 2}": "'02_tiny' is given twice",
         "[1, 2]": "must hold one mapping",
         "a: b: c": "not YAML",
     }.items():
@@ -196,6 +206,7 @@ def test_a_run_is_recorded_and_reused(
     write_notebook: NotebookWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notebook = write_notebook('steps = 3\nseed = 7\nout = ""', OPEN, WORK, "run.finish()")
+    notebook.write_text(json.dumps(json.loads(notebook.read_text()) | {"metadata": {}}))  # as some editors write it
     out = tmp_path / "run {with braces}"
     command = ["run", str(notebook), "--out", str(out), "-p", "steps=4"]
     assert main(command) == 0
@@ -251,38 +262,94 @@ def test_a_run_of_another_notebook_is_left_alone(write_notebook: NotebookWriter,
         plan_run(write_notebook("steps = 1", "steps"), out=tmp_path / "run")
 
 
-def test_a_folder_of_the_user_is_left_alone(write_notebook: NotebookWriter, tmp_path: Path) -> None:
-    """Such as the notebooks' own, whose notebook the executed one would replace."""
+def test_a_folder_of_the_user_is_left_alone(
+    write_notebook: NotebookWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the notebooks' own, whose notebook the executed one would replace; in Lab too."""
     notebook = write_notebook("steps = 1", "steps")
     before = {path: path.read_bytes() for path in notebook.parent.iterdir()}
     with pytest.raises(BacksightError, match=notebook.name):
         plan_run(notebook, out=notebook.parent)
+    monkeypatch.delenv("BACKSIGHT_RUN", raising=False)
+    with pytest.raises(BacksightError, match=notebook.name):
+        open_run("tiny", {"out": str(notebook.parent)})
     assert {path: path.read_bytes() for path in notebook.parent.iterdir()} == before
+    start_run(notebook.parent, {"notebook": "tiny", "parameters": {}})  # as an executed one in its run's folder
+    with pytest.raises(BacksightError, match="replace"):
+        plan_run(notebook, out=notebook.parent)
+
+
+OF_THE_RUN = (
+    *("figures/depth.png", "checkpoints/modular.safetensors", "inverses/linear--blocks.5.safetensors"),
+    *("frames/scenes-vit/0-china--input.png", "metrics.partial.csv", "tiny.partial.ipynb"),
+)
+OF_THE_USER = (
+    *("figures/thesis.png", "figures/notes.txt", "checkpoints/my_model.pth", "checkpoints/best.safetensors"),
+    *("inverses/mine.txt", "inverses/mine.safetensors", "frames/holiday.png", "mine.ipynb"),
+)
 
 
 def test_only_the_same_run_is_resumed(
     write_notebook: NotebookWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted by other parameters or other code: start afresh, without its checkpoints."""
+    """Interrupted by other parameters, code or files: start afresh, without what it made; the user's files stay."""
     said: list[str] = []
     notebook = write_notebook("steps = 1\nout = ''", "steps")
     folder = tmp_path / "run"
     plan = plan_run(notebook, out=folder)
-    monkeypatch.setattr("backsight.app.runner._execute", lambda plan, verbose: None)
+
+    def stopped(plan: object, verbose: bool) -> None:
+        raise NotebookError
+
+    monkeypatch.setattr("backsight.app.runner._execute", stopped)
     for change, words in [
         ({}, "resuming"),
         ({"parameters": {"steps": 2}}, "with other steps"),
         ({"code_digest": "older"}, "of other code"),
+        ({"files_digest": "other"}, "of other code or files"),
     ]:
-        start_run(folder, plan.identity | change)
-        for name in ("checkpoints/step.safetensors", "figures/depth.png", "figures/notes.txt", "mine.ipynb"):
+        start_run(folder, {**plan.identity, "figures": ["depth.png", "../../outside.png"], **change})
+        for name in (*OF_THE_RUN, *OF_THE_USER, "../outside.png"):
             write_atomically(folder / name, lambda temporary: temporary.write_text(""))
-        with pytest.raises(FileNotFoundError):  # nothing was executed: there is no notebook to check
+        with pytest.raises(NotebookError):
             run_plan(plan, say=said.append)
         assert words in said[-2]
-        assert (folder / "checkpoints").exists() == (folder / "figures" / "depth.png").exists() == (not change)
-        assert (folder / "figures" / "notes.txt").exists()  # no run made these
-        assert (folder / "mine.ipynb").exists()
+        assert {(folder / name).exists() for name in OF_THE_RUN} == {not change}
+        assert all((folder / name).exists() for name in (*OF_THE_USER, "../outside.png"))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "file"),
+    [
+        ("images", "{}", "a/cat.jpg"),
+        ("target", "{}", "model.safetensors"),
+        ("target", "vit_tiny_patch16_224@{}/mine.pth", "mine.pth"),
+        ("inverses", "{}", "train/inverses/linear--blocks.5.safetensors"),
+        ("results", "{}", "quality/run.json"),
+        ("photograph", "{}/cat.jpg", "cat.jpg"),
+        ("pictures", ["china", "{}/cat.jpg"], "cat.jpg"),
+    ],
+)
+def test_a_run_on_other_files_of_the_same_name_is_another_run(
+    write_notebook: NotebookWriter, tmp_path: Path, parameter: str, value: str | list[str], file: str
+) -> None:
+    def folder(text: str) -> str:
+        return text.format(tmp_path / "given")
+
+    declared = [folder(text) for text in value] if isinstance(value, list) else folder(value)
+    notebook = write_notebook(f"{parameter} = {declared!r}")
+    path = tmp_path / "given" / file
+
+    def identity() -> dict[str, object]:
+        return plan_run(notebook, out=tmp_path / "given" / "run").identity
+
+    write_atomically(path, lambda temporary: temporary.write_text("one"))
+    first = identity()
+    write_atomically(tmp_path / "given" / "run" / "figures" / "own.png", lambda temporary: temporary.write_text(""))
+    start_run(tmp_path / "given" / "run", first)
+    assert identity() == first  # what the run itself writes there is no input
+    write_atomically(path, lambda temporary: temporary.write_text("two"))
+    assert identity() != first
 
 
 def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path) -> None:
@@ -300,7 +367,7 @@ def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path)
     wait_until(lambda: (out / "checkpoint").exists() and (out / "checkpoint").read_text() != "")
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 2
-    assert "another run is writing" in second.stderr
+    assert "another process writes" in second.stderr
     first.kill()
     first.communicate()
     assert not (out / "run.json").exists()

@@ -111,9 +111,8 @@ def test_cmyk(tmp_path, extension):
 
 
 def profile(**primaries: tuple[float, float, float]) -> bytes:
-    """sRGB's curves with other primaries (XYZ)."""
+    """sRGB's curves, and its name, with other primaries (XYZ)."""
     content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    content = content.replace(b"s\0R\0G\0B", b"o\0t\0h\0r")  # the description, UTF-16
     for number in range(struct.unpack(">I", content[128:132])[0]):
         entry = 132 + 12 * number
         if values := primaries.get(bytes(content[entry : entry + 4]).decode()):

@@ -235,6 +235,30 @@ def test_held_out_images_never_enter_the_training_part(tmp_path):
     assert all(id.startswith("valid/") for id in parts["test"])
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        [f"archive/{part}/{i}.png" for part in ("train", "val", "test") for i in range(5)],
+        [f"{kind}/{part}/{i}.png" for kind in ("cats", "dogs") for part in ("train", "test") for i in range(5)],
+        [f"{part}/{i}.png" for part in ("test", "more") for i in range(9)],
+    ],
+)
+def test_splits_that_are_declared_further_down_are_not_cut_anew(tmp_path, files):
+    fill(tmp_path, files)
+    for split in SPLITS:
+        with pytest.raises(SourceError, match="side by side"):
+            open_images(tmp_path, split)
+    assert len(open_images(tmp_path)) == len(files)
+
+
+def test_a_folder_beside_the_declared_splits_is_named(tmp_path):
+    fill(tmp_path, [f"{part}/{i}.png" for part in ("train_images", "test_images", "dev") for i in range(9)])
+    with pytest.warns(UserWarning, match="dev"):
+        parts = by_split(tmp_path)
+    assert {id.split("/")[0] for id in parts["test"]} == {"test_images"}
+    assert {id.split("/")[0] for id in parts["train"]} == {"train_images"}
+
+
 def test_class_folders_are_read_as_imagenet(tmp_path):
     fill(
         tmp_path, [f"{part}/{kind}/{i}.png" for part in ("train", "val") for kind in ("n01", "n02") for i in range(30)]
@@ -256,6 +280,8 @@ def test_class_folders_are_read_as_imagenet(tmp_path):
     [
         (lambda folder: folder / "absent", {}, "absent"),
         (lambda folder: "scene", {}, "nearest: scenes"),
+        (lambda folder: "", {}, "there are: scenes"),
+        (lambda folder: "~nobody/photographs", {}, "~nobody"),
         (lambda folder: folder, {}, "nothing"),
         (lambda folder: (folder / "a.TXT").write_text("") or folder, {}, r"\.txt \(1\)"),
         (lambda folder: (folder / "a.png").touch() or folder / "a.png", {}, r"a\.png"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backsight import fit_linear, load_target
 from backsight.app.cli import main
+from backsight.app.runner import in_charge_of
 from backsight.data.features import FeatureStore, record_features
 from backsight.errors import BacksightError
 from backsight.inverses.families import fit
@@ -106,3 +107,28 @@ def test_the_command_fit_writes_inverses_that_a_notebook_finds(tmp_path: Path, c
     assert main(["fit", "scenes-vit", "scenes", str(out), "--families", "lineer"]) == 2
     assert "nearest: linear" in capsys.readouterr().err
     assert main(["fit", "scenes-vit", "nowhere", str(out)]) == 2
+    before = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert main([*command, *options]) == 0  # the same fit takes its own place
+    for other in ([*command, "--seed", "1"], [*command, "--random-weights"], ["fit", "scenes-deit", *command[2:]]):
+        assert main([*other, *options]) == 2
+        assert "with seed 0: name another folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
+    with in_charge_of(out):
+        assert main([*command, *options]) == 2
+    assert "another process writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--steps", "0"), ("--steps", "-1"), ("--batch-size", "0"), ("--batch-size", "-3"), ("--train-images", "0")),
+        *(("--seed", "-1"), ("--seed", "18446744073709551616")),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_fitted(
+    tmp_path: Path, option: tuple[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "scenes-vit", "scenes", str(tmp_path / "inverses"), *option])
+    assert option[1] in capsys.readouterr().err
+    assert not (tmp_path / "inverses").exists()

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from backsight.errors import BacksightError, nearest
@@ -59,12 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("out", metavar="OUT", type=Path, help="where the inverses go; 03_quality takes it as `inverses`")
     fit.add_argument("--taps", default="blocks", help="blocks, components, fine, or names with commas")
     fit.add_argument("--families", default="linear,modular", help="names with commas")
-    fit.add_argument("--steps", type=int, default=400, help="of training")
-    fit.add_argument("--batch-size", type=int, default=16, help="images of a step, of all processes together")
-    fit.add_argument("--train-images", type=int, help="at most so many (default: all)")
-    fit.add_argument("--validation-images", type=int, help="at most so many (default: all)")
+    fit.add_argument("--steps", type=_from(1), default=400, help="of training")
+    fit.add_argument("--batch-size", type=_from(1), default=16, help="images of a step, of all processes together")
+    fit.add_argument("--train-images", type=_from(1), help="at most so many (default: all)")
+    fit.add_argument("--validation-images", type=_from(1), help="at most so many (default: all)")
     fit.add_argument("--features", default="auto", choices=("auto", "always", "never"), help="record them on disk")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--seed", type=_from(0), default=0)
     fit.add_argument("--random-weights", action="store_true", help="of the target, for a control")
 
     explore = command(_explore, "open the explorer alone in a browser (loopback only)")
@@ -81,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     findings.add_argument("folder", metavar="FOLDER", type=Path, help="holds the runs, such as results/reference")
     findings.add_argument("page", metavar="PAGE", type=Path, help="the Markdown file to write, such as FINDINGS.md")
     return parser
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """The type of a whole number that is not below `least`, nor too large for a seed."""
+
+    def number(text: str) -> int:
+        if not least <= (value := int(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least}")
+        return value
+
+    return number
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -103,6 +115,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from backsight.app.runner import in_charge_of
     from backsight.data.distributed import processes
     from backsight.inverses.families import FAMILIES, fit_and_save
     from backsight.project import shown
@@ -117,7 +130,8 @@ def _fit(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     names = ("train_images", "validation_images", "steps", "batch_size", "features", "seed")
     training = {name: getattr(options, name) for name in names}
-    files = fit_and_save(target, options.images, families, options.out, **training)
+    with in_charge_of(options.out) if first else nullcontext():
+        files = fit_and_save(target, options.images, families, options.out, **training)
     if first:
         print(f"{len(files)} inverses in {shown(options.out)}")
     return 0

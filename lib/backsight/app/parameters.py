@@ -13,12 +13,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from backsight.errors import BacksightError, nearest
 from backsight.project import project_root, shown
@@ -62,12 +61,18 @@ class Notebook:
             raise BacksightError(f"{origin}: {name} = {value!r}: {said}, as in {self.defaults[name]!r}.") from error
 
     def kind(self, name: str) -> Any:
-        """The type of a parameter: its default's, of a list the items' too where they have one type."""
+        """The type of a parameter: its default's, of a list the items' too where they have one type. Counts, rates and
+        seeds are not below 0, or below a default that is."""
         default = self.defaults[name]
         if name == "taps":
             return TAPS
-        items = {type(item) for item in default} if isinstance(default, list) else set()
-        return list[items.pop()] if len(items) == 1 else type(default)  # type: ignore[misc]
+        values = default if isinstance(default, list) else [default]
+        if len(kinds := {type(value) for value in values}) != 1:
+            return type(default)
+        kind: Any = kinds.pop()
+        if kind in (int, float):
+            kind = Annotated[kind, Field(ge=min([0, *values]), lt=2**63)]
+        return list[kind] if default is values else kind
 
 
 def read_notebook(path: str | Path) -> Notebook:
@@ -113,11 +118,23 @@ def preset_path(name: str) -> Path:
     return presets[name]
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which no key is given twice: the last one would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_preset(name: str) -> dict[str, dict[str, Any]]:
     """A preset's sections: one mapping of parameters for each notebook's name, `common`, and `graph`."""
     path = preset_path(name)
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        sections = yaml.load(path.read_text(encoding="utf-8"), _Once) or {}
         return {str(section): dict(values or {}) for section, values in sections.items()}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BacksightError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}.") from error
@@ -128,12 +145,15 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
 def preset_values(notebook: Notebook, preset: str) -> dict[str, Any]:
     """What a preset says to one notebook: `common` values that the notebook has, then its own section."""
     sections, origin = read_preset(preset), f"preset {preset_path(preset).stem}"
-    if notebook.name not in sections:  # a misspelt section would silently leave this notebook at its defaults
-        known = {*SHARED_SECTIONS, *(path.stem for path in _notebooks().glob("*.ipynb"))}
-        for section in get_close_matches(notebook.name, sections.keys() - known, cutoff=0.8):
-            raise BacksightError(f"{origin}: no notebook is called {section!r}; nearest: {notebook.name}.")
-    common = {name: value for name, value in sections.get("common", {}).items() if name in notebook.defaults}
-    values = common | sections.get(notebook.name, {})
+    paths = [path for folder in (_notebooks(), notebook.path.parent) for path in folder.glob("*.ipynb")]
+    known, common = {*SHARED_SECTIONS, *(path.stem for path in paths)}, sections.get("common", {})
+    for section in sorted(sections.keys() - known):  # a misspelt name would silently leave this notebook at its default
+        raise BacksightError(f"{origin}: no notebook is called {section!r}; {nearest(section, sorted(known))}.")
+    for name in common.keys() - notebook.defaults.keys():
+        if not any(name in read_notebook(path).defaults for path in paths):
+            raise BacksightError(f"{origin}: no notebook has a parameter {name!r}, which stands in common.")
+    values = {name: value for name, value in common.items() if name in notebook.defaults}
+    values |= sections.get(notebook.name, {})
     return {str(name): notebook.checked(str(name), value, origin) for name, value in values.items()}
 
 

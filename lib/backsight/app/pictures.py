@@ -4,6 +4,7 @@ scene with its largest object recoloured ("scene 22 hue 240"). The same word is 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
     from backsight.studies.quality import picture
 
     if (scene_name := _SCENE.fullmatch(name)) is None:
-        if name not in PHOTOGRAPHS and not Path(name).is_file():
+        if name not in PHOTOGRAPHS and not os.path.isfile(name):  # also of a name that can be no path
             raise BacksightError(
                 f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or "
                 f"one of {', '.join(PHOTOGRAPHS)}."

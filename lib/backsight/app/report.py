@@ -18,6 +18,7 @@ from PIL import Image
 
 from backsight.app.frames import strips
 from backsight.app.runs import file_name
+from backsight.errors import BacksightError
 from backsight.plots.depth import by_depth
 from backsight.plots.style import (
     MEASURE_NAMES,
@@ -98,9 +99,13 @@ def write_report(folder: str | Path) -> Path:
     """Write index.html, and metrics.csv with the tables of all runs, over the runs in the sub-folders of `folder`.
 
     Figures are loaded from the runs' folders beside the page, frames are inside it. Returns the page's path. Raises
-    BacksightError where the folder does not exist or holds no finished run (read_study).
+    BacksightError where the folder does not exist, holds no finished run (read_study), or files of these names that
+    are not of backsight.
     """
     folder = Path(folder)
+    for file, mark in ((PAGE, "<title>backsight: "), (METRICS, ",".join(METRIC_COLUMNS))):
+        if (folder / file).is_file() and mark not in (folder / file).read_text(encoding="utf-8", errors="replace"):
+            raise BacksightError(f"{folder / file} is not of backsight: move it away, or name another folder.")
     study = read_study(folder)
     runs = []
     for place in sorted(folder.iterdir()):
@@ -201,7 +206,7 @@ def _depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: s
     counts; of nulls made for several families, those of the first of NULL_FAMILIES.
     """
     measured = metrics["measure"].isin(list(TABLE_MEASURES))
-    rows = metrics[(metrics["target"] == target) & metrics["tap"].notna() & measured]
+    rows = metrics[(metrics["target"] == target) & metrics["tap"].notna() & metrics["value"].notna() & measured]
     notebook = rows["run"].map(notebooks)
     rows = next((rows[notebook == name] for name in TABLE_NOTEBOOKS if (notebook == name).any()), rows.head(0)).copy()
     rows[GROUP] = rows[GROUP].astype(object).fillna("unnamed").astype(str)

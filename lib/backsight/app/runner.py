@@ -8,18 +8,18 @@ NotebookError, with the partial notebook kept; a run is complete only after ever
 import fcntl
 import hashlib
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
-from backsight.app.runs import RUN_VARIABLE, code_digest, complete_run, run_folder, start_run
+from backsight.app.runs import RUN_VARIABLE, check_folder, code_digest, complete_run, run_folder, start_run
 from backsight.errors import BacksightError
 from backsight.project import (
     FINISHED,
@@ -38,13 +38,15 @@ KERNEL_START_SECONDS = 180
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Parameters that may hold paths; on the command line these are relative to the caller's folder.
 PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", "pictures", "results")
-# What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before.
-BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
-# What a run makes: removed before another one starts in its folder, since results must not be mixed.
+# What a run makes, besides the figures that its record names: removed before another one starts in its folder, since
+# results must not be mixed. What else lies there is the user's.
 OF_A_RUN = (
-    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES, "frames", "checkpoints"),
-    *("figures/*.png", "figures/*.svg", "inverses/**/*.safetensors"),
+    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES),
+    *("frames/*/*--*.png", "inverses/**/*--*.safetensors", "checkpoints/direct.safetensors"),
+    *("checkpoints/modular*.safetensors", "checkpoints/.*.partial"),
 )
+# What is read of a folder that a parameter names; by default every file. The page's folder holds the run itself.
+READ = {"inverses": "**/*--*.safetensors", "results": f"*/{FINISHED}"}
 
 
 class NotebookError(Exception):
@@ -59,16 +61,29 @@ class Plan:
     values: Mapping[str, Any]
     folder: Path
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Two runs with equal identity have equal results: parameters (less the folder), notebook, code."""
+        """Two runs with equal identity have equal results: parameters (less the folder), notebook, code, files read."""
         sources = "\0".join(self.notebook.code)
         return {
             "notebook": self.notebook.name,
             "parameters": {name: value for name, value in self.values.items() if name != "out"},
             "notebook_digest": hashlib.sha256(sources.encode()).hexdigest()[:16],
             "code_digest": code_digest(),
+            "files_digest": self._files_digest(),
         }
+
+    def _files_digest(self) -> str:
+        """Of the files that parameters name (images, weights, inverses, runs): their paths, sizes and times."""
+        states = set()
+        for name in PATHS:
+            given = self.values.get(name) or []
+            for word in (word for item in ([given] if isinstance(given, str) else given) for word in item.split("@")):
+                for root in (project_root() / word, project_root() / "data" / "weights" / word) if word else ():
+                    for file in [root] if root.is_file() else root.glob(READ.get(name, "**/*")):
+                        if file.is_file() and self.folder not in file.parents:
+                            states.add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+        return hashlib.sha256(repr(sorted(states)).encode()).hexdigest()[:16]
 
     @property
     def executed(self) -> Path:
@@ -103,14 +118,9 @@ def plan_run(
     folder = Path(chosen).absolute() if chosen else run_folder(values.get("out") or "", opened.name)
     if "out" in values:
         values["out"] = shown(folder)
-    held = read_json(folder / FINISHED) or read_json(folder / STARTED)
-    if held is not None and held.get("notebook") != opened.name:
-        raise BacksightError(f"{shown(folder)} holds a run of {held.get('notebook')}. Give another folder by --out.")
-    there = folder.iterdir() if held is None and folder.is_dir() else ()
-    if others := sorted(path.name for path in there if path.name not in BESIDE_RUNS):
-        raise BacksightError(
-            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
-        )
+    check_folder(folder, opened.name)
+    if opened.path.resolve().parent == folder.resolve():
+        raise BacksightError(f"the result would replace {opened.path} itself. Give another folder by --out.")
     return Plan(opened, values, folder)
 
 
@@ -120,7 +130,7 @@ def _relocated(value: Any) -> Any:
         return [_relocated(item) for item in value]
     # A target org/model is also a relative path; it is one only where such a file exists, and a shipped one never.
     named = not value or value in ("scenes", "photographs") or (project_root() / "data" / "weights" / value).is_dir()
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     return value if named or not path.exists() else shown(path.absolute())
 
 
@@ -132,7 +142,7 @@ def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = pri
     """
     name, place = plan.notebook.path.name, shown(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with _in_charge_of(plan.folder):
+    with in_charge_of(plan.folder):
         finished, started = read_json(plan.folder / FINISHED), read_json(plan.folder / STARTED)
         if _is_complete(finished, plan):
             say(f"{name}: reused, {place} is a complete run with these parameters")
@@ -140,9 +150,9 @@ def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = pri
         resumed = finished is None and plan.is_of(started)
         if resumed:
             say(f"{name}: resuming the interrupted run in {place}")
-        elif started is not None:
-            say(f"{name}: {place} held {_difference(started, plan)}; starting afresh")
-            _clear(plan)
+        elif held := finished or started:
+            say(f"{name}: {place} held {_difference(held, plan)}; starting afresh")
+            _clear(plan, held)
         start = time.perf_counter()
         start_run(plan.folder, plan.identity, resumed)
         say(f"{name} -> {place}")
@@ -164,24 +174,31 @@ def _difference(record: Mapping[str, Any], plan: Plan) -> str:
     """The run that a folder held, by what makes it another one than that which starts there."""
     before, now = record.get("parameters") or {}, plan.identity["parameters"]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return f"another run (with other {', '.join(changed)})" if changed else "a run of other code, or without its files"
+    return (
+        f"another run (with other {', '.join(changed)})"
+        if changed
+        else "a run of other code or files, or without its own"
+    )
 
 
-def _clear(plan: Plan) -> None:
+def _clear(plan: Plan, record: Mapping[str, Any]) -> None:
     """Remove what an earlier run made, and nothing else."""
-    for pattern in (*OF_A_RUN, plan.executed.name, plan.partial.name):
-        for path in list(plan.folder.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    figures = [plan.folder / "figures" / Path(name).name for name in record.get("figures", [])]
+    patterns = (*OF_A_RUN, plan.executed.name, plan.partial.name)
+    for path in [*figures, *(path for pattern in patterns for path in plan.folder.glob(pattern))]:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _in_charge_of(folder: Path) -> Iterator[None]:
+def in_charge_of(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when this process ends, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise BacksightError(f"another run is writing to {shown(folder)}; wait for it or use --out.") from error
+            raise BacksightError(
+                f"another process writes to {shown(folder)}: wait for it, or name another folder."
+            ) from error
         yield
 
 
@@ -220,6 +237,7 @@ def _execute(plan: Plan, verbose: bool) -> None:
                 str(plan.partial).replace("{", "{{").replace("}", "}}"),  # papermill fills in {parameters}
                 parameters=plan.notebook.injected(plan.values),
                 kernel_name=KERNEL,
+                language="python",
                 cwd=project_root(),
                 progress_bar=verbose,
                 log_output=verbose,

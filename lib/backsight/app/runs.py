@@ -38,6 +38,7 @@ from backsight.project import (
     project_root,
     read_json,
     results_root,
+    shown,
     write_atomically,
     write_json,
 )
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN_VARIABLE = "BACKSIGHT_RUN"
+# What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before.
+BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
 
 # What can change a number.
 RECORDED_PACKAGES = (
@@ -155,18 +158,18 @@ class Run:
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
         from backsight.tables.pooling import metrics
 
-        values = values.astype({"value": "float32", "weight": "float32"})  # half the file, and what is pooled is kept
-        write_atomically(
-            self.folder / PARTIAL_VALUES, lambda path: values.to_parquet(path, index=False, compression="zstd")
-        )
+        write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
         return self.save_metrics(metrics(values, seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
         """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
-        return write_atomically(
+        path = write_atomically(
             self.figures / f"{file_name(name)}.png",
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
         )
+        with self._record() as record:
+            record["figures"] = sorted({*record.get("figures", []), path.name})
+        return path
 
     def show(self, name: str, figure: "Figure", sentence: str = "") -> None:
         """Save a figure, display it, and under it the sentence that says what this run shows."""
@@ -210,8 +213,21 @@ def open_run(notebook: str, parameters: Mapping[str, Any] | None = None) -> Run:
         known, cells = read_notebook(project_root() / "notebooks" / f"{notebook}.ipynb"), get_ipython().user_ns
         parameters = {name: (cells[SETTINGS] if name in known.settings else cells)[name] for name in known.defaults}
     run = Run(run_folder(parameters.get("out", ""), notebook), in_runner=False)
+    check_folder(run.folder, notebook)
     start_run(run.folder, {"notebook": notebook, "parameters": {n: v for n, v in parameters.items() if n != "out"}})
     return run
+
+
+def check_folder(folder: Path, notebook: str) -> None:
+    """Raise BacksightError where a folder holds a run of another notebook, or files that no run made."""
+    record = read_json(folder / FINISHED) or read_json(folder / STARTED)
+    if record is not None and record.get("notebook") != notebook:
+        raise BacksightError(f"{shown(folder)} holds a run of {record.get('notebook')}. Give another folder by --out.")
+    inside = folder.iterdir() if record is None and folder.is_dir() else ()
+    if others := sorted(path.name for path in inside if path.name not in BESIDE_RUNS):
+        raise BacksightError(
+            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
+        )
 
 
 def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) -> None:

@@ -127,14 +127,16 @@ def _srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None where the profile is sRGB already, broken, or of another mode."""
+    """None where the profile is broken, of another mode, or sRGB: it moves no colour by more than its rounding."""
+    levels = np.arange(0, 256, 17, np.uint8)
+    probe = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)).convert(mode)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if mode != "CMYK" and "srgb" in ImageCms.getProfileDescription(source).lower():
-            return None
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        moved = np.asarray(ImageCms.applyTransform(probe, transform)) - np.asarray(probe.convert("RGB"), int)
     except (ImageCms.PyCMSError, OSError):
         return None
+    return transform if np.abs(moved).max() > 2 else None
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

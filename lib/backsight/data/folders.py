@@ -24,7 +24,7 @@ from backsight.errors import SourceError
 
 SPLITS = ("train", "validation", "test")
 _WORD = "(train|val|test)(?:ing|id|idate|idation)?"
-_SPLIT_FOLDER = re.compile(_WORD + r"[-_]?((?:19|20)\d\d)?", re.IGNORECASE)  # train, Valid, testing, val2017
+_SPLIT_FOLDER = re.compile(_WORD + r"[-_]?((?:19|20)\d\d|images)?", re.IGNORECASE)  # train, Valid, test_images, val2017
 _SPLIT_SHARD = re.compile(rf"(?:^|[^a-z]){_WORD}[^a-z]", re.IGNORECASE)  # train-0000.tar, imagenet1k-validation-07.tar
 _NO_CLASSES = ("images", "labels", "annotations", "masks")
 # All other files are told by their first bytes.
@@ -89,14 +89,21 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
         annotations = {root: listed[0]} if len(listed) == 1 else {}
     found = Found(split or ("all" if "" in parts else "test"), classes=tuple(sorted(set().union(*classes.values()))))
     if "" not in parts:
-        used = {path for places in parts.values() for path in places}
-        stray = [path for path in _children(base) if path.suffix.lower() in (*READABLE, ".tar") and path not in used]
-        found.skipped += [(str(path), "it lies beside the declared splits") for path in stray if path.is_file()]
+        known = {path for places in parts.values() for path in places}
+        for path in (path for path in _children(base) if path not in known):
+            folder = path.is_dir() and path.name not in _NO_CLASSES and not _SPLIT_FOLDER.fullmatch(path.name)
+            if folder or (path.is_file() and path.suffix.lower() in (*READABLE, ".tar")):
+                found.skipped.append((str(path), "it lies beside the declared splits"))
     for part, low, high in _shares(parts, found.split, root):
         for place in parts[part]:
             shard = place.suffix.lower() == ".tar"
             files: dict[str, Entry] = {}
             for name, entry in _of_shard(place) if shard else _of_folder(place, root, found):
+                if part == "" and found.split != "all" and any(map(_SPLIT_FOLDER.fullmatch, name.split("/")[:-1])):
+                    raise SourceError(  # what is held out there may not enter the training part
+                        f"{root} has declared splits further down, as that of {name}: open the folder in which train, "
+                        "val and test lie side by side, or split='all'"
+                    )
                 key = os.path.splitext(name)[0] if place in annotations else name
                 fraction = int.from_bytes(sha256(key.encode()).digest()[:6], "big") / 2**48  # equal on every machine
                 if low <= fraction < high:

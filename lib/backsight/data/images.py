@@ -7,6 +7,7 @@ never lost silently.
 
 import copy
 import itertools
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -166,8 +167,8 @@ def open_images(
     if name in GENERATORS:
         found = import_module(GENERATORS[name]).generated(split, count, seed, max(size), masks)
         crop_fraction = 1.0 if found.to_size else crop_fraction
-    elif not (root := Path(source).expanduser()).exists():
-        raise SourceError(f"there is no folder {root}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
+    elif not name or not (root := Path(os.path.expanduser(source))).exists():
+        raise SourceError(f"there is no folder {name!r}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
     else:
         found = folder_entries(root, split, masks)
         name = root.resolve().name

@@ -14,8 +14,8 @@ from backsight.data.distributed import processes
 from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import open_images
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.files import save
-from backsight.inverses.module import Inverses, named
+from backsight.inverses.files import read_header, save
+from backsight.inverses.module import Inverses, header_for, named
 from backsight.inverses.passes import Images
 from backsight.representation import Representation
 
@@ -100,6 +100,13 @@ def fit_and_save(
     with processes().main_process_first():
         train = open_images(source, "train", target, train_images, seed)
         validation = open_images(source, "validation", target, validation_images, seed)
+    own = header_for(target, "", "", "", train, seed)
+    for path in (out / f"{family}--{tap}.safetensors" for family in families for tap in target.taps):
+        if path.exists() and not own.replaces(held := read_header(path)):
+            raise BacksightError(
+                f"{path} is an inverse of {held.target} with the weights {held.weights_hash}, trained on {held.data} "
+                f"with seed {held.seed}: name another folder (03_quality reads all that lie below its `inverses`)."
+            )
     fitted: dict[str, Inverses] = {}
     files: list[Path] = []
     for family in families:

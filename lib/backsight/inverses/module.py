@@ -52,6 +52,11 @@ class InverseHeader:
     validation_loss: float | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
+    def replaces(self, other: InverseHeader) -> bool:
+        """Whether both are of one target, training split and seed, so that one file may take the place of the other."""
+        ours, theirs = ((h.target, h.weights_hash, h.seed, h.data.partition(",")[0]) for h in (self, other))
+        return ours == theirs
+
 
 def header_for(
     target: Target, family: str, source: str, destination: str, images: Any = None, seed: int = 0

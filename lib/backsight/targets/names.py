@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def resolve(name: str) -> Source:
         raise BacksightError("A target needs a name: `backsight targets` lists them.")
     placed = weights_folder() / (name.partition(":")[2] if name.startswith(HUB) else name)
     before, _, rest = ("", "", name) if name.startswith(HUB) else name.rpartition("@")
-    path, folder = Path(rest.removeprefix("local-dir:")).expanduser(), Path(before).expanduser()
+    path, folder = (Path(os.path.expanduser(text)) for text in (rest.removeprefix("local-dir:"), before))
     if not name.startswith(PATHS) and placed.is_dir():
         label = "shipped" if (placed / "card.json").exists() else "pretrained"
         named = "" if (placed / "config.json").exists() else name
