@@ -28,7 +28,7 @@ LONGEST = (
     "test_processes.py",
     "test_training_faults.py",
     "test_tradeoff.py",
-    "test_stability_study.py",
+    "test_noise.py",
     "test_efficiency.py",
     "test_explorer.py",
     "test_gallery.py",

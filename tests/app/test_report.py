@@ -100,24 +100,6 @@ def test_damaged_frames_are_told_and_the_page_is_made_all_the_same(tmp_path: Pat
     assert len([attributes for _, attributes in page.elements if attributes.get("class") == "strip"]) == 5
 
 
-def test_a_table_without_a_record_is_taken_as_it_is(tmp_path: Path) -> None:
-    """As in the committed results/reference: no run.json, and the folder's name says which notebook made it."""
-    for name in ("quality-scenes-vit-scenes", "train-scenes-vit-linear-seed0"):
-        (tmp_path / name).mkdir()
-        better = 5.0 if name.startswith("train") else 0.0
-        rows(VIT, better=better).to_csv(tmp_path / name / "metrics.csv", index=False)
-    save_png(tmp_path / "quality-scenes-vit-scenes" / "figures" / "grid.png", "pictures")
-    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert "33.6 33.2 to 34.0" in [" ".join(cell.split()) for cell in page.cells]
-    assert "38.6" not in page.text
-    assert "no record kept" in page.text
-    assert "Missing from this page" not in page.text
-    assert "Grid, scenes." in page.text
-    (tmp_path / "quality-scenes-vit-scenes" / "started.json").write_text("{}")  # a trace of a run that did not end
-    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
-    assert "Missing from this page: quality-scenes-vit-scenes" in " ".join(text.split())
-
-
 def test_frames_come_back_as_they_were_written(tmp_path: Path) -> None:
     table = made_up_frames(tmp_path / "run").assign(run="run")
     files = pd.concat([table["file"], table["input"]]).unique()

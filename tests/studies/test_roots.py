@@ -10,10 +10,9 @@ from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.solver import Settings, solve
+from backsight.exact.solver import Settings
 from backsight.exact.starts import Half
 from backsight.exact.steps import ExactModel, Step
-from backsight.studies.amplification import amplification, chain_amplification
 from backsight.studies.continuation import signs, token_roots
 from backsight.studies.roots import RootChoosing, judged
 from backsight.studies.tidy_rows import wilson_interval
@@ -111,59 +110,6 @@ def test_another_root_is_told_from_the_right_one_and_from_an_error_that_grew(sig
     oracle = RootChoosing.of(inverse, near={"blocks.1.attn": x.values})
     found = oracle.trace(x.replace(x.values.square()), "blocks.1.attn").values
     assert torch.allclose(found, x.values, rtol=1e-10)
-
-
-# How errors grow
-
-
-def test_noise_grows_as_predicted() -> None:
-    x = normal(3, 3, 4, seed=4)
-    y = mixing(x)
-    mean, largest = amplification(MIXING, x, probes=60, iterations=25)
-    noise = 1e-6 * normal(300, *x.shape, seed=5)
-    back = solve(lambda x, _: mixing(x), (y + noise).flatten(0, 1), [x.repeat(300, 1, 1)], PLAIN).x.view_as(noise)
-    measured = ((back - x).square().sum((0, 2, 3)) / noise.square().sum((0, 2, 3))).sqrt()
-    assert torch.allclose(measured, mean, rtol=0.1)
-    for number in range(3):
-        jacobian = torch.func.jacrev(lambda v: mixing(v[None])[0])(x[number]).reshape(12, 12)
-        values = torch.linalg.svdvals(jacobian.inverse())
-        assert float(largest[number]) == pytest.approx(float(values[0]), rel=0.02)
-
-
-def test_the_amplification_of_tokens_is_that_of_their_own_derivatives() -> None:
-    x = normal(2, 3, 4)
-    slope = 1 + 3 * x.square()
-    mean, largest = amplification(CUBIC, x)
-    assert torch.allclose(mean, (1 / slope.square()).flatten(1).mean(1).sqrt())
-    assert torch.allclose(largest, (1 / slope).flatten(1).amax(1))
-    # The products agree, as far as eight noises and ten iterations tell.
-    products_mean, products_largest = amplification(replace(CUBIC, jacobian=None), x, probes=60, iterations=40)
-    assert torch.allclose(products_largest, largest, rtol=0.05)
-    assert torch.allclose(products_mean, mean, rtol=0.15)
-
-
-def test_noise_grows_along_a_chain_as_predicted() -> None:
-    """Two steps, of tokens alone and of all together: noise behind both, solved back through both."""
-    x = 0.5 * normal(2, 3, 4, seed=6)
-    between = CUBIC(x)
-    last, both = chain_amplification([CUBIC, MIXING], x, probes=100)
-    noise = 1e-6 * normal(300, *x.shape, seed=5)
-    parts = solve(lambda x, _: mixing(x), (mixing(between) + noise).flatten(0, 1), [between.repeat(300, 1, 1)], PLAIN).x
-    whole = solve(lambda x, _: CUBIC(x), parts, [x.repeat(300, 1, 1)], PLAIN).x
-    for back, there, predicted in ((parts, between, last), (whole, x, both)):
-        error = (back.view_as(noise) - there).square().sum((0, 2, 3))
-        assert torch.allclose((error / noise.square().sum((0, 2, 3))).sqrt(), predicted, rtol=0.1)
-    assert not torch.allclose(last, both, rtol=0.1), "the two steps differ, or the chain is not tested"
-
-
-def test_a_projection_has_no_inverse_from_there_on() -> None:
-    basis = torch.linalg.qr(normal(12, 12)).Q[:, :9]
-    flat = Step("before", "after", lambda x: (x.flatten(1) @ basis @ basis.T).view_as(x))
-    x = normal(2, 3, 4)
-    assert torch.isinf(amplification(flat, x, probes=2, iterations=2)[0]).all()
-    last, first = chain_amplification([flat, MIXING], x, probes=2)
-    assert bool(last.isfinite().all())
-    assert bool(first.isinf().all())
 
 
 def test_wilsons_interval_is_the_known_one_and_never_without_length() -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from targets.examples import small_timm
 from torch import Tensor
 
 from backsight.exact.map import MapSettings, Posterior
-from backsight.studies.stability import Noise, noisy
-from backsight.studies.uncertainty import Uncertainty, posterior_samples, variance_shares
+from backsight.studies.noise import noisy
+from backsight.studies.uncertainty import (
+    Uncertainty,
+    calibration_error,
+    coverage,
+    posterior_samples,
+    reliability,
+    variance_shares,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -56,7 +65,7 @@ def test_it_says_how_far_off_a_picture_is() -> None:
     target = small_timm("ViT", img_size=(32, 16))
 
     def noise(values: Tensor, seed: int = 0) -> Tensor:
-        return noisy(values, Noise("gaussian", 1e-3), torch.Generator().manual_seed(seed))
+        return noisy(values, 1e-3, torch.Generator().manual_seed(seed))
 
     smooth = torch.nn.functional.interpolate(
         torch.rand(28, 3, 2, 2, generator=torch.Generator().manual_seed(0)), (32, 16)
@@ -68,8 +77,32 @@ def test_it_says_how_far_off_a_picture_is() -> None:
     )
     recorded = target.record(images, ["blocks.1"])["blocks.1"]
     y = recorded.replace(noise(recorded.values, 3))
-    posterior, solution, patches = made.inverse.solve(y)
-    deviation = made.deviation(posterior, solution)
-    error = (made.inverse.pictures(patches).clamp(0, 1) - images).square().mean()
+    pictures, _, deviation = made.read(y)
+    error = (pictures - images).square().mean()
     assert deviation.shape == images[:, 0].shape
     assert 0.3 < float(deviation.square().mean() / error) < 3
+
+
+def test_a_right_uncertainty_is_called_right_and_a_wrong_one_wrong() -> None:
+    deviation = 0.05 + normal(8, 16, 12, seed=1).abs()
+    error = deviation[:, None] * normal(8, 3, 16, 12, seed=2)
+    values, predicted, actual = reliability(deviation, error)
+    assert values.sum() == error.numel()
+    assert ((predicted.sum(0) / values.sum(0))[1:] > (predicted.sum(0) / values.sum(0))[:-1]).all()
+    assert calibration_error(values, predicted, actual)[0].mean() < 0.05
+    assert abs(float(coverage(deviation, error)[0].mean()) - 0.95) < 0.01
+    assert calibration_error(*reliability(deviation / 2, error))[0].mean() == pytest.approx(1, abs=0.1)
+    assert abs(float(coverage(deviation / 2, error)[0].mean()) - 0.673) < 0.02
+
+
+def test_a_constant_deviation_is_judged_where_the_map_says() -> None:
+    deviation = torch.where(torch.arange(64) < 32, 0.1, 0.3).expand(10, 64, 64)
+    error = deviation[:, None] * normal(10, 3, 64, 64, seed=8)
+    own, of_constant = calibration_error(*reliability(deviation, error))
+    constant = 0.05**0.5
+    assert own.mean() < 0.02
+    off = (abs(0.1 - constant) + abs(0.3 - constant)) / 2 / constant
+    assert of_constant.mean() == pytest.approx(off, rel=0.02)
+    # 1.96 constants are 4.38 and 1.461 of the true deviations.
+    within = (math.erf(4.383 / 2**0.5) + math.erf(1.461 / 2**0.5)) / 2
+    assert float(coverage(deviation, error)[1].mean()) == pytest.approx(within, abs=0.005)

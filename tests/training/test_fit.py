@@ -22,7 +22,7 @@ from backsight.targets.base import Preprocessing, Target, seeded
 from backsight.targets.detectors import Detr
 from backsight.targets.timm_models import TimmTarget
 from backsight.training import fit as fitting
-from backsight.training.fit import fit_direct, fit_modular, fit_polish
+from backsight.training.fit import fit_direct, fit_modular, fit_polish, fit_starts
 from backsight.training.loop import train
 from backsight.training.starts import moments_of, power_sums, stage_pairs
 
@@ -78,6 +78,16 @@ def test_before_training_every_inverse_is_the_closed_form(kind: str, fit, reques
     for source, end in pairs:
         made, wanted = inverses.module(source).raw(recorded[source]), maps[source, end].raw(recorded[source])
         assert torch.equal(made, wanted if end == "pixels" else wanted.values), source
+
+
+def test_families_share_one_pass_for_their_starts(vit) -> None:
+    images, held_out = _shown(vit, 32), _shown(vit, 8, seed=1)
+    starts = fit_starts(vit, images, held_out, families=["linear", "direct", "modular"], progress=False)
+    assert set(starts) == {"direct", "modular"}
+    for family, fit in (("direct", fit_direct), ("modular", fit_modular)):
+        alone = fit(vit, images, held_out, **{**QUICK, "steps": 2})
+        shared = fit(vit, images, held_out, starts=starts[family], **{**QUICK, "steps": 2})
+        assert all(_same(alone.module(tap), shared.module(tap)) for tap in vit.taps), family
 
 
 def test_training_gains_over_the_closed_form_on_images_that_nothing_has_seen() -> None:

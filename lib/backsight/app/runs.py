@@ -158,7 +158,10 @@ class Run:
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
         from backsight.tables.pooling import metrics
 
-        write_atomically(self.folder / PARTIAL_VALUES, lambda temporary: values.to_parquet(temporary, index=False))
+        values = values.astype({"value": "float32", "weight": "float32"})  # half the file, and what is pooled is kept
+        write_atomically(
+            self.folder / PARTIAL_VALUES, lambda path: values.to_parquet(path, index=False, compression="zstd")
+        )
         return self.save_metrics(metrics(values, seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:

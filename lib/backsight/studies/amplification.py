@@ -1,7 +1,4 @@
-"""How errors grow when half-steps are inverted: singular values of the inverse's derivative.
-
-    amplification         one half-step: white noise, and the worst direction
-    chain_amplification   white noise at a tap, on its way back through all half-steps
+"""How errors grow when half-steps are inverted: what the inverse of their derivative makes of white noise.
 
 Tokens that do not see one another have small matrices as derivatives, which are factored; half-steps of attention are
 solved in Krylov spaces. An error is one so small that the derivative tells its way: roots are not changed by it.
@@ -14,94 +11,87 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
-from backsight.exact.solver import Linearised, Product, gmres, solved
+from backsight.exact.inverse import ExactInverse
+from backsight.exact.solver import Linearised, gmres, solved
 from backsight.exact.starts import DENSE
-from backsight.exact.steps import Step
+from backsight.exact.steps import ExactModel, NotInvertibleError, Step
+from backsight.tables.names import EXACT
+from backsight.tables.values import Values
+from backsight.targets.base import Target
 
 UNREACHED = 1e-3  # relative residual of a linear solve that counts as none
 TIGHT, KRYLOV = 1e-8, 200  # relative residual that linear solves aim at, and their products
 
 
-def amplification(step: Step, x: Tensor, probes: int = 8, iterations: int = 10, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(mean (B,), largest (B,)) growth |J⁻¹ e| / |e| of an error e in y on its way back to x (B, n, c).
+def measure_amplification(
+    target: Target, tap: str, images: Tensor, values: Values, probes: int = 4, seed: int = 0
+) -> None:
+    """Adds `amplification` and `amplification_chain`, in decades, of every half-step (column `step`: the stream behind
+    it) from the tap to where exactness ends, at the true streams of the first images of `values`.
 
-    mean: root mean square over white noise (where tokens see one another, `probes` vectors of it); largest: of all
-    directions (there a lower bound, from so many `iterations` of the power method on J⁻ᵀJ⁻¹). Both are infinite where
-    the derivative J has no inverse, or a Krylov space does not reach it.
+    Adds nothing where no half-step is exact, or where one ends in a norm: it takes the mean of every token, and no
+    error there has a way back. NaN where the derivative has no inverse, or a Krylov space does not reach it.
     """
-    _check(step)
-    x = x.detach()
-    if _factored(step, x):
-        # Tokens do not see one another: their singular values are those of small matrices.
-        values = torch.linalg.svdvals(step.slopes(x.flatten(0, 1))).view(len(x), -1)
-        return (1 / values.square()).mean(1).sqrt(), 1 / values.amin(1)
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    noise = torch.randn((probes, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
-    vector = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device).flatten(1)
-    here = Linearised(step.forward, x)
-    forward, backward = here.of_samples(here.product), here.of_samples(here.transposed)
-    largest = x.new_zeros(len(x))
-    with torch.no_grad():
-        for _ in range(iterations):
-            vector = vector / vector.norm(dim=1, keepdim=True)
-            back = _solved_product(forward, vector)
-            vector = _solved_product(backward, back.nan_to_num(0.0, 0.0))
-            reached = back.isfinite().all(1) & vector.isfinite().all(1) & largest.isfinite()
-            largest = back.norm(dim=1).masked_fill(~reached, torch.inf)
-            vector = vector.nan_to_num(1.0, 1.0)
-    return _grown([step], [x], noise)[0], largest
+    try:
+        inverse = ExactInverse(ExactModel.of(target), tap)
+    except NotInvertibleError:
+        return
+    if any(step.norm is not None for step in inverse.steps):
+        return
+    model, reached = inverse.model, inverse.reached
+    x = model.target.record(images.double(), [reached])[reached].values
+    places = sorted(model.taps, key=model.taps.__getitem__)
+    grown = zip(inverse.steps, *amplification(inverse.steps, x, probes, seed), strict=True)
+    for number, (step, alone, chain) in enumerate(grown, model.taps[reached] + 1):
+        behind = next(name for name in places if model.taps[name] >= number)
+        for measure, growth in (("amplification", alone), ("amplification_chain", chain)):
+            decades = growth.log10().where(growth.isfinite(), torch.nan)
+            values.add(measure, decades, behind, EXACT, step=step.destination)
 
 
-def chain_amplification(steps: Sequence[Step], x: Tensor, probes: int = 8, seed: int = 0) -> list[Tensor]:
-    """Growth of white noise at the end of residual steps on its way back, at the stream before each, the last first.
+def amplification(
+    steps: Sequence[Step], x: Tensor, probes: int = 8, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(alone, chain), a (B,) for each step: growth |J⁻¹ e| / |e| of white noise e that comes back to before the step,
+    from behind the step itself, and from behind the last one.
 
-    x: (B, n, c) the stream before the first step. Each (B,): root mean square over `probes` noise vectors e of
-    |J⁻¹ e| / |e|, J the derivative of all steps from there on; infinite from where a solve was not reached.
+    x: (B, n, c) the stream before the first step, which none of them norms. Root mean squares over `probes` noise
+    vectors (alone, where tokens do not see one another, over all); infinite where a solve was not reached.
     """
     streams = [x.detach()]
     with torch.no_grad():
         for step in steps:
-            _check(step)
             streams.append(step(streams[-1]))
     generator = torch.Generator(device=x.device).manual_seed(seed)
     noise = torch.randn((probes, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
-    return _grown(steps, streams[:-1], noise)
+    carried, alone, chain = noise, [], []
+    for step, stream in zip(reversed(steps), reversed(streams[:-1]), strict=True):
+        carried = torch.stack([_pulled_back(step, stream, error) for error in carried])
+        chain.append(_growth(carried, noise))
+        if _factored(step, stream):
+            values = torch.linalg.svdvals(step.slopes(stream.flatten(0, 1))).view(len(stream), -1)
+            alone.append((1 / values.square()).mean(1).sqrt())
+        else:
+            alone.append(_growth(torch.stack([_pulled_back(step, stream, error) for error in noise]), noise))
+    return alone[::-1], chain[::-1]
 
 
-def _grown(steps: Sequence[Step], streams: Sequence[Tensor], noise: Tensor) -> list[Tensor]:
-    size, grown = noise.flatten(2).square().sum(2), []
-    for step, x in zip(reversed(steps), reversed(streams), strict=True):
-        noise = torch.stack([_pulled_back(step, x, error) for error in noise])
-        growth = (noise.flatten(2).square().sum(2) / size).mean(0).sqrt()
-        grown.append(growth.nan_to_num(torch.inf, torch.inf))
-    return grown
+def _growth(errors: Tensor, noise: Tensor) -> Tensor:
+    ratio = errors.flatten(2).square().sum(2) / noise.flatten(2).square().sum(2)
+    return ratio.mean(0).sqrt().nan_to_num(torch.inf, torch.inf)
 
 
 def _pulled_back(step: Step, x: Tensor, error: Tensor) -> Tensor:
     """d with J d = error at x (B, n, c); not finite where it was not reached."""
     if _factored(step, x):
         return solved(step.slopes(x.flatten(0, 1)), error.flatten(0, 1)).view_as(x)
-    lost = ~error.flatten(1).isfinite().all(1, keepdim=True)
-    here = Linearised(step.forward, x)
-    found = _solved_product(here.of_samples(here.product), error.flatten(1).masked_fill(lost, 0.0))
-    return found.masked_fill(lost, torch.inf).view_as(x)
+    lost = ~error.flatten(1).isfinite().all(1)
+    here, right = Linearised(step.forward, x), error.flatten(1).masked_fill(lost[:, None], 0.0)
+    product = here.of_samples(here.product)
+    back = gmres(product, right, torch.full_like(right[:, 0], TIGHT), KRYLOV)
+    off = (product(back, torch.arange(len(back), device=x.device)) - right).norm(dim=1)
+    return back.masked_fill((lost | (off > UNREACHED * right.norm(dim=1)))[:, None], torch.inf).view_as(x)
 
 
 def _factored(step: Step, x: Tensor) -> bool:
     return step.tokenwise and step.jacobian is not None and x.shape[2] <= DENSE
-
-
-def _check(step: Step) -> None:
-    if step.norm is not None:
-        raise BacksightError(
-            f"{step.destination} ends in a norm, which takes the mean of every token, so that its inverse has no "
-            "derivative in all directions: ask for the amplification of a residual step x + f(x)."
-        )
-
-
-def _solved_product(product: Product, right: Tensor) -> Tensor:
-    """d with product(d) = right; infinite where there is none (or the Krylov space is too small for it)."""
-    found = gmres(product, right, torch.full_like(right[:, 0], TIGHT), KRYLOV)
-    missed = (product(found, torch.arange(len(found), device=found.device)) - right).norm(dim=1)
-    return found.masked_fill((missed > UNREACHED * right.norm(dim=1))[:, None], torch.inf)

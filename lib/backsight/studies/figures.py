@@ -9,9 +9,9 @@ import torch
 from backsight.errors import BacksightError
 from backsight.inverses.files import load, shipped_inverses
 from backsight.scenes.render import render
-from backsight.tables.estimates import difference, estimate_of
 from backsight.tables.names import LEADING_FAMILIES
-from backsight.tables.read import CROSS_LAYER, QUALITY, Study, fullest_run
+from backsight.tables.pooling import pool
+from backsight.tables.read import QUALITY, Study
 from backsight.targets import load_target
 
 COMPARED = ("psnr", "ssim", "psnr_background", "psnr_objects", "edge_f1", "mask_iou", "hue_error", "texture_accuracy")
@@ -31,8 +31,8 @@ def example_pictures(target: str = "scenes-vit", seed: int = 0) -> tuple[np.ndar
     image = torch.from_numpy(scene.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         recorded = frozen.record(image, list(chains))
-        made = {tap: chain(recorded[tap])[0].clamp(0, 1).numpy() for tap, chain in chains.items()}
-    return image[0].numpy(), made
+        pictures = {tap: chain(recorded[tap])[0].clamp(0, 1).numpy() for tap, chain in chains.items()}
+    return image[0].numpy(), pictures
 
 
 def quality_of_targets(study: Study, dataset: str = "scenes", measures: Sequence[str] = COMPARED) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def quality_of_targets(study: Study, dataset: str = "scenes", measures: Sequence
 
     Column `mean`: the same measure of the mean image. Raises BacksightError where no run has them, or no family.
     """
-    rows = placed(fullest_run(study.rows(QUALITY, measures)), dataset)
+    rows = placed(study.rows(QUALITY, measures), dataset)
     names = [set(group["inverse"]) for _, group in rows.groupby("target")]
     family = next((name for name in LEADING_FAMILIES if all(name in known for known in names)), None)
     if family is None:
@@ -52,31 +52,14 @@ def quality_of_targets(study: Study, dataset: str = "scenes", measures: Sequence
 
 
 def modular_minus_direct(study: Study, dataset: str = "scenes") -> pd.DataFrame:
-    """PSNR of the chain minus the direct decoder's at every tap, with `place`; intervals as of independent scores."""
-    rows = placed(fullest_run(study.rows(QUALITY, "psnr")), dataset)
-    pairs = []
-    for _, at in rows[rows["inverse"].isin(["modular", "direct"])].groupby(["target", "place"], sort=False):
-        gain = difference(*(estimate_of(at[at["inverse"] == name]) for name in ("modular", "direct")))
-        if gain is not None:
-            pairs.append(at.iloc[0].to_dict() | {"value": gain.value, "low": gain.low, "high": gain.high})
-    if not pairs:
+    """PSNR of the chain minus the direct decoder's at every tap, image by image, with `place`."""
+    values = study.values([QUALITY])
+    values = values[values["inverse"].isin(["modular", "direct"])] if len(values) else values
+    if len(values) == 0 or values["inverse"].nunique() < 2:
         raise BacksightError("no target has both a modular and a direct inverse: train both with 02_train_inverse.")
-    return pd.DataFrame(pairs).assign(inverse="modular")
-
-
-def factors_of_targets(study: Study) -> pd.DataFrame:
-    """What a linear probe reads of each factor, with `place`."""
-    rows = placed(fullest_run(study.rows(QUALITY, "factor_score")))
-    return rows[rows["inverse"] == "probe"]
-
-
-def losses_by_distance(study: Study) -> pd.DataFrame:
-    """PSNR lost by layer distance, of each target's first stack of layers. Raises BacksightError without any."""
-    rows = fullest_run(study.rows(CROSS_LAYER, "cross_loss"))
-    if rows.empty:
-        raise BacksightError(f"no run of {CROSS_LAYER} in this study has two taps of one stack.")
-    rows = rows[~rows["inverse"].str.startswith("null_")]
-    return rows[rows["group"] == rows.groupby("target")["group"].transform("first")]
+    values = values[values["measure"] == "psnr"].dropna(axis="columns", how="all")
+    keys = ["target", "dataset", "split", "tap", "depth", "inverse", "measure"]
+    return placed(pool(values, keys, {"inverse": "direct"}), dataset)
 
 
 def placed(rows: pd.DataFrame, dataset: str | None = None) -> pd.DataFrame:

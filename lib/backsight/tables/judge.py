@@ -25,29 +25,35 @@ LEAST_SEEDS = 3  # training seeds behind a number of a trained inverse, before i
 
 @dataclass(frozen=True)
 class Claim:
-    """claim: what is said; source: version and section of the paper, or "ours"; rows: {column: value or list of values}
-    of the table; tap: "first", "last", "all" (the mean over taps) or a name; against: what the rows are compared with
-    (as of `pool`; {"tap": "first"} is the shallowest); above, below, within: the one border of the claim, in the
-    measure's unit; floor: the null that the values must be above (below, for a claim of `below`) to say anything;
-    trained: whether training seeds count."""
+    """claim: its name; source: where it is made, or "ours"; text: in words; notebook: whose values decide, "" for any;
+    rows: {column: value or list of values} of the table; tap: "first", "last" (before the predictions), "all" (the mean
+    over taps), a name, or "" where values have none; against: what the rows are compared with (as of `pool`; {"tap":
+    "first"} is the shallowest); above, below, within: the one border, in `unit`; floor: the null that the values must
+    be better than (errors: below it) to say anything, at `floor_tap`, by default at `tap`; trained: whether
+    training seeds count; caution: what must not be concluded."""
 
     claim: str
     source: str
     rows: Mapping[str, Any]
     caution: str
+    text: str = ""
+    notebook: str = ""
     tap: str = "last"
     against: Mapping[str, Any] = field(default_factory=dict)
     above: float | None = None
     below: float | None = None
     within: float | None = None
+    unit: str = ""
     floor: str = ""
+    floor_tap: str = ""
     trained: bool = True
 
 
 def judge(values: pd.DataFrame, claims: Sequence[Claim], seed: int = 0) -> pd.DataFrame:
-    """One row a claim and target: value, low, high, n, seeds, photographs, p (corrected), verdict, why.
+    """One row a claim and target: tap, value, low, high, n, seeds, photographs, p (corrected), border, verdict, why.
 
-    values: as of `Values.table`, of all runs that are judged together. A claim whose rows are not there has none.
+    values: as of `Values.table`, of all runs that are judged together, with a column `notebook` where claims name one.
+    A claim whose rows are not there has none.
     """
     return decide(pd.DataFrame([row for claim in claims for row in _rows(claim, values, seed)]))
 
@@ -62,33 +68,57 @@ def decide(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(claim: Claim, values: pd.DataFrame, seed: int) -> Iterable[dict[Any, Any]]:
-    null = {"inverse": claim.floor} if claim.floor else {}
-    for target, of_target in values.groupby("target", sort=True):
-        chosen = _chosen(of_target, {**claim.rows, **({"target": target} if "target" in claim.rows else {})})
-        taps = list(dict.fromkeys(chosen.sort_values("depth", kind="stable")["tap"].dropna()))
-        if not taps:
-            continue
-        named = {"first": taps[0], "last": taps[-1]}
-        against = {column: named.get(value, value) for column, value in claim.against.items()}
-        wanted = taps if claim.tap == "all" else [named.get(claim.tap, claim.tap)]
-        pooled = values if "target" in against else of_target
-        pooled = _chosen(pooled, {k: v for k, v in claim.rows.items() if k not in against})
-        own = pooled["tap"].isin(wanted)
-        for column, value in against.items():
-            own |= pooled[column] == value
-        compared = differences(pooled[own], against) if against else pooled[own]
-        compared = _chosen(compared, {**claim.rows, "target": target})
+    if claim.notebook:
+        values = _chosen(values, {"notebook": claim.notebook}).drop(columns="notebook", errors="ignore")
+    own, against = dict(claim.rows), dict(claim.against)
+    targets = np.atleast_1d(own.pop("target", sorted(values["target"].unique())))
+    shared = _chosen(values, {column: value for column, value in own.items() if column not in against})
+    if shared.empty:
+        return
+    shared = shared.dropna(axis="columns", how="all")  # of other studies
+    for target in targets:
+        rows = _chosen(shared, {"target": target})
+        wanted, named = _taps(_chosen(rows, own), claim.tap), dict(against)
+        if against.get("tap") == "first":
+            named["tap"] = next(iter(_taps(_chosen(rows, own), "first")), None)
+            rows = rows[rows["tap"].isin([*wanted, named["tap"]])] if [named["tap"]] != wanted else rows.iloc[:0]
+        else:
+            rows = rows[rows["tap"].isin(wanted)] if claim.tap else rows
+        if "target" in against:
+            partner = _chosen(shared, {**own, "target": against["target"]})
+            partner = partner[partner["tap"].isin(_taps(partner, claim.tap))] if claim.tap else partner
+            rows = pd.concat([rows, partner]) if len(partner) else rows.iloc[:0]
+        if named and all(column in rows for column in named):
+            compared = differences(rows, named)
+        else:
+            compared = rows.iloc[: 0 if named else None]
+        compared = _chosen(compared, {**own, "target": target})
         if compared.empty:
             continue
         (row,) = pool(compared, ["target"], seed=seed).to_dict("records")
-        at_floor = False
-        if null:
-            beside = _chosen(of_target, {**claim.rows, "inverse": [*np.atleast_1d(claim.rows["inverse"]), claim.floor]})
-            above = pool(differences(beside[beside["tap"].isin(wanted)], null), ["target"], seed=seed)
-            sign = -1 if claim.below is not None else 1
-            at_floor = bool(len(above) and not min(sign * above["low"][0], sign * above["high"][0]) > 0)
         few = claim.trained and row["seeds"] < LEAST_SEEDS
-        yield {"claim": claim.claim, **row, **compare(claim, row), "floor": at_floor, "few": few}
+        about = {"claim": claim.claim, "tap": ", ".join(wanted) if len(wanted) == 1 else claim.tap}
+        floor = _at_floor(claim, _chosen(values, {"target": target}), own, seed)
+        yield {**about, **row, **compare(claim, row), "floor": floor, "few": few}
+
+
+def _taps(rows: pd.DataFrame, which: str) -> list[str]:
+    """Names of taps, in forward order; what a model says at its end is none of its layers."""
+    taps = list(dict.fromkeys(rows.sort_values("depth", kind="stable")["tap"].dropna())) if "tap" in rows else []
+    taps = [tap for tap in taps if tap != "predictions"] or taps
+    return {"first": taps[:1], "last": taps[-1:], "all": taps, "": []}.get(which, [which])
+
+
+def _at_floor(claim: Claim, rows: pd.DataFrame, own: Mapping[str, Any], seed: int) -> bool:
+    """Are the values not beyond their null?"""
+    if not claim.floor:
+        return False
+    taps = _taps(_chosen(rows, own), claim.floor_tap or claim.tap)
+    beside = _chosen(rows, {**own, "inverse": [*np.atleast_1d(own["inverse"]), claim.floor], "tap": taps})
+    beside = beside.dropna(axis="columns", how="all")
+    above = pool(differences(beside, {"inverse": claim.floor}), ["target"], seed=seed)
+    sign = -1 if "error" in str(own["measure"]) else 1
+    return bool(len(above) and not min(sign * above["low"][0], sign * above["high"][0]) > 0)
 
 
 def _chosen(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:

@@ -26,13 +26,14 @@ from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
 from backsight.data.images import batches, index_batches, unit_floats
 from backsight.errors import BacksightError
+from backsight.inverses.linear import fit_linear_pairs
 from backsight.inverses.module import Chain, Inverse, Inverses, header_for
 from backsight.inverses.passes import Images, readable, recorded_batches
-from backsight.inverses.rows import PIXELS
+from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, Tokens, concatenate
 from backsight.targets.base import Target
 from backsight.training.loop import gpu_autocast, train
-from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, untrained
+from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, start_requests, untrained
 
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
@@ -153,6 +154,30 @@ def fit_polish(
         yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
     return fit.trained(polished, losses)
+
+
+def fit_starts(
+    target: Target,
+    images: Images,
+    validation: Images | None = None,
+    *,
+    families: Sequence[str] = ("direct", "modular"),
+    seed: int = 0,
+    ridge_images: int = RIDGE_IMAGES,
+    progress: bool = True,
+) -> dict[str, Starts]:
+    """{family: the closed-form maps that it starts from}, from one pass over the images: `starts` of the fits above.
+
+    Arguments as theirs, and with the same ones the maps are theirs; families that start from nothing are left out.
+    """
+    sample = _sample(images, max(ridge_images, MOMENT_IMAGES), seed)
+    held_out = None if validation is None else _sample(validation, VALIDATION_IMAGES, seed)
+    shown, recorded = next(recorded_batches(target, sample, target.taps, 1))
+    forms = {name: form_of(held) for name, held in {PIXELS: shown, **recorded}.items()}
+    wanted = {f: start_requests(target, target.taps, forms, f) for f in families if f in ("direct", "modular")}
+    requests = [request for pairs in wanted.values() for request in pairs.values() if request]
+    fitted = fit_linear_pairs(target, sample, requests, held_out, seed=seed, progress=progress) if requests else {}
+    return {f: {pair: fitted[request] for pair, request in pairs.items() if request} for f, pairs in wanted.items()}
 
 
 class Batch(NamedTuple):

@@ -46,19 +46,15 @@ def untrained(
     stages = family == "modular"
     first, moments = _measured(target, sample, taps)
     forms = {tap: form_of(held) for tap, held in first.items()}
-    pairs = list(stage_pairs(target, taps, forms)) if stages else [(tap, PIXELS) for tap in taps]
-    views = {end: Request(end, PIXELS) for _, end in pairs if viewed and end != PIXELS}
-    missing = {
-        pair: Request(*pair, START_CONTEXT, (PIXEL_FLOOR if pair[1] == PIXELS else STAGE_FLOOR) if stages else 0.0)
-        for pair in pairs
-        if pair not in starts and _has_linear(target, pair, forms)
-    }
+    wanted = start_requests(target, taps, forms, family)
+    views = {end: Request(end, PIXELS) for _, end in wanted if viewed and end != PIXELS}
+    missing = {pair: request for pair, request in wanted.items() if request and pair not in starts}
     fitted = {}
     if requests := [*missing.values(), *views.values()]:
         fitted = fit_linear_pairs(target, sample, requests, validation=held_out, seed=seed, progress=progress)
     known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
     inverses = {}
-    for source, end in pairs:
+    for source, end in wanted:
         code = getattr(first[end], "position", None)
         stage = target.stage(source, end) if stages else None
         design = design_for(forms[source], forms[end], stage, positioned=code is not None, reduction=target.reduction)
@@ -69,6 +65,21 @@ def untrained(
             code = None if code is None else code[:1]
             inverses[source] = Inverse(header, design, start, moments[source], moments[end], code).to(target.device)
     return inverses, {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}, moments[PIXELS].variance
+
+
+def start_requests(
+    target: Target, taps: Sequence[str], forms: Mapping[str, Form], family: str
+) -> dict[Pair, Request | None]:
+    """The stages of "direct" or "modular" inverses, and the closed-form map from which each starts, if there is one."""
+    stages = family == "modular"
+    pairs = stage_pairs(target, taps, forms) if stages else [(tap, PIXELS) for tap in taps]
+    floors = {PIXELS: PIXEL_FLOOR if stages else 0.0}
+    return {
+        pair: Request(*pair, START_CONTEXT, floors.get(pair[1], STAGE_FLOOR))
+        if _has_linear(target, pair, forms)
+        else None
+        for pair in pairs
+    }
 
 
 def _has_linear(target: Target, pair: Pair, forms: Mapping[str, Form]) -> bool:

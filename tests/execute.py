@@ -1,0 +1,49 @@
+"""Execute notebooks in place, as they are committed: python tests/execute.py notebooks/03_quality.ipynb …
+
+What was executed is kept in the notebook's metadata as a digest of its source cells and of the modules of backsight
+that it imports, so that a test can tell outputs of other code (`test_notebooks.py`).
+"""
+
+import ast
+import hashlib
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def digest(cells: list[dict[str, Any]]) -> str:
+    """Of the source of all cells, and of the modules of backsight that code cells import, less their comments."""
+    sources = ["".join(cell["source"]) for cell in cells]
+    code = "\n".join(s for s, cell in zip(sources, cells, strict=True) if cell["cell_type"] == "code")
+    names = {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.module}
+    for name in sorted(name for name in names if name.startswith("backsight.")):
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        sources.append(ast.dump(ast.parse(Path(spec.origin).read_bytes())))
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+
+
+def execute(path: Path) -> None:
+    """Run all cells with the defaults of the notebook; what stderr says, and timings, are not kept."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    place = {"metadata": {"path": str(path.resolve().parent)}}
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place, record_timing=False).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    for noise in ("papermill", "widgets"):
+        notebook.metadata.pop(noise, None)
+    notebook.metadata.setdefault("backsight", {})["executed"] = digest(notebook.cells)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        execute(Path(argument))
