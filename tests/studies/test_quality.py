@@ -8,6 +8,7 @@ from backsight.errors import BacksightError
 from backsight.inverses.families import fit
 from backsight.inverses.files import load, save
 from backsight.inverses.linear import fit_linear
+from backsight.plots.style import with_nulls_of
 from backsight.studies.by_seed import fit_or_load
 from backsight.studies.nulls import null_mean
 from backsight.studies.quality import (
@@ -17,7 +18,6 @@ from backsight.studies.quality import (
     picture,
     quality_images,
 )
-from backsight.tables.pool import with_nulls_of
 from backsight.tables.pooling import metrics, pool
 from backsight.tables.values import METRIC_COLUMNS, NO_SEED
 from backsight.targets import load_target

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from backsight.errors import BacksightError, nearest
-from backsight.tables.names import RANDOM_HUES
+from backsight.tables.names import RANDOM_HUES, SHUFFLED_FAMILIES
 
 COLUMN_WIDTH = 6.5  # inches
 SMALL, NORMAL = 8.0, 9.0  # points
@@ -320,6 +320,21 @@ def rows_of(table: pd.DataFrame, measure: str | Sequence[str], **columns: Any) -
         asked = ", ".join(f"{name} {value!r}" for name, value in columns.items()) or "a value"
         raise BacksightError(f"the table has no {' or '.join(measures)} with {asked}: it was not measured in this run.")
     return rows
+
+
+def with_nulls_of(metrics: pd.DataFrame, family: str) -> pd.DataFrame:
+    """The rows of all families, and of the nulls only those that were made for `family` (and the mean image).
+
+    Figures that draw one line for each inverse need it where nulls of several families stand in one table.
+    """
+    if "family" not in metrics:
+        return metrics
+    kept = metrics["family"].isna() | ~metrics["inverse"].str.startswith("null_")
+    for null, rows in metrics[~kept].groupby("inverse"):
+        known = list(dict.fromkeys(rows["family"]))
+        owner = next((name for name in (family, *SHUFFLED_FAMILIES) if name in known), known[0])
+        kept |= (metrics["inverse"] == null) & (metrics["family"] == owner)
+    return metrics[kept]
 
 
 def taps_in_order(rows: pd.DataFrame, column: str = "tap") -> list[str]:

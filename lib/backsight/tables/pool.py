@@ -9,11 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.tables.names import SHUFFLED_FAMILIES
 from backsight.tables.values import METRIC_COLUMNS
 
 RESAMPLES = 1000
@@ -225,18 +223,3 @@ def _numbers(values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
     if array.ndim != 1 or not len(array):
         raise BacksightError(f"One value for each of at least one image is needed, not an array {array.shape}.")
     return array
-
-
-def with_nulls_of(metrics: pd.DataFrame, family: str) -> pd.DataFrame:
-    """The rows of all families, and of the nulls only those that were made for `family` (and the mean image).
-
-    Figures that draw one line for each inverse need it where nulls of several families stand in one table.
-    """
-    if "family" not in metrics:
-        return metrics
-    kept = metrics["family"].isna() | ~metrics["inverse"].str.startswith("null_")
-    for null, rows in metrics[~kept].groupby("inverse"):
-        known = list(dict.fromkeys(rows["family"]))
-        owner = next((name for name in (family, *SHUFFLED_FAMILIES) if name in known), known[0])
-        kept |= (metrics["inverse"] == null) & (metrics["family"] == owner)
-    return metrics[kept]
