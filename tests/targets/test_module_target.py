@@ -489,7 +489,7 @@ def test_suggests_taps_in_the_order_of_execution() -> None:
 def test_equal_tensors_have_one_recommended_name() -> None:
     table = suggest_taps(timm.create_model("resnet18", num_classes=3), (32, 48)).set_index("tap")
     assert table.query("recommended").index.tolist() == [
-        *("act1", "maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"),
+        *("maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1"),
         *("layer4.0", "layer4.1"),
     ]
     assert table.loc[["layer1", "layer1.1.act2"], "same_as"].tolist() == ["layer1.1", "layer1.1"]
@@ -516,7 +516,7 @@ def test_stages_say_what_lies_between() -> None:
     model = _made(lambda: Hybrid(prefix=1))
     target = module_target(model, ["stem", "body.layers.0", "body.layers.1.norm", "body"], image_size=(16, 24))
     kinds = [target.stage(tap, before).kind for before, tap in zip((PIXELS, *target.taps), target.taps, strict=False)]
-    assert kinds == ["convolution", "blocks", "norm", "blocks"]
+    assert kinds == ["patch_embedding", "blocks", "norm", "blocks"]
     assert target.stage("body", "stem") == Stage("blocks", 2, 2, 0)
     with pytest.raises(BacksightError, match="swap them"):
         target.stage("stem", "body")

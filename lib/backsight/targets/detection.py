@@ -27,7 +27,6 @@ from backsight.targets.hooks import Element, Place, observe, playing
 PREDICTIONS = "predictions"
 PADDING = "padding"  # in Tokens.context: (B, H, W) bool
 PROBE = 128  # pixels of the blank image that measures the backbone's strides
-LEARNED_POSITIONS = 50  # rows and columns that a learned position embedding of this family has
 # Half-steps of a post-norm layer: {suffix of the tap: module in the layer whose output is the stream there}.
 ATTENTION = {"attn": "self_attn_layer_norm"}
 CROSS_ATTENTION = {**ATTENTION, "cross_attn": "encoder_attn_layer_norm"}
@@ -52,12 +51,10 @@ class Spot:
 
 
 class Level(NamedTuple):
-    """A map of the backbone: its stride, its place, and whether the coarser levels are computed from it there."""
+    """A map of the backbone. The coarser ones are computed from it where it lies at a module inside."""
 
     stride: Size
     place: Place
-    followed: bool
-    kind: str = "maps"
 
 
 class DetectionTarget(Target):
@@ -121,10 +118,11 @@ class DetectionTarget(Target):
         read = range(len(self._levels))[-1 if self.one_level else 0 :]
         spots = {}
         for number, level in enumerate(self._levels):
-            others = [other for other in read if other < number or (other > number and not level.followed)]
-            if number in read or level.followed:
+            followed = level.place.module != self.backbone
+            others = [other for other in read if other < number or (other > number and not followed)]
+            if number in read or followed:
                 beside = {f"backbone.{other}": self._levels[other].place for other in others}
-                spots[f"backbone.{number}"] = Spot(level.kind, "backbone", (level.place,), (number,), beside=beside)
+                spots[f"backbone.{number}"] = Spot("maps", "backbone", (level.place,), (number,), beside=beside)
         return spots
 
     def _encoder_spots(self) -> dict[str, Spot]:
@@ -179,12 +177,9 @@ class DetectionTarget(Target):
         inside = [one for one in returned if one.place.module and one.cut and not one.place.element]
         cuts = {one.same: Place(f"{self.backbone}.{one.place.module}") for one in inside}
         followed = all(one.same in cuts for one in maps)
-        levels = []
-        for one in maps:
-            place = cuts[one.same] if followed else Place(self.backbone, element=one.place.element)
-            stride = (PROBE // one.shape[2], PROBE // one.shape[3])
-            levels.append(Level(stride, place, followed or one is maps[-1]))
-        return tuple(levels)
+        places = [cuts[one.same] if followed else Place(self.backbone, element=one.place.element) for one in maps]
+        strides = [(PROBE // one.shape[2], PROBE // one.shape[3]) for one in maps]
+        return tuple(map(Level, strides, places))
 
     @property
     def _further_levels(self) -> int:
@@ -219,16 +214,11 @@ class DetectionTarget(Target):
         return down, across
 
     def check_size(self, size: Size) -> None:
-        (down, across), config, tokens = self.size_step, self.model.config, 0
+        (down, across), tokens = self.size_step, 0
         if self._least_tokens:
             tokens = sum(math.prod(self._grids(size)[level]) for level in self._memory.levels)
-        anchored = tuple(getattr(config, "anchor_image_size", None) or size)
-        learned = getattr(config, "position_embedding_type", "") == "learned"
-        largest = (LEARNED_POSITIONS * self.reduction[0], LEARNED_POSITIONS * self.reduction[1])
         rules = {
             f"multiples of {down} high and of {across} wide": min(size) < 1 or size[0] % down or size[1] % across,
-            f"exactly {anchored}, as its anchors are": tuple(size) != anchored,
-            f"at most {largest}, its learned positions": learned and (size[0] > largest[0] or size[1] > largest[1]),
             f"of {self._least_tokens} tokens, for its queries, not of {tokens}": tokens < self._least_tokens,
         }
         for rule, broken in rules.items():

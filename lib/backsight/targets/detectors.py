@@ -126,7 +126,7 @@ class Yolos(DetectionTarget):
     @cached_property
     def _levels(self) -> tuple[Level, ...]:
         side = int(self.model.config.patch_size)
-        return (Level((side, side), Place("vit.embeddings"), True),)
+        return (Level((side, side), Place("vit.embeddings")),)
 
     @cached_property
     def spots(self) -> dict[str, Spot]:
@@ -159,17 +159,6 @@ class Mask2Former(DetectionTarget):
     decoder, code = "model.transformer_module.decoder", "position_embeddings"
     masked = False
     layers_return = (0,)
-
-    @cached_property
-    def _levels(self) -> tuple[Level, ...]:
-        """Of a Swin, where its stages end: before the norm of each map, and before the patches are merged."""
-        levels = super()._levels
-        swin = getattr(self.model.get_submodule(self.backbone), "swin", None)
-        if swin is None or len(swin.encoder.layers) != len(levels):
-            return levels
-        ends = [f"{n}.blocks.{len(stage.blocks) - 1}" for n, stage in enumerate(swin.encoder.layers)]
-        places = [Place(f"{self.backbone}.swin.encoder.layers.{end}", element=(0,)) for end in ends]
-        return tuple(Level(level.stride, place, True, "tokens") for level, place in zip(levels, places, strict=True))
 
     @property
     def _encoder_levels(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ output knows of the image runs through it); else the first that reads as tokens 
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,20 +32,22 @@ from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import ORDERS, USUAL_PREFIX, Axes, Order, readings
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of
 from backsight.targets.hooks import Found, Place, brackets, frozen, is_leaf, playing
-from backsight.targets.survey import ALL, output_of, plain, read_as, recommended, survey
+from backsight.targets.outline import Outline, is_inside, outline
+from backsight.targets.survey import ALL, output_of, plain, read_as, survey
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_SIZE = (224, 224)
 RECOMMENDED = "recommended"
-ATTENTION = re.compile(r"(?i)attention|attn|msa")
+ATTENTION = re.compile(r"(?i)attention|attn|msa")  # in the names of classes
 
 
 class Discovered(Target):
     """A target whose taps are tensors of an observed pass."""
 
     _found: list[Found]
+    _outline: Outline
     _chosen: dict[str, Found]  # by tap
 
     def _axes_of(self, tap: str, shape: Sequence[int], size: Size) -> Axes:
@@ -115,6 +118,35 @@ class Discovered(Target):
             )
         return self._replayed(tap, representation, torch.zeros(1, len(self.preprocessing.mean), 1, 1))
 
+    def stage(self, tap: str, previous: str) -> Stage:
+        """ "blocks" where blocks, or other modules, with attention end between the taps, "norm" where nothing runs but
+        normalisation and activations, else "convolution"."""
+        self._between(tap, previous)
+        start, stop = (-1.0 if one == PIXELS else self._chosen[one].order for one in (previous, tap))
+        ended = [one.place.module for one in self._found if one.place.side == "output" and start < one.order <= stop]
+        paths = {path: self.model.get_submodule(path) for path in ended}
+        blocks = [path for path, end in self._outline.blocks.items() if start < end <= stop]
+        steps = 2 * len(blocks) + self._is_half(tap) - self._is_half(previous)
+        if not steps:
+            attention = [path for path, module in paths.items() if ATTENTION.search(type(module).__name__)]
+            blocks = [path for path in attention if not is_inside(path, attention)]
+            steps = 2 * len(blocks)
+        modules = [self.model.get_submodule(path) for path in blocks or self._outline.blocks]
+        heads, hidden = (max(sizes) for sizes in zip((0, 0), *map(block_sizes, modules), strict=True))
+        if previous == PIXELS:
+            return Stage("patch_embedding", len(blocks), heads, hidden)
+        if steps:
+            attends = heads or any(ATTENTION.search(type(part).__name__) for one in modules for part in one.modules())
+            return Stage("blocks" if attends else "convolution", math.ceil(steps / 2), heads, hidden)
+        if all(_keeps_places(module) for module in paths.values() if is_leaf(module)):
+            return Stage("norm", 0, heads, hidden)
+        return Stage("convolution", 1, heads, hidden)
+
+    def _is_half(self, tap: str) -> bool:
+        """Does it lie inside a block, between two of its steps?"""
+        place = self._chosen[tap].place if tap != PIXELS else Place("")
+        return place.side == "stream" and is_inside(place.module, self._outline.blocks)
+
     def _replayed(self, tap: str, tokens: Tokens, image: Tensor) -> Any:
         """A forward pass in which the tap's output is these tokens, whatever the image (1, C, …) is."""
         size, found = self._size_of(tap, tokens), self._chosen[tap]
@@ -149,6 +181,7 @@ class ModuleTarget(Discovered):
         images = torch.rand(2, len(preprocessing.mean), *preprocessing.size, generator=torch.Generator().manual_seed(0))
         self._survey = survey(model, preprocessing, images, output)
         self._found, self._chosen = self._survey.found, {}
+        self._outline = outline(model, self._found)
         self._refused: dict[str, str] = {}  # by tap: why the rest of the pass cannot be run from it, or ""
         super().__init__(model, name or type(model).__name__, preprocessing, "given", taps=taps)
         if stray := sorted({*self._grids, *self._axes} - set(self._chosen)):
@@ -193,7 +226,7 @@ class ModuleTarget(Discovered):
 
     def resolve_taps(self, taps: str | Sequence[str]) -> tuple[str, ...]:
         if isinstance(taps, str) and taps in (RECOMMENDED, *TAP_SETS) and taps not in self._survey.calls:
-            taps = [each.name for each in recommended(self._found)]
+            taps = [each.name for each in self._outline.taps]
             if not taps:
                 why = self._survey.reason or "no module's output is a map or tokens through which all must pass"
                 raise BacksightError(
@@ -271,25 +304,6 @@ class ModuleTarget(Discovered):
                 f"{self.name} was declared for images of {self.image_size} (height, width), not {tuple(size)}: "
                 "give module_target another image_size."
             )
-
-    def stage(self, tap: str, previous: str) -> Stage:
-        """ "blocks" where modules with attention in their name run between the taps, "norm" where only normalisation
-        and activations do, else "convolution"."""
-        self._between(tap, previous)
-        start = -1 if previous == PIXELS else self._chosen[previous].order
-        paths = [path for number, path in enumerate(self._survey.calls) if start < number <= self._chosen[tap].order]
-        between = {path: self.model.get_submodule(path) for path in paths}
-        kinds = {path: type(module).__name__ for path, module in between.items()}
-        attention = [path for path in paths if ATTENTION.search(f"{path.rpartition('.')[2]} {kinds[path]}")]
-        if attention:
-            outermost = [one for one in attention if not any(one.startswith(f"{two}.") for two in attention)]
-            heads, hidden = block_sizes(between[outermost[0]])
-            return Stage("blocks", len(outermost), heads or max(1, self._chosen[tap].channels // 32), hidden)
-        leaves = [path for path in paths if is_leaf(between[path])]
-        if leaves and all(_keeps_places(between[path]) for path in leaves):
-            return Stage("norm", 1, 0, 0)
-        convolutions = sum("conv" in kinds[path].lower() for path in leaves)
-        return Stage("convolution", max(1, -(-convolutions // 2)), 0, 0)
 
     # Passes.
 

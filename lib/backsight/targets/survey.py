@@ -1,7 +1,6 @@
 """What there is to tap in any model: two passes, seen from every module.
 
 survey(model, preprocessing, images)     every float tensor: its axes, and whether it is a cut
-recommended(found)                       cuts on a grid, one name for each tensor
 suggest_taps(model, images)              the same as a table, in the order of execution
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import math
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from backsight.errors import BacksightError
 from backsight.targets.axes import SQUARES, readings, squares_found, with_squares
 from backsight.targets.base import Preprocessing, Size, device_of, dtype_of, times
 from backsight.targets.hooks import Element, Found, Place, brackets, element_of, frozen, observe, tensors_in, watching
+from backsight.targets.outline import outline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,8 +84,12 @@ def suggest_taps(
     table = pd.DataFrame([read_as(each, form=each.form) | {"cut": each.cut} for each in shown])
     flops = max((each.flops for each in result.found), default=0)
     table["cost"] = [round(each.flops / flops, 3) if flops else math.nan for each in shown]
-    chosen, alias = recommended(result.found), _aliases(result.found)
-    return table.assign(same_as=[alias.get(each.name, "") for each in shown], recommended=[e in chosen for e in shown])
+    chosen = outline(model, result.found).taps
+    outermost_last = sorted(reversed(shown), key=lambda each: (each.cut, -each.place.module.count(".")))
+    preferred = {each.same: each.name for each in (*outermost_last, *chosen) if each.same >= 0}
+    names = [preferred.get(each.same, each.name) for each in shown]
+    table["same_as"] = ["" if name == each.name else name for name, each in zip(names, shown, strict=True)]
+    return table.assign(recommended=[each in chosen for each in shown])
 
 
 def read_as(found: Found, **further: str) -> dict[str, Any]:
@@ -95,45 +98,6 @@ def read_as(found: Found, **further: str) -> dict[str, Any]:
     axes = ("", "", 0) if found.axes is None else (found.axes.order, times(*found.axes.grid), found.axes.prefix)
     known = zip(("axes", "grid", "prefix"), axes, strict=True)
     return {"tap": found.name, "module": found.kind, **further, "shape": shape, **dict(known)}
-
-
-def recommended(found: Sequence[Found]) -> list[Found]:
-    """Cuts on a grid, one name for each tensor: whole blocks and components, and the last of each grid.
-
-    What modules are given counts where no module with parts returns a cut.
-    """
-    alias = _aliases(found)
-    on_grid = [each for each in found if each.cut and each.is_picture and each.place.module and each.name not in alias]
-    composites = {each.place.module for each in on_grid if not each.leaf and each.place.side == "output"}
-    cuts = [each for each in on_grid if each.place.side == "output" or not composites]
-    last = {each.axes.grid: each.name for each in cuts if each.axes}
-    chosen = []
-    for each, following in zip(cuts, [*cuts[1:], None], strict=False):
-        inside = any(each.place.module.startswith(f"{path}.") for path in composites)
-        step = inside or (following is not None and following.leaf)  # of several: a convolution, then its norm …
-        if not each.leaf or not step or each.name in last.values() or each.place.side == "stream":
-            chosen.append(each)
-    return chosen
-
-
-def _aliases(found: Sequence[Found]) -> dict[str, str]:
-    """{name: the name to prefer} of tensors that several modules return: a repeated block, else the outermost one; a
-    place that is a cut before one that is none."""
-    modules = {(each.place.module, each.kind) for each in found}
-    kinds = Counter((path.rpartition(".")[0], kind) for path, kind in modules)
-
-    def preference(one: Found) -> tuple[bool, bool, int, int]:
-        parent, _, name = one.place.module.rpartition(".")
-        repeated = not one.leaf and name.isdigit() and kinds[parent, one.kind] > 1
-        depth = one.place.module.count(".")
-        return not one.cut, not repeated, -depth if repeated else depth, len(one.place.element)
-
-    groups: dict[int, list[Found]] = {}
-    for each in found:
-        if each.same >= 0 and each.place.module and each.axes is not None:
-            groups.setdefault(each.same, []).append(each)
-    best = {same: min(group, key=preference).name for same, group in groups.items()}
-    return {each.name: best[same] for same, group in groups.items() for each in group if each.name != best[same]}
 
 
 # Two passes, seen from every module.
