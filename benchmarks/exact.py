@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,18 +31,18 @@ from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel
 from backsight.inverses.files import load, shipped_inverses
-from backsight.studies.exact import measure_chain, measure_half_steps
-from backsight.studies.roots import Case, RootChoosing
-from backsight.studies.second_roots import find_roots, root_rows
+from backsight.studies.exact import chain, half_steps
+from backsight.studies.roots import Case
+from backsight.studies.second_roots import find_roots
+from backsight.tables.pooling import pool
+from backsight.tables.values import Values
 from backsight.targets import Target, load_target
 
 FULL = os.environ.get("SIZE") == "full"
 SINGLE = Settings(choose=False, restarts=0, newton=20)  # the plain solver
 CHOOSING = Settings(restarts=0, newton=20)
 NONE = (float("nan"), float("nan"), "")
-IN_SECONDS = ("seconds",)
-COUNTS = ("error", "roots")
-QUIET = {"progress": False}
+COUNTS = ("log10_error", "roots")
 SIZES = ((64, 2), (64, 4), (64, 8), (128, 4), (224, 4)) if FULL else ((64, 2), (64, 4), (64, 8), (128, 4))  # px, blocks
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
 BASE = ("vit_base_patch16_224", 224)
@@ -51,45 +52,44 @@ def test_images(target: Target, count: int) -> Tensor:
     return next(batches(open_images("scenes", "test", target, count), count))
 
 
-def fitted(name: str, count: int, tap: str) -> RootChoosing:
+def fitted(name: str, count: int, tap: str) -> Any:
     target = load_target(name)
     folder = shipped_inverses(target)
     completion = load(folder, target)["linear"] if folder is not None else {}
     images = open_images("scenes", "train", target, count)
-    return RootChoosing.of(fit_exact(target, images, taps=[tap], linear=completion, count=count, progress=False)[tap])
+    return fit_exact(target, images, taps=[tap], linear=completion, count=count, progress=False)[tap]
 
 
-def rows_of(case: str, table: pd.DataFrame) -> Iterator[Row]:
-    """Of a study's tidy table, the columns that tell its rows apart in words."""
-    yield Row("exact", case, "images", float(table["n"].max()), "1", *NONE)
-    for _, row in table.iterrows():
-        measure = row["measure"]
-        if pd.isna(row["value"]):
-            continue
-        parts = [measure.replace("_", " ")]
-        if measure.startswith(("lost_", "survived")):
-            parts += [] if pd.isna(row["step"]) else [f"at {row['step']}"]
-        elif not pd.isna(row.get("rule")):
+def rows_of(words: str, case: Case, measure: Callable[[Values], Any], *by: str) -> Iterator[Row]:
+    """What a study adds to a table, pooled; `by`: columns whose values stand in the name of the case."""
+    values = Values(case.inverse.model.target, "scenes", "test", range(case.count))
+    began = time.perf_counter()
+    measure(values)
+    yield Row("exact", words, "seconds an image", (time.perf_counter() - began) / case.count, "s", *NONE)
+    for _, row in pool(values.table()).iterrows():
+        name = f"{words}, {' '.join(row[column] for column in by)} alone" if by else words
+        parts = [row["measure"].replace("_", " ")]
+        if row["measure"].startswith(("lost_", "survived")):
+            parts.append(f"at {row['step']}")
+        elif isinstance(row.get("rule"), str):
             parts.append(f"rule: {row['rule']}")
-        unit = "s" if measure in IN_SECONDS else "1" if measure in COUNTS else "share"
-        yield Row("exact", case, ", ".join(parts), float(row["value"]), unit, *NONE)
+        unit = "1" if row["measure"] in COUNTS else "share"
+        yield Row("exact", name, ", ".join(parts), float(row["value"]), unit, *NONE)
 
 
-def half_steps(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
-    for step, table in measure_half_steps([case], settings, **QUIET).groupby("step", sort=False):
-        yield from rows_of(f"{name}, {step} alone, {words}", table)
+def alone(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
+    yield from rows_of(f"{name}, {words}", case, lambda values: half_steps(values, case, settings), "step")
 
 
-def chain(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
+def back(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
     """From the tap to where exactness ends; how every image fared, and where it was lost first."""
-    table = measure_chain([case], settings, **QUIET)
-    yield from rows_of(f"{name}, {case.inverse.source} to {case.inverse.reached}, {words}", table)
+    named = f"{name}, {case.inverse.source} to {case.inverse.reached}, {words}"
+    yield from rows_of(named, case, lambda values: chain(values, case, settings))
 
 
-def folded(name: str, case: Case, step: str, examples: int, curves: int) -> Iterator[Row]:
+def folded(name: str, case: Case, step: str) -> Iterator[Row]:
     """The roots of a half-step on tokens, from the true y, and how often each rule picks the truth's."""
-    table = root_rows(case.inverse.model.target, [find_roots(case, step, examples, curves)])
-    yield from rows_of(f"{name}, roots of {step}, {examples} examples, {curves} rounds of curves", table)
+    yield from rows_of(f"{name}, roots of {step}", case, lambda values: find_roots(case, step).add_to(values))
 
 
 # What it costs by size
@@ -138,26 +138,26 @@ def costs(words: str) -> Iterator[Row]:
 
 def main() -> Iterator[Row]:
     threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
-    fit, alone, many, few = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
+    fit, some, many, few = {True: (256, 32, 200, 32), False: (40, 1, 2, 1)}[FULL]
     yield from costs(threads)
     last = fitted("scenes-vit", fit, "blocks.5")
-    every = Case.of(last, test_images(last.model.target, max(alone, many, few)))
+    every = Case.of(last, test_images(last.model.target, max(some, many, few)))
     for tap in ("blocks.4", "blocks.3"):
-        yield from chain("scenes-vit", Case(last.at(tap), every.first(few).streams), CHOOSING, threads)
+        yield from back("scenes-vit", Case(last.at(tap), every.first(few).streams), CHOOSING, threads)
     for tap in ("blocks.5", "blocks.0"):
-        yield from folded("scenes-vit", every.first(max(1, few // 2)), tap, 8 if FULL else 2, 1)
-    yield from chain("scenes-vit", every.first(many), CHOOSING, threads)
-    yield from half_steps("scenes-vit", every.first(alone), CHOOSING, threads)
+        yield from folded("scenes-vit", every.first(max(1, few // 2)), tap)
+    yield from back("scenes-vit", every.first(many), CHOOSING, threads)
+    yield from alone("scenes-vit", every.first(some), CHOOSING, threads)
     untrained = load_target("scenes-vit").untrained(0)
     images = open_images("scenes", "train", untrained, 40)
-    random = fit_exact(untrained, images, taps=["blocks.5"], stages=2, progress=False)["blocks.5"]
+    random: Any = fit_exact(untrained, images, taps=["blocks.5"], stages=2, progress=False)["blocks.5"]
     drawn = Case.of(random, test_images(untrained, 2 * few))
-    yield from chain("scenes-vit with random weights", drawn, CHOOSING, threads)
+    yield from back("scenes-vit with random weights", drawn, CHOOSING, threads)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):
         if FULL:
             inverse = fitted(name, 128, tap)
             judged = Case.of(inverse, test_images(inverse.model.target, 16))
-            yield from chain(name, judged, CHOOSING, threads)
+            yield from back(name, judged, CHOOSING, threads)
 
 
 if __name__ == "__main__":

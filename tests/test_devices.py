@@ -55,6 +55,21 @@ def test_a_family_works_where_its_target_is(family: str) -> None:
         assert target.device.type == "cuda"
 
 
+def test_an_exact_inverse_goes_where_it_is_put_with_its_copy_of_the_target() -> None:
+    target = small_timm("ViT", img_size=(32, 16))
+    inverses = fit_exact(target, pictures(target, 12), taps=["blocks.0", "blocks.1"], stages=1, progress=False)
+    recorded = target.record(pictures(target, 2, 2), ["blocks.1"])["blocks.1"]
+    here = inverses["blocks.1"](recorded)
+    with Pretended() as device:
+        there = inverses.to("cuda")["blocks.1"](recorded.replace(recorded.values.cuda()))
+        assert there.device.type == "cuda"
+        assert torch.allclose(there.cpu(), here, atol=1e-6)
+        device.put(target.model)
+        assert backsight.exact.steps.ExactModel.of(target).target.device.type == "cuda"
+        inverses.to("cpu")
+        assert torch.equal(inverses["blocks.1"](recorded), here)
+
+
 def test_post_norm_chains_are_solved_where_their_target_is() -> None:
     target = small_detector()
     images = pictures(target, 10)

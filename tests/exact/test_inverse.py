@@ -105,7 +105,7 @@ def test_one_image_alone_and_a_tap_on_the_way(vit: Target, inverse: ExactInverse
 def test_what_is_no_residual_block_is_refused_with_its_dimensions() -> None:
     with pytest.raises(NotInvertibleError, match="no residual block") as refused:
         walk(small_timm("Swin")).between("layers.1", "layers.0")
-    assert (refused.value.dimension_in, refused.value.dimension_out) == (256 * 16, 64 * 32)
+    assert f"{256 * 16} values an image before it, {64 * 32} behind it" in str(refused.value)
     convolutional = small_timm("ConvNeXt")
     with pytest.raises(NotInvertibleError):
         walk(convolutional).between(*reversed(convolutional.available_taps[1:3]))
@@ -257,7 +257,6 @@ def test_a_patch_embedding_of_full_rank_gives_the_pixels_back() -> None:
     images = pictures(target, 2).double()
     values = target.record(images, ["patch_embed"])["patch_embed"].values
     assert relative(embedding.pixels(values), images) < 1e-6
-    assert relative(embedding.stream(images), values) < 1e-6
 
 
 def test_a_lossy_patch_embedding_is_completed_by_the_given_image(vit: Target) -> None:
@@ -278,7 +277,7 @@ def test_an_inverse_makes_images_of_a_recorded_tap_without_any_fit() -> None:
     inverse = ExactInverse(ExactModel.of(target), "blocks.1")
     images = pictures(target, 2, seed=1)
     made = inverse(target.record(images, ["blocks.1"])["blocks.1"])  # in float32
-    assert (made.shape, made.dtype, inverse.lost) == (images.shape, torch.float32, None)
+    assert (made.shape, made.dtype) == (images.shape, torch.float32)
     assert relative(made, images) < 1e-3
 
 

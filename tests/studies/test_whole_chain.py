@@ -11,9 +11,10 @@ from backsight.errors import BacksightError
 from backsight.exact.map import MapSettings
 from backsight.inverses.linear import fit_linear
 from backsight.studies.joint import JointSettings
-from backsight.studies.whole_chain import measure_whole_chains
-from backsight.tables.names import ANOTHER_ROOT, BACK, LOST
+from backsight.studies.whole_chain import whole_chains
+from backsight.tables.names import BACK
 from backsight.tables.names import CHAIN_FATES as FATES
+from backsight.tables.values import Values
 from backsight.targets import Target
 
 
@@ -35,27 +36,22 @@ def vit() -> Target:
 
 def test_what_no_chain_of_residual_steps_leads_back_from_is_refused(vit: Target) -> None:
     with pytest.raises(BacksightError, match="leave norm out"):
-        measure_whole_chains(vit, {}, ["norm"], pictures(vit, 2), pictures(vit, 8))
+        whole_chains(Values(vit, "noise", "test", range(2)), vit, {}, ["norm"], pictures(vit, 2), pictures(vit, 8))
 
 
 def test_the_fates_of_all_images_sum_to_one_and_the_null_is_judged_alike(vit: Target) -> None:
     linear = fit_linear(vit, pictures(vit, 60), taps=["patch_embed", "blocks.0"], progress=False)
-    study = measure_whole_chains(
-        vit, {"linear": linear}, ["blocks.0"], pictures(vit, 5, seed=3), pictures(vit, 16, seed=4),
-        map_settings=MapSettings(stages=(1.0, 1e-3, 1e-5), steps=2, products=15),
-        settings=JointSettings(iterations=8), fitted=16, batch_size=2, null_images=2, progress=False,
+    values = Values(vit, "noise", "test", range(5))
+    shown = whole_chains(
+        values, vit, {"linear": linear}, ["blocks.0"], pictures(vit, 5, seed=3), pictures(vit, 16, seed=4),
+        MapSettings(stages=(1.0, 1e-3, 1e-5), steps=2, products=15), JointSettings(iterations=8),
     )  # fmt: skip
-    rows = study.metrics
+    table = values.table().pivot_table(index=["inverse", "image"], columns="measure", values="value")
     for inverse, count in (("exact", 5), ("null_shuffled", 2)):
-        own = rows[rows["inverse"] == inverse].set_index("measure")
-        assert own.loc[list(FATES), "value"].sum() == pytest.approx(1)
-        assert set(own["n"]) == {count}
-    exact = rows[rows["inverse"] == "exact"].set_index("measure")["value"]
-    told = study.outcomes[study.outcomes["start"] == "map"]
-    assert exact[BACK] == (told["error"] <= 1e-5).mean()
-    assert exact[BACK] >= 0.8  # a random ViT of two blocks is easily undone
-    assert (told["error"] < told["error_start"]).all()
-    assert set(told["fate"]) <= {BACK, ANOTHER_ROOT, LOST, "near"}
-    psnr = rows[rows["measure"] == "psnr"].set_index("inverse")["value"]
-    assert psnr["exact"] >= psnr["linear"]
-    assert set(study.pictures["blocks.0"]) == {"linear", "map", "exact", "embedding"}
+        assert table.loc[inverse, list(FATES)].sum(1).tolist() == [1.0] * count
+    exact = table.loc["exact"]
+    assert (exact[BACK] == (exact["log10_error"] <= -5)).all()
+    assert exact[BACK].mean() >= 0.8  # a random ViT of two blocks is easily undone
+    assert (exact["log10_error"] < exact["log10_error_start"]).all()
+    assert exact["psnr"].mean() >= table.loc["linear", "psnr"].mean()
+    assert set(shown["blocks.0"]) == {"linear", "map", "exact", "embedding"}

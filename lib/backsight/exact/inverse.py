@@ -74,36 +74,32 @@ class ExactInverse(nn.Module):
         self.halves: Any = nn.ModuleList((halves or {}).get(step.destination, Half(step)) for step in self.steps)
         self.completion, self.header = completion, None
 
-    @property
-    def lost(self) -> NotInvertibleError | None:
-        """What ends exactness, None where nothing is lost; beside it, lossy steps take the mean of every token."""
-        order, embedding = (PIXELS, *self.model.target.available_taps), self.model.embedding
-        if self.reached != order[1] or embedding is None:
-            return self.model.gap(self.reached, order[order.index(self.reached) - 1])
-        if embedding.rank == len(embedding.matrix):
-            return None
-        reason = "the patch embedding has no full rank, and the linear inverse completes it"
-        patches = len(embedding.bias)
-        return NotInvertibleError(order[1], PIXELS, patches * len(embedding.matrix), patches * embedding.rank, reason)
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """What `.to()` calls: the float64 copy of the target goes along, and stays float64."""
+        super()._apply(function, recurse)
+        self.model = self.model.on(function(torch.empty(0, device=self.model.target.device)).device)
+        self.steps, _ = self.model.back_from(self.source)
+        for half, step in zip(self.halves, self.steps, strict=True):
+            half.step = step
+        return self
 
     def fitted(self) -> dict[str, Half]:
         return {half.step.destination: half for half in self.halves}
 
-    def at(self, tap: str, settings: Settings | None = None) -> Self:
+    def at(self, tap: str, settings: Settings | None = None) -> ExactInverse:
         """The inverse of a tap on its way, which shares what was fitted."""
-        return type(self)(self.model, tap, self.fitted(), self.completion, settings or self.settings, self.batch_size)
+        settings = settings or self.settings
+        return ExactInverse(self.model, tap, self.fitted(), self.completion, settings, self.batch_size)
 
     def forward(self, representation: Representation) -> Tensor:
-        parts = parts_of(representation, self.batch_size)
-        return torch.cat([self.images(self.trace(part), part) for part in parts])
+        return torch.cat([self._images(part) for part in parts_of(representation, self.batch_size)])
 
-    def images(self, trace: Trace, representation: Representation) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of a trace that ends where exactness does."""
-        images = None
+    def _images(self, representation: Representation) -> Tensor:
+        values, embedding, images = self.trace(representation).values, self.model.embedding, None
         if self.completion is not None:
-            images = self.completion.raw(representation.replace(trace.values.float()))
-        if self.model.embedding is not None and self.reached == self.model.target.available_taps[0]:
-            images = self.model.embedding.pixels(trace.values, images)
+            images = self.completion.raw(representation.replace(values.float()))
+        if embedding is not None and self.reached == self.model.target.available_taps[0]:
+            images = embedding.pixels(values, images)
         if images is None:
             raise BacksightError(
                 f"Exactness ends at {self.reached} of {self.model.target.name}, and there is no linear inverse "
@@ -128,12 +124,9 @@ class ExactInverse(nn.Module):
                         squares[half.step.destination] = hat.square().mean(-1, keepdim=True)
                 for number, half in enumerate(halves):
                     starts = [last[number].x, x] if last else half.starts(x, self.settings.choose)
-                    solutions.append(self.solve(half, x, starts, squares.get(half.step.source), stripped))
+                    solutions.append(half.solve(x, starts, self.settings, squares.get(half.step.source), stripped))
                     x = solutions[-1].x
         return Trace(x, [half.step for half in halves], solutions, squares)
-
-    def solve(self, half: Half, y: Tensor, starts: Sequence[Tensor], square: Tensor | None, stripped: bool) -> Solution:
-        return half.solve(y, starts, self.settings, square, stripped)
 
     def configuration(self) -> dict[str, Any]:
         end = None if self.completion is None else described(self.completion)
@@ -184,7 +177,7 @@ def fit_exact(
             refused[tap] = str(error)
     tell_left_out("exact", target, refused, bool(ends))
     halves = _fitted(model, next(batches(images, count)), ends, stages)
-    ending = completed(linear or {}, ends.values(), target, images, validation, seed, progress)
+    ending = completed(linear or {}, ends.values(), target, images, validation, seed=seed, progress=progress)
     inverses = {tap: ExactInverse(model, tap, halves, ending[end], settings) for tap, end in ends.items()}
     for tap, inverse in inverses.items():
         inverse.header = header_for(target, "exact", tap, PIXELS, images, seed)
@@ -208,19 +201,10 @@ def _fitted(model: ExactModel, images: Tensor, ends: Mapping[str, str], stages: 
     return halves
 
 
-def completed(
-    given: Mapping[str, Any],
-    taps: Iterable[str],
-    target: Target,
-    images: Any,
-    validation: Any,
-    seed: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """Inverses to pixels of these taps: the given ones, and linear ones of those that are missing."""
-    if missing := [tap for tap in dict.fromkeys(taps) if tap not in given]:
-        return {**given, **fit_linear(target, images, validation, taps=missing, seed=seed, progress=progress)}
-    return dict(given)
+def completed(given: Mapping[str, Any], taps: Iterable[str], target: Target, *images: Any, **options: Any) -> Any:
+    """Inverses to pixels of these taps: the given ones, and linear ones, fitted here, of those that are missing."""
+    missing = [tap for tap in dict.fromkeys(taps) if tap not in given]
+    return {**given, **(fit_linear(target, *images, taps=missing, **options) if missing else {})}
 
 
 def parts_of(representation: Representation, size: int) -> list[Representation]:

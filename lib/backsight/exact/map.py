@@ -65,14 +65,11 @@ class MapSettings:
 class MapSolution:
     """What a search found, a sample each.
 
-    w, z: (B, n, c), whitened and not; objective: (B,) ½|r̃|² + ½|w|² of the last stage; misfit: (B,) mean square of the
-    whitened residual (1: as the noise says); stage: the last.
+    w, z: (B, n, c), whitened and not; stage: the last.
     """
 
     w: Tensor
     z: Tensor
-    objective: Tensor
-    misfit: Tensor
     stage: float
 
 
@@ -143,10 +140,9 @@ class Posterior:
                 if bool((before - after <= settings.enough * before).all()):
                     break
         # Earlier stages lower another objective: where they raised this one, there is nothing to be gained from them.
-        start, end = objective(torch.zeros_like(w)), objective(w)
-        w = torch.where((end > start)[:, None, None], torch.zeros_like(w), w)
-        end = torch.minimum(start, end)
-        return MapSolution(w, self.at(w), end, (2 * end - dot(w, w)) / self.y[0].numel(), stage)
+        raised = objective(w) > objective(torch.zeros_like(w))
+        w = torch.where(raised[:, None, None], torch.zeros_like(w), w)
+        return MapSolution(w, self.at(w), stage)
 
 
 def _step(residual: Forward, w: Tensor, damping: Tensor, settings: MapSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +187,6 @@ class MapInverse(Numbers):
 
     kind = family = "map"
     destination = PIXELS
-    precise = ("mean", "wiener", "noise", "spread", "factor", "basis", "gain")  # in files
     header: InverseHeader | None = None
 
     def __init__(
@@ -274,7 +269,7 @@ def fit_map(
     tell_left_out("map", target, refused, len(refused) < len(names))
     kept = [tap for tap in names if tap not in refused]
     given = {**(linear or {}), **(modules or {})}
-    bases = completed(given, kept, target, images, validation, seed, progress)
+    bases = completed(given, kept, target, images, validation, seed=seed, progress=progress)
     inverses = {}
     for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
         inverses[tap] = fit_map_tap(target, tap, bases[tap], validation)

@@ -9,9 +9,8 @@ Sources: Knoll & Keyes (2004); Eisenstat & Walker (1996), forcing terms; Walker 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,20 +53,17 @@ class Settings:
 class Solution:
     """What a solver found, a sample each; a sample that no start solved keeps its best iterate.
 
-    x: (B, n, c); residual: (B,) relative; iterations: (B,) over all starts; solved: (B,) bool; seconds: of all.
+    x: (B, n, c); residual: (B,) relative; solved: (B,) bool.
     """
 
     x: Tensor
     residual: Tensor
-    iterations: Tensor
     solved: Tensor
-    seconds: float = field(default=0.0, compare=False)
 
     def grouped(self, count: int) -> Solution:
-        """Samples that are the tokens of `count` images, joined: the worst residual, the most iterations."""
+        """Samples that are the tokens of `count` images, joined: of the residuals the worst."""
         x, solved = self.x.view(count, -1, self.x.shape[2]), self.solved.view(count, -1).all(1)
-        worst, most = (values.view(count, -1).amax(1) for values in (self.residual, self.iterations))
-        return Solution(x, worst, most, solved, self.seconds)
+        return Solution(x, self.residual.view(count, -1).amax(1), solved)
 
 
 def solve(
@@ -86,12 +82,12 @@ def solve(
     all starts, and keeps the root of the least; wrong: x (K, n, c) -> (K,) what cannot be the x that was there: it
     solves nothing, and anything else is preferred.
     """
-    settings, began = settings or Settings(), time.perf_counter()
+    settings = settings or Settings()
     if not bool(torch.isfinite(y).all()):
         raise ValueError("the values to be inverted are not all finite: look at the pass that made them")
     x, residual = y.clone(), torch.full_like(y[:, 0, 0], torch.inf)
     scores, solved = residual.clone(), torch.zeros_like(residual, dtype=torch.bool)
-    suspect, iterations = solved.clone(), solved.long()
+    suspect = solved.clone()
     generator = torch.Generator(device=y.device).manual_seed(0)
     for number in range(len(starts) + settings.restarts):
         at = (~solved | suspect if number < len(starts) else ~solved).nonzero().flatten()
@@ -107,8 +103,7 @@ def solve(
             return function(x, at[which])
 
         propose = krylov(part, y[at], settings) if jacobian is None else dense(part, y[at], jacobian)
-        found, error, turns = newton(part, y[at], start, propose, settings)
-        iterations[at] += turns
+        found, error = newton(part, y[at], start, propose, settings)
         if wrong is not None:
             error = error + wrong(found)
         ended = error <= settings.tolerance
@@ -117,7 +112,7 @@ def solve(
         took = at[better]
         x[took], residual[took], scores[took], solved[took] = found[better], error[better], rated[better], ended[better]
         suspect |= solved & (scores > 0)
-    return Solution(x, residual, iterations, solved, time.perf_counter() - began)
+    return Solution(x, residual, solved)
 
 
 def newton(
@@ -128,8 +123,8 @@ def newton(
     settings: Settings,
     slow: float = SLOW,
     shortest: float = SHORTEST,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, relative residual, iterations), a sample each: the one loop of damped Newton steps.
+) -> tuple[Tensor, Tensor]:
+    """(x, relative residual), a sample each: the one loop of damped Newton steps.
 
     propose: (x, residual, its ratio to the last one, which samples) -> directions, the best of which is taken; slow:
     share of the residual that five iterations may keep.
@@ -142,7 +137,7 @@ def newton(
         return (error.flatten(1).norm(dim=1) / size[which]).nan_to_num(torch.inf, torch.inf)
 
     x, residual = x.clone(), loss(x, everything)
-    iterations, history = torch.zeros_like(everything), [2 * residual, residual.clone()]
+    history = [2 * residual, residual.clone()]
     live = (residual > settings.goal) & residual.isfinite()
     for _ in range(settings.newton):
         at = live.nonzero().flatten()
@@ -159,14 +154,13 @@ def newton(
             best = torch.where(_wide(lowered < after, best), trial, best)
             after = torch.minimum(after, lowered)
         x[at], residual[at] = best, after
-        iterations[at] += 1
         history.append(residual.clone())
         ended = (after >= before) | (after <= settings.goal)
         ended |= (after <= settings.tolerance) & (after > STALLED * before)
         if len(history) > 6:
             ended |= (after > settings.tolerance) & (after > slow * history[-6][at])
         live[at[ended]] = False
-    return x, residual, iterations
+    return x, residual
 
 
 def line_search(
@@ -350,3 +344,9 @@ def factored(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def solved(matrices: Tensor, right: Tensor) -> Tensor:
     """Solutions of square systems (T, c, c), (T, c); not finite where a matrix is singular."""
     return torch.linalg.lu_solve(*factored(matrices), right[:, :, None])[:, :, 0]
+
+
+def determinant_signs(matrices: Tensor) -> Tensor:
+    """(T,) 1, −1, or 0 where a matrix (c, c) is singular; one by one: see `factored`."""
+    signs = [torch.linalg.slogdet(matrix).sign for matrix in matrices]
+    return torch.stack(signs) if signs else matrices.new_zeros(0)

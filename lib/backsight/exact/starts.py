@@ -1,7 +1,7 @@
 """Half-steps to be solved, and what training images say of each, in closed form and float64.
 
-Guesses of x from y = g(x), of what a norm took, and how usual a token is, by which one of several roots is chosen:
-numbers (P + 1, …), of each prefix token and of the grid's tokens together.
+Guesses of x from y = g(x), of what a norm took, and how usual a token is, by which one of several roots is chosen.
+Numbers (P + 1, …) are of each prefix token and of the grid's tokens together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backsight.exact.solver import Settings, Solution, solve
+from backsight.exact.solver import Settings, Solution, determinant_signs, solve
 from backsight.exact.steps import Step
 from backsight.inverses.ridge import RidgeAccumulator, best
 
@@ -51,10 +51,7 @@ def covariance(rows: Tensor, floor: float) -> Tensor:
 
 
 def ridge(
-    batches: Iterable[tuple[Tensor, Tensor]],
-    prefix: int,
-    strengths: Sequence[float] = STRENGTHS,
-    all_rows: bool = False,
+    pairs: Iterable[tuple[Tensor, Tensor]], prefix: int, strengths: Sequence[float] = STRENGTHS, all_rows: bool = False
 ) -> Tensor:
     """(P + 1, d + 1, c) weights, the last row the constants, of (features (B, n, d), outputs (B, n, c)).
 
@@ -62,7 +59,7 @@ def ridge(
     """
     training, validation = ([RidgeAccumulator() for _ in range(prefix + 1)] for _ in range(2))
     count = 0
-    for features, outputs in batches:
+    for features, outputs in pairs:
         held_out = (count + torch.arange(len(features), device=features.device)) % HELD_OUT == 0
         count += len(features)
         for rows, which in ((training, ~held_out), (validation, held_out)):
@@ -145,13 +142,12 @@ class Half(Numbers):
         precisions = [torch.linalg.inv(covariance(part, PRIOR_FLOOR)) for part in away]
         distances = (_square(part[:100_000], matrix) for part, matrix in zip(away, precisions, strict=True))
         some = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:EXAMPLES].to(x.device)
-        # One by one: see `solver.factored`.
-        signs = [torch.linalg.slogdet(slope).sign for slope in step.jacobian(tokens[:: max(1, len(tokens) // SIGNED)])]
+        signs = determinant_signs(step.jacobian(tokens[:: max(1, len(tokens) // SIGNED)]))
         self.put(
             mean=torch.stack(means),
             precision=torch.stack(precisions),
             usual=torch.stack([part.quantile(USUAL) for part in distances]),
-            folding=(torch.stack(signs) <= 0).double().mean(),
+            folding=(signs <= 0).double().mean(),
             behind=behind[some].float(),
             errors=(tokens - torch.cat(guesses).flatten(0, 1))[some].float(),
         )

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -109,11 +108,6 @@ class Embedding:
     prefix: Tensor
     size: tuple[int, int]
 
-    def stream(self, images: Tensor) -> Tensor:
-        """(B, P + n, C); images may leave [0, 1]."""
-        patches = patchify(images.to(self.matrix), self.patch) @ self.matrix + self.bias
-        return torch.cat([self.prefix.expand(len(images), -1, -1), patches], dim=1)
-
     def pixels(self, values: Tensor, start: Tensor | None = None) -> Tensor:
         """The images (B, 3, H, W) nearest to `start` (default: grey) of this embedding: start + A⁺(y − A start)."""
         if start is None:
@@ -126,15 +120,7 @@ class Embedding:
 
 
 class NotInvertibleError(BacksightError):
-    """No exact way back from `tap` to `previous`; dimensions: values of an image at `previous` (in) and `tap` (out)."""
-
-    def __init__(self, tap: str, previous: str, dimension_in: int, dimension_out: int, reason: str) -> None:
-        super().__init__(
-            f"{tap} cannot be inverted exactly to {previous}: {reason} "
-            f"({dimension_in} values an image before it, {dimension_out} behind it)."
-        )
-        self.tap, self.previous, self.reason = tap, previous, reason
-        self.dimension_in, self.dimension_out = dimension_in, dimension_out
+    """There is no exact way back from a tap to one before; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +128,7 @@ class ExactModel:
     """Every stream of one pass of a target, in forward order, and the steps between those that are joined.
 
     streams: names; taps: {tap: number of its stream}; steps: {number of the later stream: step}; sizes: {tap or
-    "pixels": values an image}; embedding: of the first tap, None where it is no affine map.
+    "pixels": values an image}; embedding: of the first tap, None where it is no affine map; elsewhere: by device.
     """
 
     target: Target
@@ -151,6 +137,7 @@ class ExactModel:
     steps: dict[int, Step]
     sizes: dict[str, int]
     embedding: Embedding | None
+    elsewhere: dict[torch.device, ExactModel] = field(default_factory=dict)
 
     @classmethod
     def of(cls, target: Target) -> ExactModel:
@@ -159,28 +146,37 @@ class ExactModel:
             raise BacksightError(f'Exact inverses need float64, which mps lacks: load {target.name} with device="cpu".')
         if target not in _MEASURED:
             _MEASURED[target] = walk(in_precision(target, torch.float64))
-        return _MEASURED[target]
+        return _MEASURED[target].on(target.device)
 
-    @cached_property
-    def single(self) -> ExactModel:
-        """In float32, for directions."""
-        return walk(in_precision(self.target, torch.float32))
+    def on(self, device: torch.device) -> ExactModel:
+        """The same on a device, walked anew: its steps hold tensors of the pass that found them."""
+        if device == self.target.device:
+            return self
+        if device not in self.elsewhere:
+            other = in_precision(self.target, torch.float64)
+            other.model.to(device)
+            self.elsewhere[device] = walk(other)
+            self.elsewhere[device].elsewhere[self.target.device] = self
+        return self.elsewhere[device]
 
-    def gap(self, tap: str, previous: str) -> NotInvertibleError | None:
-        """Why the later `tap` does not lead back to `previous`, None where steps do."""
-        if unknown := [name for name in (tap, previous) if name not in self.taps]:
+    def gap(self, tap: str, previous: str) -> str:
+        """Why the later `tap` does not lead back to `previous`, "" where steps do."""
+        if previous == PIXELS and self.embedding is None:
+            reason = "what lies between the pixels and the first tap is no affine map of patches"
+        elif unknown := [name for name in (tap, previous) if name not in self.taps]:
             reason = f"no known residual block begins or ends at {unknown[0]}"
         elif missing := set(range(self.taps[previous] + 1, self.taps[tap] + 1)) - self.steps.keys():
             before, behind = self.streams[max(missing) - 1 : max(missing) + 1]
             reason = f"what lies between {before} and {behind} is no residual block"
         else:
-            return None
-        return NotInvertibleError(tap, previous, self.sizes[previous], self.sizes[tap], reason)
+            return ""
+        sizes = f"{self.sizes[previous]} values an image before it, {self.sizes[tap]} behind it"
+        return f"{tap} cannot be inverted exactly to {previous}: {reason} ({sizes})."
 
     def between(self, tap: str, previous: str) -> tuple[Step, ...]:
         """The steps from the tap `previous` to the later `tap`, in forward order. Raises `NotInvertibleError`."""
-        if lost := self.gap(tap, previous):
-            raise lost
+        if why := self.gap(tap, previous):
+            raise NotInvertibleError(why)
         return tuple(self.steps[number] for number in range(self.taps[previous] + 1, self.taps[tap] + 1))
 
     def back_from(self, tap: str) -> tuple[tuple[Step, ...], str]:
@@ -400,10 +396,10 @@ def _mlp_jacobian(block: Any) -> Map | None:
     """The derivative of x + mlp(norm2(x)) of a usual ViT block in closed form (five times as fast), or None."""
     mlp, norm = block.mlp, getattr(block, "norm2", None)
     usual = class_of(block) == "timm.models.vision_transformer.Block" and class_of(mlp) == "timm.layers.mlp.Mlp"
-    if not usual or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+    kinds = {"act": nn.GELU, "norm": nn.Identity, "fc1": nn.Linear}
+    if not usual or any(not isinstance(getattr(mlp, name), kind) for name, kind in kinds.items()):
         return None
-    plain = isinstance(mlp.norm, nn.Identity) and isinstance(block.ls2, nn.Identity)
-    if not plain or not isinstance(mlp.fc1, nn.Linear) or not isinstance(norm, nn.LayerNorm):
+    if mlp.act.approximate != "none" or not isinstance(block.ls2, nn.Identity) or not isinstance(norm, nn.LayerNorm):
         return None
 
     def jacobian(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ GMRES: a preconditioner that is itself a few steps of a solver).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -71,10 +70,10 @@ def solve_joint(
         )
     if start.shape != y.shape:
         raise ValueError(f"a chain is solved from a start of y's shape {tuple(y.shape)}, not {tuple(start.shape)}")
-    began, settings = time.perf_counter(), settings or JointSettings()
+    settings = settings or JointSettings()
     effort = Settings(settings.goal, settings.end, settings.iterations)
     with torch.no_grad():
-        x, residual, iterations = newton(
+        x, residual = newton(
             lambda x, _: through(steps, x),
             y,
             start.to(y),
@@ -83,7 +82,7 @@ def solve_joint(
             slow=LEAST,
             shortest=SHORTEST,
         )
-    return Solution(x, residual, iterations, residual <= settings.goal, time.perf_counter() - began)
+    return Solution(x, residual, residual <= settings.goal)
 
 
 class _Directions:
