@@ -65,8 +65,8 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
     def train_modular() -> None:
         total = 0.0
         for tap, inverse in modular.items():
-            wanted = images if inverse.destination == PIXELS else recorded[inverse.destination].values
-            total = total + F.mse_loss(inverse.raw(recorded[tap]), wanted)
+            ends = inverse.raw(recorded[tap]), recorded.get(inverse.destination, images)
+            total = total + F.mse_loss(*(x if inverse.destination == PIXELS else x.values for x in ends))
         total.backward()  # type: ignore[attr-defined]
 
     def train_chains() -> None:

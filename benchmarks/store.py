@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import batches, index_batches
-from backsight.inverses.module import Inverse
+from backsight.inverses.module import TrainedInverse
 from backsight.representation import Representation
 from backsight.targets import PIXELS, Target, load_target
 from backsight.training.fit import fit_modular
@@ -39,7 +39,7 @@ def _images(count: int, target: Target) -> Tensor:
     return torch.randint(0, 256, (count, 3, *target.image_size), generator=generator, dtype=torch.uint8)
 
 
-def _step(inverses: Mapping[str, Inverse]) -> Callable[[Batch], None]:
+def _step(inverses: Mapping[str, TrainedInverse]) -> Callable[[Batch], None]:
     """A training step of all modules: the batch is all that it is given."""
     parameters = [each for inverse in inverses.values() for each in inverse.residual.requires_grad_(True).parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1e-4)
@@ -48,9 +48,10 @@ def _step(inverses: Mapping[str, Inverse]) -> Callable[[Batch], None]:
         images, recorded = batch
         losses = []
         for tap, inverse in inverses.items():
-            wanted: Any = recorded.get(inverse.destination)
-            truth = images if inverse.destination == PIXELS else wanted.values
-            losses.append(F.mse_loss(inverse.raw(recorded[tap], wanted), truth) / inverse.variance)
+            ends: Any = inverse.raw(recorded[tap]), recorded.get(inverse.destination, images)
+            losses.append(
+                F.mse_loss(*(x if inverse.destination == PIXELS else x.values for x in ends)) / inverse.variance
+            )
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()
@@ -107,7 +108,7 @@ def recording(target: Target, count: int) -> list[Row]:
         seconds = interleaved({"record": record, "forward": forward, "read": read})
         store = stores[0]
         features = sum(each.values[0].nbytes for each in store.read([0])[1].values())
-        size = store.bytes / count
+        size = store.row.itemsize
         error = max(store.errors.values())
     case = f"{len(target.taps)} taps of {target.name}, {count} images"
     full = features + images[0].nbytes

@@ -72,7 +72,7 @@ def test_split_and_joined_again(representation):
     assert [part.batch for part in parts] == [1, 2, 1]
     joined = concatenate(parts)
     assert torch.equal(joined.values, representation.values)
-    assert joined.signature == representation.signature == parts[0].signature
+    assert joined.form == representation.form == parts[0].form
     if isinstance(representation, Tokens):
         assert torch.equal(joined.padding, representation.padding)
         assert torch.equal(joined.position, representation.position)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,6 +21,26 @@ from backsight.errors import BacksightError
 Grid = tuple[int, int]
 MASK_CELLS = 16  # a side: a mask in more detail would make `values` as large as the image
 Index = int | slice | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a representation, or images, are like, whatever the batch.
+
+    kind: "pixels", "tokens", "queries" or "predictions"; grids: of tokens; for pixels the one image size (H, W).
+    count: of queries or predictions.
+    """
+
+    kind: str
+    channels: int
+    grids: tuple[Grid, ...] = ()
+    prefix: int = 0
+    count: int = 0
+
+    def __str__(self) -> str:
+        number = " + ".join(f"{height} x {width}" for height, width in self.grids) or str(self.count)
+        number = f"{self.prefix} prefix and {number}" if self.kind == "tokens" else number
+        return f"{number} {self.kind} of {self.channels} channels"
 
 
 class _Batch:
@@ -37,9 +57,9 @@ class _Batch:
         return self.values.shape[2]
 
     @property
-    def signature(self) -> Hashable:
-        """Equal for two representations that the same inverse can read (the batch size does not count)."""
-        return (type(self).__name__.lower(), self.values.shape[1], self.channels)
+    def form(self) -> Form:
+        """Equal for two representations that the same inverse can read."""
+        return Form(type(self).__name__.lower(), self.channels, count=self.values.shape[1])
 
     def plain(self) -> Self:
         """What an inverse may read: without context."""
@@ -116,8 +136,8 @@ class Tokens(_Batch):
         return self.values[:, : self.prefix]
 
     @property
-    def signature(self) -> Hashable:
-        return ("tokens", self.grids, self.prefix, self.channels)
+    def form(self) -> Form:
+        return Form("tokens", self.channels, tuple((height, width) for height, width in self.grids), self.prefix)
 
     def plain(self) -> Tokens:
         return dataclasses.replace(self, context={})
@@ -223,12 +243,12 @@ AnyRepresentation = TypeVar("AnyRepresentation", bound=_Batch)
 def concatenate(representations: Sequence[AnyRepresentation]) -> AnyRepresentation:
     """Batches of the same tap, one after the other; what does not travel with all of them is dropped.
 
-    Raises BacksightError if there is none, or if their signatures differ.
+    Raises BacksightError if there is none, or if their forms differ.
     """
-    if len({each.signature for each in representations}) != 1:
+    if len({each.form for each in representations}) != 1:
         raise BacksightError(
             "Representations of one form can be concatenated, neither an empty list nor different forms: "
-            f"{[each.signature for each in representations]}."
+            f"{[each.form for each in representations]}."
         )
     names = vars(representations[0])
     return type(representations[0])(**{name: _joined(name, representations) for name in names})

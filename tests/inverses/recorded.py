@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backsight.inverses.rows import Form
-from backsight.representation import Queries, Representation, Tokens
+from backsight.representation import Form, Queries, Representation, Tokens
 
 FORMS = {
     "one grid": Form("tokens", 8, ((4, 6),)),

@@ -34,7 +34,7 @@ def test_a_floor_keeps_a_map_from_amplifying(detr):
     loose, request = Request(*pair, context=3), Request(*pair, context=3, floor=1e-1)
     free = fit_linear_pairs(detr, IMAGES, [loose], progress=False)[loose]
     held = fit_linear_pairs(detr, IMAGES, [request], progress=False)[request]
-    assert held.alpha >= 1e-1 >= STAGE_FLOOR
+    assert held.maps["cells"].alpha >= 1e-1 >= STAGE_FLOOR
     assert held.maps["cells"].matrix.norm() <= free.maps["cells"].matrix.norm()
 
 
@@ -43,7 +43,7 @@ def test_every_tap_of_the_detr_has_a_chain_to_pixels(detr):
     recorded = detr.record(IMAGES[:2])
     for tap in detr.taps:
         assert Chain(modules, tap)(recorded[tap]).shape == (2, 3, 64, 64)
-    assert [m.source for m in Chain(modules, "encoder.layers.0").path] == ["encoder.layers.0", "projection"]
+    assert [m.source for m in Chain(modules, "encoder.layers.0")] == ["encoder.layers.0", "projection"]
 
 
 @pytest.mark.parametrize("setting", [{"chain_fraction": 1.5}, {"image_share": -0.1}])

@@ -93,7 +93,7 @@ def test_maps_of_several_contexts_come_from_one_pass(vit: Target, images: Tensor
         alone = fit_linear_pairs(vit, images, [request], progress=False)[request]
         maps = [each.maps["cells"].matrix for each in (alone, found[request])]
         torch.testing.assert_close(*maps, rtol=1e-5, atol=1e-6)
-        assert found[request].alpha >= request.floor
+        assert found[request].maps["cells"].alpha >= request.floor
 
 
 def test_the_command_fit_writes_inverses_that_a_notebook_finds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

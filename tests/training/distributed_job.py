@@ -74,7 +74,7 @@ def target(found: dict[str, torch.Tensor]) -> None:
     for validation, name in ((held_out, "validation"), (None, "own")):
         for tap, inverse in fit_linear(frozen, images, validation=validation, batch_size=4, progress=False).items():
             found[f"{name}/{tap}/weight"] = inverse.maps["cells"].matrix.clone()
-            found[f"{name}/{tap}/alpha"] = torch.tensor(inverse.alpha)
+            found[f"{name}/{tap}/alpha"] = torch.tensor(inverse.maps["cells"].alpha)
     modules = fit_modular(frozen, images, steps=3, batch_size=4, progress=False)
     for tap, module in modules.modules.items():
         for key, tensor in module.residual.state_dict().items():

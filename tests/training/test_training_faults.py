@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from backsight.errors import BacksightError
-from backsight.training import loop
+from backsight.inverses import files
 from backsight.training.loop import train
 
 JOB = Path(__file__).with_name("killed_training.py")
@@ -60,18 +60,18 @@ def test_killed_while_it_may_be_writing_it_ends_in_the_same_weights(tmp_path: Pa
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = loop.save
+    written = files.save_file
     path = tmp_path / "checkpoint.safetensors"
 
-    def full(*arguments: Any) -> bytes:
+    def full(*arguments: Any) -> None:
         if path.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        return written(*arguments)
+        written(*arguments)
 
     def go(folder_is_full: bool) -> list[int]:
         torch.manual_seed(0)
         module, seen = nn.Linear(3, 2), []
-        monkeypatch.setattr(loop, "save", full if folder_is_full else written)
+        monkeypatch.setattr(files, "save_file", full if folder_is_full else written)
 
         def batch_at(step: int) -> torch.Tensor:
             seen.append(step)

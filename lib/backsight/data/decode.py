@@ -41,9 +41,6 @@ class ImageError(BacksightError):
         super().__init__(f"cannot read the image {path}: {reason}")
         self.path, self.reason = path, reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return ImageError, (self.path, self.reason)  # workers send it
-
 
 def read_rgb(path: str | Path) -> np.ndarray:
     """One image file as upright uint8 (H, W, 3) sRGB.

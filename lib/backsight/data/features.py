@@ -55,8 +55,9 @@ class FeatureStore:
     """A complete store, as `record_features` gives it.
 
     It stands where an ImageSource does (name, split, len, image(i), subset): `batches(store, …)` gives the images
-    it was recorded from, but for those that could not be read (skipped: [(path, reason)]). row: columns of the file;
-    first: of one image; errors: {tap: relative RMS error of half precision}, of the first image.
+    it was recorded from, but for those that could not be read (skipped: [(path, reason)]). row: columns of the file,
+    images: its rows, own: those of this view; first: what the taps hold of one image; errors: {tap: relative RMS error
+    of half precision}, of the first image.
     Raises BacksightError on reading a damaged file.
     """
 
@@ -68,38 +69,16 @@ class FeatureStore:
     weights_hash: str
     row: np.dtype
     first: Recorded
+    own: np.ndarray
+    skipped: list[tuple[str, str]]
     errors: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def own(self) -> np.ndarray:
-        """Rows of the file: of this view, without those of images that could not be read."""
-        return np.delete(np.arange(self.images), [place for place, *_ in self._missing])
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        return [(path, reason) for _, path, reason in self._missing]
-
-    @property
-    def _missing(self) -> list[tuple[int, str, str]]:
-        return (read_json(self.folder / "index.json") or {})["missing"]
 
     @property
     def taps(self) -> tuple[str, ...]:
         return tuple(self.first)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.row["images"].shape[1:]
-
-    @property
-    def bytes(self) -> int:
-        return self.images * self.row.itemsize
-
     def __len__(self) -> int:
         return len(self.own)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_file"}  # another process maps it itself
 
     def subset(self, which: slice | np.ndarray) -> FeatureStore:
         """These images of the store, in this order; nothing is copied."""
@@ -204,25 +183,27 @@ def record_features(
         columns += [(f"{tap}/{part}", "float16", values.shape[1:]) for part, values in _parts(held).items()]
     row = np.dtype(columns)
     identity = [FORMAT, target.name, target.weights_hash, asdict(target.preprocessing), str(row)]
-    identity += [repr(held.signature) for held in first.values()] + [images_digest(images)]
+    identity += [repr(held.form) for held in first.values()] + [images_digest(images)]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     name, split = (None, None) if isinstance(images, Tensor) else (images.name, images.split)
     label = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (target.name, name, split, key))))
     place = Path(folder or cache_folder() / "features") / label
-    store = FeatureStore(place, name, split, len(images), target.name, target.weights_hash, row, first)
+    needed = len(images) * row.itemsize
     try:
         existing = next(parent for parent in (place, *place.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        if store.bytes > free and existing != place:
-            raise OSError(f"it takes {store.bytes / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        if needed > free and existing != place:
+            raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock"):
-            _complete(store, target, images, batch_size, progress)
+            missing = _complete(place, row, first, target, images, batch_size, progress)
     except OSError as error:
         raise BacksightError(
             f"The feature store {shown(place)} cannot be written ({error}): make space, or set BACKSIGHT_CACHE to "
             "another folder; the next call goes on from there."
         ) from error
+    own, skipped = np.delete(np.arange(len(images)), [n for n, *_ in missing]), [(p, why) for _, p, why in missing]
+    store = FeatureStore(place, name, split, len(images), target.name, target.weights_hash, row, first, own, skipped)
     for tap, held in store.read([0])[1].items():  # what is in no key, as a user's code, shows in the first image
         values = first[tap].values
         store.errors[tap] = float((held.values - values).norm() / values.norm().clamp(min=1e-30))
@@ -235,14 +216,20 @@ def record_features(
 
 
 def _complete(
-    store: FeatureStore, target: Recordable, images: ImageSource | Tensor, batch_size: int, progress: bool
-) -> None:
-    """Append the rows that are missing, in the same batches; an unreadable image has one too."""
-    path, row, number = store.folder / "rows.bin", store.row, store.images
-    index = read_json(store.folder / "index.json") or {}
+    folder: Path,
+    row: np.dtype,
+    first: Recorded,
+    target: Recordable,
+    images: ImageSource | Tensor,
+    batch_size: int,
+    progress: bool,
+) -> list[Any]:
+    """Append the rows that are missing, in the same batches; [(row, path, reason)] of images that cannot be read."""
+    path, number = folder / "rows.bin", len(images)
+    index = read_json(folder / "index.json") or {}
     start = min(path.stat().st_size // row.itemsize, number) if index and path.is_file() else 0
     if index.get("status") == "complete" and start == number:
-        return
+        return index["missing"]
     start -= start % batch_size if start < number else 0
     missing = [failure for failure in index.get("missing", ()) if failure[0] < start]
     index = {"format": FORMAT, "status": "recording", "target": target.name, "missing": missing}
@@ -253,22 +240,23 @@ def _complete(
         tqdm(total=number - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,
     ):
         file.truncate(start * row.itemsize)
-        write_json(store.folder / "index.json", index)
+        write_json(folder / "index.json", index)
         for indices, (read, failures) in zip(left, stream, strict=True):
             rows = np.zeros(len(indices), row)
             if failures:
                 missing += [[place, failure.path, failure.reason] for place, failure in failures.items()]
-                write_json(store.folder / "index.json", index)  # before its row
+                write_json(folder / "index.json", index)  # before the row that each has all the same
             if read is not None:
                 readable = ~np.isin(indices, [*failures])
                 rows["images"][readable] = read
-                for tap, held in target.record(unit_floats(read), store.taps).items():
-                    for part, values in _parts(_kept(held, store.first[tap], f"of {target.name} at {tap}")).items():
+                for tap, held in target.record(unit_floats(read), tuple(first)).items():
+                    for part, values in _parts(_kept(held, first[tap], f"of {target.name} at {tap}")).items():
                         rows[f"{tap}/{part}"][readable] = values.half()
             file.write(rows.tobytes())
             file.flush()  # a kill then costs no more than this batch
             bar.update(len(indices))
-    write_json(store.folder / "index.json", index | {"status": "complete"})
+    write_json(folder / "index.json", index | {"status": "complete"})
+    return missing
 
 
 def _kept(representation: Representation, first: Representation | None = None, where: str = "") -> Representation:
@@ -281,7 +269,7 @@ def _kept(representation: Representation, first: Representation | None = None, w
     if first is not None:
         code, known = (getattr(x, "position", None) for x in (held, first))
         alike = code is None or known is None or torch.allclose(code, known, rtol=1e-5, atol=1e-6)
-        if held.signature != first.signature or not alike:
+        if held.form != first.form or not alike:
             raise BacksightError(
                 f"Representations of several forms, {where}: one store cannot hold them, leave this tap out."
             )

@@ -6,13 +6,14 @@ never lost silently.
 """
 
 import copy
-import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from backsight.data.coco import Box, Size
 from backsight.data.decode import ImageError, decode
@@ -30,7 +31,7 @@ from backsight.project import available_cores
 
 # Sources that are no folders, each with the module whose `generated` finds the images.
 GENERATORS = {"scenes": "backsight.scenes.dataset", "photographs": "backsight.scenes.photographs"}
-WORTH_WORKERS = 2000  # images that are read by processes of their own, where there are cores to spare
+WORTH_WORKERS = 2000  # images that are read by threads of their own, where there are cores to spare
 
 
 class Preprocessed(Protocol):
@@ -205,7 +206,7 @@ def batches(
     images: an ImageSource, or a tensor (N, 3, H, W) of uint8 or of float in [0, 1]. steps=None: one pass, the last
     batch may be smaller. steps=n: batches 0 to n - 1 of an endless stream of epochs, all of full size. shuffle_seed:
     order of the images, another one for each epoch; None: their own order. Batch k depends on k, shuffle_seed and
-    batch_size alone: `start` skips the first batches without reading them, for an exact resume. workers: processes
+    batch_size alone: `start` skips the first batches without reading them, for an exact resume. workers: threads
     that read ahead, None: as many as pay here; they do not change the result. An unreadable image is left out of its
     batch and recorded in `images.skipped`.
     Raises SourceError where nothing can be read. Random state outside is not touched.
@@ -217,11 +218,11 @@ def batches(
     if workers is None:
         workers = paying_workers(len(images) if left is None else left * batch_size)
     read = (stack for stack, _ in read_batches(images, indices, workers) if stack is not None)
-    return itertools.islice(read if raw else map(unit_floats, read), left)
+    return islice(read if raw else map(unit_floats, read), left)
 
 
 def paying_workers(images: int) -> int:
-    """Processes that read so many images ahead; beside a consumer that computes on both of two cores none pays."""
+    """Threads that read so many images ahead; beside a consumer that computes on both of two cores none pays."""
     cores = available_cores()
     return min(cores - 1, 8) if cores > 2 and images >= WORTH_WORKERS else 0
 
@@ -238,35 +239,29 @@ def read_batches(
     if isinstance(images, Tensor):
         yield from ((images[torch.from_numpy(chosen)], {}) for chosen in indices)
         return
-    sampler: Any = indices  # lists of indices
-    own = torch.Generator().manual_seed(0)  # without one a DataLoader draws from the global random state
+
+    def read(index: int) -> Tensor | ImageError:
+        try:
+            return images.image(index)
+        except ImageError as error:
+            return error
+
+    def begun(index: int) -> Callable[[], Tensor | ImageError]:
+        return pool.submit(read, index).result if workers else partial(read, index)
+
     failed = 0
-    for stack, failures in DataLoader(
-        _Reader(images), batch_size=None, sampler=sampler, num_workers=workers, generator=own
-    ):
-        if failures:
-            images.skip([*failures.values()])
-        failed = 0 if stack is not None else failed + len(failures)
-        if failed >= len(images):
-            raise SourceError(f"none of the {len(images)} images can be read; the last: {failures[max(failures)]}")
-        yield stack, failures
-
-
-class _Reader(Dataset[Any]):
-    """Reads a list of indices at once; failures travel with the batch: a worker has its own copy of the source."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor | None, dict[int, ImageError]]:
-        read: list[Tensor] = []
-        failures: dict[int, ImageError] = {}
-        for index in indices.tolist():
-            try:
-                read.append(self.source.image(index))
-            except ImageError as error:
-                failures[index] = error
-        return (torch.stack(read) if read else None), failures
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        called = ([(index, begun(index)) for index in chosen.tolist()] for chosen in indices)
+        for batch, _ in pairwise(chain(called, [[]])):  # the pair is there when its second is submitted
+            results = [(index, result()) for index, result in batch]
+            failures = {index: result for index, result in results if isinstance(result, ImageError)}
+            readable = [result for _, result in results if isinstance(result, Tensor)]
+            if failures:
+                images.skip([*failures.values()])
+            failed = 0 if readable else failed + len(failures)
+            if failed >= len(images):
+                raise SourceError(f"none of the {len(images)} images can be read; the last: {results[-1][1]}")
+            yield torch.stack(readable) if readable else None, failures
 
 
 def index_batches(
@@ -284,7 +279,7 @@ def index_batches(
             return np.arange(number)
         return np.random.default_rng([shuffle_seed, epoch]).permutation(number)
 
-    for first in itertools.count(start * batch_size, batch_size):
+    for first in count(start * batch_size, batch_size):
         places = range(first, first + batch_size if endless else min(first + batch_size, number))
         if not places:
             return
@@ -297,4 +292,4 @@ def tensor(images: ImageSource | Tensor, limit: int | None = None) -> Tensor:
     Takes 12 bytes a pixel and image, and twice that for a moment. Raises SourceError where nothing can be read.
     """
     read = (image for batch in batches(images, min(len(images), limit or 64, 64)) for image in batch)
-    return torch.stack(list(itertools.islice(read, limit)))
+    return torch.stack(list(islice(read, limit)))

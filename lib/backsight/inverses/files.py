@@ -31,21 +31,18 @@ def save(inverses: Inverses, folder: Path | str, half: bool = False) -> list[Pat
     """Write a family, one file a tap; what is there under the same name is replaced.
 
     half: linear and trained modules as float16 wherever the values fit (half the size; computing stays float32).
-    Raises BacksightError where a module does not know its target, or a file cannot be written.
+    Raises BacksightError where a file cannot be written.
     """
-    named = {Path(folder) / f"{inverses.family}--{tap}.safetensors": module for tap, module in inverses.modules.items()}
-    return [write(module, path, half) for path, module in named.items()]
-
-
-def write(module: nn.Module, path: Path | str, half: bool = False) -> Path:
-    """Write one module of any kind, or a chain; see `save`."""
-    if module.header is None:
-        raise BacksightError(f"The inverse of {module.source!r} does not know its target: set its header (header_for).")
-    tensors = module.state_dict()
-    if half and module.kind in ("linear", "inverse", "chain"):  # what is solved needs all of its digits
-        halves = {key: tensor.half() for key, tensor in tensors.items() if tensor.dtype == torch.float32}
-        tensors |= {key: tensor for key, tensor in halves.items() if torch.isfinite(tensor).all()}
-    return write_tensors(path, tensors, {"backsight": json.dumps({"format": FORMAT, **described(module)})})
+    files = []
+    for tap, module in inverses.modules.items():
+        tensors = module.state_dict()
+        if half and module.kind in ("linear", "inverse"):  # what is solved needs all of its digits
+            halves = {key: tensor.half() for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+            tensors |= {key: tensor for key, tensor in halves.items() if torch.isfinite(tensor).all()}
+        description = json.dumps({"format": FORMAT, **described(module)})
+        path = Path(folder) / f"{inverses.family}--{tap}.safetensors"
+        files.append(write_tensors(path, tensors, {"backsight": description}))
+    return files
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -84,7 +81,7 @@ def _description(path: Path | str) -> tuple[InverseHeader, dict[str, Any]]:
 
 
 def read(path: Path | str, target: Target) -> nn.Module:
-    """Read what `write` wrote, on the target's device.
+    """Read what `save` wrote, on the target's device.
 
     Raises BacksightError where the file is missing, damaged, of another format or kind, or holds values that are not
     finite, and where it inverts another target (the weight hash decides, not the name).
@@ -104,7 +101,7 @@ def read(path: Path | str, target: Target) -> nn.Module:
             module = rebuilt(description, target)
         module.load_state_dict(tensors)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(part.strip() for part in str(error).splitlines()[:2])
         raise BacksightError(
             f"The inverse {path} does not fit its own header ({reason}): it is damaged or of another version, fit it "
             "again."

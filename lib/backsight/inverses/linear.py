@@ -15,12 +15,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from backsight.data.features import FeatureStore
 from backsight.data.images import ImageSource
 from backsight.errors import BacksightError
-from backsight.inverses.module import InverseHeader, Inverses, header_for, with_forms
+from backsight.inverses.module import NO_HEADER, Inverse, InverseHeader, Inverses, empty_code, header_for
 from backsight.inverses.passes import Images, held_out_passes
 from backsight.inverses.ridge import RidgeAccumulator, best, leading_directions
 from backsight.inverses.rows import (
@@ -33,7 +34,6 @@ from backsight.inverses.rows import (
     pack_destination,
     pack_source,
     plan_layout,
-    row_padding,
     unpack,
 )
 from backsight.representation import Representation, Tokens
@@ -68,11 +68,15 @@ class AffineMap(nn.Module):
     """x -> bias + (x - center) @ matrix (D, E), or @ left (D, R) @ right (R, E).
 
     Subtracting the mean first keeps the digits of channels with a large offset in float32. projection (C, directions),
-    prefix_projection (P, C, directions): through which `pack_source` reads what stands around, or None.
+    prefix_projection (P, C, directions): through which `pack_source` reads what stands around, or None. alpha: the
+    ridge strength, where it was fitted in this process.
     """
 
+    alpha = math.nan
     center: Tensor
     bias: Tensor
+    projection: Tensor | None
+    prefix_projection: Tensor | None
 
     def __init__(self, **numbers: Tensor) -> None:
         super().__init__()
@@ -83,8 +87,8 @@ class AffineMap(nn.Module):
     def factors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for name, tensor in self.named_buffers() if name in ("matrix", "left", "right"))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        result = rows - self.center
+    def forward(self, representation: Representation, block: Block) -> Tensor:
+        result = pack_source(representation, block, self.projection, self.prefix_projection) - self.center
         for factor in self.factors:
             result = result @ factor
         return result + self.bias
@@ -98,80 +102,35 @@ class AffineMap(nn.Module):
             arguments[2].append(f"{prefix}center, bias, matrix")
 
 
-class LinearInverse(nn.Module):
-    """A linear map from the representation at `source` to `destination` (an earlier tap or "pixels").
+class LinearInverse(Inverse):
+    """A linear map; its maps of cells also read other grids than they were fitted on."""
 
-    position_rule: where the positional code of the result comes from: "none", the "source", or "fixed": `position`;
-    alpha: the ridge strength of the first map, where it was fitted in this process.
-    """
-
-    kind = "linear"
-    position: Tensor | None
+    kind, any_grid = "linear", True
 
     def __init__(
-        self,
-        source: str,
-        destination: str,
-        layout: Layout,
-        maps: Mapping[str, AffineMap],
-        position_rule: str = "none",
-        position: Tensor | None = None,
+        self, header: InverseHeader, layout: Layout, maps: Mapping[str, AffineMap], position: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.source, self.destination, self.layout = source, destination, layout
-        self.source_form, self.destination_form = layout.source, layout.destination
-        self.header: InverseHeader | None = None  # its fit says where it comes from
-        self.alpha, self.position_rule = math.nan, position_rule
+        super().__init__(header, layout.source, layout.destination, position)
+        self.layout = layout
         self.maps: Any = nn.ModuleDict(dict(maps))
-        self.register_buffer("position", position)
 
-    def raw(self, representation: Representation) -> Tensor | Representation:
-        """Like `forward`, but images are not clamped to [0, 1]."""
-        given, fitted = form_of(representation), self.layout.source
-        fits = (given.kind, given.channels, len(given.grids)) == (fitted.kind, fitted.channels, len(fitted.grids))
-        by_prefix = self.layout.context > 1 or self.destination_form.prefix > 0
-        if not fits or given.count != fitted.count or (by_prefix and given.prefix != fitted.prefix):
-            raise BacksightError(
-                f"The linear inverse of {self.source!r} reads {fitted}, but was given {given}; feed it a "
-                "representation of the same shape."
-            )
-        rows = {}
-        for name, block in self.layout.blocks.items():
-            part = self.maps[name]
-            rows[name] = part(pack_source(representation, block, part.projection, part.prefix_projection))
-            if (padding := row_padding(representation, block)) is not None:
-                rows[name] = torch.where(padding.reshape(-1, 1), part.bias, rows[name])
-        position = self.position if given.grids == fitted.grids else None
-        if self.position_rule == "source" and isinstance(representation, Tokens):
-            position = representation.position
-        return unpack(rows, self.layout, representation, position)
+    def rows(self, representation: Representation) -> dict[str, Tensor]:
+        """{name of a map: its output rows (M, outputs)}."""
+        blocks = self.layout.blocks.items()
+        return {name: self.maps[name](representation, block) for name, block in blocks}
 
-    def forward(self, representation: Representation) -> Any:
-        """Images (B, 3, H, W) in [0, 1], or the representation at `destination`.
-
-        Differentiable in the representation. Maps of cells also read other grids than they were fitted on. Padded
-        tokens give the training mean. Raises BacksightError where shapes do not agree.
-        """
-        result = self.raw(representation)
-        return result.clamp(0, 1) if isinstance(result, Tensor) else result
+    def mapped(self, representation: Representation) -> Any:
+        fitted = form_of(representation).grids == self.source_form.grids
+        position = self.code(representation) if fitted and self.position is not None else None
+        return unpack(self.rows(representation), self.layout, representation, position)
 
     def configuration(self) -> dict[str, Any]:
-        """Everything but the numbers in `state_dict()`, as JSON."""
-        return {
-            "source": self.source,
-            "destination": self.destination,
-            "layout": asdict(self.layout),
-            "position_rule": self.position_rule,
-            "position_shape": [0] if self.position is None else list(self.position.shape),
-        }
+        return {**super().configuration(), "layout": asdict(self.layout)}
 
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> LinearInverse:
-        """An inverse whose numbers are still to be loaded by `load_state_dict`."""
-        given, layout = configuration, with_forms(Layout, configuration["layout"])
-        maps = {name: AffineMap() for name in layout.blocks}
-        position = torch.zeros(given["position_shape"]) if given["position_rule"] == "fixed" else None
-        return cls(given["source"], given["destination"], layout, maps, given["position_rule"], position)
+        layout = TypeAdapter(Layout).validate_python(configuration["layout"])
+        return cls(NO_HEADER, layout, {name: AffineMap() for name in layout.blocks}, empty_code(configuration))
 
 
 def fit_linear(
@@ -237,8 +196,9 @@ def fit_linear_pairs(
         for request in () if groups else dict.fromkeys(requests.values()):
             source, end = held[request.source], held[request.destination]
             forms = form_of(source), form_of(end)
-            layout = plan_layout(request[:2], *forms, target.reduction, request.context, maximum_inputs)
-            inverses[request] = LinearInverse(*request[:2], layout, {}, *_position(source, end))
+            layout = plan_layout(*forms, target.reduction, request.context, maximum_inputs)
+            header = header_for(target, "linear", *request[:2], images, seed)
+            inverses[request] = LinearInverse(header, layout, {}, getattr(end, "position", None))
             for name, block in layout.blocks.items():
                 key = request.source, block._replace(gives=())
                 group = groups[key] if key in groups else groups.setdefault(key, _Group(source, block, len(images)))
@@ -246,24 +206,11 @@ def fit_linear_pairs(
         for group in groups.values():
             group.update(held, held_out, seed + number)
     for key in list(groups):
-        for request, name, affine, alpha in groups.pop(key).solved():  # its moments are not kept
+        for request, name, affine in groups.pop(key).solved():  # its moments are not kept
             inverses[request].maps[name] = affine
-            if name == inverses[request].layout.main:
-                inverses[request].alpha = alpha
-    for request, inverse in inverses.items():
-        inverse.header = header_for(target, "linear", *request[:2], images, seed)
+    for inverse in inverses.values():
         inverse.to(batch.device).eval()
     return {pair: inverses[request] for pair, request in requests.items()}
-
-
-def _position(source: Representation, destination: Tensor | Representation) -> tuple[str, Tensor | None]:
-    """Where the positional code of the destination comes from: nowhere, the source, or the first image."""
-    if not isinstance(destination, Tokens) or destination.position is None:
-        return "none", None
-    carried = source.position if isinstance(source, Tokens) else None
-    if carried is not None and carried.shape == destination.position.shape and carried.equal(destination.position):
-        return "source", None
-    return "fixed", destination.position[:1].clone()
 
 
 class _Group:
@@ -294,13 +241,11 @@ class _Group:
             part = given if size >= batch else given.index(slice(start, start + size))
             rows = pack_source(part, self.block, **self.projections), ends[start * count : (start + part.batch) * count]
             inputs, outputs = (each.unflatten(0, (part.batch, count))[:, drawn] for each in rows)
-            if (padding := row_padding(part, self.block)) is not None:
-                inputs, outputs = (each[~padding[:, drawn]][None] for each in (inputs, outputs))
             moments = self.validation if held_out else self.training
             moments.update(inputs.flatten(0, 1), outputs.flatten(0, 1))
 
-    def solved(self) -> Iterator[tuple[Request, str, AffineMap, float]]:
-        """(request, name of the map, the map, strength), of the strengths that the validation chooses."""
+    def solved(self) -> Iterator[tuple[Request, str, AffineMap]]:
+        """(request, name of the map, the map), of the strengths that the validation chooses."""
         training, validation, end = self.training.gathered(), self.validation.gathered(), 0
         for (request, _, name), width in zip(self.members, self.widths, strict=True):
             start, end = end, end + width
@@ -310,7 +255,9 @@ class _Group:
             factors = zip(("matrix",) if rank is None else ("left", "right"), solution.factors, strict=True)
             numbers = {"center": solution.center, "bias": solution.bias, **dict(factors), **self.projections}
             numbers = {key: part.float().contiguous() for key, part in numbers.items()}
-            yield request, name, AffineMap(**numbers), solution.alpha
+            affine = AffineMap(**numbers)
+            affine.alpha = solution.alpha
+            yield request, name, affine
 
 
 def _projections(representation: Representation, block: Block) -> dict[str, Tensor]:
@@ -333,12 +280,8 @@ def image_errors(
 ) -> tuple[Tensor, Tensor]:
     """(B,), (B,): squared error of each image, and of the training mean, in the space that was regressed."""
     errors = totals = source.values.new_zeros(source.batch)
-    for name, block in inverse.layout.blocks.items():
-        rows, affine = pack_destination(truth, inverse.layout, block), inverse.maps[name]
-        shown = torch.ones(1, device=rows.device)
-        if (padding := row_padding(source, block)) is not None:
-            shown = (~padding).reshape(-1, 1).float()
-        predicted = affine(pack_source(source, block, affine.projection, affine.prefix_projection))
-        errors = errors + ((rows - predicted).square() * shown).reshape(source.batch, -1).sum(1)
-        totals = totals + ((rows - affine.bias).square() * shown).reshape(source.batch, -1).sum(1)
+    for name, predicted in inverse.rows(source).items():
+        rows = pack_destination(truth, inverse.layout, inverse.layout.blocks[name])
+        errors = errors + (rows - predicted).square().reshape(source.batch, -1).sum(1)
+        totals = totals + (rows - inverse.maps[name].bias).square().reshape(source.batch, -1).sum(1)
     return errors.cpu(), totals.cpu()

@@ -7,27 +7,27 @@ ridge map (the mean, where no ridge map is defined), and training has only to le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.networks import RESIDUALS, Design
-from backsight.inverses.rows import PIXELS, Form, area, carried_padding, form_of
-from backsight.representation import Grid, Queries, Representation, Tokens
+from backsight.inverses.rows import PIXELS, area, carried_padding, form_of
+from backsight.representation import Form, Queries, Representation, Tokens
 
 if TYPE_CHECKING:
     from backsight.inverses.linear import LinearInverse
     from backsight.targets.base import Target
 
-Described = TypeVar("Described")
 LIBRARIES = ("backsight", "torch", "timm", "transformers")  # that decide what an inverse computes
 
 
@@ -58,6 +58,9 @@ class InverseHeader:
         return ours == theirs
 
 
+NO_HEADER = InverseHeader("", "", "", "", "", "", versions={})  # of what is nested, or still to be read
+
+
 def header_for(
     target: Target, family: str, source: str, destination: str, images: Any = None, seed: int = 0
 ) -> InverseHeader:
@@ -80,13 +83,74 @@ class Moments(NamedTuple):
 
 
 class Inverse(nn.Module):
-    """A map from one tap's representation to an earlier tap's, or to images.
+    """A map from one tap's representation to an earlier tap's, or to images; differentiable in the representation.
 
-    inverse(representation) -> images (B, 3, H, W) in [0, 1], or a Representation; `raw` gives the values without
-    clamping. header: where it comes from; source_form, destination_form: what enters and leaves; history: the
-    training, if it was trained in this process (step, module, split, loss, seconds).
-    A representation of another tap is accepted where its form agrees; else BacksightError is raised. What the fits
-    return is frozen (and still differentiable in the representation).
+    inverse(representation) -> images (B, 3, H, W) in [0, 1], or a Representation. header: where it comes from;
+    source_form, destination_form: what enters and leaves; any_grid: whether it reads grids of other sizes, too.
+    A representation of another tap is accepted where its form agrees; else BacksightError is raised. Padded tokens are
+    not looked at.
+    """
+
+    kind = ""
+    any_grid, blank = False, torch.zeros(())  # blank: read in the place of padded tokens
+    position: Tensor | None
+
+    def __init__(
+        self, header: InverseHeader, source_form: Form, destination_form: Form, position: Tensor | None
+    ) -> None:
+        """position: (B, N, C) of the destination, that of the first image is used where the source brings none."""
+        super().__init__()
+        self.header, self.source_form, self.destination_form = header, source_form, destination_form
+        self.register_buffer("position", None if position is None else position[:1].clone())
+
+    @property
+    def source(self) -> str:
+        return self.header.source
+
+    @property
+    def destination(self) -> str:
+        return self.header.destination
+
+    def forward(self, representation: Representation) -> Any:
+        result = self.raw(representation)
+        return result.clamp(0, 1) if isinstance(result, Tensor) else result
+
+    def raw(self, representation: Representation) -> Any:
+        """Like `forward`, but images are not clamped to [0, 1]."""
+        given, read = form_of(representation), self.source_form
+        if self.any_grid and len(given.grids) == len(read.grids):
+            read = replace(read, grids=given.grids)
+        if given != read:
+            raise BacksightError(
+                f"The inverse of {self.source!r} of {self.header.target} reads {self.source_form}, but was given "
+                f"{given}: feed it a representation of the same form."
+            )
+        if isinstance(representation, Tokens) and representation.padding is not None:
+            padding, values = F.pad(representation.padding, (given.prefix, 0))[..., None], representation.values
+            representation = representation.replace(torch.where(padding, self.blank.to(values), values))
+        return self.mapped(representation)
+
+    def mapped(self, representation: Representation) -> Any:
+        """What comes out of a representation of the right form."""
+        raise NotImplementedError
+
+    def code(self, representation: Representation) -> Tensor | None:
+        """The positional code of the destination: the source's own where both are on the same grids."""
+        if not isinstance(representation, Tokens) or representation.position is None:
+            return self.position
+        given, end = representation.form, self.destination_form
+        return representation.position if (given.grids, given.channels) == (end.grids, end.channels) else self.position
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything but the numbers in `state_dict()`, as JSON."""
+        return {"position": None if self.position is None else list(self.position.shape)}
+
+
+class TrainedInverse(Inverse):
+    """A closed-form map and a trained residual.
+
+    history: the training, if it was trained in this process (step, module, split, loss, seconds). What the fits return
+    is frozen.
     """
 
     kind = "inverse"
@@ -94,7 +158,6 @@ class Inverse(nn.Module):
     source_deviation: Tensor
     destination_mean: Tensor
     destination_deviation: Tensor
-    position: Tensor | None
 
     def __init__(
         self,
@@ -105,111 +168,71 @@ class Inverse(nn.Module):
         destination: Moments,
         position: Tensor | None = None,
     ) -> None:
-        """position: (1, N, C) of an unpadded destination, used where the source brings none."""
-        super().__init__()
-        self.header, self.design = header, design
-        self.source_form, self.destination_form = design.source, design.destination
-        self.history = pd.DataFrame()
+        super().__init__(header, design.source, design.destination, position)
+        self.design, self.history = design, pd.DataFrame()
+        self.any_grid = design.kind == "upsampling"  # convolutions do not mind
         self.linear = None if linear is None else linear.requires_grad_(False)
         self.residual = RESIDUALS[design.kind](design)
         self.variance = destination.variance
         for name, moments in (("source", source), ("destination", destination)):
             self.register_buffer(f"{name}_mean", moments.mean.clone())
             self.register_buffer(f"{name}_deviation", moments.deviation.clone())
-        self.register_buffer("position", None if position is None else position.clone())
 
     @property
-    def source(self) -> str:
-        return self.header.source
+    def blank(self) -> Tensor:  # type: ignore[override]
+        return self.source_mean[-1]
 
-    @property
-    def destination(self) -> str:
-        return self.header.destination
-
-    def raw(self, representation: Representation) -> Tensor:
-        """Images (B, 3, H, W) or values (B, N, C) before any clamping."""
-        given, read = form_of(representation), self.source_form
-        if self.design.kind == "upsampling" and len(given.grids) == len(read.grids):
-            read = replace(read, grids=given.grids)  # convolutions do not mind other grids
-        if given != read:
-            raise BacksightError(
-                f"The inverse of {self.source!r} of {self.header.target} reads {self.source_form}, but was given "
-                f"{given}: feed it a representation of the same form."
-            )
-        start: Any = self._at_end(self.destination_mean)
-        with torch.autocast(representation.values.device.type, enabled=False):
-            mean, deviation = (_spread(part, given.grids) for part in (self.source_mean, self.source_deviation))
-            values = (representation.values.float() - mean) / deviation
-            if self.linear is not None:
-                start = self.linear.raw(representation)
-        x: Any = Queries(values)
-        if isinstance(representation, Tokens):
-            if (padding := representation.padding) is not None:  # what is not looked at must not matter
-                values = values.masked_fill(F.pad(padding, (given.prefix, 0))[..., None], 0.0)
-            x = Tokens(values, given.grids, given.prefix, padding)
-        residual = self.residual(x, *self._surroundings(representation)).float()
-        return (start if isinstance(start, Tensor) else start.values) + residual * self._at_end(
-            self.destination_deviation
+    def mapped(self, representation: Representation) -> Any:
+        x: Any = representation
+        form, position, result = (
+            self.destination_form,
+            self.code(x),
+            _spread(self.destination_mean, self.destination_form),
         )
-
-    def _at_end(self, moments: Tensor) -> Tensor:
-        """(P + 1, C) of the destination -> (P + N, C), one row a token; (3, 1, 1) for pixels."""
-        form = self.destination_form
-        return moments[0][:, None, None] if form.kind == PIXELS else _spread(moments, form.grids)
-
-    def forward(self, representation: Representation) -> Tensor | Representation:
-        return self.wrap(self.raw(representation), representation)
-
-    def wrap(self, values: Tensor, representation: Representation) -> Tensor | Representation:
-        """What `forward` makes of `raw`: clamped images, or a representation with everything that travels along."""
-        form = self.destination_form
+        with torch.autocast(x.values.device.type, enabled=False):
+            mean, deviation = (_spread(part, x.form) for part in (self.source_mean, self.source_deviation))
+            values = (x.values.float() - mean) / deviation
+            if self.linear is not None:
+                start = self.linear.raw(x)
+                result = start if isinstance(start, Tensor) else start.values
+        inputs = Tokens(values, x.grids, x.prefix) if isinstance(x, Tokens) else Queries(values)
+        result = result + self.residual(inputs, position).float() * _spread(self.destination_deviation, form)
         if form.kind == PIXELS:
-            return values.clamp(0, 1)
+            return result
         if form.kind == "queries":
-            return Queries(values)
-        position, padding = self._surroundings(representation)
-        return Tokens(values, form.grids, form.prefix, padding, position if self.design.positioned else None)
-
-    def _surroundings(self, representation: Representation) -> tuple[Tensor | None, Tensor | None]:
-        """(position, padding) of the destination's grid tokens.
-
-        They come from the source where it is on the same grids; else the code is the stored one, and the padding that
-        of the nearest token of the source.
-        """
-        form = self.destination_form
-        if not isinstance(representation, Tokens) or form.kind != "tokens":
-            return self.position, None
-        carried = representation.grids == form.grids and representation.channels == form.channels
-        position = representation.position if carried and representation.position is not None else self.position
-        return position, carried_padding(representation, form.grids)
+            return Queries(result)
+        padding = carried_padding(x, form.grids) if isinstance(x, Tokens) else None
+        return Tokens(result, form.grids, form.prefix, padding, position if self.design.positioned else None)
 
     def configuration(self) -> dict[str, Any]:
-        """Everything but the numbers in `state_dict()`, as JSON."""
-        return {
-            "design": asdict(self.design),
-            "linear": None if self.linear is None else described(self.linear),
-            "variance": self.variance,
-            "position": None if self.position is None else list(self.position.shape),
-        }
+        linear = None if self.linear is None else described(self.linear)
+        own = {"design": asdict(self.design), "linear": linear, "variance": self.variance}
+        return {**super().configuration(), **own}
 
     @classmethod
-    def build(cls, configuration: Mapping[str, Any], target: Target) -> Inverse:
-        """An inverse whose numbers, and header, are still to be set."""
-        design, linear, variance, shape = (configuration[k] for k in ("design", "linear", "variance", "position"))
-        design = with_forms(Design, design)
+    def build(cls, configuration: Mapping[str, Any], target: Target) -> TrainedInverse:
+        design, linear, variance = (configuration[name] for name in ("design", "linear", "variance"))
+        design = TypeAdapter(Design).validate_python(design)
         empty = [torch.ones(form.prefix + 1, form.channels) for form in (design.source, design.destination)]
         before, after = (Moments(each, each, variance) for each in empty)
         like: Any = None if linear is None else rebuilt(linear, target)
-        position = None if shape is None else torch.zeros(shape)
-        return cls(InverseHeader("", "", "", "", "", ""), design, like, before, after, position)
+        return cls(NO_HEADER, design, like, before, after, empty_code(configuration))
 
 
-def _spread(moments: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """(P + 1, C) -> (P + N, C), one row for each token; (1, C) as it is."""
-    return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, grids)), -1)]) if len(moments) > 1 else moments
+def empty_code(configuration: Mapping[str, Any]) -> Tensor | None:
+    """A positional code whose numbers are still to be loaded."""
+    shape = configuration.get("position") or configuration.get("position_shape") or [0]  # the second in older files
+    return torch.zeros(shape) if shape[0] else None
 
 
-class Chain(nn.Module):
+def _spread(moments: Tensor, form: Form) -> Tensor:
+    """(P + 1, C) -> (P + N, C), one row for each token; (1, C) of a set as it is, (3, 1, 1) of pixels."""
+    if form.kind == PIXELS:
+        return moments[0][:, None, None]
+    return torch.cat([moments[:-1], moments[-1:].expand(sum(map(area, form.grids)), -1)]) if form.grids else moments
+
+
+class Chain(nn.Sequential):
     """Inverse modules, one after the other: from `start` down to where no module goes on.
 
     modules: {tap: its inverse}, modular or linear; those that `start` does not lead to are left out.
@@ -220,7 +243,6 @@ class Chain(nn.Module):
     kind = "chain"
 
     def __init__(self, modules: Mapping[str, Any], start: str) -> None:
-        super().__init__()
         if start not in modules:
             raise BacksightError(f"The chain has no module for its start {start!r}; {nearest(start, list(modules))}.")
         path = [modules[start]]
@@ -236,29 +258,17 @@ class Chain(nn.Module):
                     f"The chain breaks at {tap!r}: its modules invert different weights; fit both anew."
                 )
             path.append(after)
-        self.path: Any = nn.ModuleList(path)
+        super().__init__(*path)
+        self.source, self.destination = start, path[-1].destination
 
     @property
     def header(self) -> InverseHeader:
         """That of the first module, with the chain's own destination."""
-        return replace(self.path[0].header, destination=self.destination)
-
-    @property
-    def source(self) -> str:
-        return self.path[0].source
-
-    @property
-    def destination(self) -> str:
-        return self.path[-1].destination
-
-    def forward(self, representation: Representation) -> Any:
-        """Images (B, 3, H, W) in [0, 1], or the last representation."""
-        for module in self.path:
-            representation = module(representation)
-        return representation
+        first: Any = self[0]
+        return replace(first.header, destination=self.destination)
 
     def configuration(self) -> dict[str, Any]:
-        return {"path": [described(module) for module in self.path]}
+        return {"path": [described(module) for module in self]}
 
     @classmethod
     def build(cls, configuration: Mapping[str, Any], target: Target) -> Chain:
@@ -310,7 +320,7 @@ class Inverses(Mapping[str, nn.Module]):
 
 KINDS = {
     "linear": "backsight.inverses.linear:LinearInverse",
-    "inverse": "backsight.inverses.module:Inverse",
+    "inverse": "backsight.inverses.module:TrainedInverse",
     "chain": "backsight.inverses.module:Chain",
     "exact": "backsight.exact.inverse:ExactInverse",
     "map": "backsight.exact.map:MapInverse",
@@ -339,15 +349,3 @@ def rebuilt(description: Mapping[str, Any], target: Target) -> nn.Module:
     if description["kind"] != "chain" and description["header"] is not None:
         module.header = InverseHeader(**description["header"])
     return module
-
-
-def with_forms(kind: type[Described], values: Mapping[str, Any]) -> Described:
-    """A `Layout` or `Design` from JSON. Raises TypeError on an unknown field."""
-    ends = {end: Form(**_tuples(values[end])) for end in ("source", "destination")}
-    return kind(**(_tuples(values) | ends))
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

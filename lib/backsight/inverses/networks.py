@@ -1,7 +1,7 @@
 """The residual networks of inverse modules: one transformer, one upsampler, one MLP.
 
-Each is called with what it reads, in units of its deviation, and with the positional code (1 | B, N, C) and the padding
-(B, N) of the destination's grid tokens, or None. Attention layers are pre-norm, which the zero start of the residual
+Each is called with what it reads, in units of its deviation, and with the positional code (1 | B, N, C) of the
+destination's grid tokens, or None. Attention layers are pre-norm, which the zero start of the residual
 needs: the last layer of every network starts at zero.
 """
 
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.inverses.rows import PIXELS, Form, area, over, pack_source, plan_layout, resized, unpatchify
-from backsight.representation import Grid, Tokens
+from backsight.inverses.rows import PIXELS, area, over, pack_source, plan_layout, resized, unpatchify
+from backsight.representation import Form, Grid, Tokens
 
 if TYPE_CHECKING:
     from backsight.targets.base import Stage
@@ -37,6 +38,7 @@ class Design:
     mixed by, "attention" or "convolution".
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     kind: str
     source: Form
     destination: Form
@@ -59,14 +61,13 @@ class Attention(nn.Module):
         self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, code: Any, memory: Tensor | None, memory_code: Any, hidden: Tensor | None) -> Tensor:
-        """x: (B, N, C); memory: (B, M, C), or None for x itself; codes: of their shapes, or 0; hidden: (B, M) bool."""
+    def forward(self, x: Tensor, code: Any, memory: Tensor | None = None, memory_code: Any = 0) -> Tensor:
+        """x: (B, N, C); memory: (B, M, C), or None for x itself; codes: of their shapes, or 0."""
         x = self.norm(x)
         memory, memory_code = (x, code) if memory is None else (memory, memory_code)
         projected = self.query(x + code), self.key(memory + memory_code), self.value(memory)
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in projected)
-        mask = None if hidden is None else ~hidden[:, None, None, :]
-        return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -80,13 +81,11 @@ class Layer(nn.Module):
             nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels)
         )
 
-    def forward(
-        self, x: Tensor, code: Any, hidden: Tensor | None, memory: Tensor | None = None, memory_code: Any = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, code: Any, memory: Tensor | None = None, memory_code: Any = 0) -> Tensor:
         if self.own is not None:
-            x = x + self.own(x, code, None, 0, hidden)
+            x = x + self.own(x, code)
         if self.crossed is not None:
-            x = x + self.crossed(x, code, memory, memory_code, None)
+            x = x + self.crossed(x, code, memory, memory_code)
         return x + self.mlp(x)
 
 
@@ -188,9 +187,9 @@ class UpsamplingResidual(nn.Module):
             self.asking = TransformerResidual(design, source)
         self.upsampling = Upsampling(source, end.channels, end.grids[0], design.patch, design.width, design.depth)
 
-    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Any, position: Tensor | None) -> Tensor:
         if self.asking is not None:
-            x = Tokens(self.asking(x, None, None), self.upsampling.grids)
+            x = Tokens(self.asking(x, None), self.upsampling.grids)
         y = self.upsampling(x)
         return y.flatten(2).transpose(1, 2) if self.flat else y
 
@@ -217,9 +216,8 @@ class TransformerResidual(nn.Module):
         )
         self.head = _head(channels, channels) if own else nn.Identity()
 
-    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Any, position: Tensor | None) -> Tensor:
         form, slots = self.form, 0 if self.slots is None else self.slots
-        hidden = None if padding is None else F.pad(padding, (form.prefix, 0))
         code = 0 if position is None else F.pad(position, (0, 0, form.prefix, 0))
         code = code if self.codes is None else code + self.codes()
         y, memory = x.values, None
@@ -229,7 +227,7 @@ class TransformerResidual(nn.Module):
             size = form.count or form.prefix + sum(map(area, form.grids))
             memory, y = self.embed(y), y.new_zeros(len(y), size, form.channels)
         for layer in self.layers:
-            y = layer(y, code, hidden, memory, slots)
+            y = layer(y, code, memory, slots)
         return self.head(y)
 
 
@@ -246,14 +244,14 @@ class SplittingResidual(nn.Module):
     def __init__(self, design: Design) -> None:
         super().__init__()
         source, end = self.source, self.destination = design.source, design.destination
-        self.layout = plan_layout(("", ""), source, end, maximum_inputs=2**31)  # it learns what to read
+        self.layout = plan_layout(source, end, maximum_inputs=2**31)  # it learns what to read
         attends = design.mixing == "attention"
         self.codes, self.end_codes = (GridCodes(form) if attends else None for form in (source, end))
 
-        def layers(form: Form, count: int, hidden: int) -> nn.ModuleList:
-            heads = gcd(form.channels, design.heads)
-            kinds: Any = (Layer, form.channels, heads, hidden) if attends else (ResidualConvolutions, form.channels)
-            return nn.ModuleList(kinds[0](*kinds[1:]) for _ in range(count))
+        def layers(form: Form, count: int, hidden: int) -> nn.Sequential:
+            sizes = (form.channels, gcd(form.channels, design.heads), hidden)
+            kinds = (Layer(*sizes) if attends else ResidualConvolutions(form.channels) for _ in range(count))
+            return nn.Sequential(*kinds)
 
         self.before = layers(source, design.depth, design.hidden)
         self.after = layers(end, 1, 2 * end.channels)
@@ -265,7 +263,7 @@ class SplittingResidual(nn.Module):
         self.first_codes = _codes(end.prefix, end.channels) if end.prefix else None
         self.head = _head(end.channels, end.channels)
 
-    def forward(self, x: Tokens, position: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tokens, position: Tensor | None) -> Tensor:
         end, layout = self.destination, self.layout
         x = self._mixed(self.before, x, 0 if self.codes is None else self.codes())
         parts = []
@@ -281,16 +279,15 @@ class SplittingResidual(nn.Module):
         code: Any = 0 if self.end_codes is None else self.end_codes()
         if position is not None:
             code = code + F.pad(position, (0, 0, end.prefix, 0))
-        y = Tokens(torch.cat(parts, dim=1), end.grids, end.prefix, padding)
+        y = Tokens(torch.cat(parts, dim=1), end.grids, end.prefix)
         return self.head(self._mixed(self.after, y, code).values)
 
-    def _mixed(self, layers: nn.ModuleList, x: Tokens, code: Any) -> Tokens:
+    def _mixed(self, layers: nn.Sequential, x: Tokens, code: Any) -> Tokens:
         if self.codes is None:
-            maps = [nn.Sequential(*layers)(whole).flatten(2).transpose(1, 2) for whole in x.maps()]
+            maps = [layers(whole).flatten(2).transpose(1, 2) for whole in x.maps()]
             return x.replace(torch.cat([x.prefix_values, *maps], dim=1))
-        hidden = None if x.padding is None else F.pad(x.padding, (x.prefix, 0))
         for layer in layers:
-            x = x.replace(layer(x.values, code, hidden))
+            x = x.replace(layer(x.values, code))
         return x
 
 
@@ -304,7 +301,7 @@ class MlpResidual(nn.Module):
         self.middle = nn.Linear(design.hidden, design.hidden)
         self.head = _head(design.hidden, design.destination.channels)
 
-    def forward(self, x: Any, position: Tensor | None, padding: Tensor | None) -> Tensor:
+    def forward(self, x: Any, position: Tensor | None) -> Tensor:
         y = self.embed(x.values) if self.slots is None else self.embed(x.values) + self.slots
         return self.head(F.gelu(self.middle(F.gelu(y))))
 
@@ -325,7 +322,6 @@ def design_for(
     source: Form,
     destination: Form,
     stage: Stage | None = None,
-    *,
     positioned: bool = False,
     reduction: Grid | None = None,
 ) -> Design:

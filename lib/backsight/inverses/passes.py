@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from backsight.data.distributed import processes, share
 from backsight.data.features import FeatureStore
-from backsight.data.images import ImageSource, batches
+from backsight.data.images import ImageSource, batches, unit_floats
 from backsight.representation import Representation
 
 if TYPE_CHECKING:
@@ -57,24 +56,25 @@ def recorded_batches(
     images: Images,
     taps: Sequence[str],
     batch_size: int,
-    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    steps: int | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, dict[str, Representation]]]:
-    """Batches with their plain representations: read where a store holds them, else from the frozen pass.
+    """The batches of `batches` in [0, 1] on the target's device, with what an inverse may read of each.
 
-    limit: about this many of the first images.
+    That is read where a store holds it, else it comes from the frozen pass.
     """
-    steps = None if limit is None else -(-min(limit, len(images)) // batch_size)
+    passes: Any
+    how: dict[str, Any] = {"shuffle_seed": shuffle_seed, "steps": steps, "start": start}
     if isinstance(images, FeatureStore) and set(taps) <= set(images.taps):
         images.check(target)
-        for batch, recorded in itertools.islice(images.passes(batch_size, taps=taps), steps):
-            yield batch.to(target.device), {tap: recorded[tap].to(target.device) for tap in taps}
-        return
-    source: Any = images  # a store stands where an ImageSource does
-    for batch in itertools.islice(batches(source, batch_size), steps):
-        batch = batch.to(target.device)
-        yield batch, {tap: readable(held) for tap, held in target.record(batch, taps).items()}
-
-
-def readable(representation: Representation) -> Representation:
-    """In float32, and without the context that only `from_tap` may read: an inverse must not see it."""
-    return representation.plain().apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        passes = images.passes(batch_size, **how, taps=taps)
+    else:
+        source: Any = images  # a store stands where an ImageSource does
+        passes = ((batch, None) for batch in batches(source, batch_size, **how, raw=True))
+    for batch, known in passes:
+        if target.device.type == "cuda" and torch.cuda.is_available():
+            batch = batch.pin_memory()
+        batch = unit_floats(batch.to(target.device, non_blocking=True))
+        recorded = target.record(batch, taps) if known is None else known
+        yield batch, {tap: recorded[tap].plain().to(target.device, torch.float32) for tap in taps}

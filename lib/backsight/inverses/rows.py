@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.representation import Grid, Queries, Representation, Tokens
+from backsight.representation import Form, Grid, Queries, Representation, Tokens
 
 PIXELS = "pixels"
 MAXIMUM_INPUTS = 4096  # values of a set, or of the gathered tokens of a finer grid, that a row reads
@@ -29,33 +30,9 @@ MANY_PREFIX_TOKENS = 8  # more of them share one map, as detection tokens do
 Pair = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Form:
-    """The shape of one end of a map, without the batch.
-
-    kind: "pixels", "tokens", "queries" or "predictions"; grids: of tokens; for pixels the one image size (H, W).
-    count: of queries or predictions.
-    """
-
-    kind: str
-    channels: int
-    grids: tuple[Grid, ...] = ()
-    prefix: int = 0
-    count: int = 0
-
-    def __str__(self) -> str:
-        number = " + ".join(f"{height} x {width}" for height, width in self.grids) or str(self.count)
-        number = f"{self.prefix} prefix and {number}" if self.kind == "tokens" else number
-        return f"{number} {self.kind} of {self.channels} channels"
-
-
 def form_of(value: Tensor | Representation) -> Form:
     """The form of a representation, or of images (B, 3, H, W)."""
-    if isinstance(value, Tensor):
-        return Form(PIXELS, value.shape[1], ((value.shape[2], value.shape[3]),))
-    if isinstance(value, Tokens):
-        return Form("tokens", value.channels, tuple((h, w) for h, w in value.grids), value.prefix)
-    return Form(type(value).__name__.lower(), value.channels, count=value.values.shape[1])
+    return Form(PIXELS, value.shape[1], (tuple(value.shape[2:]),)) if isinstance(value, Tensor) else value.form
 
 
 def area(grid: Grid) -> int:
@@ -141,6 +118,7 @@ class Layout:
     or None for all their channels: the own token always has all, and the context does not shrink.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     source: Form
     destination: Form
     rows: str
@@ -162,11 +140,6 @@ class Layout:
         prefix = [Block("prefix", index) if equal else Block("mean") for index in range(end.prefix)]
         return blocks | {f"prefix_{index}": block._replace(gives=(index,)) for index, block in enumerate(prefix)}
 
-    @property
-    def main(self) -> str:
-        """The first map, which makes the grid, or the queries."""
-        return next(iter(self.blocks))
-
     def canvas(self, block: Block, level: int) -> Grid:
         """The size of a grid of the destination on which its rows lie side by side, edges cut off where they fit."""
         grid, patch, cells = self.destination.grids[level], self.patches[level], block.cells(self.source.grids)
@@ -185,48 +158,48 @@ def _cells(source: Form, end: Form, level: int, context: int = 1, directions: in
     return Block("cells", own, gathered, () if same else coarser, context, None if near else directions, (level,))
 
 
+def is_mappable(source: Form, destination: Form) -> bool:
+    """Whether a linear map is defined: to tokens and pixels, and from sets to as many queries."""
+    as_many = source.kind in ("queries", "predictions") and source.count == destination.count
+    return destination.kind in ("tokens", PIXELS) or (destination.kind == "queries" and as_many)
+
+
 def plan_layout(
-    pair: Pair,
     source: Form,
     destination: Form,
     reduction: Grid | None = None,
     context: int = 1,
     maximum_inputs: int = MAXIMUM_INPUTS,
 ) -> Layout:
-    """The layout of the map `pair` (source tap, destination tap or "pixels").
+    """The layout of the map between two forms.
 
     reduction: pixels a token side, used where it fits the grid of the tap; maximum_inputs: values of a set, or of
     gathered tokens, beyond which they are read through directions. A row that would give more than MAXIMUM_PIXELS or
     MAXIMUM_TOKENS values gives them at 1/2, 1/4, … of the resolution.
     Raises BacksightError where no linear map between these kinds is defined.
     """
-    from_set = source.kind in ("queries", "predictions")
-    if from_set and destination.kind == "queries" and source.count == destination.count:
-        return Layout(source, destination, "queries")
-    if destination.kind not in ("tokens", PIXELS):
+    if not is_mappable(source, destination):
         raise BacksightError(
-            f"No linear map from {source} at {pair[0]!r} to {destination} at {pair[1]!r}: tokens map to tokens or "
-            "pixels, queries and predictions map to as many queries, to tokens or pixels."
+            f"No linear map from {source} to {destination}: tokens map to tokens or pixels, queries and predictions "
+            "map to as many queries, to tokens or pixels."
         )
-    directions = DIRECTIONS if context > 1 and source.channels > DIRECTIONS else None
-    together: Any = sum if from_set else max
-    if from_set:
-        rows, many, directions = "set", source.count, None
-        patches = list(destination.grids)
-    else:
-        rows = "cells"
+    if destination.kind == "queries":
+        return Layout(source, destination, "queries")
+    rows, together = ("cells", max) if source.kind == "tokens" else ("set", sum)
+    cells, many, context = [(1, 1)] * len(destination.grids), source.count, context if rows == "cells" else 1
+    if rows == "cells":
         blocks = [_cells(source, destination, level) for level in range(len(destination.grids))]
-        many = max(area(block.gathered) for block in blocks)
-        cells = [block.cells(source.grids) for block in blocks]
-        patches = [over(grid, count) for grid, count in zip(destination.grids, cells, strict=True)]
-        if destination.kind == PIXELS and reduction and over(destination.grids[0], reduction) == cells[0]:
-            patches = [reduction]
-    if many * source.channels > maximum_inputs and many > 1 - from_set:
+        cells, many = [block.cells(source.grids) for block in blocks], max(area(block.gathered) for block in blocks)
+    patches = [over(grid, count) for grid, count in zip(destination.grids, cells, strict=True)]
+    if destination.kind == PIXELS and reduction and over(destination.grids[0], reduction) == cells[0]:
+        patches = [reduction]
+    directions = DIRECTIONS if context > 1 and source.channels > DIRECTIONS else None
+    if many > 1 and many * source.channels > maximum_inputs:
         directions = max(1, maximum_inputs // many)
     largest = MAXIMUM_PIXELS if destination.kind == PIXELS else MAXIMUM_TOKENS
     while destination.channels * together(map(area, patches)) > largest and max(map(max, patches)) > 1:
         patches = [over(patch, (2, 2)) for patch in patches]
-    return Layout(source, destination, rows, tuple(patches), 1 if from_set else context, directions)
+    return Layout(source, destination, rows, tuple(patches), context, directions)
 
 
 # Values to rows, and back
@@ -251,11 +224,8 @@ def pack_source(
     if what in ("prefix", "prefixes"):
         return prefix[:, block.level] if what == "prefix" else prefix.flatten(0, 1)
     if what == "mean":
-        shown = values.new_ones(values.shape[:2])
-        if representation.padding is not None:
-            shown[:, representation.prefix :] = (~representation.padding).to(shown)
-        return (values * shown[..., None]).sum(1) / shown.sum(1, keepdim=True).clamp(min=1)
-    maps, cells = _unpadded(representation).maps(), block.cells(representation.grids)
+        return values.mean(1)
+    maps, cells = representation.maps(), block.cells(representation.grids)
     parts, projected = [maps[block.level].flatten(2).transpose(1, 2)], maps[block.level]
     if projection is not None:
         projected = torch.einsum("bchw,cd->bdhw", projected, projection)
@@ -277,14 +247,6 @@ def pack_source(
     return torch.cat(parts, dim=2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
 
 
-def _unpadded(tokens: Tokens) -> Tokens:
-    """The grid tokens, zero in the padding: what is not looked at must not matter."""
-    patches = tokens.patches
-    if tokens.padding is not None:
-        patches = patches.masked_fill(tokens.padding[..., None], 0.0)
-    return Tokens(patches, tokens.grids)
-
-
 def pack_destination(value: Tensor | Representation, layout: Layout, block: Block) -> Tensor:
     """The output rows (M, outputs), in the order of `pack_source`."""
     if not isinstance(value, Tensor | Tokens):
@@ -292,7 +254,7 @@ def pack_destination(value: Tensor | Representation, layout: Layout, block: Bloc
     prefix = value.prefix_values if isinstance(value, Tokens) else value.new_zeros(len(value), 0, 3)
     if block.what in ("prefix", "mean", "prefixes"):
         return prefix.flatten(0, 1) if block.what == "prefixes" else prefix[:, block.gives[0]]
-    maps = (value,) if isinstance(value, Tensor) else _unpadded(value).maps()
+    maps = (value,) if isinstance(value, Tensor) else value.maps()
     parts = [patchify(resized(maps[n], layout.canvas(block, n)), layout.patches[n]) for n in block.gives]
     if block.what == "set":
         parts.append(prefix.flatten(1)[:, None])
@@ -331,23 +293,10 @@ def unpack(
     return Tokens(values, ends, destination.prefix, padding, position)
 
 
-def row_padding(source: Representation, block: Block) -> Tensor | None:
-    """(B, rows) bool, True = padding: the rows that are neither fitted nor predicted, or None."""
-    if block.what != "cells" or not isinstance(source, Tokens) or source.padding is None:
-        return None
-    return patchify(_padding_maps(source)[block.level], block.gathered).amin(dim=2) > 0
-
-
 def carried_padding(source: Tokens, grids: Sequence[Grid]) -> Tensor | None:
     """(B, N) padding of tokens on other grids of the same images: that of the nearest token, or None."""
     if source.padding is None or tuple(grids) == source.grids:
         return source.padding
-    maps = _padding_maps(source)
+    maps = Tokens(source.padding[..., None].float(), source.grids).maps()
     parts = [F.interpolate(maps[nearest_level(source.grids, g)], g, mode="nearest-exact").flatten(1) for g in grids]
     return torch.cat(parts, dim=1) > 0
-
-
-def _padding_maps(source: Tokens) -> tuple[Tensor, ...]:
-    """(B, 1, h, w) for each grid: 1 in the padding."""
-    assert source.padding is not None
-    return Tokens(source.padding[..., None].float(), source.grids).maps()

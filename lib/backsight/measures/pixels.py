@@ -75,10 +75,10 @@ def _window(side: int, window: int, sigma: float, like: Tensor) -> Tensor:
 
 def feature_cosine(representation: Representation, other: Representation) -> Tensor:
     """(B,) mean over tokens (without padding) of the cosine between two representations of one form."""
-    if representation.signature != other.signature or representation.batch != other.batch:
+    if representation.form != other.form or representation.batch != other.batch:
         raise BacksightError(
-            f"feature_cosine() compares representations of one form, not {representation.signature} of "
-            f"{representation.batch} images and {other.signature} of {other.batch}."
+            f"feature_cosine() compares representations of one form, not {representation.form} of "
+            f"{representation.batch} images and {other.form} of {other.batch}."
         )
     cosine = F.cosine_similarity(representation.values, other.values, dim=-1)
     padding = getattr(representation, "padding", None)

@@ -189,7 +189,7 @@ def add_similarity(
             if recorded[i].values.shape == recorded[j].values.shape:
                 cosines.setdefault((i, j), []).append(token_cosine(recorded[i], recorded[j]).cpu())
         for step in steps:
-            if recorded[step.before].signature == recorded[step.after].signature:
+            if recorded[step.before].form == recorded[step.after].form:
                 update = residual_update(recorded[step.before], recorded[step.after])
                 updates.setdefault(step, []).append(update.cpu())
     about: dict[str, Any] = {"family": "", "inverse": "null_untrained" if null else "features"}

@@ -66,7 +66,7 @@ def layer_group(target: Target, tap: str) -> str:
 
 def pairs_of_one_form(recorded: Mapping[str, Representation]) -> list[Pair]:
     """Every (source tap, target tap), the diagonal too, whose representations the same inverse can read."""
-    return [(i, j) for i, one in recorded.items() for j, other in recorded.items() if one.signature == other.signature]
+    return [(i, j) for i, one in recorded.items() for j, other in recorded.items() if one.form == other.form]
 
 
 def aligned_pairs(recorded: Mapping[str, Representation]) -> list[Pair]:
@@ -128,7 +128,7 @@ def steps_of_grids(target: Target, images: Any, steps: Sequence[Step]) -> list[S
     return [
         step
         for step in steps
-        if isinstance(one := recorded[step.before], Tokens) and one.signature == recorded[step.after].signature
+        if isinstance(one := recorded[step.before], Tokens) and one.form == recorded[step.after].form
     ]
 
 
@@ -229,9 +229,9 @@ def translated(recorded: Mapping[str, Representation], pair: Pair, moments: Mome
     Raises BacksightError where the two taps do not have one form.
     """
     source, wanted = recorded[pair[0]], recorded[pair[1]]
-    if source.signature != wanted.signature:
+    if source.form != wanted.form:
         raise BacksightError(
-            f"The inverse of {pair[1]!r} reads {wanted.signature}, but {pair[0]!r} holds {source.signature}: "
+            f"The inverse of {pair[1]!r} reads {wanted.form}, but {pair[0]!r} holds {source.form}: "
             "cross-application needs taps of one form."
         )
     if pair[0] == pair[1]:

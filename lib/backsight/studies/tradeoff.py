@@ -133,7 +133,7 @@ def read_model(
                 note(Key(measure, tap, "null_shuffled"), values)
             if tap in before:
                 note(Key("cosine_to_start", tap), token_cosine(representation, before[tap]))
-            if following and recorded[following].signature == representation.signature:
+            if following and recorded[following].form == representation.form:
                 note(Key("token_cosine", tap, "", following), token_cosine(representation, recorded[following]))
                 crossed = inverses[reference][tap](recorded[following]).cpu().clamp(0, 1)
                 note(Key("cross_psnr", tap, reference, following), psnr(images, crossed))

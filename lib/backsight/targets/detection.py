@@ -292,7 +292,7 @@ class DetectionTarget(Target):
     def _rest(self, tap: str, representation: Any) -> Predictions:
         spot, tokens, values = self.spots[tap], representation, dict[Place, Tensor]()
         if not isinstance(representation, kind := KINDS[spot.kind]):
-            given = getattr(representation, "signature", type(representation).__name__)
+            given = getattr(representation, "form", type(representation).__name__)
             raise BacksightError(f"{tap} of {self.name} holds {kind.__name__.lower()}, not a representation {given}.")
         if spot.kind == "predictions":
             return representation

@@ -108,7 +108,7 @@ class Discovered(Target):
         if not fits or (representation.channels, representation.prefix) != (channels, prefix):
             raise BacksightError(
                 f"{tap} of {self.name} holds tokens of {channels} channels on one grid behind {prefix} prefix tokens, "
-                f"not a representation {representation.signature}."
+                f"not a representation {representation.form}."
             )
         lacking = [key for key in self._companions(self._chosen[tap]) if key not in representation.context]
         if lacking:

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
-from backsight.data.images import batches, index_batches, unit_floats
+from backsight.data.images import batches, index_batches
 from backsight.errors import BacksightError
-from backsight.inverses.linear import fit_linear_pairs
-from backsight.inverses.module import Chain, Inverse, Inverses, header_for
-from backsight.inverses.passes import Images, readable, recorded_batches
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
+from backsight.inverses.module import Chain, Inverses, TrainedInverse, header_for
+from backsight.inverses.networks import design_for
+from backsight.inverses.passes import Images, recorded_batches
 from backsight.inverses.rows import PIXELS, form_of
-from backsight.representation import Representation, Tokens, concatenate
-from backsight.targets.base import Target
+from backsight.representation import Representation, concatenate
+from backsight.targets.base import Target, seeded
 from backsight.training.loop import gpu_autocast, train
-from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, start_requests, untrained
+from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, measured, start_requests
 
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
@@ -149,8 +150,7 @@ def fit_polish(
                 flowing = given if flowing is None else concatenate([flowing, given])
                 rows = torch.cat([rows, entering])
             if flowing is not None:
-                values = polished[tap].raw(flowing)
-                flowing = values if place == 0 else polished[tap].wrap(values, flowing)
+                flowing = polished[tap].raw(flowing)
         yield PIXELS, F.mse_loss(flowing, batch.images[rows.to(target.device)]) / polished[order[0]].variance
 
     return fit.trained(polished, losses)
@@ -223,9 +223,7 @@ class _Fit:
         target, seed = self.target, self.seed
         taps = target.taps if taps is None else target.resolve_taps(taps)
         sample = _sample(self.images, max(ridge_images, MOMENT_IMAGES), seed)
-        inverses, views, pixel_variance = untrained(
-            target, sample, self.held_out, taps, self.family, starts, image_share > 0, seed, self.progress
-        )
+        inverses, views, pixel_variance = self.started(sample, taps, starts, viewed=image_share > 0)
 
         def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
             entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
@@ -236,19 +234,52 @@ class _Fit:
                 if tap in made and chain_fraction > 0:
                     given = given.replace(torch.where((entries > place)[:, None, None], made[tap], given.values))
                 truth: Any = batch.recorded.get(end, batch.images)
-                values = inverse.raw(given)
-                made[end] = values.detach()
-                loss = _error(values, truth) / inverse.variance
+                result = inverse.raw(given)
+                made[end] = _values(result).detach()
+                loss = F.mse_loss(_values(result), _values(truth)) / inverse.variance
                 if end in views:
-                    seen = F.mse_loss(views[end].raw(inverse.wrap(values, given)), views[end].raw(truth))
+                    seen = F.mse_loss(views[end].raw(result), views[end].raw(truth))
                     loss = image_share * seen / pixel_variance + (1 - image_share) * loss
                 yield tap, loss
 
         return self.trained(inverses, losses, identity)
 
+    def started(
+        self, sample: FeatureStore | Tensor, taps: Sequence[str], starts: Starts, viewed: bool
+    ) -> tuple[dict[str, TrainedInverse], dict[str, LinearInverse], float]:
+        """An inverse for every tap, exactly the closed-form map; maps from the stages' ends to pixels; their variance.
+
+        The second, where `viewed`, tell how much of a picture an error at the tap is. All maps come from one pass.
+        """
+        target, seed = self.target, self.seed
+        first, moments = measured(target, sample, taps)
+        forms = {tap: form_of(held) for tap, held in first.items()}
+        wanted = start_requests(target, taps, forms, self.family)
+        views = {end: Request(end, PIXELS) for _, end in wanted if viewed and end != PIXELS}
+        missing = {pair: request for pair, request in wanted.items() if request and pair not in starts}
+        fitted, requests = {}, [*missing.values(), *views.values()]
+        if requests:
+            fitted = fit_linear_pairs(target, sample, requests, self.held_out, seed=seed, progress=self.progress)
+        known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
+        inverses = {}
+        for source, end in wanted:
+            code, stage = (
+                getattr(first[end], "position", None),
+                target.stage(source, end) if self.family == "modular" else None,
+            )
+            design = design_for(forms[source], forms[end], stage, code is not None, target.reduction)
+            header = header_for(target, self.family, source, end, seed=seed)
+            # Each module is drawn anew from the seed, so that it does not depend on which others there are.
+            with seeded(seed):
+                start = copy.deepcopy(known.get((source, end)))
+                inverse = TrainedInverse(header, design, start, moments[source], moments[end], code)
+            inverses[source] = inverse.to(target.device)
+        views = {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}
+        return inverses, views, moments[PIXELS].variance
+
     def trained(
         self,
-        inverses: dict[str, Inverse],
+        inverses: dict[str, TrainedInverse],
         losses: Callable[[Batch, int], Iterable[tuple[str, Tensor]]],
         identity: Mapping[str, Any] | None = None,
     ) -> Inverses:
@@ -288,35 +319,19 @@ class _Fit:
         return Inverses(inverses)
 
     def stream(self, taps: Sequence[str]) -> Callable[[int], Batch]:
-        """Batch k of this process's shuffled images, a pure function of k; in order they are read as a stream.
-
-        A store of features gives the representations with the images.
-        """
+        """Batches of this process's shuffled images, to be asked for one after the other from any step on."""
         if self.batch_size % (number := processes().num_processes):
             raise BacksightError(
                 f"{number} processes cannot share {self.batch_size} images a batch: choose a multiple."
             )
         target, own, size = self.target, share(self.images), self.batch_size // number
-        following = -1
-        stream: Iterator[Any] = iter(())
-
-        def read(start: int) -> Iterator[Any]:
-            if isinstance(own, FeatureStore):
-                own.check(target)
-                return own.passes(size, self.seed, self.steps, start=start, taps=taps)
-            return ((drawn, None) for drawn in batches(own, size, self.seed, steps=self.steps, start=start, raw=True))
+        passes: Iterator[Any] | None = None
 
         def batch_at(step: int) -> Batch:
-            nonlocal following, stream
-            stream = stream if step == following else read(step)
-            following, (shown, recorded) = step + 1, next(stream)
-            if target.device.type == "cuda" and torch.cuda.is_available():
-                shown = shown.pin_memory()
-            shown = unit_floats(shown.to(target.device, non_blocking=True))
-            if recorded is None:
-                with torch.no_grad(), gpu_autocast(target.device):
-                    recorded = target.record(shown, taps)
-            return Batch(shown, {tap: readable(recorded[tap].to(target.device)) for tap in taps})
+            nonlocal passes
+            passes = passes or recorded_batches(target, own, taps, size, self.seed, self.steps, step)
+            with torch.no_grad(), gpu_autocast(target.device):
+                return Batch(*next(passes))
 
         return batch_at
 
@@ -338,7 +353,7 @@ def _kept(target: Target, taps: Sequence[str], images: FeatureStore | Tensor) ->
 
 
 @torch.no_grad()
-def _validated(inverses: Mapping[str, Inverse], recorded: Recorded) -> dict[str, float]:
+def _validated(inverses: Mapping[str, TrainedInverse], recorded: Recorded) -> dict[str, float]:
     """{tap: squared error of the pictures from it / their variance}, over the images of all processes."""
     whole = Inverses(inverses)
     unit = next(inverse.variance for inverse in inverses.values() if inverse.destination == PIXELS)
@@ -350,14 +365,8 @@ def _validated(inverses: Mapping[str, Inverse], recorded: Recorded) -> dict[str,
     return dict(zip(inverses, (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
-def _error(values: Tensor, truth: Tensor | Representation) -> Tensor:
-    """Mean squared error of values from images, or from a representation's values where they are no padding."""
-    if isinstance(truth, Tensor):
-        return F.mse_loss(values, truth)
-    if not isinstance(truth, Tokens) or truth.padding is None:
-        return F.mse_loss(values, truth.values)
-    counted = ~F.pad(truth.padding, (truth.prefix, 0))
-    return F.mse_loss(values[counted], truth.values[counted])
+def _values(result: Tensor | Representation) -> Tensor:
+    return result if isinstance(result, Tensor) else result.values
 
 
 def _steps(default: int, steps: int | None, epochs: float | None, images: Images, batch_size: int) -> int:
@@ -373,8 +382,7 @@ def _sample(images: Images, count: int, seed: int) -> FeatureStore | Tensor:
     count = min(count, len(images))
     if isinstance(images, FeatureStore):
         return images.subset(next(index_batches(len(images), count, seed, endless=True)))
-    size = max(1, min(count, RECORDING_BATCH))
-    drawn = torch.cat(list(batches(images, size, seed, steps=math.ceil(count / size), raw=True)))[:count]
+    drawn = next(batches(images, count, seed, steps=1, raw=True))
     return drawn if drawn.dtype == torch.uint8 else (drawn * 255).round().to(torch.uint8)
 
 
@@ -393,7 +401,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 def _chain_order(target: Target, modules: Inverses) -> list[str]:
     """The taps of a chain that runs through all modules, the one that ends in pixels first."""
-    longest = max((Chain(modules.modules, tap).path for tap in modules), key=len, default=())
+    longest = max((list(Chain(modules.modules, tap)) for tap in modules), key=len, default=())
     if modules.weights_hash != target.weights_hash or not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
             f"The modules of {', '.join(modules)} are no chain down to pixels, or not of {target.name} with these "

@@ -6,9 +6,9 @@ state too: a training that was interrupted and resumed ends in the same weights,
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +19,12 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from backsight.data.distributed import average, processes
 from backsight.errors import BacksightError
+from backsight.inverses.files import write_tensors
 from backsight.targets.base import seeded
 from backsight.training.muon import Group, default_group, optimizers, step_all
 
@@ -135,10 +135,8 @@ def train(
             for name, number in ({"": sum(numbers.values()) / len(numbers)} if together else numbers).items():
                 if number < state.best.get(name, math.inf):
                     state.best[name] = number
-                    prefix = "" if together else f"{list(modules).index(name)}."
-                    for key, tensor in whole.state_dict().items():
-                        if key.startswith(prefix):
-                            state.weights[key] = tensor.clone()
+                    for module in modules if together else (name,):
+                        state.weights[module] = copy.deepcopy(modules[module].state_dict())
 
         if state.step == 0:
             validated()
@@ -163,12 +161,16 @@ def train(
                     state.seconds = time.perf_counter() - started
                     held = [holder.state_dict() for holder in holders]
                     content = {"identity": identity, "state": vars(state), "holders": held}
-                    _write(path, content | {"random": random.get_rng_state()})
-    whole.load_state_dict(state.weights, strict=False)
+                    tensors: dict[str, Tensor] = {}
+                    described = _described(content | {"random": random.get_rng_state()}, tensors)
+                    write_tensors(path, tensors, {"content": json.dumps(described)})
+    for name, weights in state.weights.items():
+        modules[name].load_state_dict(weights)
     whole.eval()
     processes().wait_for_everyone()
     if path is not None and first:
-        path.unlink(missing_ok=True)
+        for written in (path, *path.parent.glob(f".{path.stem}.????????{path.suffix}")):  # and what a kill left half
+            written.unlink(missing_ok=True)
     return pd.DataFrame(state.history, columns=list(HISTORY_COLUMNS))
 
 
@@ -212,20 +214,6 @@ def _gradients(
     return dict(zip(values, numbers, strict=False))
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Written beside it under a name of its own, which a killed training leaves and its resumption writes over."""
-    temporary = path.with_name(f".{path.name}.partial")
-    tensors: dict[str, Tensor] = {}
-    metadata = {"content": json.dumps(_described(content, tensors))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BacksightError(f"{path} cannot be written ({error}): choose a folder with space.") from error
-
-
 def _read(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -244,10 +232,10 @@ def _read(path: Path, identity: Mapping[str, Any], device: torch.device) -> dict
 
 
 def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of nested dictionaries and lists; their tensors go to `tensors`, which share no memory."""
+    """What JSON can hold of nested dictionaries and lists; their tensors go to `tensors`."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value
         return {"tensor": name, "stride": value.stride()}  # sums come out the same in the same order alone
     if isinstance(value, Mapping):  # as pairs: keys may be numbers
         return {"pairs": [[key, _described(item, tensors)] for key, item in value.items()]}
