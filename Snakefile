@@ -6,9 +6,9 @@ Every notebook goes through the strict runner.
     snakemake --profile profiles/slurm --config preset=paper         (a cluster: profiles/README.md)
 
 A job is finished when its run.json is there, and made again when the preset's values for its notebook, the notebook or
-the library changed. A committed folder without the record of a run is made anew. The runner locks each
-run's folder, so snakemake's own lock, which a kill leaves behind, is not needed (--nolock). Other notebooks or another
-place: --config notebooks=DIR results=DIR.
+the library changed; what came with the clone is made anew. The runner locks each run's folder, so snakemake's own lock,
+which a kill leaves behind, is not needed (--nolock). Other notebooks or another place: --config notebooks=DIR
+results=DIR.
 """
 
 import json
@@ -28,6 +28,12 @@ backsight = f"{shlex.quote(sys.executable)} -m backsight.app.cli"
 notebooks = Path(config.get("notebooks", "notebooks"))
 results = Path(config.get("results", "results")) / preset_file.stem
 runs = graph_runs(preset, str(results))
+
+# From when on runs are made here: what is older came with the clone.
+here = results / ".here"
+if not here.exists():
+    here.parent.mkdir(parents=True, exist_ok=True)
+    here.touch()
 
 # The folder of a rule's outputs, in its shell command. With a storage provider (profiles/kubernetes) a rule's files are
 # copies, in a folder of their own, that snakemake fetches and stores. A run's folder holds more than its rule names, so
@@ -77,6 +83,7 @@ for kind in ("once", "train", "quality", "study", "last"):
         wildcard_constraints:
             run="|".join(re.escape(run) for run in runs if runs[run].kind == kind) or "none",
         input:
+            here,
             lambda wildcards: notebooks / f"{runs[wildcards.run].notebook}.ipynb",
             lambda wildcards: [results / run / "run.json" for run in runs[wildcards.run].needs],
         output:
@@ -92,5 +99,5 @@ for kind in ("once", "train", "quality", "study", "last"):
         priority: int(kind == "once")
         shell:
             f"test -e {folder}/started.json || {without_committed} || true; mkdir -p {folder}; OMP_NUM_THREADS={{threads}} "
-            f"{backsight} run {{input[0]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
+            f"{backsight} run {{input[1]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
             f"2>&1 | tee {{log:q}}{hand_over}" + (f" && ({page} || true)" if kind == "once" else "")

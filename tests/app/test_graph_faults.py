@@ -115,17 +115,18 @@ def nothing_looks_whole_that_is_not(folder: Path, whole: dict[str, object]) -> N
 
 @pytest.fixture
 def graph(write_notebook: NotebookWriter, tmp_path: Path) -> list[str]:
-    """The arguments of snakemake for one training, what judges it, and a run beside them, of which there are old
-    committed results without a record."""
+    """The arguments of snakemake for one training, what judges it, and a run beside them, whose results came with the
+    clone."""
     write_notebook('out = ""', TRAIN, name="00_train", folder=tmp_path / "notebooks")
     write_notebook('out = ""\nresults = ""', JUDGE, name="01_judge", folder=tmp_path / "notebooks")
     write_notebook('out = ""', "1 + 1", name="02_beside", folder=tmp_path / "notebooks")
     preset = tmp_path / "tiny.yaml"
     jobs = {"once": ["00_train", "02_beside"], "targets": {}, "families": [], "seeds": [0], "last": ["01_judge"]}
     preset.write_text(yaml.safe_dump({"graph": jobs}))
-    old = tmp_path / "results" / "tiny" / "beside" / "metrics.csv"
-    old.parent.mkdir(parents=True)
-    old.write_text("old")
+    old = tmp_path / "results" / "tiny" / "beside"
+    old.mkdir(parents=True)
+    (old / "metrics.csv").write_text("old")
+    (old / "run.json").write_text('{"notebook": "02_beside"}')
     for command in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     results = tmp_path / "results"

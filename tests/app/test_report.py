@@ -158,9 +158,8 @@ def test_tables_hold_the_rounded_numbers_of_the_quality_run(folder: Path, page: 
     assert "mse" not in page.text
 
 
-def test_a_target_without_quality_run_shows_its_training_scores(page: Page) -> None:
-    assert "Quality by depth: scenes, validation" in page.text
-    assert DETR in page.text  # a name with markup is shown, not executed
+def test_a_name_with_markup_is_shown_and_not_executed(page: Page) -> None:
+    assert DETR in page.text
     assert not page.all("b <b>")
 
 
@@ -195,22 +194,32 @@ def test_nulls_of_several_families_count_once() -> None:
     null = table[table.inverse == "linear"].assign(inverse="null_shuffled")
     nulls = [null.assign(family=family, value=null.value + place) for place, family in enumerate(["linear", "modular"])]
     for order in (nulls, nulls[::-1]):
-        (group,) = report._depth_groups(pd.concat([table, *order]), {"a": "03_quality"}, VIT)
-        shown_nulls = group.query("inverse == 'null_shuffled'")
+        run = report.PageRun(Path("a"), "03_quality", {}, pd.concat([table, *order]))
+        shown = report._depth_rows(run, VIT)
+        shown_nulls = shown.query("inverse == 'null_shuffled'")
         assert set(shown_nulls.family) == {"modular"}
         assert not shown_nulls.duplicated(["tap", "measure"]).any()
-        assert len(group) == len(table[table.measure != "mse"]) + len(shown_nulls)
+        assert len(shown) == len(table[table.measure != "mse"]) + len(shown_nulls)
 
 
-def test_several_seeds_are_averaged_and_their_intervals_joined() -> None:
-    both = pd.concat([rows(VIT).assign(run="a"), rows(VIT, better=1, seed=1).assign(run="b")]).assign(seeds=1)
-    again = pd.concat([both, rows(VIT, better=9).assign(run="c", seeds=1)])  # seed 0 once more: the last run counts
-    for metrics, value, interval in ((both, "32.3", "31.4 to 33.2"), (again, "36.8", "32.4 to 41.2")):
-        (group,) = report._depth_groups(metrics, dict.fromkeys("abc", "03_quality"), VIT)
-        table = report._depth_table(group[group["measure"] == "psnr"], "psnr")
-        tap, cells = table["rows"][0]
-        assert (tap, cells[0]["text"], cells[0]["interval"]) == ("patch_embed", value, interval)
-        assert "training seeds: 2" in table["facts"]
+def test_claims_stand_beside_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference run decides; what only one of the two measured is told as such."""
+    known = {"claim": ["deep keeps shape"] * 2, "target": VIT, "tap": ["norm", "blocks.0"], "unit": "dB", "seeds": 1}
+    here = pd.DataFrame({**known, "value": [1.0, 2.0], "low": 0.5, "high": 3.0, "n": 24, "verdict": "cannot tell"})
+    there = here.assign(value=[7.0, float("nan")], low=6.0, high=8.0, n=100, seeds=3, verdict="agreed")
+    for name in ("here", "there"):
+        save_run(tmp_path / name / "quality-vit", "03_quality", {"target": VIT}, rows(VIT))
+    monkeypatch.setattr(report, "study_folder", lambda: tmp_path / "there")
+    monkeypatch.setattr(report, "findings", lambda study: here if study.folder.name == "here" else there)
+    cells = [" ".join(cell.split()) for cell in Page(write_report(tmp_path / "here").read_text()).cells]
+    start = cells.index("deep keeps shape dB")
+    assert cells[start + 1 : start + 4] == [
+        f"{VIT} norm",
+        "+1.00 [+0.50, +3.00], n = 24, training seeds: 1",
+        "+7.00 [+6.00, +8.00], n = 100, training seeds: 3 agreed",
+    ]
+    assert cells[start + 7] == "not measured"
+    assert "deep keeps shape" not in write_report(tmp_path / "there").read_text()
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -382,6 +382,18 @@ def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path)
     assert "WARNING" not in resumed.stderr
 
 
+def test_seconds_of_a_resumed_run_are_summed(tmp_path: Path) -> None:
+    identity = {"notebook": "tiny", "parameters": {}}
+    for resumed in (False, True, True):
+        start_run(tmp_path, identity, resumed)
+        started = (tmp_path / "started.json").stat().st_mtime
+        checkpoint = write_atomically(tmp_path / "checkpoint", lambda temporary: temporary.write_text(""))
+        os.utime(checkpoint, (started + 100, started + 100))  # killed 100 seconds later
+    seconds = read_json(complete_run(tmp_path))["seconds"]  # type: ignore[index]
+    assert seconds["total"] == pytest.approx(200, abs=10)
+    assert seconds["total"] >= seconds["interrupted"] == pytest.approx(200, abs=10)
+
+
 def wait_until(condition: object, seconds: float = 180) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds

@@ -19,19 +19,21 @@ from PIL import Image
 from backsight.app.frames import strips
 from backsight.app.runs import file_name
 from backsight.errors import BacksightError
-from backsight.plots.depth import by_depth
+from backsight.plots import depth
 from backsight.plots.style import (
     MEASURE_NAMES,
     colour_of,
     inverse_order,
     is_null,
     look_of,
-    over_seeds,
     png_bytes,
     taps_in_order,
+    with_nulls_of,
 )
 from backsight.project import FINISHED, METRICS, read_json, write_atomically
-from backsight.tables.read import read_study, span, write_text
+from backsight.tables.claims import findings
+from backsight.tables.read import QUALITY, Study, read_study, span, study_folder, write_text
+from backsight.tables.sentences import number
 from backsight.tables.values import METRIC_COLUMNS
 
 PAGE = "index.html"
@@ -51,11 +53,7 @@ STUDIES: Mapping[str, str] = {
     "02_train_inverse": "Training of the inverses",
     "18_targets": "Classes and training",
 }
-# Tables by depth are read from the first of these notebooks that measured a target; the rest stays in metrics.csv.
-TABLE_NOTEBOOKS = ("03_quality", "02_train_inverse")
-TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # decimals
-NULL_FAMILIES = ("modular", "linear", "direct")  # whose nulls a table shows: the first that is there
-GROUP = ["weights", "dataset", "split"]
+TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # by depth; decimals
 FAMILY_NOTES: Mapping[str, str] = {
     "linear": "the best linear map (ridge regression, closed form): what can be read off directly",
     "direct": "one trained decoder for each layer, straight to pixels: what a strong decoder can recover",
@@ -115,12 +113,12 @@ def write_report(folder: str | Path) -> Path:
     metrics = pd.concat(list(study.tables.values()), ignore_index=True)
     added = [name for name in metrics if name not in METRIC_COLUMNS and name != "run"]
     metrics = metrics[[*METRIC_COLUMNS, *added, "run"]]
-    page = _rendered(folder, runs, metrics, study.left_out)
+    page = _rendered(study, runs, metrics)
     write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
     return write_text(folder / PAGE, page)
 
 
-def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left_out: Mapping[str, str]) -> str:
+def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> str:
     """The page's HTML; the same runs give the same text."""
     from jinja2 import Environment, StrictUndefined
 
@@ -129,19 +127,19 @@ def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left
     order = list(STUDIES)
     shown = sorted(by_notebook, key=lambda run: order.index(run.notebook) if run.notebook in order else len(order))
     pictures = [picture for run in shown for picture in _pictures(run, names)]
-    groups = {name: _depth_groups(metrics, {run.folder.name: run.notebook for run in runs}, name) for name in names}
-    frames, unplayable = strips(folder, metrics)
+    by_depth = {name: [rows for run in by_notebook if len(rows := _depth_rows(run, name))] for name in names}
+    frames, unplayable = strips(study.folder, metrics)
     played = {key: list(dict.fromkeys(strip[key] for strip in frames)) for key in ("picture", "target", "family")}
-    rows = [part for name in names for part in groups[name]]
+    tables = [rows for name in names for rows in by_depth[name]]
     versions = pd.DataFrame([run.record.get("versions", {}) for run in runs])
-    used = inverse_order([inverse for part in rows for inverse in part["inverse"]])
+    used = inverse_order([inverse for rows in tables for inverse in rows["inverse"]])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"look": look_of, "notes": FAMILY_NOTES, "gain": DIFFERENCE_GAIN}
     style, script, template = (
         (files("backsight.app") / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html.jinja")
     )
     return environment.from_string(template).render(
-        name=folder.resolve().name,
+        name=study.folder.resolve().name,
         style=style,
         script=script,
         frames=frames,
@@ -149,12 +147,13 @@ def _rendered(folder: Path, runs: Sequence[PageRun], metrics: pd.DataFrame, left
         families=inverse_order(played["family"]),
         shows={strip["picture"]: strip["shows"] for strip in frames},
         unplayable=unplayable,
-        targets=[_target(name, runs, pictures, groups[name]) for name in names],
-        curves=_curves([groups[name][0] for name in names if groups[name]]),
+        targets=[_target(name, runs, pictures, by_depth[name]) for name in names],
+        curves=_curves(tables),
+        claims=_claims(study),
         inverses=used,
         others=[picture for picture in pictures if picture["target"] not in names],
         runs=[_facts(run) for run in by_notebook],
-        left_out=left_out,
+        left_out=study.left_out,
         hardware=list(dict.fromkeys(text for run in runs if (text := _hardware(run.record.get("hardware") or {})))),
         versions={package: ", ".join(versions[package].dropna().unique()) for package in versions},
         metrics_file=METRICS,
@@ -199,29 +198,12 @@ def _title(stem: str, run: PageRun) -> str:
 # ------------------------------------------------------------------------------------------------------ the numbers
 
 
-def _depth_groups(metrics: pd.DataFrame, notebooks: Mapping[str, str], target: str) -> list[pd.DataFrame]:
-    """The rows by depth of a target, one part for its weights, data set and split; test splits and scenes first.
-
-    notebooks: {run: notebook}. Where two runs give the same number of the same seed, the run that comes last by name
-    counts; of nulls made for several families, those of the first of NULL_FAMILIES.
-    """
-    measured = metrics["measure"].isin(list(TABLE_MEASURES))
-    rows = metrics[(metrics["target"] == target) & metrics["tap"].notna() & metrics["value"].notna() & measured]
-    notebook = rows["run"].map(notebooks)
-    rows = next((rows[notebook == name] for name in TABLE_NOTEBOOKS if (notebook == name).any()), rows.head(0)).copy()
-    rows[GROUP] = rows[GROUP].astype(object).fillna("unnamed").astype(str)
-    key = [*GROUP, "tap", "inverse", "measure"]
-    if "family" in rows:
-        ranks = {family: rank for rank, family in enumerate(NULL_FAMILIES)}
-        rank = rows["family"].map(ranks).fillna(len(ranks)).where(is_null(rows), 0)
-        rows = rows[rank == rank.groupby([rows[name] for name in key]).transform("min")]
-    rows = rows.sort_values("run", kind="stable").drop_duplicates([*key, "seed"], keep="last")
-
-    def place(part: pd.DataFrame) -> tuple[bool, bool, str]:
-        first = part.iloc[0]
-        return first["split"] != "test", first["dataset"] != "scenes", first["dataset"]
-
-    return sorted((part for _, part in rows.groupby(GROUP, sort=False)), key=place)
+def _depth_rows(run: PageRun, target: str) -> pd.DataFrame:
+    """What a quality run measured of a target by depth; of the nulls, those of the chain where it has some."""
+    if run.notebook != QUALITY:
+        return NO_ROWS
+    rows = with_nulls_of(run.table, "modular").dropna(subset=["tap", "value"])
+    return rows[(rows["target"] == target) & rows["measure"].isin(list(TABLE_MEASURES))]
 
 
 def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
@@ -230,16 +212,16 @@ def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
     A cell holds the number, its interval over images and seeds, whether it is the best of its row, and its share of the
     way from the mean image (or 0) to the best of the table, None for nulls.
     """
-    pooled, inverses = over_seeds(rows).dropna(subset="value"), inverse_order(list(rows["inverse"]))
+    pooled, inverses = rows.dropna(subset="value"), inverse_order(list(rows["inverse"]))
     columns = pooled[["tap", "inverse", "value", "low", "high"]]
     numbers: dict[Any, Any] = {row[:2]: row[2:] for row in columns.itertuples(index=False, name=None)}
     best = pooled[~is_null(pooled)].groupby("tap")["value"].max()
     floor, ceiling = pooled.loc[pooled["inverse"] == "null_mean", "value"].min(), best.max()
     floor = 0.0 if pd.isna(floor) else floor
 
-    def text(number: float) -> str:
+    def text(value: float) -> str:
         decimals = TABLE_MEASURES[measure]
-        return f"{round(number, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+        return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
     def cell(tap: str, inverse: str) -> dict[str, Any]:
         if (tap, inverse) not in numbers:
@@ -258,16 +240,16 @@ def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
     return {
         "title": MEASURE_NAMES.get(measure, measure),
         "facts": f"n = {span(rows['n'])}, training seeds: {seeds}, {source}",
-        "runs": sorted(rows["run"].unique()),
+        "run": first["run"],
         "inverses": inverses,
         "rows": [(tap, [cell(tap, name) for name in inverses]) for tap in taps_in_order(rows)],
     }
 
 
 def _target(
-    name: str, runs: Sequence[PageRun], pictures: Sequence[dict[str, Any]], groups: Sequence[pd.DataFrame]
+    name: str, runs: Sequence[PageRun], pictures: Sequence[dict[str, Any]], by_depth: Sequence[pd.DataFrame]
 ) -> dict[str, Any]:
-    """The section of one target: facts, tables by data set, figures by study."""
+    """The section of one target: facts, tables by quality run, figures by study."""
     studies: dict[str, list[dict[str, Any]]] = {}
     for picture in pictures:
         if picture["target"] == name:
@@ -276,10 +258,10 @@ def _target(
     weights: Mapping[str, Any] = next((of_run[name] for of_run in noted if name in of_run), {})
     tables = [
         (
-            ", ".join(part.iloc[0][["dataset", "split"]]),
-            [_depth_table(own, name) for name in TABLE_MEASURES if len(own := part[part["measure"] == name])],
+            ", ".join(rows.iloc[0][["dataset", "split"]]),
+            [_depth_table(own, name) for name in TABLE_MEASURES if len(own := rows[rows["measure"] == name])],
         )
-        for part in groups
+        for rows in by_depth
     ]
     return {
         "name": name,
@@ -291,12 +273,31 @@ def _target(
     }
 
 
-def _curves(groups: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
+def _claims(study: Study) -> list[dict[str, Any]]:
+    """The claims that the runs measured: their numbers beside those, and the verdicts, of the committed run."""
+    committed, key = study_folder(), ["claim", "target", "tap"]
+    own = findings(study).dropna(subset="value").assign(tap=lambda rows: rows["tap"].fillna(""))
+    if own.empty or not committed.is_dir() or study.folder.resolve() == committed.resolve():
+        return []
+    reference = findings(read_study(committed)).dropna(subset="value").set_index(key)
+
+    def told(row: Mapping[str, Any]) -> str:
+        return f"{number(row, signed=True)}, n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}"
+
+    rows = []
+    for row in own.to_dict("records"):
+        beside = reference[reference.index == tuple(row[name] for name in key)].to_dict("records")
+        there = {"reference": told(beside[0]), "verdict": beside[0]["verdict"]} if beside else {}
+        rows.append(row | {"here": told(row), "reference": "not measured", "verdict": ""} | there)
+    return rows
+
+
+def _curves(tables: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
     """PSNR by depth of all targets in one figure, embedded; None without PSNR."""
-    rows = pd.concat([over_seeds(part[part["measure"] == "psnr"]) for part in groups] or [pd.DataFrame()])
+    rows = pd.concat([table[table["measure"] == "psnr"] for table in tables] or [pd.DataFrame()])
     if rows.empty:
         return None
-    figure = by_depth(rows, "psnr", "PSNR by depth", columns=2)
+    figure = depth.by_depth(rows, "psnr", "PSNR by depth", columns=2)
     width, height = (round(side * 200) for side in figure.get_size_inches())
     source = "data:image/png;base64," + base64.b64encode(png_bytes(figure, dpi=200)).decode("ascii")
     return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}

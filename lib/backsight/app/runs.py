@@ -237,8 +237,14 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
     """Write started.json and withdraw an earlier run.json: from here on the folder is unfinished.
 
     identity: what must be equal for an earlier run to be reused or resumed, "notebook" and "parameters" among it.
-    resumed: whether an interrupted run of the same identity goes on (only recorded).
+    resumed: whether an interrupted run of the same identity goes on: what it took until it stopped (as far as its files
+    tell) counts among the seconds, as "interrupted".
     """
+    before = (read_json(folder / STARTED) or {}) if resumed else {}
+    spent = before.get("seconds", {}).get("interrupted", 0.0)
+    if resumed:
+        stopped = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+        spent += max(0.0, stopped - datetime.fromisoformat(before["started"]).timestamp())
     record = {
         **identity,
         "seed": identity["parameters"].get("seed"),
@@ -248,7 +254,7 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
         **_commit(),
         "hardware": _hardware(),
         "weights": {},
-        "seconds": {},
+        "seconds": {"interrupted": round(spent, 3)} if resumed else {},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
@@ -263,6 +269,6 @@ def complete_run(folder: Path) -> Path:
             os.replace(folder / partial, folder / name)
     kept = [folder / METRICS, folder / VALUES, *(folder / "inverses").rglob("*.safetensors")]
     record["files"] = sorted(path.relative_to(folder).as_posix() for path in kept if path.is_file())
-    started = datetime.fromisoformat(record["started"])
-    record["seconds"]["total"] = round((datetime.now(UTC) - started).total_seconds(), 3)
+    spent = (datetime.now(UTC) - datetime.fromisoformat(record["started"])).total_seconds()
+    record["seconds"]["total"] = round(spent + record["seconds"].get("interrupted", 0.0), 3)
     return write_json(folder / FINISHED, {"status": "complete", **record})
