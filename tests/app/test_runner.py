@@ -472,7 +472,7 @@ def test_write_atomically_leaves_all_or_nothing(tmp_path: Path) -> None:
 
 
 def test_sigterm_is_an_interruption(write_notebook: NotebookWriter, tmp_path: Path) -> None:
-    notebook = write_notebook("steps = 1", "import time\ntime.sleep(300)")
+    notebook = write_notebook("steps = 1", "while True:\n    sum(range(1000))")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "backsight.app.cli", "run", str(notebook), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -480,7 +480,7 @@ def test_sigterm_is_an_interruption(write_notebook: NotebookWriter, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
-    assert "the same command resumes" in errors
+    assert errors == "backsight: stopped; the same command resumes.\n"
     assert not (out / "run.json").exists()
 
 

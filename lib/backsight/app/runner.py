@@ -7,6 +7,7 @@ NotebookError, with the partial notebook kept; a run is complete only after ever
 
 import fcntl
 import hashlib
+import logging
 import os
 import signal
 import time
@@ -203,6 +204,7 @@ def _kernel_environment(folder: Path) -> Iterator[None]:
     """BACKSIGHT_RUN set; MPLBACKEND unset, since it would take the figures away; SIGTERM as Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        logging.disable()  # what the kernel's client says of a kernel that is gone
         raise KeyboardInterrupt
 
     before = dict(os.environ)
@@ -238,6 +240,7 @@ def _execute(plan: Plan, verbose: bool) -> None:
                 progress_bar=verbose,
                 log_output=verbose,
                 start_timeout=KERNEL_START_SECONDS,
+                extra_arguments=["--log-level=50"],  # what the kernel says of a client that is gone
                 # The kernel listens on this machine's ports: nobody else on it may read or run code.
                 config=Config({"KernelManager": {"transport_encryption": "auto"}}),
             )
