@@ -111,8 +111,8 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
             found.add(files, annotations.get(place) if masks else None)
     if not found.entries:
         raise SourceError(
-            f"split {found.split!r} of {root} holds no image: add images (without declared splits they are cut 8:1:1 by "
-            "a hash of their names; split='all' has them all)"
+            f"split {found.split!r} of {root} holds no image: add images (without declared splits they are cut 8:1:1 "
+            "by a hash of their names; split='all' has them all)"
         )
     return found
 
