@@ -6,7 +6,6 @@ that it imports, so that a test can tell outputs of other code (`test_notebooks.
 
 import ast
 import hashlib
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +40,7 @@ def execute(path: Path) -> None:
     for noise in ("papermill", "widgets"):
         notebook.metadata.pop(noise, None)
     notebook.metadata.setdefault("backsight", {})["executed"] = digest(notebook.cells)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(nbformat.writes(notebook).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
