@@ -215,17 +215,17 @@ def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
     """PSNR of every method at the cost that all of them have been trained for: one value an image, tap and seed.
 
     values: of `add_scores`. Of each start the largest cost that every method reaches, `budget`; between two lengths
-    PSNR is interpolated along the logarithm of the cost, image by image. The measure is psnr_at_equal_<cost>. Raises
-    BacksightError where the curves of a start do not overlap: train for more lengths.
+    PSNR is interpolated along the logarithm of the cost, image by image. The measure is psnr_at_equal_<cost>. A start
+    whose curves do not overlap is left out; raises BacksightError where that is every one: train for more lengths.
     """
     parts = []
     trained = values[(values["measure"] == "psnr") & (values["steps"] > 0)]
-    for start, of_start in trained.groupby("start", sort=False):
+    for _, of_start in trained.groupby("start", sort=False):
         costs = of_start.groupby(["inverse", "steps"])[cost].mean()
         ranges = costs.groupby("inverse").agg(["min", "max"])
         budget = float(ranges["max"].min())
         if budget < ranges["min"].max() * (1 - 1e-9):
-            raise BacksightError(f"no {cost} are common to all methods that start as {start}: train for more lengths.")
+            continue
         for inverse, rows in of_start.groupby("inverse", sort=False):
             known = costs[inverse].sort_values()
             upper = int(np.searchsorted(known.to_numpy(), budget * (1 - 1e-9)))
@@ -237,6 +237,8 @@ def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
             both = above.merge(below[[*same, "value"]], on=same, suffixes=("", "_below"))
             both["value"] = share * both["value"] + (1 - share) * both.pop("value_below")
             parts.append(both[[*same, "value"]].assign(measure=f"psnr_at_equal_{cost}", budget=budget, steps=np.nan))
+    if not parts:
+        raise BacksightError(f"no {cost} are common to all methods, from any start: train for more lengths.")
     return pd.concat(parts, ignore_index=True)
 
 
