@@ -57,6 +57,7 @@ def test_all_claims_have_a_source_a_caution_and_one_border() -> None:
 def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     """The number of a row of the page by other means: a table of images and seeds, and its mean."""
     rows = values[(values["notebook"] == claim.notebook) & (values["tap"] != "predictions")]
+    rows = rows.dropna(axis="columns", how="all").assign(tap=rows["tap"], depth=rows["depth"])
     for column, value in claim.rows.items():
         if column not in {*claim.against, "target"}:
             rows = rows[rows[column].isin(value if isinstance(value, list) else [value])]
@@ -64,7 +65,7 @@ def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     for column, value in claim.against.items():
         if column not in ("target", "tap"):
             own, other = own[own[column] == claim.rows[column]], other[other[column] == value]
-    if "family" in other:  # a null of that very family
+    if "family" in other and "inverse" in claim.rows:  # a null of that very family
         other = other[other["family"].isna() | (other["family"] == claim.rows["inverse"])]
     taps = [part.sort_values("depth")["tap"].dropna().unique() for part in (own, other)]
     if claim.tap == "last":
