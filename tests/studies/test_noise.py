@@ -11,12 +11,10 @@ from targets.examples import small_timm
 from torch import Tensor, nn
 
 from backsight.errors import BacksightError
-from backsight.exact.inverse import fit_exact
 from backsight.exact.map import MapInverse, MapSettings
 from backsight.exact.solver import Linearised
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
-from backsight.measures.pixels import psnr
 from backsight.studies.amplification import measure_amplification
 from backsight.studies.lanczos import measure_recoverable, recoverable, spectrum
 from backsight.studies.noise import disturbed, measure_noise, name_of, noisy, relative_size
@@ -24,7 +22,7 @@ from backsight.tables.pooling import metrics
 from backsight.tables.values import Values
 from backsight.targets import Target
 
-HEIGHT, WIDTH, SIDE, RANK = 8, 6, 2, 8
+HEIGHT, WIDTH, SIDE = 8, 6, 2
 TAP = "patch_embed"
 NOISES = ["float32", 0.05, 1.0]
 QUICK = MapSettings(stages=(1.0, 1e-2, 0.0), steps=2, products=30)
@@ -83,7 +81,7 @@ def study(target: Target, seen: dict[str, list[Tensor]]) -> pd.DataFrame:
     images, held_out = noise_images(4, 4), noise_images(64, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MapInverse, "solve", spied)
-        quick = {"map_seeds": [0, 1], "settings": QUICK, "checked": 0, "progress": False}
+        quick = {"map_seeds": [0, 1], "settings": QUICK, "checked": 0}
         shown = measure_noise(target, families, [TAP], NOISES, images, held_out, values, **quick)
     measure_recoverable(target, [TAP], NOISES[1:], images[:2], held_out, values, steps=8, probes=12)
     pictures, deviation = shown[TAP, "float32"]
@@ -110,7 +108,6 @@ def test_every_inverse_reads_the_same_noise(target: Target, study: pd.DataFrame,
 
 
 def test_a_linear_target_s_directions_are_its_singular_values(target: Target, study: pd.DataFrame) -> None:
-    assert value_of(study, "embedded") == pytest.approx(RANK / 12)
     # White images: every direction of the prior is alike, so that singular values are those of the matrix, times
     # the pixels' deviation over the values'. Those of 1 are above σ = 0.05, those of 0.01 are not.
     one = 12**-0.5 / float(target.record(noise_images(4, 4), [TAP])[TAP].values.std())
@@ -137,15 +134,14 @@ def test_every_value_has_its_seed_and_its_noise(study: pd.DataFrame) -> None:
     assert sigmas["gaussian 1"] == pytest.approx(1, rel=0.1)
     assert 0 < sigmas["float32"] < 1e-6
     assert not study.duplicated(["tap", "inverse", "noise", "measure", "bin"]).any()
-    judged = study[study["measure"].isin(["coverage", "calibration_error"])]
-    assert set(judged["inverse"]) == {"map", "null_constant"}
+    assert set(study.loc[study["measure"] == "calibration_error", "inverse"]) == {"map", "null_constant"}
 
 
 def test_one_image_alone_and_what_is_refused(target: Target) -> None:
     families = {0: {"linear": {TAP: lambda read: torch.full((read.batch, 3, HEIGHT, WIDTH), 0.5)}}}
     values = Values(target, "noise", "test", [0])
     rest = [TAP], [0.1], noise_images(1, 6), noise_images(16, 5), values
-    measure_noise(target, families, *rest, settings=QUICK, checked=0, progress=False)
+    measure_noise(target, families, *rest, settings=QUICK, checked=0)
     table = values.table()
     assert set(table.loc[table["measure"] == "psnr", "inverse"]) == {"linear", "steadied", "map", "null_mean"}
     with pytest.raises(BacksightError, match="No inverse family reads patch_embed"):
@@ -158,24 +154,11 @@ def test_bad_noises_are_refused(noise: str | float, told: str) -> None:
         name_of(noise)
 
 
-def test_exact_solves_are_judged_beside_the_others() -> None:
-    """Of a small ViT with random weights, and how its half-steps amplify."""
-    coarse = torch.rand(44, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    pictures = nn.functional.interpolate(coarse, (16, 24), mode="bilinear")
+def test_half_steps_amplify_down_to_where_exactness_ends() -> None:
     vit, tap = small_timm("ViT", img_size=(16, 24)).select(["blocks.0"]), "blocks.0"
-    exact = fit_exact(vit, pictures[:32], taps=[tap], stages=1, progress=False)
-    linear = fit_linear(vit, pictures[:32], taps=[tap], progress=False)
     values = Values(vit, "noise", "test", range(2))
-    measure_noise(
-        vit, {0: {"linear": linear}}, [tap], ["float32", 0.1], pictures[32:34], pictures[34:], values, exact=exact,
-        exact_images=1, settings=MapSettings(stages=(1.0,), steps=1, products=3), checked=0, progress=False,
-    )  # fmt: skip
-    measure_amplification(vit, tap, pictures[32:34], values, probes=2)
+    measure_amplification(vit, tap, torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)), values, 2)
     table = metrics(values.table())
-    clean = vit.record(pictures[32:34], [tap])[tap]
-    reconstruction = exact[tap](disturbed(clean, tap, 0.1).index(torch.arange(1)))
-    score = float(psnr(pictures[32:33], reconstruction))
-    assert value_of(table, "psnr", inverse="exact", noise="gaussian 0.1") == pytest.approx(score, abs=1e-3)
     assert list(table.loc[table["measure"] == "amplification", "step"]) == ["blocks.0.attn", "blocks.0"]
     # The last step's own growth is that of a chain of one step, up to the noise that was drawn.
     alone, chain = (value_of(table, f"amplification{way}", step="blocks.0") for way in ("", "_chain"))

@@ -103,7 +103,7 @@ def tradeoff(study: Study) -> None:
 def noise(study: Study) -> None:
     """MAP gains 5 dB where only rounding is noise, and 1 dB where there is more."""
     for name, gain in (("float32", 5.0), ("0.1", 1.0)):
-        for family, more in (("direct", 0.0), ("map", gain)):
+        for family, more in (("steadied", 0.0), ("map", gain), ("null_mean", -9.0)):
             study.add("psnr", 18 + more, study.taps[-1], family, 1.0, noise=name)
 
 

@@ -293,14 +293,12 @@ def fit_map_tap(
     settings: MapSettings | None = None,
     count: int = 128,
     checked: int = 8,
-    watch: Callable[..., None] | None = None,
 ) -> MapInverse:
     """The maximum-a-posteriori inverse of one tap at one noise level, started from a trained inverse.
 
     base: representation at `tap` -> images in [0, 1]; images: held-out ones, which neither the base nor the model was
     trained on: the first `count` measure the start's error and its covariance, the last `checked` of them, solved in
-    full, the gain (0: a gain of 1); noise: what it does to values (B, n, c), None: only round-off; watch: called with
-    the representation, posterior, solution and true patches of those that are checked.
+    full, the gain (0: a gain of 1); noise: what it does to values (B, n, c), None: only round-off.
     """
     settings, pictures = settings or MapSettings(), next(batches(images, count)).to(target.device)
     if len(pictures) < HELD_OUT:
@@ -343,8 +341,6 @@ def fit_map_tap(
         posterior, solution, _ = inverse.solve(disturbed.index(which))
         way.append((solution.z - posterior.mean) @ inverse.basis)
         there.append((truth[which] - posterior.mean) @ inverse.basis)
-        if watch is not None:
-            watch(disturbed.index(which), posterior, solution, truth[which])
     if way:
         inverse.put(gain=_gains(torch.cat(way).flatten(0, 1), torch.cat(there).flatten(0, 1)).to(begin))
     return inverse

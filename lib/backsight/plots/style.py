@@ -96,8 +96,7 @@ _PARTS = {
     "unsolved": Look("not solved", "#949494"),
     "lost": Look("lost", "#949494"),
     "error_grown": Look("error grown", "#cc78bc"),
-    "amplification_mean": Look("white noise", "#0173b2", "o"),
-    "amplification_largest": Look("worst direction", "#d55e00", "^"),
+    "amplification": Look("this half-step alone", "#0173b2", "o"),
     "amplification_chain": Look("all the way back", "#029e73", "s"),
 }
 LOOKS: Mapping[str, Look] = MappingProxyType(_TARGETS | _INVERSES | _PARTS)
@@ -146,8 +145,7 @@ MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
         "hue_error_shown": "angle to the hue shown (°)",
         "chroma_kept": "chroma kept (share)",
         "reversion_index": "reversion index (1: painter)",
-        "psnr_difference": "MAP − best decoder (dB)",
-        "recoverable": "recoverable directions",
+        "recoverable": "directions shown (share)",
         "negative_determinant": "det < 0: it folds (share)",
         "several_roots": "several roots (share)",
         "truth_found": "truth among the roots",

@@ -38,15 +38,12 @@ def measure_amplification(
         return
     if any(step.norm is not None for step in inverse.steps):
         return
-    model, reached = inverse.model, inverse.reached
-    x = model.target.record(images.double(), [reached])[reached].values
-    places = sorted(model.taps, key=model.taps.__getitem__)
+    x = inverse.model.target.record(images.double(), [inverse.reached])[inverse.reached].values
     grown = zip(inverse.steps, *amplification(inverse.steps, x, probes, seed), strict=True)
-    for number, (step, alone, chain) in enumerate(grown, model.taps[reached] + 1):
-        behind = next(name for name in places if model.taps[name] >= number)
+    for step, alone, chain in grown:
         for measure, growth in (("amplification", alone), ("amplification_chain", chain)):
             decades = growth.log10().where(growth.isfinite(), torch.nan)
-            values.add(measure, decades, behind, EXACT, step=step.destination)
+            values.add(measure, decades, tap, EXACT, step=step.destination)
 
 
 def amplification(

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backsight.exact.map import SIDE, pixel_forward
+from backsight.exact.map import SIDE, Forward, pixel_forward
 from backsight.exact.solver import Linearised
-from backsight.exact.steps import in_precision, measured_embedding
 from backsight.inverses.rows import patchify
 from backsight.tables.values import Values
 from backsight.targets.base import Target
@@ -34,30 +33,26 @@ def measure_recoverable(
     seed: int = 0,
 ) -> None:
     """Adds `recoverable`, the share of a picture's directions that a tap shows at each σ (columns noise, sigma), of the
-    first images of `values`, and `embedded`, the share that the patch embedding passes on.
+    first images of `values`.
 
     A direction counts where one deviation of the images along it (Gaussian of patches, measured on prior_images) moves
-    the tap's values by more than σ of their deviation. The same prior at every tap, so that taps compare; what a
-    rank-deficient embedding drops is left out of the quadrature and counts as lost at every σ.
+    the tap's values by more than σ of their deviation. The same prior at every tap, so that taps compare.
     """
-    embedding = measured_embedding(in_precision(target, torch.float64))
-    patch = (SIDE, SIDE) if embedding is None else embedding.patch
-    patches, at = patchify(prior_images, patch).flatten(0, 1).double(), patchify(images, patch)
-    away = patches - patches.mean(0)
-    variances, vectors = torch.linalg.eigh(away.T @ away / len(away))
-    factor = vectors * variances.clamp(min=1e-6 * float(variances.mean())).sqrt()
-    if embedding is not None and embedding.rank < len(embedding.matrix):
-        shown = torch.linalg.svd(factor.T @ embedding.matrix.double(), full_matrices=False)[0][:, : embedding.rank]
-        factor = factor @ shown
-    factor, grid = factor.to(images), tuple(side // cell for side, cell in zip(images.shape[-2:], patch, strict=True))
-    blank, passed = at.new_zeros(*at.shape[:2], factor.shape[1]), factor.shape[1] / at.shape[2]
-    values.add("embedded", torch.full((len(images),), passed))
+    down, across = (min(SIDE, cell) for cell in target.reduction)
+    grid, at = (images.shape[-2] // down, images.shape[-1] // across), patchify(images, (down, across))
+    patches = patchify(prior_images, (down, across)).flatten(0, 1).double()
+    variances, vectors = torch.linalg.eigh(torch.cov(patches.T, correction=0))
+    factor = (vectors * variances.clamp(min=1e-6 * float(variances.mean())).sqrt()).to(images)
     for tap in taps:
-        forward, scale = pixel_forward(target, tap, patch, grid), float(target.record(images, [tap])[tap].values.std())
-        here = Linearised(lambda w, forward=forward, scale=scale: forward(at + w @ factor.T) / scale, blank)
-        density = spectrum(here, steps, probes, seed)
+        scale = float(target.record(images, [tap])[tap].values.std())
+        forward = pixel_forward(target, tap, (down, across), grid)
+
+        def whitened(w: Tensor, forward: Forward = forward, scale: float = scale) -> Tensor:
+            return forward(at + w @ factor.T) / scale
+
+        density = spectrum(Linearised(whitened, torch.zeros_like(at)), steps, probes, seed)
         for sigma in sigmas:
-            share = passed * recoverable(*density, blank[0].numel(), sigma) / blank[0].numel()
+            share = recoverable(*density, at[0].numel(), sigma) / at[0].numel()
             values.add("recoverable", share, tap, noise=f"gaussian {sigma:g}", sigma=sigma)
 
 

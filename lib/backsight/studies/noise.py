@@ -1,7 +1,7 @@
 """What noise costs each inverse, tap by tap: all of them read the very same disturbed values.
 
     images ──► target, float64 ──► clean           σ = size of what the noise did, relative to the clean values
-       └─────► target, float32 ──► noise ──► y ──► linear, direct, modular │ steadied ──► MAP + deviation │ exact
+       └─────► target, float32 ──► noise ──► y ──► linear, direct, modular │ steadied ──► MAP + deviation
 
 *steadied* is a decoder that knows the noise: a Wiener filter before a trained decoder, a ridge map behind it. MAP
 starts from it and searches the most probable picture with the model itself.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 from zlib import crc32
 
@@ -21,15 +22,15 @@ from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError, nearest
 from backsight.exact.inverse import parts_of
-from backsight.exact.map import MapSettings
+from backsight.exact.map import MapInverse, MapSettings, fit_map_tap
 from backsight.exact.steps import in_precision
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
 from backsight.representation import Representation, concatenate
 from backsight.studies.nulls import null_mean
 from backsight.studies.roots import map_base
-from backsight.studies.uncertainty import BINS, Uncertainty, calibration_error, coverage, reliability
-from backsight.tables.names import EXACT, MAP, NULL_CONSTANT, NULL_MEAN, NULL_SHUFFLED, STEADIED
+from backsight.studies.uncertainty import calibration_error, coverage, deviation, reliability
+from backsight.tables.names import MAP, NULL_CONSTANT, NULL_MEAN, NULL_SHUFFLED, STEADIED
 from backsight.tables.values import NO_SEED, Values
 from backsight.targets.base import Target
 
@@ -85,57 +86,45 @@ def measure_noise(
     values: Values,
     *,
     map_seeds: Sequence[int] = (0,),
-    exact: Mapping[str, Reconstruct] | None = None,
-    exact_images: int = 4,
     settings: MapSettings | None = None,
     checked: int = 8,
     seed: int = 0,
-    progress: bool = True,
 ) -> dict[tuple[str, str], tuple[dict[str, Tensor], Tensor]]:
     """Adds what every inverse makes of every tap's representation at every noise (columns noise, sigma: as measured).
 
     families: {training seed: {family: {tap: reconstruction}}}; images: those of `values`; held_out: fit the MAP inverse
     of each tap and noise, from the modular, direct or linear one of each of map_seeds, and the last `checked` of them
-    are solved for its gain and uncertainty; exact: {tap: exact inverse}, judged on the first `exact_images`.
-    Measures: psnr; of the MAP's deviation calibration_error and coverage, beside one constant deviation;
-    predicted_variance and actual_variance by `bin` of that deviation.
+    are solved for its gain. Measures: psnr; coverage of the MAP's posterior deviation; its calibration_error beside
+    that of one constant deviation; predicted_variance and actual_variance by `bin` of it.
     Returns {(tap, noise): ({inverse: pictures of the first SHOWN images, by the first seed}, their MAP's deviation)}.
     Raises BacksightError on what is no noise, and on taps that no family reads.
     """
-    names = {name_of(noise): noise for noise in noises}
-    first = next(iter(families))
+    first, mean = next(iter(families)), null_mean(held_out).clamp(0, 1)
     if missing := [tap for tap in taps if not any(tap in inverses for inverses in families[first].values())]:
         raise BacksightError(f"No inverse family reads {missing[0]} of {target.name}: leave it out, or train one.")
-    double, mean, shown = in_precision(target, torch.float64), null_mean(held_out).clamp(0, 1), {}
-    with tqdm(total=len(taps) * len(names), desc=f"noise, {target.name}", leave=False, disable=not progress) as bar:
-        for tap in taps:
-            clean, exactly = _recorded(target, images, tap), _recorded(double, images.double(), tap)
-            for name, noise in names.items():
-                y = disturbed(clean, tap, noise, seed)
-                at = {"noise": name, "sigma": max(ROUNDING, relative_size(exactly.values, y.values))}
-                made = {family: {s: _decoded(of[family][tap], y) for s, of in families.items()}
-                        for family, inverses in families[first].items() if tap in inverses}  # fmt: skip
-                made |= {MAP: {}, STEADIED: {}}
-                deviations = {}
-                for map_seed in map_seeds:
-                    draw = partial(noisy, noise=noise, generator=torch.Generator().manual_seed(seed))
-                    base, effort = map_base(families[map_seed], tap), (settings, len(held_out), checked)
-                    fitted = Uncertainty.fitted(target, tap, base, held_out, draw, *effort)
-                    solved = fitted.read(y)
-                    made[MAP][map_seed], made[STEADIED][map_seed], deviations[map_seed] = solved
-                if len(images) > 1:  # samples do not know of one another: a solution of another's representation
-                    made[NULL_SHUFFLED] = {s: pictures.roll(1, 0) for s, pictures in made[MAP].items()}
-                made[NULL_MEAN] = {NO_SEED: mean.expand_as(images)}
-                if exact and tap in exact:
-                    made[EXACT] = {first: exact[tap](y.index(torch.arange(min(exact_images, len(images)))))}
-                for inverse, by_seed in made.items():
-                    scores = {s: psnr(images[: len(pictures)], pictures) for s, pictures in by_seed.items()}
-                    values.add("psnr", scores, tap, inverse, **at)
-                for map_seed, deviation in deviations.items():
-                    _add_calibration(values, map_seed, deviation, made[MAP][map_seed] - images, {"tap": tap, **at})
-                pictures = {inverse: next(iter(by_seed.values()))[:SHOWN].clone() for inverse, by_seed in made.items()}
-                shown[tap, name] = pictures, next(iter(deviations.values()))[:SHOWN].clone()
-                bar.update()
+    names, double, shown = {name_of(noise): noise for noise in noises}, in_precision(target, torch.float64), {}
+    for tap, name in tqdm(list(product(taps, names)), desc=f"noise, {target.name}", leave=False):
+        clean, exactly = _recorded(target, images, tap), _recorded(double, images.double(), tap)
+        y = disturbed(clean, tap, names[name], seed)
+        at = {"noise": name, "sigma": max(ROUNDING, relative_size(exactly.values, y.values))}
+        read: dict[str, dict[int, Tensor]] = {MAP: {}, STEADIED: {}, NULL_SHUFFLED: {}}
+        read[NULL_MEAN] = {NO_SEED: mean.expand_as(images)}
+        for family in families[first]:
+            if tap in families[first][family]:
+                read[family] = {s: _decoded(of_seed[family][tap], y) for s, of_seed in families.items()}
+        for s in map_seeds:
+            draw = partial(noisy, noise=names[name], generator=torch.Generator().manual_seed(seed))
+            start, effort = map_base(families[s], tap), (settings, len(held_out), checked)
+            inverse = fit_map_tap(target, tap, start, held_out, draw, *effort)
+            read[MAP][s], read[STEADIED][s], expected = _solved(inverse, y)
+            if len(images) > 1:  # samples do not know of one another: a solution of another's representation
+                read[NULL_SHUFFLED][s] = read[MAP][s].roll(1, 0)
+            _add_calibration(values, s, expected, read[MAP][s] - images, {"tap": tap, **at})
+            shown.setdefault((tap, name), ({}, expected[:SHOWN].clone()))
+        for kind, by_seed in read.items():
+            values.add("psnr", {s: psnr(images, pictures) for s, pictures in by_seed.items()}, tap, kind, **at)
+            if by_seed:
+                shown[tap, name][0][kind] = next(iter(by_seed.values()))[:SHOWN].clone()
     return shown
 
 
@@ -148,16 +137,23 @@ def _decoded(inverse: Reconstruct, y: Representation) -> Tensor:
     return torch.cat([inverse(part) for part in parts_of(y, 32)]).clamp(0, 1)
 
 
-def _add_calibration(values: Values, seed: int, deviation: Tensor, error: Tensor, at: Mapping[str, Any]) -> None:
-    numbers, predicted, actual = reliability(deviation, error)
-    for name, pair in (
-        ("calibration_error", calibration_error(numbers, predicted, actual)),
-        ("coverage", coverage(deviation, error)),
-    ):
-        for inverse, of in zip((MAP, NULL_CONSTANT), pair, strict=True):
-            values.add(name, {seed: of}, inverse=inverse, **at)
-    for place in range(BINS):
-        weight = numbers[:, place]
-        for name, squares in (("predicted_variance", predicted), ("actual_variance", actual)):
-            mean = squares[:, place] / weight.clip(min=1)
+def _solved(inverse: MapInverse, y: Representation) -> tuple[Tensor, Tensor, Tensor]:
+    """The MAP's pictures and its start, the steadied decoder's (N, 3, H, W), and the deviation of the MAP's."""
+    parts = []
+    for part in parts_of(y, inverse.batch_size):
+        posterior, solution, patches = inverse.solve(part)
+        pictures = (inverse.pictures(z).clamp(0, 1) for z in (patches, posterior.mean))
+        parts.append((*pictures, deviation(inverse, posterior, solution)))
+    images, steadied, expected = (torch.cat(part).detach() for part in zip(*parts, strict=True))
+    return images, steadied, expected
+
+
+def _add_calibration(values: Values, seed: int, expected: Tensor, error: Tensor, at: Mapping[str, Any]) -> None:
+    values.add("coverage", {seed: coverage(expected, error)}, inverse=MAP, **at)
+    numbers, predicted, actual = reliability(expected, error)
+    for inverse, of in zip((MAP, NULL_CONSTANT), calibration_error(numbers, predicted, actual), strict=True):
+        values.add("calibration_error", {seed: of}, inverse=inverse, **at)
+    for name, squares in (("predicted_variance", predicted), ("actual_variance", actual)):
+        for place, (weight, sums) in enumerate(zip(numbers.T, squares.T, strict=True)):
+            mean = sums / weight.clip(min=1)
             values.add(name, {seed: mean}, inverse=MAP, weight=weight, bin=place, **at)

@@ -14,7 +14,7 @@ from backsight.tables.judge import LEAST_SEEDS
 from backsight.tables.read import Study
 
 REPORTED_SPLITS = ("test", "all")  # "all": a folder of photographs, none of which trained anything
-TRAINED_FAMILIES = ("direct", "modular")  # by gradient descent
+TRAINED_FAMILIES = ("direct", "modular", "steadied", "map")  # by gradient descent, or from what was
 TRAINING = "02_train_inverse"  # one seed a run
 # What says how well a reconstruction or a probe does; costs, controls and properties of a target have no null.
 SCORES = (
