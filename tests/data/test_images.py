@@ -147,14 +147,22 @@ def test_broken_files_are_counted_named_and_skipped(tmp_path):
     assert named == {"text.png", "none.gif", "phone.heic", "gone.jpg", "pipe.jpg"}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_breaks_later_is_skipped_and_named_once(tmp_path, workers):
+@pytest.fixture
+def read_by_threads(monkeypatch):
+    monkeypatch.setattr("backsight.data.images.available_cores", lambda: 3)
+    monkeypatch.setattr("backsight.data.images.WORTH_WORKERS", 0)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_what_breaks_later_is_skipped_and_named_once(tmp_path, threads, request):
+    if threads:
+        request.getfixturevalue("read_by_threads")
     fill(tmp_path, [f"{i}.jpg" for i in range(7)], (40, 30))
     (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:-20])
     source = open_images(tmp_path, None, (4, 6))
     assert source.skipped == []
     with pytest.warns(UserWarning, match=r"3\.jpg") as caught:
-        shapes = [[len(batch) for batch in batches(source, 2, workers=number)] for number in (workers, 0)]
+        shapes = [[len(batch) for batch in batches(source, 2)] for _ in range(2)]
     assert shapes == [[2, 1, 2, 1]] * 2
     assert len(caught) == 1
     assert [Path(path).name for path, _ in source.skipped] == ["3.jpg"]
@@ -345,17 +353,18 @@ def test_epochs_are_shuffled_anew_and_complete(numbered):
 
 
 @pytest.mark.parametrize("steps", [None, 9])
-def test_batches_are_the_same_from_workers_tensors_and_a_later_start(numbered, steps):
+def test_batches_are_the_same_from_threads_tensors_and_a_later_start(numbered, steps, request):
     expected = [numbers(batch) for batch in batches(numbered, 3, shuffle_seed=5, steps=steps)]
-    assert [numbers(b) for b in batches(numbered, 3, shuffle_seed=5, steps=steps, workers=2)] == expected
+    request.getfixturevalue("read_by_threads")
+    assert [numbers(b) for b in batches(numbered, 3, shuffle_seed=5, steps=steps)] == expected
     assert [numbers(b) for b in batches(tensor(numbered), 3, shuffle_seed=5, steps=steps)] == expected
     assert [numbers(b) for b in batches(numbered, 3, shuffle_seed=5, steps=steps, start=2)] == expected[2:]
     assert list(batches(numbered, 3, steps=2, start=2)) == []
 
 
-def test_outside_randomness_is_not_touched(numbered):
+def test_outside_randomness_is_not_touched(numbered, read_by_threads):
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    list(batches(numbered, 3, shuffle_seed=5, workers=1))
+    list(batches(numbered, 3, shuffle_seed=5))
     open_images(Path(numbered.entries[0].path).parent, count=3, seed=7)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002

@@ -125,7 +125,7 @@ def _srgb(image: Image.Image) -> Image.Image:
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """None where the profile is broken, of another mode, or sRGB: it moves no colour by more than its rounding."""
-    levels = np.arange(0, 256, 17, np.uint8)
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
     probe = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)).convert(mode)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -28,7 +28,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import ImageSource, batches, index_batches, paying_workers, read_batches, unit_floats
+from backsight.data.images import ImageSource, batches, index_batches, read_batches, unit_floats
 from backsight.errors import BacksightError
 from backsight.project import cache_folder, read_json, shown, write_json
 from backsight.representation import Representation
@@ -234,7 +234,7 @@ def _complete(
     missing = [failure for failure in index.get("missing", ()) if failure[0] < start]
     index = {"format": FORMAT, "status": "recording", "target": target.name, "missing": missing}
     left = list(index_batches(number, batch_size, None, endless=False, start=-(-start // batch_size)))
-    stream = read_batches(images, left, paying_workers(number - start))
+    stream = read_batches(images, left, number - start)
     with (
         open(path, "ab") as file,
         tqdm(total=number - start, desc=f"features of {target.name}", leave=False, disable=not progress) as bar,

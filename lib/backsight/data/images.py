@@ -196,7 +196,6 @@ def batches(
     images: ImageSource | Tensor,
     batch_size: int,
     shuffle_seed: int | None = None,
-    workers: int | None = None,
     steps: int | None = None,
     start: int = 0,
     raw: bool = False,
@@ -206,25 +205,17 @@ def batches(
     images: an ImageSource, or a tensor (N, 3, H, W) of uint8 or of float in [0, 1]. steps=None: one pass, the last
     batch may be smaller. steps=n: batches 0 to n - 1 of an endless stream of epochs, all of full size. shuffle_seed:
     order of the images, another one for each epoch; None: their own order. Batch k depends on k, shuffle_seed and
-    batch_size alone: `start` skips the first batches without reading them, for an exact resume. workers: threads
-    that read ahead, None: as many as pay here; they do not change the result. An unreadable image is left out of its
-    batch and recorded in `images.skipped`.
+    batch_size alone: `start` skips the first batches without reading them, for an exact resume. An unreadable
+    image is left out of its batch and recorded in `images.skipped`.
     Raises SourceError where nothing can be read. Random state outside is not touched.
     """
     if not len(images) or batch_size < 1:
         raise SourceError(f"there are no batches of {batch_size} of {len(images)} images")
     indices = index_batches(len(images), batch_size, shuffle_seed, endless=steps is not None, start=start)
     left = None if steps is None else max(0, steps - start)
-    if workers is None:
-        workers = paying_workers(len(images) if left is None else left * batch_size)
-    read = (stack for stack, _ in read_batches(images, indices, workers) if stack is not None)
+    number = len(images) if left is None else left * batch_size
+    read = (stack for stack, _ in read_batches(images, indices, number) if stack is not None)
     return islice(read if raw else map(unit_floats, read), left)
-
-
-def paying_workers(images: int) -> int:
-    """Threads that read so many images ahead; beside a consumer that computes on both of two cores none pays."""
-    cores = available_cores()
-    return min(cores - 1, 8) if cores > 2 and images >= WORTH_WORKERS else 0
 
 
 def unit_floats(images: Tensor) -> Tensor:
@@ -233,12 +224,19 @@ def unit_floats(images: Tensor) -> Tensor:
 
 
 def read_batches(
-    images: ImageSource | Tensor, indices: Iterable[np.ndarray], workers: int = 0
+    images: ImageSource | Tensor, indices: Iterable[np.ndarray], number: int
 ) -> Iterator[tuple[Tensor | None, dict[int, ImageError]]]:
-    """For each list of indices (B, 3, H, W) as it is kept, or None where nothing can be read, and what cannot be."""
+    """For each list of indices (B, 3, H, W) as it is kept, or None where nothing can be read, and what cannot be.
+
+    number: of images, about. Threads read ahead where that pays: beside a consumer that computes on both of two cores
+    none does.
+    """
     if isinstance(images, Tensor):
         yield from ((images[torch.from_numpy(chosen)], {}) for chosen in indices)
         return
+
+    cores = available_cores()
+    workers = min(cores - 1, 8) if cores > 2 and number >= WORTH_WORKERS else 0
 
     def read(index: int) -> Tensor | ImageError:
         try:

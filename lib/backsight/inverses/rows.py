@@ -32,7 +32,9 @@ Pair = tuple[str, str]
 
 def form_of(value: Tensor | Representation) -> Form:
     """The form of a representation, or of images (B, 3, H, W)."""
-    return Form(PIXELS, value.shape[1], (tuple(value.shape[2:]),)) if isinstance(value, Tensor) else value.form
+    if not isinstance(value, Tensor):
+        return value.form
+    return Form(PIXELS, value.shape[1], ((value.shape[2], value.shape[3]),))
 
 
 def area(grid: Grid) -> int:

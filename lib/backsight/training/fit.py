@@ -274,8 +274,8 @@ class _Fit:
                 start = copy.deepcopy(known.get((source, end)))
                 inverse = TrainedInverse(header, design, start, moments[source], moments[end], code)
             inverses[source] = inverse.to(target.device)
-        views = {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}
-        return inverses, views, moments[PIXELS].variance
+        frozen = {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}
+        return inverses, frozen, moments[PIXELS].variance
 
     def trained(
         self,
@@ -401,7 +401,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 def _chain_order(target: Target, modules: Inverses) -> list[str]:
     """The taps of a chain that runs through all modules, the one that ends in pixels first."""
-    longest = max((list(Chain(modules.modules, tap)) for tap in modules), key=len, default=())
+    longest: Any = max((list(Chain(modules.modules, tap)) for tap in modules), key=len, default=())
     if modules.weights_hash != target.weights_hash or not longest or longest[-1].destination != PIXELS:
         raise BacksightError(
             f"The modules of {', '.join(modules)} are no chain down to pixels, or not of {target.name} with these "
