@@ -94,10 +94,11 @@ for kind in ("once", "train", "quality", "study", "last"):
             values=lambda wildcards: command_line(runs[wildcards.run].parameters),
             preset=lambda wildcards: json.dumps([sections.get("common"), sections.get(runs[wildcards.run].notebook)]),
             code=code_digest(),
+            then=f"&& ({page} || true)" if kind == "once" else "",
         message:
             "{wildcards.run}"
         priority: int(kind == "once")
         shell:
             f"test -e {folder}/started.json || {without_committed} || true; mkdir -p {folder}; OMP_NUM_THREADS={{threads}} "
             f"{backsight} run {{input[1]:q}} -f {shlex.quote(str(preset_file))} {{params.values}} --out {folder} "
-            f"2>&1 | tee {{log:q}}{hand_over}" + (f" && ({page} || true)" if kind == "once" else "")
+            f"2>&1 | tee {{log:q}}{hand_over} {{params.then}}"

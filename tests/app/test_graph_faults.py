@@ -205,5 +205,6 @@ run.finish()
     command = [*SNAKEMAKE, "--cores", "1", "--keep-going", "--config", *places]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode != 0
+    assert done.stdout.count(str(results / "tiny" / "index.html")) == 2  # once the first run was there, and at the end
     page = (results / "tiny" / "index.html").read_text(encoding="utf-8")
     assert "fails (it was started and did not finish)" in " ".join(page.split())
