@@ -215,8 +215,8 @@ def test_claims_stand_beside_the_reference_run(tmp_path: Path, monkeypatch: pyte
     start = cells.index("deep keeps shape dB")
     assert cells[start + 1 : start + 4] == [
         f"{VIT} norm",
-        "+1.00 [+0.50, +3.00], n = 24, training seeds: 1",
-        "+7.00 [+6.00, +8.00], n = 100, training seeds: 3 agreed",
+        "+1.00 [+0.50, +3.00] n = 24, training seeds: 1",
+        "+7.00 [+6.00, +8.00] n = 100, training seeds: 3 agreed",
     ]
     assert cells[start + 7] == "not measured"
     assert "deep keeps shape" not in write_report(tmp_path / "there").read_text()

@@ -281,14 +281,14 @@ def _claims(study: Study) -> list[dict[str, Any]]:
         return []
     reference = findings(read_study(committed)).dropna(subset="value").set_index(key)
 
-    def told(row: Mapping[str, Any]) -> str:
-        return f"{number(row, signed=True)}, n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}"
+    def told(row: Mapping[str, Any], *more: str) -> list[str]:
+        return [number(row, signed=True), f"n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}", *more]
 
     rows = []
     for row in own.to_dict("records"):
         beside = reference[reference.index == tuple(row[name] for name in key)].to_dict("records")
-        there = {"reference": told(beside[0]), "verdict": beside[0]["verdict"]} if beside else {}
-        rows.append(row | {"here": told(row), "reference": "not measured", "verdict": ""} | there)
+        there = told(beside[0], beside[0]["verdict"]) if beside else ["not measured"]
+        rows.append(row | {"runs": [told(row), there]})
     return rows
 
 
