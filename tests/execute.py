@@ -1,7 +1,7 @@
 """Execute notebooks in place, as they are committed: python tests/execute.py notebooks/03_quality.ipynb …
 
-What was executed is kept in the notebook's metadata as a digest of its source cells and of the modules of backsight
-that it imports, so that a test can tell outputs of other code (`test_notebooks.py`).
+What was executed is kept in the notebook's metadata as digests of its source cells and of the modules of backsight that
+it imports, so that tests can tell outputs of other code (`test_notebooks.py`).
 """
 
 import ast
@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 
-def digest(cells: list[dict[str, Any]]) -> str:
-    """Of the source of all cells, and of the modules of backsight that code cells import, less their comments."""
+def digests(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """cells: of the source of all cells; modules: of the modules of backsight that they import, less their comments."""
     sources = ["".join(cell["source"]) for cell in cells]
     code = "\n".join(s for s, cell in zip(sources, cells, strict=True) if cell["cell_type"] == "code")
     names = {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.module}
+    modules = []
     for name in sorted(name for name in names if name.startswith("backsight.")):
         spec = find_spec(name)
         assert spec is not None
         assert spec.origin is not None
-        sources.append(ast.dump(ast.parse(Path(spec.origin).read_bytes())))
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+        modules.append(ast.dump(ast.parse(Path(spec.origin).read_bytes())))
+    parts = {"cells": sources, "modules": modules}
+    return {name: hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] for name, texts in parts.items()}
 
 
 def execute(path: Path) -> None:
@@ -39,7 +41,7 @@ def execute(path: Path) -> None:
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
     for noise in ("papermill", "widgets"):
         notebook.metadata.pop(noise, None)
-    notebook.metadata.setdefault("backsight", {})["executed"] = digest(notebook.cells)
+    notebook.metadata.setdefault("backsight", {})["executed"] = digests(notebook.cells)
     path.write_text(nbformat.writes(notebook).rstrip() + "\n", encoding="utf-8")
 
 
