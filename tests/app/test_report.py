@@ -220,6 +220,8 @@ def test_claims_stand_beside_the_reference_run(tmp_path: Path, monkeypatch: pyte
     ]
     assert cells[start + 7] == "not measured"
     assert "deep keeps shape" not in write_report(tmp_path / "there").read_text()
+    (tmp_path / "there" / "quality-vit" / "run.json").unlink()  # just being remade
+    assert "deep keeps shape" not in write_report(tmp_path / "here").read_text()
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:

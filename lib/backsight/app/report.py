@@ -105,11 +105,11 @@ def write_report(folder: str | Path) -> Path:
         if (folder / file).is_file() and mark not in (folder / file).read_text(encoding="utf-8", errors="replace"):
             raise BacksightError(f"{folder / file} is not of backsight: move it away, or name another folder.")
     study = read_study(folder)
-    runs = []
-    for place in sorted(folder.iterdir()):
-        record, table = read_json(place / FINISHED) or {}, study.tables.get(place.name, NO_ROWS)
-        if place.name not in study.left_out and (record or len(table)):
-            runs.append(PageRun(place, record.get("notebook") or study.notebooks[place.name], record, table))
+    runs = [
+        PageRun(place, record["notebook"], record, study.tables.get(place.name, NO_ROWS))
+        for place in sorted(folder.iterdir())
+        if place.name not in study.left_out and (record := read_json(place / FINISHED) or {}).get("notebook")
+    ]
     metrics = pd.concat(list(study.tables.values()), ignore_index=True)
     added = [name for name in metrics if name not in METRIC_COLUMNS and name != "run"]
     metrics = metrics[[*METRIC_COLUMNS, *added, "run"]]
@@ -276,10 +276,13 @@ def _target(
 def _claims(study: Study) -> list[dict[str, Any]]:
     """The claims that the runs measured: their numbers beside those, and the verdicts, of the committed run."""
     committed, key = study_folder(), ["claim", "target", "tap"]
-    own = findings(study).dropna(subset="value").assign(tap=lambda rows: rows["tap"].fillna(""))
-    if own.empty or not committed.is_dir() or study.folder.resolve() == committed.resolve():
+    own = findings(study).dropna(subset="value").fillna({"tap": ""})
+    if own.empty or study.folder.resolve() == committed.resolve():
         return []
-    reference = findings(read_study(committed)).dropna(subset="value").set_index(key)
+    try:
+        reference = findings(read_study(committed)).dropna(subset="value").fillna({"tap": ""}).set_index(key)
+    except BacksightError:  # it is not there, or is just being remade
+        return []
 
     def told(row: Mapping[str, Any], *more: str) -> list[str]:
         return [number(row, signed=True), f"n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}", *more]
@@ -309,7 +312,7 @@ def _curves(tables: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
 def _facts(run: PageRun) -> dict[str, Any]:
     """What the table of runs says about one run."""
     seconds = dict(run.record.get("seconds") or {})
-    total, commit = seconds.pop("total", None), str(run.record.get("commit") or "")[:10]
+    total, commit = seconds.pop("total", 0.0), str(run.record.get("commit") or "")[:10]
     linked = [(path.name, run.link(path)) for path in sorted(run.folder.glob("*.*")) if not path.name.startswith(".")]
     return {
         "name": run.folder.name,
@@ -317,10 +320,10 @@ def _facts(run: PageRun) -> dict[str, Any]:
         "tables": [pair for pair in linked if pair[0].endswith((".csv", ".parquet", ".md"))],
         "notebook": run.notebook,
         "seed": run.record.get("seed", "–"),
-        "seconds": "–" if total is None else _duration(total),
-        "record": run.link(FINISHED) if run.record else "",
+        "seconds": _duration(total),
+        "record": run.link(FINISHED),
         "phases": [(name, _duration(value)) for name, value in seconds.items()],
-        "started": str(run.record.get("started", "no record kept")).replace("T", " ").replace("+00:00", " UTC"),
+        "started": str(run.record.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
         "commit": commit and f"commit {commit}{' + changes' if run.record.get('modified') else ''}",
     }
 
