@@ -220,21 +220,6 @@ def test_one_answer_for_several_images_is_no_output() -> None:
     assert target.record(IMAGES)["backbone.body"].batch == 2
 
 
-def test_all_of_a_list_of_maps_is_the_output() -> None:
-    class Maps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 2)
-
-        def forward(self, images: Tensor) -> list[Tensor]:
-            a = self.a(images)
-            return [a, self.b(a)]
-
-    target = module_target(made(Maps), ["a"], image_size=SIZE, output="all")
-    assert target(IMAGES).shape == (2, 8 * 64 + 8 * 16)
-    replays(target, "a")
-
-
 def test_random_draws_are_said() -> None:
     config = transformers.ViTMAEConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=64

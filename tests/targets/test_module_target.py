@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -269,7 +270,7 @@ def test_what_goes_around_a_tap_is_refused_or_travels_with_it() -> None:
     with pytest.raises(BacksightError, match="goes around"):
         target.from_tap("deep", recorded["deep"])
     pair = recorded["pair"]
-    assert pair.context["[1]"].shape == (3, 6, 4, 6)
+    assert pair.context["[1]"].shape == (3, 1, 6, 4, 6)
     torch.testing.assert_close(target.from_tap("pair", pair), target(images))
     torch.testing.assert_close(target.from_tap("pair", pair.index([2])), target(images[2:]))
     with pytest.raises(BacksightError, match=r"behind pair .* also reads \[1\]"):
@@ -493,6 +494,19 @@ def test_equal_tensors_have_one_recommended_name() -> None:
         *("layer4.0", "layer4.1"),
     ]
     assert table.loc[["layer1", "layer1.1.act2"], "same_as"].tolist() == ["layer1.1", "layer1.1"]
+
+
+def test_blocks_are_recommended_and_not_their_steps() -> None:
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
+    with torch.no_grad():
+        vit.heads.head.weight.normal_()  # zeros would say nothing of the image
+    target = module_target(vit, image_size=(32, 32))
+    blocks = [f"encoder.layers.encoder_layer_{number}" for number in (0, 1)]
+    assert target.taps == ("encoder.dropout", *blocks, "encoder")
+    stages = [target.stage(tap, before) for before, tap in zip((PIXELS, *target.taps), target.taps, strict=False)]
+    assert [stage.kind for stage in stages] == ["patch_embedding", "blocks", "blocks", "norm"]
+    assert [stage.depth for stage in stages] == [0, 1, 1, 0]
+    _agrees(target, _images(2, 32, 32))
 
 
 def test_suggest_taps_takes_any_images() -> None:

@@ -31,9 +31,9 @@ from backsight.errors import BacksightError, nearest
 from backsight.representation import Grid, Representation, Tokens
 from backsight.targets.axes import ORDERS, USUAL_PREFIX, Axes, Order, readings
 from backsight.targets.base import PIXELS, TAP_SETS, Preprocessing, Size, Stage, Target, hash_of
-from backsight.targets.hooks import Found, Place, brackets, frozen, is_leaf, playing
+from backsight.targets.hooks import Found, Place, brackets, element_of, frozen, is_leaf, playing
 from backsight.targets.outline import Outline, is_inside, outline
-from backsight.targets.survey import ALL, output_of, plain, read_as, survey
+from backsight.targets.survey import plain, read_as, survey
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,13 +67,13 @@ class Discovered(Target):
     def _companions(self, found: Found) -> dict[str, Found]:
         """Those of them, by their name in `Tokens.context`, that the rest reads too, where the tap alone is no cut.
 
-        Where no axis holds the images alone, the first holds the parts of all (of two, when it was found).
+        Their first axis holds the images, or the parts of all images (of two, when it was found).
         """
         if found.cut or not found.with_companions:
             return {}
-        beside = [e for e in reversed(self._beside(found)) if e.batch is not None or (e.shape and e.shape[0] % 2 == 0)]
-        different = {each.same: each for each in beside if each.same not in (found.same, -1)}
-        return {brackets(each.place.element): each for each in different.values()}
+        beside = [one for one in reversed(self._beside(found)) if one.batch in (0, None) and one.shape]
+        different = {one.same: one for one in beside if one.same not in (found.same, -1) and one.shape[0] % 2 == 0}
+        return {brackets(one.place.element): one for one in different.values()}
 
     def _form(self, tap: str) -> tuple[Grid, int, int]:
         """Grid, channels and prefix tokens at the model's own size."""
@@ -91,13 +91,8 @@ class Discovered(Target):
     ) -> dict[str, Representation]:
         recorded: dict[str, Representation] = {}
         for tap in taps:
-            companions = self._companions(self._chosen[tap])
-            context = {}
-            for key, each in companions.items():
-                value = seen[f"{tap} {key}"]
-                context[key] = (
-                    value.unflatten(0, (len(images), -1)) if each.batch is None else value.movedim(each.batch, 0)
-                )
+            keys = self._companions(self._chosen[tap])
+            context = {key: seen[f"{tap} {key}"].unflatten(0, (len(images), -1)) for key in keys}
             axes = self._axes_of(tap, seen[tap].shape, (images.shape[2], images.shape[3]))
             recorded[tap] = replace(axes.tokens(seen[tap]), context=context)
         return recorded
@@ -152,9 +147,7 @@ class Discovered(Target):
         size, found = self._size_of(tap, tokens), self._chosen[tap]
         value = self._axes_of(tap, found.shape, self.image_size).tensor(tokens)
         tensors = {found.same: value.reshape(len(value), *found.shape[1:]) if value.ndim < len(found.shape) else value}
-        for key, each in self._companions(found).items():
-            context = tokens.context[key]
-            tensors[each.same] = context.flatten(0, 1) if each.batch is None else context.movedim(0, each.batch)
+        tensors |= {one.same: tokens.context[key].flatten(0, 1) for key, one in self._companions(found).items()}
         values = {each.place: tensors[each.same] for each in self._beside(found) if each.same in tensors}
         images = image.to(self.device, self.dtype).expand(tokens.batch, -1, *size)
         with playing(self.model, {**values, found.place: tensors[found.same]}):
@@ -205,7 +198,7 @@ class ModuleTarget(Discovered):
         rows = []
         for tap, found in ((tap, self._chosen[tap]) for tap in self.taps):
             cut = "yes" if found.cut else "with its companions" if found.with_companions else "no"
-            element = brackets(found.place.element) or ALL
+            element = brackets(found.place.element) or "all"
             rows.append(read_as(found, element=element) | {"tap": tap, "channels": found.channels, "cut": cut})
         return pd.DataFrame(rows)
 
@@ -320,7 +313,7 @@ class ModuleTarget(Discovered):
             output = super()._forward(images, padding)
         if self._survey.output is None:
             return torch.empty(len(images), 0, device=images.device)
-        return output_of(output, self._survey.output).float()
+        return element_of(output, self._survey.output).float()
 
     def __call__(self, images: Tensor, padding: Tensor | None = None, gradient: bool = False) -> Any:
         """The model's own output. Raises BacksightError where that is no floating-point tensor of all images."""
@@ -378,9 +371,9 @@ def module_target(
     (default: none, images in [0, 1]); image_size: (H, W), default that of `preprocess`, else (224, 224); grids:
     {tap: (h, w)} where tokens lie on another grid than the one found (further tokens are prefix tokens); axes: {tap:
     "bchw" | "bhwc" | "bnc" | "bcn" | "nbc" | "bc"} where the axes found are wrong; output: which element of what the
-    model returns is its output (default: "logits" where there is one, else the first float tensor), or "all" of them,
-    flat, one after the other; name: for tables and files, default the module's class. A compiled or data-parallel
-    module is unwrapped. Shapes are found by two passes on random images. `print(target)` shows how every tap is read.
+    model returns is its output (default: "logits" where there is one, else the first float tensor); name: for tables
+    and files, default the module's class. A compiled or data-parallel module is unwrapped. Shapes are found by two
+    passes on random images. `print(target)` shows how every tap is read.
     Raises BacksightError on unknown taps, taps that never run, run repeatedly, hold no float tensor or nothing of the
     image, grids and axes that do not fit, a module whose forward pass fails, and TorchScript or exported graphs.
     """

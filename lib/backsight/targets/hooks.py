@@ -244,12 +244,12 @@ def observe(model: nn.Module, run: Callable[[Tensor], Any], images: Tensor) -> t
             raise
         except Exception as error:  # of the user's own model, under gradients
             reason = reason or f"its pass fails while gradients are traced ({type(error).__name__}: {error})"
-            continue
-        if traced:
-            return found, f"{reason}; cuts are those behind the first module" if inside else ""
-        reason = reason or (
-            "its output has no gradient with respect to the images (no_grad, inference_mode, detach or a discrete step)"
-        )
+        else:
+            if traced:
+                return found, f"{reason}; cuts are those behind the first module" if inside else ""
+            reason = (
+                reason or "its output has no gradient with respect to the images (no_grad, detach, a discrete step)"
+            )
     return _observed(model, run, images, None)[0], reason
 
 

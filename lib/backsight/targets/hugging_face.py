@@ -22,7 +22,7 @@ from backsight.targets.base import Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import Choice, choose, fitted, read_object, read_tensors
 from backsight.targets.detectors import DETECTORS
 from backsight.targets.discovered import RECOMMENDED, ModuleTarget
-from backsight.targets.names import Source, explained, reason
+from backsight.targets.names import Source, explained
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 LARGEST_HEIGHT = 480  # of a batch of images where a detector's processor keeps the aspect ratio
@@ -142,7 +142,7 @@ def _loaded(source: Source, kind: Any, config: Any) -> tuple[nn.Module, str]:
 
 def _processing(source: Source, config: Any, size: Size | None, step: Size | None = None) -> Preprocessing:
     """What the model's own image processor does. step: of a detector, whose images may have any aspect ratio."""
-    try:
+    with explained(source, "preprocessing in preprocessor_config.json"):
         processor = _processor(source, config, step)
         usual, crop = _processed_size(processor, config, step)
         factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
@@ -153,10 +153,6 @@ def _processing(source: Source, config: Any, size: Size | None, step: Size | Non
             raise ValueError("images have the channels red, green, blue")
         interpolation = INTERPOLATIONS.get(int(getattr(processor, "resample", None) or 2), "bilinear")
         return Preprocessing(mean, std, size or usual, interpolation, crop)
-    except Exception as error:  # transformers raises many types on a file that somebody edited
-        raise BacksightError(
-            f"preprocessor_config.json of {source.name} describes no preprocessing ({reason(error)}): correct it."
-        ) from error
 
 
 def _processor(source: Source, config: Any, step: Size | None) -> Any:

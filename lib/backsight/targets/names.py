@@ -15,17 +15,13 @@ from backsight.targets.checkpoints import NAMES, SUFFIXES, checkpoint_in, read_o
 
 SHIPPED = ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr", "scenes-deformable-detr")
 # Listed by `backsight targets`; any other name of timm or transformers works too.
-# fmt: off
 USUAL = (
-    "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch16_clip_224",
-    "vit_small_patch14_dinov2", "vit_base_patch14_reg4_dinov2", "deit_small_patch16_224", "deit3_base_patch16_224",
-    "beit_base_patch16_224", "eva02_small_patch14_224", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224",
-    "hiera_tiny_224", "convnext_tiny", "resnet50", "facebook/dinov2-small", "google/vit-base-patch16-224",
-    "facebook/detr-resnet-50", "microsoft/conditional-detr-resnet-50", "IDEA-Research/dab-detr-resnet-50",
-    "SenseTime/deformable-detr", "PekingU/rtdetr_r18vd", "hustvl/yolos-tiny",
-    "facebook/mask2former-swin-tiny-coco-instance",
+    *("vit_tiny_patch16_224", "vit_base_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2"),
+    *("vit_base_patch14_reg4_dinov2", "deit_small_patch16_224", "beit_base_patch16_224", "eva02_small_patch14_224"),
+    *("swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50", "facebook/dinov2-small", "facebook/detr-resnet-50"),
+    *("microsoft/conditional-detr-resnet-50", "IDEA-Research/dab-detr-resnet-50", "SenseTime/deformable-detr"),
+    *("PekingU/rtdetr_r18vd", "hustvl/yolos-tiny", "facebook/mask2former-swin-tiny-coco-instance"),
 )
-# fmt: on
 HUB = ("hf-hub:", "hf_hub:")
 PATHS = (".", "/", "~", "local-dir:")
 

@@ -27,8 +27,6 @@ from backsight.targets.outline import outline
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL = "all"
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -61,7 +59,7 @@ def suggest_taps(
         cut          whether all that the output knows of the image runs through it: the rest of the pass can be run
         cost         share of the pass's operations up to there (matrix products and convolutions)
         same_as      another name of the same tensor, "" where this is its only or its recommended one
-        recommended  cuts on a grid, one name each: whole blocks and components, and the last of each grid
+        recommended  cuts on a grid, one name each: what enters the blocks, blocks, ends of stages, what follows them
     Raises BacksightError where the model's forward pass fails, and on TorchScript or exported graphs.
     """
     import pandas as pd
@@ -122,7 +120,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
         nonlocal element
         returned = model(batch)
         element = _output_element(returned, output, name)
-        return None if element is None else output_of(returned, element)
+        return None if element is None else element_of(returned, element)
 
     with frozen(model), _explained(model, size):
         found, reason = observe(model, run, two)
@@ -143,7 +141,7 @@ def survey(model: nn.Module, preprocessing: Preprocessing, images: Tensor, outpu
         meant.name = meant.name.removesuffix(brackets(meant.place.element))
     # What a module is given is a tap only where it is a representation, and not the picture itself.
     found = [f for f in found if f.place.side == "output" or (f.axes and f.is_picture and f.axes.grid != size)]
-    answers = [(ALL,), *(each.place.element for each in found if not each.place.module and each.batch is not None)]
+    answers = [each.place.element for each in found if not each.place.module and each.batch is not None]
     return Survey(found, calls, element if element in answers else None, reason)
 
 
@@ -204,17 +202,9 @@ def _output_element(returned: Any, wanted: str | int | None, name: str) -> Eleme
         return next((element for element in present if wanted is None or element[:1] == (wanted,)), None)
     if chosen := [element for element in present if element[:1] == (wanted,)]:
         return chosen[0]
-    if wanted == ALL and present:
-        return (ALL,)
     raise BacksightError(
         f"{name} returns no floating-point tensor {wanted!r}; there are: {', '.join(map(brackets, present)) or 'none'}."
     )
-
-
-def output_of(output: Any, element: Element) -> Tensor:
-    if element != (ALL,):
-        return element_of(output, element)
-    return torch.cat([tensor.flatten(1) for _, tensor in tensors_in(output)], dim=1)
 
 
 def _generator(seed: int) -> torch.Generator:
