@@ -73,7 +73,7 @@ def recorded_batches(
         source: Any = images  # a store stands where an ImageSource does
         passes = ((batch, None) for batch in batches(source, batch_size, **how, raw=True))
     for batch, known in passes:
-        if target.device.type == "cuda" and torch.cuda.is_available():
+        if (batch.device.type, target.device.type) == ("cpu", "cuda") and torch.cuda.is_available():
             batch = batch.pin_memory()
         batch = unit_floats(batch.to(target.device, non_blocking=True))
         recorded = target.record(batch, taps) if known is None else known

@@ -39,16 +39,12 @@ def optimizers(
     grouped: dict[Group, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         grouped[group(name, parameter)].append(parameter)
-    matrices, others = (
-        [
-            {"params": listed, "rate": key.rate, "weight_decay": weight_decay * key.decay}
-            for key, listed in grouped.items()
-            if key.muon == muon
-        ]
-        for muon in (True, False)
-    )
-    found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
-    return [*found, torch.optim.AdamW(others, betas=betas, fused=True)] if others else found
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for key, listed in grouped.items():
+        options = {"rate": key.rate, "weight_decay": weight_decay * key.decay}
+        groups[key.muon].append({"params": listed, **options})
+    found: list[torch.optim.Optimizer] = [Muon(groups[True])] if groups[True] else []
+    return [*found, torch.optim.AdamW(groups[False], betas=betas, fused=True)] if groups[False] else found
 
 
 def step_all(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
