@@ -220,11 +220,12 @@ def test_the_curve_of_hues_does_not_depend_on_the_hue_that_is_looked_at(workbenc
     assert depths is workbench.depths(replace(view, hue_shift=90.0, tap="projection"), *HUES)
     curve = mean_errors(depths)
     assert curve["backbone"] < 30 < curve["predictions"]  # also what the notebook's table says of 16 scenes
-    made, error = workbench.depths(view, 45.0)["backbone"]
+    made, scores = workbench.depths(view, 45.0)["backbone"]
     turned = workbench.see(replace(view, tap="backbone", hue_shift=45.0))
     assert torch.allclose(made, turned.reconstruction, atol=1e-6)
-    assert float(error) == pytest.approx(turned.measures["hue_error"], abs=1e-2)
-    assert torch.allclose(depths["backbone"][1][HUES.index(45)], error, atol=1e-2)
+    for measure, (value,) in scores.items():
+        assert value == pytest.approx(turned.measures[measure], abs=1e-2)
+        assert depths["backbone"][1][measure][HUES.index(45)] == pytest.approx(value, abs=1e-2)
 
 
 def test_the_loss_of_hue_in_words() -> None:
@@ -232,7 +233,11 @@ def test_the_loss_of_hue_in_words() -> None:
     assert "down to a (10°) and is lost from b on (80°)" in hue_in_words({"a": 10.0, "b": 80.0, "c": 70.0})
     assert "lost at b" in hue_in_words({"a": 10.0, "b": 80.0, "c": 7.0})
     assert "from no layer" in hue_in_words({"a": 31.0})
-    assert "no hue to lose" in hue_in_words(mean_errors({"a": (torch.zeros(1), torch.tensor([float("nan")]))}))
+    nan, none = np.full(2, np.nan), torch.zeros(1)
+    assert "no hue to lose" in hue_in_words(mean_errors({"a": (none, {"hue_error": nan, "share_grey": nan})}))
+    kept, grey = {"hue_error": np.zeros(2), "share_grey": np.zeros(2)}, {"hue_error": nan, "share_grey": np.ones(2)}
+    words = hue_in_words(mean_errors({"a": (none, kept), "b": (none, grey)}))
+    assert "down to a (0°) and is lost from b on (grey)" in words
 
 
 @pytest.mark.parametrize("size", [None, (64, 48)])

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from backsight.errors import BacksightError
-from backsight.measures.pixels import ssim
+from backsight.measures.pixels import region_psnr, ssim
 from backsight.measures.structure import (
-    HUE_OF_A_GUESS,
     Judged,
     Ratio,
     bands,
@@ -20,10 +19,7 @@ from backsight.measures.structure import (
     dilated,
     edges,
     fit_texture_probe,
-    hue_errors,
     mask_iou,
-    mean_hue,
-    region_psnr,
     regions,
     segmented,
     texture_accuracy,
@@ -152,18 +148,13 @@ def test_the_outline_comes_from_the_colours_of_the_true_image(scene):
     assert mask_iou(masks[:1], torch.zeros_like(masks[:1])) == 0
 
 
-def test_hues_are_circular_and_a_grey_reconstruction_is_a_guess(scene):
+def test_an_object_that_comes_back_grey_is_counted_and_has_no_hue_error(scene):
     images, masks = scene
-    hue, chroma = mean_hue(images, masks)
-    assert hue.tolist() == pytest.approx([0, 240], abs=1e-3)
-    assert chroma.tolist() == pytest.approx([0.8, 0.8], abs=1e-5)
-    shown = torch.tensor([[0.9, 0.1, 0.3], [0.9, 0.3, 0.1]])[:, :, None, None].expand(-1, -1, 32, 32)
-    low, high = mean_hue(shown, masks)[0].tolist()  # on either side of red
-    apart = hue_errors(mean_hue(shown, masks), mean_hue(shown.flip(0), masks))
-    assert apart.tolist() == pytest.approx([360 - (low - high)] * 2, abs=1e-3)
-    grey = torch.full_like(images, 0.5)
-    assert hue_errors((hue, chroma), mean_hue(grey, masks)).tolist() == [HUE_OF_A_GUESS] * 2
-    assert hue_errors(mean_hue(grey, masks), (hue, chroma)).isnan().all()
+    empty = torch.stack([masks[0], torch.zeros_like(masks[1])])
+    values = detail(judged(images, empty))(torch.full_like(images, 0.5))
+    assert values["hue_error"].isnan().all()
+    assert values["share_grey"][0] == 1
+    assert values["share_grey"][1].isnan()  # without an object there is nothing to lose
 
 
 @pytest.mark.parametrize("size", [(64, 64), (24, 40), (9, 9)])

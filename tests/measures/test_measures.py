@@ -13,8 +13,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.measures.pixels import feature_cosine, mse, psnr, score, ssim
-from backsight.representation import Queries, Tokens
+from backsight.measures.pixels import psnr, ssim
+from backsight.representation import Tokens
 from backsight.studies.nulls import null_mean, shuffled
 from backsight.tables.pool import bootstrap_interval, metrics_row, metrics_rows
 from backsight.tables.values import METRIC_COLUMNS
@@ -32,7 +32,6 @@ def test_psnr_and_mse_are_scikit_images() -> None:
     for index in range(3):
         expected = peak_signal_noise_ratio(images[index].numpy(), disturbed[index].numpy(), data_range=1)
         assert float(psnr(images, disturbed)[index]) == pytest.approx(expected, abs=1e-4)
-    torch.testing.assert_close(psnr(images, disturbed), -10 * mse(images, disturbed).log10())
     torch.testing.assert_close(psnr(images, images), torch.full((3,), 100.0))
 
 
@@ -68,23 +67,19 @@ def test_ssim_is_scikit_images() -> None:
 @given(st.integers(1, 3), st.integers(3, 25), st.integers(3, 25))
 def test_every_size_has_finite_values_that_do_not_depend_on_the_batch(batch: int, height: int, width: int) -> None:
     images, disturbed = pair(batch, height, width)
-    masks = torch.ones(batch, height, width, dtype=torch.bool)
-    together = score(images, disturbed, masks)
-    assert set(together) == {"mse", "psnr", "ssim", "psnr_objects"}
-    for measure, values in together.items():
+    for measure in (psnr, ssim):
+        values = measure(images, disturbed)
         assert values.shape == (batch,)
         assert values.isfinite().all()
-        assert float(values[0]) == pytest.approx(
-            float(score(images[:1], disturbed[:1], masks[:1])[measure][0]), abs=1e-4
-        )
-    assert (together["ssim"] <= 1 + 1e-6).all()
+        assert float(values[0]) == pytest.approx(float(measure(images[:1], disturbed[:1])[0]), abs=1e-4)
+    assert (values <= 1 + 1e-6).all()
 
 
 def test_an_image_without_objects_has_no_value_inside_objects() -> None:
     images, disturbed = pair(2)
     masks = torch.zeros(2, 17, 23, dtype=torch.bool)
     masks[1, :5] = True
-    values = score(images, disturbed, masks)["psnr_objects"]
+    values = psnr(images, disturbed, masks)
     assert values[0].isnan()
     row = metrics_rows(values, "psnr_objects")[0]
     assert row["n"] == 1
@@ -97,18 +92,6 @@ def test_what_a_target_takes_can_be_measured() -> None:
     images, disturbed = pair(3)
     images[0, 0, 0, 0], disturbed[0, 0, 0, 0] = 1.009, -0.009
     assert psnr(images, disturbed).isfinite().all()
-
-
-def test_feature_cosine_ignores_padding() -> None:
-    values = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    padding = torch.tensor([[False, False, True, True], [False, False, False, False]])
-    one = Tokens(values, ((2, 2),), 1, padding)
-    spoiled = values.clone()
-    spoiled[0, 3:] = -7
-    torch.testing.assert_close(feature_cosine(one, Tokens(3 * spoiled, ((2, 2),), 1, padding)), torch.ones(2))
-    torch.testing.assert_close(feature_cosine(Queries(values), Queries(-values)), -torch.ones(2))
-    with pytest.raises(BacksightError, match="one form"):
-        feature_cosine(one, Queries(values))
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
@@ -160,18 +143,13 @@ def test_null_models() -> None:
 
 def test_bad_input_is_refused_in_one_sentence() -> None:
     images, disturbed = pair()
-    masks = torch.zeros(3, 17, 23, dtype=torch.bool)
-    masks[0] = True
     cases = [
         (lambda: psnr(images, disturbed[:2]), "one shape"),
         (lambda: psnr(images[0], disturbed[0]), "one shape"),
         (lambda: ssim(images * 255, disturbed), r"images need values in \[0, 1\], but lie in \[0"),
-        (lambda: mse(images, disturbed - 0.5), "reconstructions need values"),
-        (lambda: mse(images, torch.full_like(images, torch.nan)), "reconstructions need values"),
-        (lambda: mse(images.byte(), images.byte()), "divide by 255"),
-        (lambda: psnr(images, disturbed, masks), r"mask of image 1 in the batch is empty \(2 of 3 are\)"),
-        (lambda: psnr(images, disturbed, masks.float()), "type bool"),
-        (lambda: psnr(images, disturbed, masks[:, 1:]), "Masks need the shape"),
+        (lambda: psnr(images, disturbed - 0.5), "reconstructions need values"),
+        (lambda: psnr(images, torch.full_like(images, torch.nan)), "reconstructions need values"),
+        (lambda: psnr(images.byte(), images.byte()), "divide by 255"),
         (lambda: ssim(images[..., :2], disturbed[..., :2]), "at least 3 x 3"),
         (lambda: bootstrap_interval([]), "at least one image"),
         (lambda: bootstrap_interval([1.0, 2.0], level=95), "level is 95"),

@@ -53,11 +53,16 @@ def detections(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
 
 def match(image: Predictions, reconstruction: Predictions) -> Matches:
     """Which detections on the reconstruction find one on the image that has a score of CONFIDENT or more."""
-    true_scores, true_classes, true_boxes = detections(image)
-    scores, classes, boxes = detections(reconstruction)
-    seen = true_scores >= CONFIDENT
-    hits = find_objects(classes, boxes, true_classes, true_boxes, seen)
-    truth = F.one_hot(true_classes, image.objects.shape[2]).mul(seen[..., None]).sum(1)
+    scores, classes, boxes = detections(image)
+    return match_objects(reconstruction, classes.masked_fill(scores < CONFIDENT, -1), boxes)
+
+
+def match_objects(predictions: Predictions, labels: Tensor, boxes: Tensor) -> Matches:
+    """Which detections find an object. labels: (B, T) of the objects, -1 for none; boxes: (B, T, 4) x, y, x, y."""
+    scores, classes, corners = (values.cpu() for values in detections(predictions))
+    labels, boxes = labels.cpu(), boxes.cpu().to(corners)
+    hits = find_objects(classes, corners, labels, boxes, labels >= 0)
+    truth = F.one_hot(labels.clamp(min=0), predictions.objects.shape[2]).mul((labels >= 0)[..., None]).sum(1)
     return Matches(scores, classes, hits, truth)
 
 
@@ -95,12 +100,9 @@ def average_precision(matches: Matches, weights: np.ndarray | None = None) -> np
     return means
 
 
-def class_precisions(matches: Matches, weights: np.ndarray, whole_area: bool = False) -> dict[int, np.ndarray]:
-    """{class: (R,) average precision} of every class that the truth holds; NaN where a resample shows no object.
-
-    weights: as of `average_precision`. The precision is interpolated at COCO's 101 recalls, or (whole_area) integrated
-    over all of them. Source: Everingham et al., The PASCAL VOC challenge: a retrospective, 2015.
-    """
+def class_precisions(matches: Matches, weights: np.ndarray) -> dict[int, np.ndarray]:
+    """{class: (R,) average precision, at COCO's 101 recalls} of every class that the truth holds; NaN where a resample
+    shows no object. weights: as of `average_precision`."""
     scores, classes, hits, truth = (
         values.numpy() for values in (matches.scores, matches.classes, matches.hits, matches.truth)
     )
@@ -109,17 +111,17 @@ def class_precisions(matches: Matches, weights: np.ndarray, whole_area: bool = F
     for kind in np.flatnonzero(truth.any(0)):
         chosen = classes == kind
         ranked = np.argsort(-scores[chosen], kind="stable")
-        weight = weights[:, image[chosen][ranked]]
-        right = weight * hits[chosen][ranked]
-        found, every, objects = right.cumsum(1), weight.cumsum(1), weights @ truth[:, kind]
+        places, objects = np.flatnonzero(hits[chosen][ranked]), weights @ truth[:, kind]  # only hits change the curve
+        ranked = image[chosen][ranked[: places[-1] + 1 if len(places) else 0]]
+        made, right = np.zeros((2, len(places), len(scores)))  # detections, and hits, of each image up to each hit
+        np.add.at(made, (np.searchsorted(places, np.arange(len(ranked))), ranked), 1)
+        np.add.at(right, (np.arange(len(places)), ranked[places]), 1)
+        every, found = weights @ made.cumsum(0).T, weights @ right.cumsum(0).T
         precision = np.divide(found, every, out=np.zeros(found.shape), where=every > 0)
         envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        there = objects > 0
+        some = objects > 0
         values = np.full(len(weights), np.nan)
-        if whole_area:
-            values[there] = (right * envelope)[there].sum(1) / objects[there]
-        else:
-            values[there] = _at_recalls(envelope[there], found[there], objects[there])
+        values[some] = _at_recalls(envelope[some], found[some], objects[some])
         precisions[int(kind)] = values
     return precisions
 

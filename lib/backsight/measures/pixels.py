@@ -7,36 +7,30 @@ taken over images.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.representation import Representation
 
 PSNR_CEILING = 100.0  # dB, of two images that are equal to within float32 rounding
 # SSIM windows: pixels -> sigma of the Gaussian.
 WINDOWS = {11: 1.5, 7: 0.9, 3: 0.4}
 
 
-def mse(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """(B,) mean squared error over pixels and channels, in units of the full range squared."""
-    _check_images(images, reconstructions)
-    return (images - reconstructions).square().flatten(1).mean(1)
-
-
 def psnr(images: Tensor, reconstructions: Tensor, masks: Tensor | None = None) -> Tensor:
-    """(B,) peak signal-to-noise ratio in dB, -10 log10(mse), at most 100 dB.
+    """(B,) peak signal-to-noise ratio in dB, -10 log10 of the mean squared error, at most 100 dB.
 
-    masks: (B, H, W) bool, True = counted; the error is then averaged over those pixels only.
-    Raises BacksightError on unequal shapes, values outside [0, 1] or an empty mask.
+    masks: (B, H, W) bool, True = counted; the error is then averaged over those pixels only, NaN where there are none.
+    Raises BacksightError on unequal shapes and values outside [0, 1].
     """
     _check_images(images, reconstructions)
     error = (images - reconstructions).square().mean(1)
-    if masks is None:
-        mean = error.flatten(1).mean(1)
-    else:
-        _check_masks(masks, images)
-        mean = (error * masks).flatten(1).sum(1) / masks.flatten(1).sum(1)
+    return region_psnr(error, torch.ones_like(error, dtype=torch.bool) if masks is None else masks)
+
+
+def region_psnr(squared_error: Tensor, region: Tensor) -> Tensor:
+    """(B,) PSNR in dB over a region (B, H, W) bool; NaN where it is empty. squared_error: (B, H, W), mean over
+    channels."""
+    mean = (squared_error * region).flatten(1).sum(1) / region.flatten(1).sum(1)  # 0 / 0 is NaN
     return -10 * mean.clamp(min=10 ** (-PSNR_CEILING / 10)).log10()
 
 
@@ -73,41 +67,6 @@ def _window(side: int, window: int, sigma: float, like: Tensor) -> Tensor:
     return matrix.to(like)
 
 
-def feature_cosine(representation: Representation, other: Representation) -> Tensor:
-    """(B,) mean over tokens (without padding) of the cosine between two representations of one form."""
-    if representation.form != other.form or representation.batch != other.batch:
-        raise BacksightError(
-            f"feature_cosine() compares representations of one form, not {representation.form} of "
-            f"{representation.batch} images and {other.form} of {other.batch}."
-        )
-    cosine = F.cosine_similarity(representation.values, other.values, dim=-1)
-    padding = getattr(representation, "padding", None)
-    if padding is None:
-        return cosine.mean(1)
-    prefix = padding.new_ones(len(padding), cosine.shape[1] - padding.shape[1])
-    counted = torch.cat([prefix, ~padding], dim=1)
-    return (cosine * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-
-def score(images: Tensor, reconstructions: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-    """{measure: (B,)}: mse, psnr, ssim, and psnr_objects where masks (B, H, W) of the objects are given.
-
-    Images whose mask is empty have no psnr_objects: NaN there.
-    """
-    values = {
-        "mse": mse(images, reconstructions),
-        "psnr": psnr(images, reconstructions),
-        "ssim": ssim(images, reconstructions),
-    }
-    if masks is not None:
-        filled = masks.flatten(1).any(1)
-        inside = torch.full_like(values["psnr"], float("nan"))
-        if filled.any():
-            inside[filled] = psnr(images[filled], reconstructions[filled], masks[filled])
-        values["psnr_objects"] = inside
-    return values
-
-
 def _check_images(images: Tensor, reconstructions: Tensor) -> None:
     if images.shape != reconstructions.shape or images.ndim != 4 or not len(images):
         raise BacksightError(
@@ -123,17 +82,3 @@ def _check_images(images: Tensor, reconstructions: Tensor) -> None:
                 f"The {name} need values in [0, 1], but lie in [{low:.4g}, {high:.4g}]: "
                 "scale or clamp them before measuring."
             )
-
-
-def _check_masks(masks: Tensor, images: Tensor) -> None:
-    wanted = (images.shape[0], *images.shape[2:])
-    if masks.dtype != torch.bool or tuple(masks.shape) != wanted:
-        raise BacksightError(
-            f"Masks need the shape {wanted} and the type bool, not {tuple(masks.shape)} and {masks.dtype}."
-        )
-    empty = (~masks.flatten(1).any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise BacksightError(
-            f"The mask of image {empty[0]} in the batch is empty ({len(empty)} of {len(masks)} are): "
-            "leave such images out."
-        )

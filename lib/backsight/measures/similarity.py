@@ -57,14 +57,26 @@ def procrustes_pairs(
     similarity of layers: Williams et al., NeurIPS 2021. Minibatches are to be left out, not drawn twice: the similarity
     grows as rows become fewer. Pairs need not have equal numbers of channels.
     """
-    moments = _cross_moments(_minibatches(features), pairs)
-    return lambda kept: _procrustes_from(moments, kept), len(moments[0])
+    parts = _minibatches(features)
+    centred = [_varying(each.flatten(0, 1)[None])[0].unflatten(0, each.shape[:2]) for each in parts]
+    squares = torch.stack([each.square().sum((1, 2)) for each in centred], dim=1)
+    products = [centred[i].transpose(1, 2) @ centred[j] for i, j in pairs]
+
+    def similarity(kept: np.ndarray) -> np.ndarray:
+        sizes = squares[kept].sum(0).sqrt()
+        values = []
+        for (i, j), product in zip(pairs, products, strict=True):
+            scale = float(sizes[i] * sizes[j])
+            nuclear = float(torch.linalg.svdvals(product[kept].sum(0)).sum()) if scale > 0 else 0.0
+            values.append(min(nuclear / scale, 1.0) if scale > 0 else 0.0)
+        return np.array(values)
+
+    return similarity, len(squares)
 
 
 def token_cosine(first: Representation, second: Representation) -> Tensor:
     """(B,) mean over tokens (without padding, with prefix tokens) of the cosine between the tokens of two layers.
 
-    Unlike `measures.feature_cosine` it compares layers, whose positional code and padding may differ.
     Raises BacksightError on other numbers of tokens or channels.
     """
     if first.values.shape != second.values.shape:
@@ -181,32 +193,6 @@ def _u_centred(features: Tensor) -> Tensor:
     gram = gram - sums[:, :, None] / (rows - 2) - sums[:, None, :] / (rows - 2) + total
     gram.diagonal(dim1=1, dim2=2).zero_()
     return gram.flatten(1) / (rows * (rows - 3)) ** 0.5
-
-
-_Moments = tuple[Tensor, list[tuple[int, int]], list[Tensor]]
-
-
-def _cross_moments(parts: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> _Moments:
-    """Sums over the rows of each minibatch, about the layer's overall mean, from which any subset follows.
-
-    (M, T) squares, the pairs, and for each pair (M, C, C') products.
-    """
-    centred = [_varying(each.flatten(0, 1)[None])[0].unflatten(0, each.shape[:2]) for each in parts]
-    squares = torch.stack([each.square().sum((1, 2)) for each in centred], dim=1)
-    products = [centred[i].transpose(1, 2) @ centred[j] for i, j in pairs]
-    return squares, list(pairs), products
-
-
-def _procrustes_from(moments: _Moments, kept: np.ndarray | None = None) -> np.ndarray:
-    squares, pairs, products = moments
-    which = torch.arange(len(squares)) if kept is None else torch.from_numpy(kept)
-    sizes = squares[which].sum(0).sqrt()
-    values = []
-    for (i, j), product in zip(pairs, products, strict=True):
-        scale = float(sizes[i] * sizes[j])
-        nuclear = float(torch.linalg.svdvals(product[which].sum(0)).sum()) if scale > 0 else 0.0
-        values.append(min(nuclear / scale, 1.0) if scale > 0 else 0.0)
-    return np.array(values)
 
 
 def _over_tokens(values: Tensor, representation: Representation) -> Tensor:

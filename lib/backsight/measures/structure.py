@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.measures.pixels import PSNR_CEILING
+from backsight.measures.hue import hue_scores, object_chroma
+from backsight.measures.pixels import region_psnr
 
 EDGE_THRESHOLD = 0.08  # full ranges a pixel: a sharp step of a sixth of the range passes, a faint one does not
 TOLERANCE = 64  # an edge may lie a 64th of the shorter side away
 BOUNDARY = 32  # a boundary is a 32nd of the shorter side wide, to either side of the outline
-LEAST_CHROMA = 0.04  # of the mean colour of an object: below it a hue is a matter of rounding
-HUE_OF_A_GUESS = 90.0  # degrees, the mean error of a hue drawn at random
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 CROP = 32  # pixels a side of the object that the texture probe reads
 
@@ -92,13 +91,6 @@ def regions(masks: Tensor) -> dict[str, Tensor]:
     """
     near = max(1, round(min(masks.shape[1:]) / BOUNDARY))
     return {"objects": masks, "boundary": dilated(masks, near) & dilated(~masks, near), "background": ~masks}
-
-
-def region_psnr(squared_error: Tensor, region: Tensor) -> Tensor:
-    """(B,) PSNR in dB over a region; NaN where it is empty. squared_error: (B, H, W), mean over channels."""
-    count = region.flatten(1).sum(1)
-    mean = (squared_error * region).flatten(1).sum(1) / count
-    return (-10 * mean.clamp(min=10 ** (-PSNR_CEILING / 10)).log10()).where(count > 0, mean.new_tensor(math.nan))
 
 
 # ----------------------------------------------------------------------------------------------------------- edges
@@ -240,32 +232,6 @@ def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
     return both / either  # 0 / 0 is NaN
 
 
-# ------------------------------------------------------------------------------------------------------------- hue
-
-
-def mean_hue(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) hue in degrees and (B,) chroma of the mean colour inside (B, H, W) masks, of the hexagon of HSV.
-
-    The chroma (0 to 1) is the length of the mean of the colours' vectors around the grey axis.
-    """
-    count = masks.flatten(1).sum(1).clamp(min=1)
-    red, green, blue = ((images * masks[:, None]).flatten(2).sum(2) / count[:, None]).unbind(1)
-    along, across = red - (green + blue) / 2, (green - blue) * math.sqrt(3) / 2
-    return torch.rad2deg(torch.atan2(across, along)) % 360, (along.square() + across.square()).sqrt()
-
-
-def hue_errors(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Tensor:
-    """(B,) degrees in [0, 180] between two `mean_hue`.
-
-    NaN where the image has no hue; 90, the mean error of a guess, where the reconstruction has none: leaving such
-    images out would flatter a reconstruction that greys out what it does not know.
-    """
-    apart = (true[0] - made[0]).abs() % 360
-    error = torch.minimum(apart, 360 - apart)
-    error = error.where(made[1] > LEAST_CHROMA, error.new_tensor(HUE_OF_A_GUESS))
-    return error.where(true[1] > LEAST_CHROMA, error.new_tensor(math.nan))
-
-
 # --------------------------------------------------------------------------------------------- the measures together
 
 
@@ -282,7 +248,7 @@ def detail(judged: Judged) -> Callable[[Tensor], Scores]:
     inside = judged.largest
     if inside is not None:
         filled = inside.flatten(1).any(1)
-        model, hue = colour_model(images, inside), mean_hue(images, inside)
+        model, colours = colour_model(images, inside), object_chroma(images, inside)
         ceiling = mask_iou(inside, segmented(images, model))
 
     def measured(made: Tensor) -> Scores:
@@ -299,7 +265,8 @@ def detail(judged: Judged) -> Callable[[Tensor], Scores]:
             nothing = made.new_tensor(math.nan)
             values["mask_iou"] = mask_iou(inside, segmented(made, model)).where(filled, nothing)
             values["mask_iou_ceiling"] = ceiling.where(filled, nothing)
-            values["hue_error"] = hue_errors(hue, mean_hue(made, inside)).where(filled, nothing)
+            for name, scores in hue_scores(colours, object_chroma(made, inside)).items():
+                values[name] = torch.from_numpy(scores)
         return values
 
     return measured

@@ -1,11 +1,11 @@
-"""The colour study's pass over images and perturbations, and its values.
+"""The colour study: what inverses paint, and what the target answers, when objects are recoloured.
 
-Every perturbed picture goes through the target once; each inverse paints it from each tap, and of what it paints only
-the colour of the object is kept: one complex number (`colour.object_chroma`). All measures are taken from these.
+Every recoloured picture goes through the target once; each inverse paints it from each tap, and of what it paints only
+the colour of the object is kept: one complex number (`hue.object_chroma`). All measures are taken from these.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,29 @@ from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import fit_linear
-from backsight.measures.hue import chroma_kept, hue_distance, hue_of, object_chroma, respond, reversion, shares
+from backsight.measures.agreement import class_precisions, match_objects
+from backsight.measures.hue import (
+    hue_scores,
+    object_chroma,
+    permutation_p,
+    respond,
+    reversion_index,
+    reverted,
+    shares,
+)
 from backsight.representation import Predictions, concatenate
 from backsight.scenes.dataset import cached
 from backsight.scenes.render import SceneOptions
-from backsight.studies.recolour import JudgedObjects, Perturbation, painted
+from backsight.studies.nulls import shuffled
+from backsight.studies.recolour import NONE, JudgedObjects, Perturbation, Region, hue_shifts
 from backsight.tables.pooling import influence
 from backsight.tables.values import NO_SEED, Values
 from backsight.targets import PIXELS, Target
 
 Families = Mapping[int, Mapping[str, Mapping[str, Reconstruct]]]  # {training seed: {family: {tap: inverse}}}
-NULL_SHIFTS = 8  # points of the response curve on which the nulls are measured, at least 3
+# In a table: of all turns of the object's hue, not of one.
+ALL_HUES: Mapping[str, Any] = {"perturbation": "hue_shift", "region": "object", "hue_shift": np.nan}
+DEALS = 2000  # of the classes' hues, in the permutation test
 
 
 @dataclass(frozen=True)
@@ -42,258 +54,247 @@ class Key:
 
 @dataclass(frozen=True)
 class ColourRecord:
-    """Colours of the judged objects under every perturbation.
+    """Colours of the judged objects while their hue goes round the circle.
 
-    shown: (P, N) complex, 0 where a perturbation was not inverted; made: {Key: {training seed: (P, N) complex}}, NaN
-    where a perturbation was not measured; outputs: of each perturbation the target's answer on all images.
+    shown: (K, N) complex, of K turns of N objects; made: {Key: {training seed: (K, N) complex}}.
     """
 
     target: Target
     objects: JudgedObjects
-    perturbations: tuple[Perturbation, ...]
+    turns: tuple[Perturbation, ...]
     shown: np.ndarray
     made: dict[Key, dict[int, np.ndarray]]
-    outputs: list[Tensor | Predictions] = field(default_factory=list)
 
 
-def uniform_by_seed(target: Target, seeds: Sequence[int], count: int) -> Families:
-    """{seed: {"linear_uniform": {tap: inverse}}}: linear inverses fitted on scenes whose hues tell nothing of classes.
+def families_to_compare(
+    families: Sequence[str], by_seed: Families, target: Target, linear_seeds: Sequence[int], count: int, scenes: bool
+) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
+    """Of the inverses of several training seeds those of `families`; on scenes, `linear` and `linear_uniform` are
+    fitted here, alike but for their `count` training scenes: of the usual hues, or of hues that say nothing of classes.
 
-    What an inverse has learned of typical colours comes from the colours that it was fitted on; these know none.
+    What an inverse has learned of typical colours comes from the colours it was fitted on; `linear_uniform` knows none.
+    Raises BacksightError where nothing is left.
     """
-    found = {}
-    for seed in seeds:
-        folder = cached("train", count, seed, max(target.image_size), SceneOptions(rule="uniform"))
-        images = open_images(folder, "all", target.image_size)
-        found[seed] = {"linear_uniform": fit_linear(target, images, seed=seed, progress=False)}
-    return found
-
-
-def only(wanted: Sequence[str], families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
-    """Of the inverses of several training seeds, the families that are wanted. Raises BacksightError for none."""
-    chosen = {seed: {name: taps for name, taps in found.items() if name in wanted} for seed, found in families.items()}
-    if not all(chosen.values()):
-        there = sorted({name for found in families.values() for name in found})
-        raise BacksightError(f"families is {list(wanted)}, and the inverses here are {', '.join(there)}: name one.")
-    return chosen
-
-
-def merged(*families: Families) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
-    """The families of several sources, seed by seed."""
-    together: dict[int, dict[str, Mapping[str, Reconstruct]]] = {}
-    for each in families:
-        for seed, found in each.items():
-            together.setdefault(seed, {}).update(found)
-    return together
+    own = [name for name in families if not (scenes and name == "linear")]
+    chosen = {seed: {name: taps for name, taps in of.items() if name in own} for seed, of in by_seed.items()}
+    for seed in linear_seeds if scenes else ():
+        for name, options in (("linear", SceneOptions()), ("linear_uniform", SceneOptions(rule="uniform"))):
+            images = open_images(
+                cached("train", count, seed, max(target.image_size), options), "all", target.image_size
+            )
+            chosen.setdefault(seed, {})[name] = fit_linear(target, images, seed=seed, progress=False)
+    if not any(chosen.values()):
+        known = sorted({name for of in by_seed.values() for name in of})
+        raise BacksightError(f"families is {list(families)}, and the inverses here are {', '.join(known)}: name one.")
+    return {seed: of for seed, of in chosen.items() if of}
 
 
 @torch.no_grad()
 def record_colours(
     target: Target,
     objects: JudgedObjects,
-    perturbations: Sequence[Perturbation],
+    turns: int,
     families: Families,
     untrained: Mapping[int, tuple[Target, Mapping[str, Mapping[str, Reconstruct]]]] | None = None,
     mean_image: Tensor | None = None,
-    answers: bool = True,
-    nulls: bool = True,
-    prototype_eyes: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> ColourRecord:
-    """The colour of each object in what every inverse makes of every tap, under every perturbation.
+    """The colour of each object in what every inverse makes of every tap, at `turns` hues all round the circle.
 
     families, untrained: as `families_by_seed` and `untrained_by_seed` give them; mean_image: (3, H, W), the null
-    that knows no image. The nulls that cost a pass (`null_shuffled`: another image's representation under the same
-    perturbation; `null_untrained`) are measured on NULL_SHIFTS points of the object's response curve. `painter` is no
-    inverse: it paints each object in its canonical hue, whatever is shown. answers: also keep the target's outputs;
-    nulls: measure null_shuffled. prototype_eyes: from 0 to 1, how far the *target* is shown each object in its
-    canonical hue instead of the picture judged: a known answer, since its layers then hold so much of the prototype.
+    that knows no image. `null_shuffled` reads another image's representation, under the same turn. `painter` is no
+    inverse: it paints each object in its canonical hue, whatever is shown.
     """
     taps = [t for t in target.available_taps if any(t in g for each in families.values() for g in each.values())]
-    if not taps:
-        raise BacksightError(f"there is no inverse of {target.name} at any tap: give families")
-    count = len(objects)
-    sparse = null_places(perturbations)
-    shown = np.zeros((len(perturbations), count), complex)
+    perturbations, count = hue_shifts(turns), len(objects)
+    shown = np.zeros((turns, count), complex)
     made: dict[Key, dict[int, np.ndarray]] = {}
-    outputs: list[Tensor | Predictions] = []
-    order = _order(seed, count)
-    hues = torch.from_numpy(np.where(objects.canonical, objects.hues, np.nan))
+    parts = torch.arange(count).tensor_split(-(-count // batch_size))
 
-    def note(key: Key, training_seed: int, place: int, part: slice, images: Tensor) -> None:
+    def note(key: Key, training_seed: int, place: int, part: Tensor, images: Tensor) -> None:
         table = made.setdefault(key, {}).setdefault(training_seed, np.full(shown.shape, np.nan, complex))
         table[place, part] = object_chroma(images.clamp(0, 1), objects.masks[part])
 
-    for place, perturbation in enumerate(
-        tqdm(
-            perturbations, desc=f"colours of {target.name}", total=len(perturbations), leave=False, disable=not progress
-        )
-    ):
-        pictures = objects.perturbed(perturbation)
-        answered = []
-        for start in range(0, count, batch_size):
-            part = slice(start, min(start + batch_size, count))
-            batch = pictures[part]
-            if not perturbation.inverted:
-                if answers:
-                    answered.append(target(batch))
-                continue
-            shown[place, part] = object_chroma(batch, objects.masks[part])
-            if mean_image is not None:
-                note(Key("null_mean", PIXELS), NO_SEED, place, part, mean_image.expand_as(batch))
-            canonical = painted(batch, objects.masks[part], hues[part]).clamp(0, 1)
-            note(Key("painter", PIXELS), NO_SEED, place, part, canonical)
-            recorded = target.record(torch.lerp(batch, canonical, prototype_eyes), taps)
-            if answers:  # from the deepest tap: never dearer than another whole pass
-                answered.append(target.from_tap(taps[-1], recorded[taps[-1]]))
-            others = target.record(pictures[order[part]], taps) if nulls and place in sparse and count > 1 else None
+    for place, turn in enumerate(tqdm(perturbations, f"colours of {target.name}", leave=False, disable=not progress)):
+        pictures = objects.perturbed(turn)
+        for part in parts:
+            shown[place, part] = object_chroma(pictures[part], objects.masks[part])
+            recorded = target.record(pictures[part], taps)
             for training_seed, found in families.items():
                 for family, inverses in found.items():
                     for tap, inverse in inverses.items():
                         note(Key(family, tap), training_seed, place, part, inverse(recorded[tap]))
-                        if others is not None and not family.endswith("_uniform"):
-                            key = Key("null_shuffled", tap, family)
-                            note(key, training_seed, place, part, inverse(others[tap]))
-            if place in sparse and untrained is not None:
-                for training_seed, (null_target, null_families) in untrained.items():
-                    null_taps = list(dict.fromkeys(t for found in null_families.values() for t in found))
-                    null_recorded = null_target.record(batch, null_taps)
-                    for family, inverses in null_families.items():
-                        for tap, inverse in inverses.items():
-                            key = Key("null_untrained", tap, family)
-                            note(key, training_seed, place, part, inverse(null_recorded[tap]))
-        if answers:
-            outputs.append(_joined(answered))
-    return ColourRecord(target, objects, tuple(perturbations), shown, made, outputs)
+                        if len(part) > 1 and not family.endswith("_uniform"):
+                            other = shuffled(recorded[tap], torch.Generator().manual_seed(seed))
+                            note(Key("null_shuffled", tap, family), training_seed, place, part, inverse(other))
+            for training_seed, (null_target, null_families) in (untrained or {}).items():
+                null_taps = list(dict.fromkeys(t for found in null_families.values() for t in found))
+                null_recorded = null_target.record(pictures[part], null_taps)
+                for family, inverses in null_families.items():
+                    for tap, inverse in inverses.items():
+                        key = Key("null_untrained", tap, family)
+                        note(key, training_seed, place, part, inverse(null_recorded[tap]))
+    canonical = np.abs(shown) * np.exp(1j * np.radians(objects.hues))
+    made[Key("painter", PIXELS)] = {NO_SEED: np.where(objects.canonical, canonical, shown)}
+    if mean_image is not None:
+        mean = object_chroma(mean_image.expand_as(objects.images), objects.masks)
+        made[Key("null_mean", PIXELS)] = {NO_SEED: np.broadcast_to(mean, shown.shape)}
+    return ColourRecord(target, objects, tuple(perturbations), shown, made)
 
 
-def null_places(perturbations: Sequence[Perturbation]) -> list[int]:
-    """Places of evenly spaced shifts of the object's hue, about NULL_SHIFTS of them."""
-    curve = [i for i, p in enumerate(perturbations) if p.kind == "hue_shift" and p.region == "object"]
-    for wanted in range(min(NULL_SHIFTS, len(curve)), 2, -1):
-        if len(curve) % wanted == 0:
-            return curve[:: len(curve) // wanted]
-    return curve
+def colour_values(record: ColourRecord, seed: int = 0) -> pd.DataFrame:
+    """Values of every inverse and null, of each object.
 
-
-def _order(seed: int, count: int) -> list[int]:
-    """Another image for each image: a random cycle."""
-    drawn = np.random.default_rng(seed).permutation(count)
-    order = np.empty(count, int)
-    order[drawn] = np.roll(drawn, 1)
-    return order.tolist()
-
-
-def _joined(answers: Sequence[Tensor | Predictions]) -> Tensor | Predictions:
-    predictions = [each for each in answers if isinstance(each, Predictions)]
-    if predictions:
-        return concatenate(predictions)
-    return torch.cat([each for each in answers if isinstance(each, Tensor)])
-
-
-# ---------------------------------------------------------------------------------------------------------- tables
-
-
-def colour_values(record: ColourRecord) -> pd.DataFrame:
-    """Values of each perturbation that was inverted, of the whole response curve, and the reversion index.
-
-    Rows with perturbation "hue_shift" and no hue_shift are of the whole curve: the mean over the shifts of an image;
-    there, and under each single shift, shares are of the cases whose hue shown is `hue.SEPARATION` degrees or more
-    from the canonical one. Nulls have the curve only.
+    Of each turn hue_error_shown (degrees, of reconstructions that have a hue), of inverses only; of all turns
+    (ALL_HUES) the mean of hue_error_shown, of share_keep, share_revert, share_grey and share_other (of the cases whose
+    hue shown is `hue.SEPARATION` degrees or more from the canonical one), of reverted_above_deals (share_revert less
+    the share that comes back in a hue of another class), the reversion_index, and reverted_p, one number of all objects
+    and seeds: p of `permutation_p`, with DEALS deals of the hues to the classes.
     """
-    values = _values(record)
+    objects, shown = record.objects, record.shown
+    values = Values(record.target, objects.name, objects.split, range(len(objects)))
     for key, by_seed in record.made.items():
-        single = not key.inverse.startswith("null_") and key.inverse != "painter"
-        for train_seed, colours in by_seed.items():
-            for place, perturbation in enumerate(record.perturbations):
-                if single and not np.isnan(colours[place]).any():
-                    _add_measures(values, record, key, train_seed, [place], perturbation.columns)
-            for region in ("object", "image"):
-                if len(curve := _curve(record, region, colours)) >= 3:
-                    _add_measures(values, record, key, train_seed, curve, _whole_curve(region))
-                    _add_index(values, record, key, train_seed, curve, region)
+        common: dict[str, Any] = {"tap": key.tap, "inverse": key.inverse, "family": key.family or key.inverse}
+        hits = []
+        for train_seed, made in by_seed.items():
+            of_turns = hue_scores(shown, made)["hue_error"]
+            means = {"hue_error_shown": of_turns, **shares(shown, made, objects.hues)}
+            numbers = {name: _mean(table) for name, table in means.items()}
+            if objects.canonical.any():
+                back, hues, own = _in_every_hue(shown, made, objects)
+                hits.append(back)
+                others = np.where(np.arange(len(hues)) == own[:, None], np.nan, back)
+                excess = back[np.arange(len(own)), own] - _mean(others.T)
+                numbers["reverted_above_deals"] = np.full(len(objects), np.nan)
+                numbers["reverted_above_deals"][objects.canonical] = excess
+            for category, members in objects.categories.items():
+                told = common | {"category": category, **ALL_HUES}
+                for name, mean in numbers.items():
+                    values.add(name, {train_seed: np.where(members, mean, np.nan)}, **told)
+                response = respond(shown, made)
+                index = reversion_index(response, objects.hues, objects.labels, objects.canonical, members)
+                if index is not None:
+                    values.add("reversion_index", {train_seed: influence(index, len(objects))}, **told)
+                if not key.inverse.startswith("null_") and key.inverse != "painter":
+                    for turn, errors in zip(record.turns, of_turns, strict=True):
+                        told |= turn.columns
+                        values.add("hue_error_shown", {train_seed: np.where(members, errors, np.nan)}, **told)
+        if hits:
+            p = permutation_p(np.mean(hits, 0), own, objects.labels[objects.canonical], DEALS, seed)
+            told = common | {"category": "canonical", **ALL_HUES}
+            values.add("reverted_p", [p], **told)
     return values.table()
 
 
-def index_values(record: ColourRecord) -> pd.DataFrame:
-    """The reversion index and its parts, of the object's response curve."""
-    values = _values(record)
-    for key, by_seed in record.made.items():
-        for train_seed, colours in by_seed.items():
-            if len(curve := _curve(record, "object", colours)) >= 3:
-                _add_index(values, record, key, train_seed, curve, "object")
+def _mean(table: np.ndarray) -> np.ndarray:
+    """(N,) mean over the rows (K, N) that have a value; NaN where none has."""
+    counted = (~np.isnan(table)).sum(0)
+    return np.where(counted > 0, np.nansum(table, 0) / np.maximum(counted, 1), np.nan)
+
+
+def _in_every_hue(
+    shown: np.ndarray, made: np.ndarray, objects: JudgedObjects
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the M objects that own a hue: (M, H) share of the turns far from each of H hues that come back in it; the H
+    hues of all classes; (M,) which of them is theirs."""
+    own = objects.canonical
+    hues, which = np.unique(objects.hues[own], return_inverse=True)
+    return np.stack([_mean(reverted(shown[:, own], made[:, own], hue)) for hue in hues], 1), hues, which
+
+
+# ------------------------------------------------------------------------------------------- the target's own answers
+
+
+def answer_refusal(target: Target, objects: JudgedObjects) -> str:
+    """Why the target's answers cannot be judged on these objects, in one sentence, or "" where they can."""
+    if target.kind not in ("classifier", "detector") or target.classes is None:
+        return f"{target.name} names no classes: its answers are not judged."
+    if not objects.labelled:
+        return f"{objects.name} has no labels: the answers of {target.name} are not judged."
+    if unknown := [name for name in objects.classes if name not in target.classes]:
+        return f"{target.name} does not know {unknown[0]} and other classes of {objects.name}: answers are not judged."
+    return ""
+
+
+def colour_changes(turns: int = 3) -> list[Perturbation]:
+    """What the target's answers are judged under: nothing changed; all objects, then the image, turned and grey."""
+    regions: tuple[Region, ...] = ("objects", "image")
+    changes = [[*hue_shifts(turns, region)[1:], Perturbation("grey", region)] for region in regions]
+    return [NONE, *changes[0], *changes[1]]
+
+
+def accuracy_values(
+    target: Target, objects: JudgedObjects, changes: Sequence[Perturbation], batch_size: int = 250
+) -> pd.DataFrame:
+    """top1 of the judged object (classifier) or ap50 of all objects (detector) under each change, the first of which
+    is none, and accuracy_kept: its share of the accuracy under none, where 0 is a value as any other.
+
+    Forward passes only. category: "all", and those of the judged objects; ap50 is the mean over a category's classes.
+    Columns tap, depth and inverse stay empty. Raises BacksightError where the answers cannot be judged.
+    """
+    if refusal := answer_refusal(target, objects):
+        raise BacksightError(refusal)
+    assert target.classes is not None
+    number = torch.tensor([target.classes.index(name) for name in objects.classes])
+    labels, count = number[torch.from_numpy(objects.labels)].numpy(), len(objects)
+    categories = {"all": np.ones(count, bool), **objects.categories}
+    values = Values(target, objects.name, objects.split, range(count))
+    by_change = []
+    for answers in _answers(target, objects, changes, batch_size):
+        if isinstance(answers, Tensor):
+            by_change.append((answers.argmax(1).cpu().numpy() == labels).astype(float))
+            continue
+        present = torch.where(objects.present >= 0, number[objects.present.clamp(min=0)], -1)
+        by_change.append(match_objects(answers, present, objects.boxes))
+
+    def accuracies(weights: np.ndarray) -> np.ndarray:
+        """(R, changes, categories)"""
+        table = []
+        for judged in by_change:
+            if isinstance(judged, np.ndarray):
+                table.append([weights @ (judged * own) / (weights @ own) for own in categories.values()])
+                continue
+            found = class_precisions(judged, weights)
+            kinds = [found.keys() & set(labels[own]) for own in categories.values()]
+            table.append([np.nanmean([found[kind] for kind in of], axis=0) for of in kinds])
+        return np.array(table).transpose(2, 0, 1)
+
+    def both(weights: np.ndarray) -> np.ndarray:
+        score = accuracies(weights)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.stack([score, score / score[:, :1]], -1)
+
+    shares_of = influence(both, count)
+    for place, change in enumerate(changes):
+        for column, (category, members) in enumerate(categories.items()):
+            told = {"category": category, **change.columns}
+            judged = by_change[place]
+            if isinstance(judged, np.ndarray):
+                values.add("top1", np.where(members, judged, np.nan), **told)
+            else:
+                values.add("ap50", shares_of[:, place, column, 0], **told)
+            if change != NONE:
+                values.add("accuracy_kept", shares_of[:, place, column, 1], **told)
     return values.table()
-
-
-def _values(record: ColourRecord) -> Values:
-    return Values(record.target, record.objects.name, record.objects.split, range(len(record.objects)))
-
-
-def _whole_curve(region: str) -> dict[str, Any]:
-    return {"perturbation": "hue_shift", "region": region, "hue_shift": np.nan, "amount": np.nan}
-
-
-def _curve(record: ColourRecord, region: str, colours: np.ndarray) -> list[int]:
-    """Places of the region's hue shifts at which these colours were measured."""
-    return [
-        place
-        for place, perturbation in enumerate(record.perturbations)
-        if perturbation.kind == "hue_shift" and perturbation.region == region and not np.isnan(colours[place]).any()
-    ]
-
-
-def _add_measures(
-    values: Values, record: ColourRecord, key: Key, train_seed: int, places: list[int], columns: Mapping[str, Any]
-) -> None:
-    """All measures, the mean over the perturbations `places` for each image."""
-    objects, shown, made = record.objects, record.shown[places], record.made[key][train_seed][places]
-    for measure, table in {
-        "hue_error_shown": hue_distance(hue_of(made), hue_of(shown)),
-        "chroma_kept": chroma_kept(shown, made),
-        **shares(shown, made, objects.hues),
-    }.items():
-        counted = (~np.isnan(table)).sum(0)
-        mean = np.where(counted > 0, np.nansum(table, 0) / np.maximum(counted, 1), np.nan)
-        _add(values, record, key, train_seed, measure, mean, columns)
-
-
-def _add(
-    values: Values,
-    record: ColourRecord,
-    key: Key,
-    train_seed: int,
-    measure: str,
-    numbers: np.ndarray,
-    columns: Mapping[str, Any],
-) -> None:
-    for category, members in record.objects.categories.items():
-        given: dict[str, Any] = {"tap": key.tap, "inverse": key.inverse, "family": key.family or key.inverse}
-        given |= {"category": category, **columns}
-        values.add(measure, {train_seed: np.where(members, numbers, np.nan)}, **given)
-
-
-def _add_index(values: Values, record: ColourRecord, key: Key, train_seed: int, curve: list[int], region: str) -> None:
-    """What each image contributes to the index of a category; images of colour-free classes calibrate all of them."""
-    objects = record.objects
-    response = respond(record.shown[curve], record.made[key][train_seed][curve])
-    for category, members in objects.categories.items():
-        for measure, statistic in reversion(response, objects.hues, objects.labels, objects.canonical, members).items():
-            given: dict[str, Any] = {"tap": key.tap, "inverse": key.inverse, "family": key.family or key.inverse}
-            given |= {"category": category, **_whole_curve(region)}
-            values.add(measure, {train_seed: influence(statistic, len(objects))}, **given)
 
 
 @torch.no_grad()
-def shifted_pictures(
-    target: Target,
-    objects: JudgedObjects,
-    which: int,
-    inverses: Mapping[str, Reconstruct],
-    perturbations: Sequence[Perturbation],
+def _answers(
+    target: Target, objects: JudgedObjects, changes: Sequence[Perturbation], batch_size: int
+) -> Iterator[Tensor | Predictions]:
+    """The target's answers to all images under each change."""
+    for change in changes:
+        answers = [target(batch) for batch in objects.perturbed(change).split(batch_size)]
+        yield concatenate(answers) if isinstance(answers[0], Predictions) else torch.cat(answers)
+
+
+@torch.no_grad()
+def turned_pictures(
+    target: Target, objects: JudgedObjects, which: int, inverses: Mapping[str, Reconstruct], turns: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One object under some perturbations, (K, 3, H, W), and what comes back from each tap: {tap: (K, 3, H, W)}."""
-    pictures = torch.stack([objects.perturbed(each)[which] for each in perturbations])
+    """One object in `turns` hues, (K, 3, H, W), and what comes back of it from each tap: {tap: (K, 3, H, W)}."""
+    pictures = torch.stack([objects.perturbed(turn)[which] for turn in hue_shifts(turns)])
     recorded = target.record(pictures, list(inverses))
     return pictures, {tap: inverse(recorded[tap]).clamp(0, 1) for tap, inverse in inverses.items()}

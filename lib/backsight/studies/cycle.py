@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.measures.agreement import match
-from backsight.measures.pixels import feature_cosine
+from backsight.measures.similarity import token_cosine
 from backsight.measures.structure import Judged, Key, Measure, Scores
 from backsight.representation import Predictions, Tokens
 from backsight.targets import Target
@@ -57,7 +57,7 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
             seen = target.record(made, recorded_taps)
             values: dict[Key, Any] = {}
             for tap in taps:
-                values["cycle_cosine", (("cycle_tap", tap),)] = feature_cosine(true[tap], seen[tap])
+                values["cycle_cosine", (("cycle_tap", tap),)] = token_cosine(true[tap], seen[tap])
             if early:
                 apart = [(_directions(seen[tap]) - unit).square().sum(-1).mean(1) for tap, unit in early.items()]
                 values["perceptual"] = torch.stack(apart).mean(0)

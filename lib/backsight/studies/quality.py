@@ -21,8 +21,8 @@ from backsight.data.images import ImageSource, Preprocessed, open_images, tensor
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import Matches, average_precision
-from backsight.measures.pixels import PSNR_CEILING, ssim
-from backsight.measures.structure import Judged, Key, Measure, Ratio, region_psnr
+from backsight.measures.pixels import PSNR_CEILING, region_psnr, ssim
+from backsight.measures.structure import Judged, Key, Measure, Ratio
 from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import shuffled

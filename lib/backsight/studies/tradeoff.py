@@ -25,14 +25,13 @@ from tqdm.auto import tqdm
 
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
-from backsight.measures.hue import hue_error
+from backsight.measures.agreement import average_precision, match_objects
+from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr
 from backsight.measures.similarity import TokenSample, cka_from_products, cka_products, shuffled_rows, token_cosine
 from backsight.representation import Predictions, concatenate
 from backsight.studies.by_seed import families_by_seed
-from backsight.studies.colour_accuracy import average_precisions
 from backsight.studies.nulls import null_mean, shuffled
-from backsight.studies.recolour import Truth
 from backsight.studies.tuning import (
     LabelledImages,
     answer_of,
@@ -53,7 +52,7 @@ from backsight.targets.detection import PREDICTIONS
 TUNING_SEEDS, FITTING_SEEDS = 1000, 2000  # added to a training seed: scenes that trained neither target nor inverse
 PROBE_STRENGTHS = tuple(10.0**exponent for exponent in range(-3, 6))
 MINIBATCH = 10  # images whose tokens make one minibatch of the CKA
-PICTURE_MEASURES = ("psnr", "psnr_objects", "hue_error")
+PICTURE_MEASURES = ("psnr", "psnr_objects", "hue_error", "share_grey")
 TASK_MEASURES = ("top1", "ap50", f"top1_{RANDOM_HUES}", f"ap50_{RANDOM_HUES}", "probe_top1")
 
 
@@ -158,16 +157,12 @@ def _pictures(data: LabelledImages, size: int = 50) -> Iterator[Tensor]:
 
 
 def _picture_scores(images: Tensor, made: Tensor, objects: Tensor | None) -> dict[str, Tensor]:
-    """{measure: (B,)}: psnr, and inside the largest object psnr_objects and hue_error (NaN where there is none)."""
-    scores = {"psnr": psnr(images, made)}
-    if objects is not None:
-        filled = objects.flatten(1).any(1)
-        parts = images[filled], made[filled], objects[filled]
-        for measure, function in (("psnr_objects", psnr), ("hue_error", hue_error)):
-            scores[measure] = torch.full((len(images),), math.nan)
-            if filled.any():
-                scores[measure][filled] = torch.as_tensor(function(*parts), dtype=torch.float32)
-    return scores
+    """{measure: (B,)}: psnr; inside the largest object psnr_objects, hue_error and share_grey, NaN where none is."""
+    if objects is None:
+        return {"psnr": psnr(images, made)}
+    colours = hue_scores(object_chroma(images, objects), object_chroma(made, objects))
+    scores = {"psnr": psnr(images, made), "psnr_objects": psnr(images, made, objects)}
+    return scores | {measure: torch.from_numpy(values).float() for measure, values in colours.items()}
 
 
 def _hits(logits: Tensor, data: LabelledImages, measure: str, seed: int) -> dict[Key, Tensor]:
@@ -180,25 +175,15 @@ def _hits(logits: Tensor, data: LabelledImages, measure: str, seed: int) -> dict
 
 def _precisions(predictions: Predictions, data: LabelledImages, measure: str, seed: int) -> dict[Key, np.ndarray]:
     """What each image contributes to AP50, mean over classes; with another image's boxes (`null_shuffled`) too."""
-    truth, number = _truth(data), np.arange(predictions.objects.shape[2])
+    half = data.boxes[..., 2:] / 2
+    corners = torch.cat([data.boxes[..., :2] - half, data.boxes[..., :2] + half], 2)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
 
     def of(given: Predictions) -> np.ndarray:
-        def precision(weights: np.ndarray) -> np.ndarray:
-            return np.nanmean(list(average_precisions(given, truth, number, weights).values()), axis=0)
-
-        return influence(precision, len(data))
+        matches = match_objects(given, data.labels, corners)
+        return influence(lambda weights: average_precision(matches, weights), len(data))
 
     return {Key(measure): of(predictions), Key(measure, inverse="null_shuffled"): of(predictions.index(order))}
-
-
-def _truth(data: LabelledImages) -> list[Truth]:
-    half = data.boxes[..., 2:] / 2
-    corners = torch.cat([data.boxes[..., :2] - half, data.boxes[..., :2] + half], 2)
-    return [
-        Truth(labels[labels >= 0].numpy(), boxes[labels >= 0].numpy())
-        for labels, boxes in zip(data.labels, corners, strict=True)
-    ]
 
 
 def _ckas(sample: TokenSample, pairs: Sequence[Key]) -> dict[Key, tuple[np.ndarray, np.ndarray]]:

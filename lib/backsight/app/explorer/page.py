@@ -274,8 +274,12 @@ class Page:
         """What follows the pictures, piece by piece: it is given up where a newer view comes between."""
         depths = self.workbench.depths(seen.view, seen.view.hue_shift)
         self.strip.depths = [
-            {"tap": tap, "png": _address(made[0]), "text": _score(seen.image, made, float(error))}
-            for tap, (made, error) in depths.items()
+            {
+                "tap": tap,
+                "png": _address(made[0]),
+                "text": f"{float(psnr(seen.image, made)):.1f} dB\n{_hue(scores)}".rstrip(),
+            }
+            for tap, (made, scores) in depths.items()
         ]
         yield
         errors = mean_errors(self.workbench.depths(seen.view, *HUES))
@@ -357,6 +361,7 @@ def _address(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(as_png(image)).decode()
 
 
-def _score(image: Tensor, made: Tensor, hue_error: float) -> str:
-    hue = f"\nhue {hue_error:.0f}°" if hue_error == hue_error else ""
-    return f"{float(psnr(image, made)):.1f} dB{hue}"
+def _hue(scores: Mapping[str, Any]) -> str:
+    """What came back of the hue of one picture; nothing where it has none."""
+    (error,), (grey,) = scores["hue_error"], scores["share_grey"]
+    return "grey" if grey == 1 else f"hue {error:.0f}°" if error == error else ""

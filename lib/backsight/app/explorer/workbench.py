@@ -24,8 +24,8 @@ from backsight.errors import BacksightError, nearest
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.files import save, shipped_inverses
 from backsight.inverses.linear import fit_linear
+from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr, ssim
-from backsight.measures.structure import hue_errors, mean_hue
 from backsight.project import cache_folder, write_atomically
 from backsight.representation import Grid, Predictions, Representation, Tokens
 from backsight.studies.by_seed import fit_or_load
@@ -52,7 +52,8 @@ class Seen:
     """A view, computed. picture: as the target is given it; its mask is all of it where no object is known.
 
     reconstruction: (1, 3, H, W) in [0, 1]; answers: to the picture and to the reconstruction; measures: psnr (dB),
-    ssim, hue_error (degrees, of the colour inside the mask); remarks: what of the view cannot be done here, and why.
+    ssim, and of the colour inside the mask hue_error (degrees) and share_grey (1: it comes back grey); remarks: what of
+    the view cannot be done here, and why.
     """
 
     view: View
@@ -146,31 +147,32 @@ class Workbench:
         measures = {
             "psnr": float(psnr(picture.image, made)),
             "ssim": float(ssim(picture.image, made)),
-            "hue_error": float(hue_errors(mean_hue(picture.image, picture.mask), mean_hue(made, picture.mask))),
         }
+        colours = (object_chroma(image, picture.mask) for image in (picture.image, made))
+        measures |= {name: float(value) for name, (value,) in hue_scores(*colours).items()}
         return Seen(view, tap, picture, made, answers, measures, remarks)
 
-    def depths(self, view: View, *hues: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """{tap: (reconstructions (B, 3, H, W), their hue errors (B,) in degrees)}, of the view turned by B hues.
+    def depths(self, view: View, *hues: float) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
+        """{tap: (reconstructions (B, 3, H, W), their `hue_scores` (B,))}, of the view turned by B hues.
 
         Each tap is read by its own inverse. One hue alone tells little: an inverse that always paints the usual colour
         is right whenever it is met.
         """
         return self._depths(replace(view, tap="", inverse_tap="", hue_shift=0.0), hues)
 
-    def _every_depth(self, view: View, hues: tuple[float, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _every_depth(self, view: View, hues: tuple[float, ...]) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
         bench = self.bench(view.target)
         turned = [self._recorded(_of_picture(replace(view, hue_shift=hue)))[0] for hue in hues]
         images, masks = (
             torch.cat([picture.image for picture in turned]),
             torch.cat([picture.mask for picture in turned]),
         )
-        recorded, colours, depths = bench.target.record(images), mean_hue(images, masks), {}
+        recorded, colours, depths = bench.target.record(images), object_chroma(images, masks), {}
         inverses = bench.families[view.family]
         for tap in (tap for tap in bench.taps if tap in inverses):
             with torch.no_grad():
                 made = inverses[tap](self._changed(view, tap, recorded[tap])[0])
-            depths[tap] = made, hue_errors(colours, mean_hue(made, masks))
+            depths[tap] = made, hue_scores(colours, object_chroma(made, masks))
         return depths
 
     def _changed(self, view: View, tap: str, representation: Representation) -> tuple[Representation, list[str]]:
@@ -226,9 +228,9 @@ def given(view: View, size: tuple[int, int], grid: Grid, zero: Sequence[float]) 
     image, mask, words = open_picture(view.picture, size, view.hue_shift if is_exact else 0.0)
     where = mask if view.region == "object" else torch.ones_like(mask)
     if view.hue_shift and not is_exact:
-        image = perturb(image, where, Perturbation("hue_shift", "object", hue_shift=view.hue_shift))
+        image = perturb(image, where, Perturbation("hue_shift", "object", view.hue_shift))
     if view.saturation != 1:
-        image = perturb(image, where, Perturbation("saturation", "object", amount=view.saturation))
+        image = perturb(image, where, Perturbation("saturation", "object", view.saturation))
     (rows, columns), changed = grid, image.clone()
     height, width = size[0] // rows, size[1] // columns  # what is left at the rims belongs to no patch
 
