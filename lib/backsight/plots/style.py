@@ -146,7 +146,7 @@ MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
         "cka_to_start": "CKA to the untouched target",
         "hue_error_shown": "angle to the hue shown (°)",
         "share_grey": "comes back grey (share)",
-        "reverted_above_deals": "reverts, above other hues (share)",
+        "reverted_above_deals": "reverts, above chance (share)",
         "accuracy_kept": "accuracy kept (share)",
         "reversion_index": "reversion index (1: painter)",
         "recoverable": "directions shown (share)",
