@@ -71,7 +71,7 @@ def colour(study: Study) -> None:
     """Both lose the hue with depth, the DETR more; it keeps more of its accuracy; no object reverts."""
     steep, kept = (25.0, 0.9) if study.name == "scenes-detr" else (10.0, 0.7)
     about = {"perturbation": "hue_shift", "region": "object"}
-    study.add("accuracy_kept", kept, None, None, 0.05, **about)
+    study.add("accuracy_kept", kept, None, None, 0.05, **about | {"region": "objects", "category": "all"})
     for place, tap in enumerate(study.taps):
         study.add("hue_error_shown", 5 + steep * place, tap, "modular", 2.0, **about)
         study.add("hue_error_shown", 90.0, tap, "null_shuffled", 2.0, **about)

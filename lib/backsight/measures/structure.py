@@ -332,58 +332,37 @@ def _object_crops(images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return crops, (masks > 0.5).float()
 
 
-@dataclass(frozen=True)
-class TextureProbe:
-    """A linear classifier of `texture_features`. names: the textures; the features are standardised by mean, scale."""
-
-    names: tuple[str, ...]
-    mean: Tensor
-    scale: Tensor
-    weights: Tensor
-    bias: Tensor
-
-    def __call__(self, images: Tensor, inside: Tensor) -> Tensor:
-        """(B,) index into names of each object's texture."""
-        features = ((texture_features(images, inside) - self.mean) / self.scale).clamp(-5, 5)
-        return (features @ self.weights + self.bias).argmax(1)
-
-
-def fit_texture_probe(images: Tensor, inside: Tensor, labels: Sequence[str]) -> TextureProbe:
-    """A logistic regression (scikit-learn) from `texture_features` of TRUE training images to the texture's name."""
+def fit_texture_probe(images: Tensor, inside: Tensor, labels: Sequence[str]) -> Any:
+    """A logistic regression (a scikit-learn pipeline) from `texture_features` of TRUE images to the texture's name."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-    names = tuple(sorted(set(labels)))
-    if len(names) < 2:
+    if len(set(labels)) < 2:
         raise BacksightError(
-            f"a texture probe needs objects of two textures or more, not {', '.join(names) or 'none'}."
+            f"a texture probe needs objects of two textures or more, not {', '.join(set(labels)) or 'none'}."
         )
-    features = texture_features(images, inside)
-    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
-    standard = ((features - mean) / scale).clamp(-5, 5)
-    fitted = LogisticRegression(C=1.0, max_iter=500).fit(standard.numpy(), [names.index(label) for label in labels])
-    coefficients, bias = fitted.coef_, fitted.intercept_
-    if len(names) == 2:
-        coefficients, bias = np.concatenate([-coefficients, coefficients]), np.concatenate([-bias, bias])
-    weights = torch.from_numpy(coefficients.T.copy()).float()
-    return TextureProbe(names, mean, scale, weights, torch.from_numpy(bias.copy()).float())
+    clip = FunctionTransformer(np.clip, kw_args={"a_min": -5, "a_max": 5})
+    probe = make_pipeline(StandardScaler(), clip, LogisticRegression(C=1.0, max_iter=500))
+    return probe.fit(texture_features(images, inside).numpy(), list(labels))
 
 
-def texture_accuracy(probe: TextureProbe, labels: Sequence[str]) -> Measure:
-    """Measure: does the probe, made on true images, name the texture of the largest object in the reconstruction?
+def texture_accuracy(probe: Any, labels: Sequence[str]) -> Measure:
+    """Measure: does the probe of `fit_texture_probe`, made on true images, name the texture of the largest object?
 
     labels: the true textures of all judged images, in their order.
     """
-    true = torch.tensor([probe.names.index(label) for label in labels])
+    true = np.array(labels)
 
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
         if judged.largest is None:
             raise BacksightError("texture_accuracy() needs the objects' masks: open the images with masks=True.")
-        inside, wanted = judged.largest, true[judged.places]
-        ceiling = (probe(judged.images, inside) == wanted).float()
+        inside, wanted = judged.largest, true[judged.places.numpy()]
 
-        def measured(made: Tensor) -> Scores:
-            return {"texture_accuracy": (probe(made, inside) == wanted).float(), "texture_accuracy_ceiling": ceiling}
+        def named(images: Tensor) -> Tensor:
+            return torch.from_numpy(probe.predict(texture_features(images, inside).cpu().numpy()) == wanted).float()
 
-        return measured
+        ceiling = named(judged.images)
+        return lambda made: {"texture_accuracy": named(made), "texture_accuracy_ceiling": ceiling}
 
     return prepared
