@@ -284,14 +284,14 @@ def _claims(study: Study) -> list[dict[str, Any]]:
     except BacksightError:  # it is not there, or is just being remade
         return []
 
-    def told(row: Mapping[str, Any], *more: str) -> list[str]:
+    def told(row: pd.Series, *more: str) -> list[str]:
         return [number(row, signed=True), f"n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}", *more]
 
     rows = []
-    for row in own.to_dict("records"):
-        beside = reference[reference.index == tuple(row[name] for name in key)].to_dict("records")
-        there = told(beside[0], beside[0]["verdict"]) if beside else ["not measured"]
-        rows.append(row | {"runs": [told(row), there]})
+    for _, row in own.iterrows():
+        beside = reference[reference.index == tuple(row[key])]
+        there = told(beside.iloc[0], beside["verdict"].iloc[0]) if len(beside) else ["not measured"]
+        rows.append({**{name: row[name] for name in (*key, "unit")}, "runs": [told(row), there]})
     return rows
 
 
