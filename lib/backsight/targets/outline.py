@@ -100,7 +100,8 @@ def _without_blocks(found: Sequence[Found]) -> list[Found]:
     steps = []  # of several: a convolution, then its norm …
     for one, after in pairwise(cuts):
         step = one.leaf and (after.leaf or is_inside(one.place.module, [after.place.module]))
-        steps.append(step and one.place.side == "output" and one.axes.grid == after.axes.grid)
+        same = one.axes and after.axes and one.axes.grid == after.axes.grid
+        steps.append(step and same and one.place.side == "output")
     return [one for one, step in zip(cuts, [*steps, False], strict=False) if not step]
 
 
