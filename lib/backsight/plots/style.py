@@ -351,18 +351,6 @@ def short_tap(tap: str) -> str:
     return {"patch_embed": "embed", "decoder.layernorm": "dec norm", "predictions": "pred"}.get(name, name)
 
 
-def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each target, tap, inverse and measure of runs that hold a training seed each.
-
-    value is their mean, low and high cover the interval of every one, n counts the fewest images.
-    """
-    keys = ["target", "weights", "dataset", "split", "measure", "tap", "depth", "inverse"]
-    parts = {"value": "mean", "low": "min", "high": "max", "n": "min", "seed": "nunique", "seeds": "max"}
-    table = rows.assign(seeds=rows.get("seeds", 1))
-    table = table.groupby(keys, sort=False, dropna=False).agg(parts).reset_index()
-    return table.assign(seeds=table[["seed", "seeds"]].max(axis=1)).drop(columns="seed")
-
-
 def sample_size(rows: pd.DataFrame) -> str:
     """ "n = 100 images, 3 training seeds, 95 % intervals" of tidy rows, as ranges where they differ."""
     counted = []
