@@ -255,6 +255,7 @@ def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) 
         "hardware": _hardware(),
         "weights": {},
         "seconds": {"interrupted": round(spent, 3)} if resumed else {},
+        "figures": before.get("figures", []),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
