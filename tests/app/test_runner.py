@@ -17,7 +17,7 @@ from backsight.app.parameters import command_line_values, preset_values, read_no
 from backsight.app.runner import NotebookError, _tidy, plan_run, run_plan
 from backsight.app.runs import complete_run, open_run, start_run
 from backsight.errors import BacksightError
-from backsight.project import project_root, read_json, write_atomically
+from backsight.project import project_root, read_json, write_atomically, write_json
 
 DECLARATIONS = """\
 steps = 10  # optimiser steps
@@ -308,7 +308,9 @@ def test_only_the_same_run_is_resumed(
         ({"code_digest": "older"}, "of other code"),
         ({"files_digest": "other"}, "of other code or files"),
     ]:
-        start_run(folder, {**plan.identity, "figures": ["depth.png", "../../outside.png"], **change})
+        start_run(folder, plan.identity | change)
+        record = read_json(folder / "started.json") or {}
+        write_json(folder / "started.json", record | {"figures": ["depth.png", "../../outside.png"]})
         for name in (*OF_THE_RUN, *OF_THE_USER, "../outside.png"):
             write_atomically(folder / name, lambda temporary: temporary.write_text(""))
         with pytest.raises(NotebookError):
