@@ -17,7 +17,7 @@ from backsight.inverses.linear import fit_linear
 from backsight.inverses.rows import patchify
 from backsight.studies.amplification import measure_amplification
 from backsight.studies.lanczos import measure_recoverable, recoverable, spectrum
-from backsight.studies.noise import disturbed, measure_noise, name_of, noisy, relative_size
+from backsight.studies.noise import disturbed, measure_noise, noise_name, noisy, relative_size
 from backsight.tables.pooling import metrics
 from backsight.tables.values import Values
 from backsight.targets import Target
@@ -151,7 +151,7 @@ def test_one_image_alone_and_what_is_refused(target: Target) -> None:
 @pytest.mark.parametrize(("noise", "told"), [("floot32", "nearest: float32"), (0, "not 0"), (math.nan, "nan")])
 def test_bad_noises_are_refused(noise: str | float, told: str) -> None:
     with pytest.raises(BacksightError, match=told):
-        name_of(noise)
+        noise_name(noise)
 
 
 def test_half_steps_amplify_down_to_where_exactness_ends() -> None:

@@ -41,7 +41,7 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 LEVELS = 127  # of int8, on either side of zero
 
 
-def name_of(noise: Noise) -> str:
+def noise_name(noise: Noise) -> str:
     """ "float32", "gaussian 0.1". Raises BacksightError on what is neither a format nor a finite σ above 0."""
     formats = [*STORED, "int8"]
     if isinstance(noise, str) and noise not in formats:
@@ -67,7 +67,7 @@ def noisy(values: Tensor, noise: Noise, generator: torch.Generator | None = None
 
 def disturbed(clean: Representation, tap: str, noise: Noise, seed: int = 0) -> Representation:
     """The representation as the noise leaves it: the same numbers for the same seed, tap and noise, whoever reads."""
-    generator = torch.Generator().manual_seed(crc32(f"{seed} {tap} {name_of(noise)}".encode()))
+    generator = torch.Generator().manual_seed(crc32(f"{seed} {tap} {noise_name(noise)}".encode()))
     return clean.replace(noisy(clean.values, noise, generator))
 
 
@@ -102,7 +102,7 @@ def measure_noise(
     first, mean = next(iter(families)), null_mean(held_out).clamp(0, 1)
     if missing := [tap for tap in taps if not any(tap in inverses for inverses in families[first].values())]:
         raise BacksightError(f"No inverse family reads {missing[0]} of {target.name}: leave it out, or train one.")
-    names, double, shown = {name_of(noise): noise for noise in noises}, in_precision(target, torch.float64), {}
+    names, double, shown = {noise_name(noise): noise for noise in noises}, in_precision(target, torch.float64), {}
     for tap, name in tqdm(list(product(taps, names)), desc=f"noise, {target.name}", leave=False):
         clean, exactly = _recorded(target, images, tap), _recorded(double, images.double(), tap)
         y = disturbed(clean, tap, names[name], seed)
