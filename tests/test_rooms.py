@@ -28,7 +28,7 @@ ALLOWED["app"] = {*ALLOWED}
 # one.
 SHARED_BY_STUDIES = {
     *{"amplification", "by_seed", "continuation", "joint", "lanczos", "layers", "nulls", "recolour", "roots"},
-    *{"second_roots", "tuning", "uncertainty"},
+    *{"tuning", "uncertainty"},
 }
 # Arrows that still lead back: none is to be added, and every one is to go.
 OWED: set[tuple[str, str]] = set()

@@ -53,7 +53,7 @@ class FoundRoots:
         measures = {"roots": count, "several_roots": count > 1, "complete": degree == 1}
         measures |= {"negative_determinant": self.negative, "truth_found": self.near.any(1)}
         place: dict[str, Any] = {"study": "roots", "step": self.step, "to": self.to}
-        rules = [("tokens_right", right, {"rule": rule}) for rule, right in self.right.items()]
+        rules: list[Any] = [("tokens_right", right, {"rule": rule}) for rule, right in self.right.items()]
         for measure, tokens, rule in [*((name, tokens, {}) for name, tokens in measures.items()), *rules]:
             by_image = tokens.double().view(self.images, -1).mean(1)
             values.add(measure, {train_seed: by_image}, self.step, EXACT, **place, **rule)
