@@ -13,7 +13,7 @@ from backsight.tables.values import METRIC_COLUMNS
 
 TRAINING, QUALITY = "02_train_inverse", "03_quality"
 # Notebooks whose table is their point; the others show pictures.
-TABLED = ("04", "05", "06", "08", "09", "10", "11", "12")
+TABLED = ("01", "04", "05", "06", "08", "09", "10", "11", "12")
 
 
 def run(name: str, folder: Path, *assignments: str) -> pd.DataFrame | None:

@@ -56,7 +56,7 @@ _TARGETS = {
 _INVERSES = {
     "linear": Look("linear", "#0173b2", "o"),
     "linear_3x3": Look("linear, 3 x 3 tokens", "#6ea6cd", "p"),
-    "linear_chain": Look("linear, chained", "#4a6fe3", "v", (3, 1.5)),
+    "linear_chain": Look("linear chain", "#4a6fe3", "v", (3, 1.5)),
     "linear_uniform": Look("linear, uniform hues", "#ee7733", "o"),
     "direct": Look("direct", "#de8f05", "s"),
     "modular": Look("modular", "#029e73", "^"),
