@@ -102,7 +102,8 @@ def measure_noise(
     first, mean = next(iter(families)), null_mean(held_out).clamp(0, 1)
     if missing := [tap for tap in taps if not any(tap in inverses for inverses in families[first].values())]:
         raise BacksightError(f"No inverse family reads {missing[0]} of {target.name}: leave it out, or train one.")
-    names, double, shown = {noise_name(noise): noise for noise in noises}, in_precision(target, torch.float64), {}
+    names, double = {noise_name(noise): noise for noise in noises}, in_precision(target, torch.float64)
+    shown: dict[tuple[str, str], tuple[dict[str, Tensor], Tensor]] = {}
     for tap, name in tqdm(list(product(taps, names)), desc=f"noise, {target.name}", leave=False):
         clean, exactly = _recorded(target, images, tap), _recorded(double, images.double(), tap)
         y = disturbed(clean, tap, names[name], seed)

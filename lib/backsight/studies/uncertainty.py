@@ -51,7 +51,7 @@ def posterior_samples(
 def deviation(inverse: MapInverse, posterior: Posterior, solution: MapSolution) -> Tensor:
     """(B, H, W): the root mean square of draws about a solution, over the channels and the pixels around."""
     drawn = posterior_samples(posterior, solution, products=inverse.settings.products)
-    squares = sum(inverse.pictures(z).square().mean(1, keepdim=True) for z in drawn) / len(drawn)
+    squares = torch.stack([inverse.pictures(z).square().mean(1, keepdim=True) for z in drawn]).mean(0)
     return torch.nn.functional.avg_pool2d(squares, AROUND, 1, AROUND // 2, count_include_pad=False)[:, 0].sqrt()
 
 
