@@ -287,7 +287,7 @@ def _answers(
     """The target's answers to all images under each change."""
     for change in changes:
         answers = [target(batch) for batch in objects.perturbed(change).split(batch_size)]
-        yield concatenate(answers) if isinstance(answers[0], Predictions) else torch.cat(answers)
+        yield concatenate(answers) if isinstance(answers[0], Predictions) else torch.cat(answers)  # type: ignore
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ class JudgedObjects:
             return perturb(self.images, self.every if perturbation.region == "objects" else self.masks, perturbation)
         seed, options = self.rendered
         recolour = "all" if perturbation.region == "objects" else "dominant"
-        options = replace(options, recolour=recolour, **changes[perturbation.kind])
+        options = replace(options, recolour=recolour, **changes[perturbation.kind])  # type: ignore[arg-type]
         return _pictures([s.image for s in render_many(self.split, len(self), seed, self.images.shape[-1], options)])
 
 
