@@ -32,15 +32,15 @@ def execute(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    from backsight.app.runner import _tidy
+
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(path.resolve().parent)}}
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place, record_timing=False).execute()
+    _tidy(notebook)
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
-    for noise in ("papermill", "widgets"):
-        notebook.metadata.pop(noise, None)
     notebook.metadata.setdefault("backsight", {})["executed"] = digests(notebook.cells)
     path.write_text(nbformat.writes(notebook).rstrip() + "\n", encoding="utf-8")
 

@@ -1,16 +1,19 @@
 """The committed notebooks: executed, clean, and with parameters that the presets fit; notebook_runs.py runs them."""
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import committed_notebooks
+from execute import digests
 
 from backsight.app.parameters import read_notebook, read_preset
 from backsight.app.runner import plan_run
 from backsight.project import project_root
 
 NOTEBOOKS = committed_notebooks()
+HOW = "execute it again: python tests/execute.py NOTEBOOK"
 PRESETS = sorted(path.stem for path in (project_root() / "notebooks" / "presets").glob("*.yaml"))
 LARGEST_BYTES = 5_000_000
 
@@ -35,6 +38,24 @@ def test_is_committed_executed_and_clean(path: Path, root: Path) -> None:
     noise = {"papermill", "execution"} & {key for cell in notebook.cells for key in cell.metadata}
     assert not noise | ({"papermill"} & set(notebook.metadata)), "metadata of a run"
     assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+
+
+@each_notebook
+def test_outputs_are_of_the_cells_that_are_committed(path: Path) -> None:
+    assert executed(path)["cells"] == digests(json.loads(path.read_text(encoding="utf-8"))["cells"])["cells"], HOW
+
+
+@pytest.mark.slow
+@each_notebook
+def test_outputs_are_of_the_code_that_is_committed(path: Path) -> None:
+    assert executed(path).get("modules") == digests(json.loads(path.read_text(encoding="utf-8"))["cells"])["modules"], (
+        HOW
+    )
+
+
+def executed(path: Path) -> dict[str, str]:
+    """Digests of what was executed when the outputs were made."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))["metadata"].get("backsight", {}).get("executed", {}))
 
 
 @each_notebook
