@@ -54,9 +54,10 @@ def render_findings(study: Study, claims: Sequence[Claim] | None = None) -> str:
     for claim, rows in table.groupby("claim", sort=False):
         verdicts = [f"{row.target}: **{row.verdict}**" for row in rows.itertuples() if row.verdict != UNMEASURED]
         lines.append(f"| {claim} | {rows['source'].iloc[0]} | {', '.join(verdicts) or UNMEASURED} |")
-    for position, (claim, rows) in enumerate(table.groupby("claim", sort=False), start=1):
+    for position, (_, rows) in enumerate(table.groupby("claim", sort=False), start=1):
         first = rows.iloc[0]
-        lines += ["", f"## {position}. {claim[0].upper()}{claim[1:]}", "", f"{first['text']} ({first['source']})", ""]
+        title = first["claim"][0].upper() + first["claim"][1:]
+        lines += ["", f"## {position}. {title}", "", f"{first['text']} ({first['source']})", ""]
         lines += _numbers(rows) if first["verdict"] != UNMEASURED else [f"No run of `{first['notebook']}` measured it."]
         lines += ["", f"**Do not conclude:** {first['caution']}"]
     if study.left_out:

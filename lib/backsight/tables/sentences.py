@@ -22,7 +22,7 @@ def row_of(table: pd.DataFrame, measure: str, **columns: Any) -> pd.Series:
     return rows.iloc[0]
 
 
-def number(row: Mapping[str, Any] | pd.Series, unit: str = "", signed: bool = False) -> str:
+def number(row: Mapping[Any, Any] | pd.Series, unit: str = "", signed: bool = False) -> str:
     """ "22.1 dB [21.8, 22.4]": a value with its 95 % interval, with as many decimals as its size deserves."""
     value, low, high = (float(row[name]) for name in ("value", "low", "high"))
     size = np.nanmax(np.abs([value, low, high])) if np.isfinite(value) else 0.0
