@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +13,6 @@ from backsight.errors import BacksightError
 from backsight.measures.pixels import psnr, ssim
 from backsight.representation import Tokens
 from backsight.studies.nulls import null_mean, shuffled
-from backsight.tables.pool import bootstrap_interval, metrics_row, metrics_rows
-from backsight.tables.values import METRIC_COLUMNS
 
 
 def pair(batch: int = 3, height: int = 17, width: int = 23, noise: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -81,10 +76,7 @@ def test_an_image_without_objects_has_no_value_inside_objects() -> None:
     masks[1, :5] = True
     values = psnr(images, disturbed, masks)
     assert values[0].isnan()
-    row = metrics_rows(values, "psnr_objects")[0]
-    assert row["n"] == 1
-    assert row["value"] == pytest.approx(float(values[1]))
-    assert math.isnan(metrics_rows(values[:1], "psnr_objects")[0]["value"])
+    assert values[1].isfinite()
 
 
 def test_what_a_target_takes_can_be_measured() -> None:
@@ -92,39 +84,6 @@ def test_what_a_target_takes_can_be_measured() -> None:
     images, disturbed = pair(3)
     images[0, 0, 0, 0], disturbed[0, 0, 0, 0] = 1.009, -0.009
     assert psnr(images, disturbed).isfinite().all()
-
-
-def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        low, high = bootstrap_interval(generator.normal(size=60), seed=trial, resamples=200)
-        covered += low <= 0 <= high
-    assert 180 <= covered <= 199
-
-
-def test_intervals_are_seeded_and_respect_clusters() -> None:
-    generator = np.random.default_rng(0)
-    seeds = np.repeat(np.arange(6), 50)
-    values = generator.normal(size=6)[seeds] + 0.1 * generator.normal(size=300)
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(torch.from_numpy(values), seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
-    plain, clustered = bootstrap_interval(values), bootstrap_interval(values, clusters=seeds)
-    assert clustered[1] - clustered[0] > 3 * (plain[1] - plain[0])
-    assert bootstrap_interval([2.5]) == (2.5, 2.5)
-    low, high = bootstrap_interval([1.0, math.nan, 3.0])
-    assert 1 <= low <= high <= 3
-    narrow = bootstrap_interval(values, level=0.5)
-    assert plain[0] < narrow[0] < narrow[1] < plain[1]
-
-
-def test_rows_are_tidy() -> None:
-    (row,) = metrics_rows(torch.tensor([1.0, 2.0, 3.0]), "psnr", seed=5, target="scenes-vit", tap="norm", hue=1)
-    assert tuple(row)[: len(METRIC_COLUMNS)] == METRIC_COLUMNS
-    assert (row["value"], row["n"], row["seed"], row["target"], row["hue"]) == (2.0, 3, 5, "scenes-vit", 1)
-    assert row["low"] < 2 < row["high"]
-    assert row["dataset"] is None
-    assert metrics_row("r2", *(0.5, 0.4, 0.6), 7, tap="norm")["high"] == 0.6
 
 
 def test_null_models() -> None:
@@ -151,9 +110,6 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         (lambda: psnr(images, torch.full_like(images, torch.nan)), "reconstructions need values"),
         (lambda: psnr(images.byte(), images.byte()), "divide by 255"),
         (lambda: ssim(images[..., :2], disturbed[..., :2]), "at least 3 x 3"),
-        (lambda: bootstrap_interval([]), "at least one image"),
-        (lambda: bootstrap_interval([1.0, 2.0], level=95), "level is 95"),
-        (lambda: bootstrap_interval([1.0, 2.0], clusters=[1]), "one cluster for each value"),
     ]
     for call, words in cases:
         with pytest.raises(BacksightError, match=words):
