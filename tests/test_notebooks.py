@@ -63,6 +63,7 @@ def test_declares_its_parameters(path: Path) -> None:
     notebook = read_notebook(path)
     assert notebook.defaults["out"] == ""
     assert notebook.defaults["seed"] == 0
+    assert len(notebook.defaults) - len(notebook.settings) <= 8, "put what few people change into settings"
     cells = nbformat.read(path, as_version=4).cells
     (declared,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
     lines = [line for line in declared.splitlines() if line not in ("settings = {", "}")]
