@@ -71,7 +71,8 @@ def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     if claim.tap == "last":
         own = own[own["tap"] == taps[0][-1]]
         other = other[other["tap"] == taps[1][0 if claim.against.get("tap") else -1]]
-    tables = [part.pivot_table(index=["train_seed", "image"], values="value") for part in (own, other)]
+    index = ["train_seed", "image", *({"hue_shift"} & set(own))]  # pairs are of the same colour, too
+    tables = [part.fillna({"hue_shift": -1}).pivot_table(index=index, values="value") for part in (own, other)]
     if not claim.against:
         return float(tables[0]["value"].mean())
     if (other["train_seed"] == -1).all():
