@@ -272,6 +272,10 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         model("rt").check_size((64, 80))
     with pytest.raises(BacksightError, match=r"of 6 tokens.*not of 5"):
         small_detector("deformable_detr", **TWO_STAGES, num_feature_levels=2).check_size((16, 16))
+    with pytest.raises(BacksightError, match=r"exactly \(64, 96\)"):
+        small_detector("rt_detr", anchor_image_size=[64, 96]).check_size((64, 64))
+    with pytest.raises(BacksightError, match=r"\(400, 400\)"):
+        small_detector("deformable_detr", position_embedding_type="learned").check_size((16, 416))
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,8 @@ def test_sizes_allowed_are_said():
         _vit(dynamic_img_size=True).check_size((33, 32))
     with pytest.raises(BacksightError, match="multiples of 8"):
         _detr().check_size((32, 36))
+    with pytest.raises(BacksightError, match=r"\(400, 400\)"):
+        _detr(position_embedding_type="learned").check_size((32, 408))
 
 
 def test_padded_images_are_refused_by_a_vit():

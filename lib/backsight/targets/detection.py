@@ -26,6 +26,7 @@ from backsight.targets.hooks import Element, Place, observe, playing
 
 PREDICTIONS = "predictions"
 PADDING = "padding"  # in Tokens.context: (B, H, W) bool
+LEARNED_POSITIONS = 50  # rows and columns that a learned position embedding of this family has
 PROBE = 128  # pixels of the blank image that measures the backbone's strides
 # Half-steps of a post-norm layer: {suffix of the tap: module in the layer whose output is the stream there}.
 ATTENTION = {"attn": "self_attn_layer_norm"}
@@ -214,11 +215,16 @@ class DetectionTarget(Target):
         return down, across
 
     def check_size(self, size: Size) -> None:
-        (down, across), tokens = self.size_step, 0
+        (down, across), config, tokens = self.size_step, self.model.config, 0
         if self._least_tokens:
             tokens = sum(math.prod(self._grids(size)[level]) for level in self._memory.levels)
+        anchored = tuple(getattr(config, "anchor_image_size", None) or size)
+        learned = getattr(config, "position_embedding_type", "") == "learned"
+        largest = (LEARNED_POSITIONS * self.reduction[0], LEARNED_POSITIONS * self.reduction[1])
         rules = {
             f"multiples of {down} high and of {across} wide": min(size) < 1 or size[0] % down or size[1] % across,
+            f"exactly {anchored}, as its anchors are": tuple(size) != anchored,
+            f"at most {largest}, its learned positions": learned and (size[0] > largest[0] or size[1] > largest[1]),
             f"of {self._least_tokens} tokens, for its queries, not of {tokens}": tokens < self._least_tokens,
         }
         for rule, broken in rules.items():
