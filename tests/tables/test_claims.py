@@ -71,8 +71,8 @@ def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     if claim.tap == "last":
         own = own[own["tap"] == taps[0][-1]]
         other = other[other["tap"] == taps[1][0 if claim.against.get("tap") else -1]]
-    index = ["train_seed", "image", *({"hue_shift"} & set(own))]  # pairs are of the same colour, too
-    tables = [part.fillna({"hue_shift": -1}).pivot_table(index=index, values="value") for part in (own, other)]
+    index = ["train_seed", "image", *({"hue_shift"} & set(claim.rows))]  # pairs are of the same colour, too
+    tables = [part.pivot_table(index=index, values="value") for part in (own, other)]
     if not claim.against:
         return float(tables[0]["value"].mean())
     if (other["train_seed"] == -1).all():
@@ -86,6 +86,12 @@ def test_a_number_of_the_page_is_the_mean_of_stored_values(study: Study, judged:
     for row in rows.itertuples():
         expected = recomputed(study.values([claim.notebook]), claim, row.target)
         assert row.value == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_image_counts_once_a_turn_of_its_hue(study: Study, judged: pd.DataFrame) -> None:
+    """The row of all turns stood beside the single ones, and counted with them."""
+    deepest = judged[judged["claim"] == "DETR discards more object colour than ViT"].iloc[0]
+    assert deepest["value"] == pytest.approx(25.0 * 4 - 10.0 * 3, abs=1.5)
 
 
 def test_a_claim_turns_when_the_values_turn(tmp_path: Path) -> None:

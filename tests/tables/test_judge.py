@@ -91,6 +91,12 @@ def test_too_few_seeds_decide_nothing() -> None:
     assert verdict(table(effect=1.0, seeds=1), claim(above=0.1, trained=False)) == AGREED
 
 
+def test_values_that_are_all_equal_decide_nothing() -> None:
+    """Their bootstrap has no length: nobody knows how much other images would differ."""
+    (row,) = judge(table(noise=0.0, effect=0.0), [claim(above=0.1)]).to_dict("records")
+    assert (row["verdict"], row["p"]) == (UNDECIDED, 1.0)
+
+
 def test_crops_of_one_photograph_are_not_independent() -> None:
     draw = np.random.default_rng(0)
     photographs = np.repeat(np.arange(8), 12)
@@ -140,6 +146,22 @@ def test_shares_of_all_or_none_have_a_length() -> None:
     value, low, high = interval(np.ones((1, 20)), np.ones((1, 20)), share=True)
     assert value == 1.0
     assert 0.8 < low < 0.9 < high <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("measure", "share"), [("top1", True), ("edge_f1", False), ("reverted_above_deals", False), ("top1 differs", False)]
+)
+def test_only_declared_shares_are_of_trials(measure: str, share: bool) -> None:
+    """Once any values that were all ones or zeros had Wilson's interval: differences, correlations, excesses."""
+    values = Values(Target(), "scenes", "test", range(20))  # type: ignore[arg-type]
+    for inverse, number in (("linear", 1.0), ("direct", 0.0)):
+        values.add(measure.removesuffix(" differs"), np.full(20, number), "blocks.0", inverse)
+    against = {"inverse": "direct"} if measure.endswith("differs") else None
+    row = pool(values.table(), against=against).iloc[0]
+    assert row.value == 1
+    assert (row.high - row.low > 0) == share
+    if against:
+        assert not pool(differences(values.table(), against)).eval("high > low").any()
 
 
 def test_false_verdicts_are_rare() -> None:

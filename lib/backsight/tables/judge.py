@@ -135,7 +135,7 @@ def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
     def beyond(border: float, upwards: bool) -> float:
         half = (value - low) if upwards else (high - value)
         distance = (value - border) if upwards else (border - value)
-        return float(2 * stats.norm.sf(z * distance / half)) if half > 0 else 0.0 if distance > 0 else 1.0
+        return float(2 * stats.norm.sf(z * distance / half)) if half > 0 else 1.0  # equal values: how sure, none knows
 
     if claim.within is not None:
         inside = max(beyond(-claim.within, True), beyond(claim.within, False))
@@ -150,7 +150,7 @@ def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _verdict(row: Mapping[Any, Any]) -> tuple[str, str]:
-    if not np.isfinite([row["value"], row["low"], row["high"]]).all():
+    if not row["low"] < row["high"]:
         return UNDECIDED, "no interval"
     if row["floor"]:
         return FLOOR, "the values are not beyond their null"

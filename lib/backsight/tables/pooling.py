@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from backsight.errors import BacksightError
+from backsight.tables.names import SHARES
 from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
 
 DRAWS = 1000
@@ -45,7 +46,7 @@ def pool(
         values = differences(values, against)
         by = [*by, "against"]
     rows = [
-        dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | _row(group, seed, not against)
+        dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | _row(group, seed)
         for key, group in values.groupby(by, sort=False, dropna=False)
     ]
     return pd.DataFrame(rows, columns=[*by, *TOLD])
@@ -86,14 +87,15 @@ def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFram
     return joined.assign(against=", ".join(map(str, against.values())))
 
 
-def _row(group: pd.DataFrame, seed: int, may_be_share: bool) -> dict[str, Any]:
+def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
     weight = group["weight"].to_numpy(float) if "weight" in group else np.ones(len(group))
     seeds, by_seed = np.unique(group["train_seed"], return_inverse=True)
     names, by_photograph = np.unique(group["photograph"].astype(str), return_inverse=True)
     above, below = np.zeros((2, len(seeds), len(names)))
     np.add.at(above, (by_seed, by_photograph), weight * group["value"].to_numpy(float))
     np.add.at(below, (by_seed, by_photograph), weight)
-    share = may_be_share and bool(group["value"].isin((0.0, 1.0)).all())
+    whole = "against" not in group and group["value"].isin((0.0, 1.0)).all()  # no differences, an image is one case
+    share = bool(whole and set(group["measure"]) <= SHARES)
     counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
     return dict(zip(TOLD, interval(above, below, seed, share), strict=False)) | counts
 
