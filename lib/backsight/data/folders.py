@@ -11,11 +11,13 @@ Without a test part val is the test split; then, or without val, a tenth of trai
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+import numpy as np
 
 from backsight.data.coco import ImageObjects, of_files, read_annotations
 from backsight.data.decode import OTHERS, READABLE, refusal
@@ -36,7 +38,8 @@ Parts = dict[str, list[Path]]  # "train", "val", "test", or "" where nothing is 
 class Entry(NamedTuple):
     """One image of a source: its id (unique and stable), its file, and what is known about it.
 
-    member: where it lies in a tar shard; `path` is then "shard.tar::name", to be read by people only.
+    member: where it lies in a tar shard; `path` is then "shard.tar::name", to be read by people only. draw: of an image
+    without a file: (H, W) -> uint8 (H, W, 3).
     """
 
     id: str
@@ -44,6 +47,7 @@ class Entry(NamedTuple):
     label: int | None = None
     objects: ImageObjects | None = None
     member: Member | None = None
+    draw: Callable[[tuple[int, int]], np.ndarray] | None = None
 
 
 @dataclass

@@ -30,7 +30,11 @@ from backsight.errors import SourceError, nearest
 from backsight.project import available_cores
 
 # Sources that are no folders, each with the module whose `generated` finds the images.
-GENERATORS = {"scenes": "backsight.scenes.dataset", "photographs": "backsight.scenes.photographs"}
+GENERATORS = {
+    "scenes": "backsight.scenes.dataset",
+    "photographs": "backsight.scenes.photographs",
+    "leaves": "backsight.data.leaves",
+}
 WORTH_WORKERS = 2000  # images that are read by threads of their own, where there are cores to spare
 
 
@@ -108,6 +112,10 @@ class ImageSource(Dataset[dict[str, Any]]):
 
     def _read(self, entry: Entry) -> tuple[Tensor, Box, Size]:
         """uint8 (3, H, W), antialiased; which part of the file's image it shows; (width, height) of that image."""
+        if entry.draw is not None:
+            height, width = self.size
+            drawn = torch.from_numpy(entry.draw(self.size)).permute(2, 0, 1).contiguous()
+            return drawn, (0, 0, width, height), (width, height)
         objects, read = entry.objects, entry.member and entry.member.read
         enough = None if objects else round(2 * max(self.size) / self.crop_fraction)
         picture = decode(entry.path, read, enough=enough)
@@ -146,13 +154,14 @@ def open_images(
 ) -> ImageSource:
     """Images of one split of a source, all of one size.
 
-    source: "scenes" (made on first use) | "photographs" (ten real ones, offline) | a folder (see data/folders.py).
+    source: "scenes" (made on first use) | "photographs" (ten real ones, offline) | "leaves" (endless, drawn as they are
+        read) | a folder (see data/folders.py).
     split: "train" | "validation" | "test" share no image. "all" is everything (not for scenes). None: "all" for a
         folder without splits, which is cut 8:1:1 otherwise, and "test" for all else.
     target_or_size: a target, whose own size, crop and interpolation are used; or (H, W) in pixels, or one side of a
         square: as much as possible, bicubic.
-    count: at most this many, chosen by `seed` (a larger count contains the smaller ones), in stable order. For scenes:
-        exactly this many (default 1024), `seed` being the seed of the scenes.
+    count: at most this many, chosen by `seed` (a larger count contains the smaller ones), in stable order. For scenes
+        and leaves: exactly this many (default 1024), `seed` being their seed.
     masks: also read masks, boxes and labels (scenes and COCO only).
     Raises SourceError, a sentence that says what is missing and what to do.
     """
