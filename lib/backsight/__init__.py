@@ -2,6 +2,8 @@
 
     import backsight
 
+    backsight.look("cat.jpg", "dinov2-small")  # a figure: every layer, turned back
+
     target = backsight.load_target("scenes-vit")
     recorded = target.record(images)  # (B, 3, H, W) in [0, 1]
     inverses = backsight.fit_linear(target, training_images)
@@ -33,6 +35,7 @@ _HOMES = {
     "list_targets": "targets",
     "load": "inverses.files",
     "load_target": "targets",
+    "look": "app.look",
     "module_target": "targets",
     "open_images": "data.images",
     "picture": "studies.quality",

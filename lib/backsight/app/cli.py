@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
     run.add_argument("-v", "--verbose", action="store_true", help="print what the cells print")
 
+    look = command(_look, "turn every layer of a model back into a picture, as one figure")
+    look.add_argument("picture", metavar="PICTURE", help="an image file, or chelsea, china, coffee, …")
+    look.add_argument(
+        "--target", default="dinov2-small", help="anything that load_target takes (default: dinov2-small)"
+    )
+    look.add_argument("--taps", default="blocks", help="blocks, components, fine, or names with commas")
+    look.add_argument("--out", metavar="FILE", type=Path, help="default: PICTURE-TARGET.png in the working folder")
+
     plan = command(_plan, "list the runs of a preset, with the seconds that they took")
     plan.add_argument("preset", metavar="PRESET", help="quick, smoke, reference, paper or a YAML file")
 
@@ -104,6 +112,15 @@ def _run(options: argparse.Namespace) -> int:
     except NotebookError as error:
         print(f"backsight: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _look(options: argparse.Namespace) -> int:
+    from backsight.app.look import look, save_look
+    from backsight.app.runs import file_name
+
+    name = f"{file_name(Path(options.picture).stem)}-{file_name(options.target)}.png"
+    print(save_look(look(options.picture, options.target, options.taps), options.out or Path(name)))
     return 0
 
 

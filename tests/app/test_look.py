@@ -1,0 +1,55 @@
+"""A figure of one picture: every layer turned back by shipped, kept or newly fitted inverses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import backsight
+from backsight.app.cli import main
+from backsight.errors import BacksightError
+from backsight.inverses import families
+
+
+def test_shipped_inverses_of_all_families_and_their_scores() -> None:
+    figure = backsight.look("chelsea", "scenes-vit", ["patch_embed", "norm"])
+    texts = [text.get_text() for text in figure.texts]
+    scores = [float(text.removesuffix(" dB")) for text in texts if text.endswith(" dB")]
+    assert len(scores) == 4  # two taps, by the linear and by the modular inverse
+    assert min(scores[0], scores[2]) > max(scores[1], scores[3]) > 10
+    only = backsight.look("chelsea", "scenes-vit", ["norm"], "modular")
+    assert len([text for text in only.texts if text.get_text().endswith(" dB")]) == 1
+
+
+def test_inverses_of_any_other_target_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path))
+    small = backsight.load_target("vit_tiny_patch16_224", ["blocks.0"], pretrained=False, image_size=(32, 48))
+    first = families.kept_inverses(small, count=16)["linear"]["blocks.0"]
+    monkeypatch.setattr(families, "fit", None)
+    again = families.kept_inverses(small, count=16)["linear"]["blocks.0"]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    monkeypatch.undo()
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path))
+    more = families.kept_inverses(small.select(["blocks.0", "blocks.1.attn"]), count=16)["linear"]
+    assert {*more.modules} == {"blocks.0", "blocks.1.attn"}
+
+
+def test_the_command_writes_the_figure_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 50), "teal").save("sea.jpg")
+    assert main(["look", "sea.jpg", "--target", "scenes-vit", "--taps", "patch_embed,norm"]) == 0
+    with Image.open("sea-scenes-vit.png") as written:
+        assert written.width > 300
+        assert "scenes-vit" in written.info["Title"]
+    assert main(["look", "nowhere.jpg"]) == 2
+    assert "nowhere.jpg" in capsys.readouterr().err
+
+
+def test_a_family_that_is_not_there_is_named() -> None:
+    with pytest.raises(BacksightError, match=r"no 'modula' inverses of scenes-vit; nearest: modular"):
+        backsight.look("chelsea", "scenes-vit", ["norm"], "modula")
