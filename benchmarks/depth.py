@@ -49,8 +49,7 @@ def steps(depth: int) -> tuple[dict[str, Callable[[], object]], Callable[[], obj
     images = torch.rand(BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     recorded = target.record(images)
     taps = target.taps
-    none: dict[Any, None] = {(source, end): None for source in taps for end in (PIXELS, *taps)}
-    settings: dict[str, Any] = {"starts": none, "steps": 0, "ridge_images": BATCH, "progress": False}
+    settings: dict[str, Any] = {"steps": 0, "ridge_images": 0, "progress": False}
     direct, modular = (fit(target, images, **settings).modules for fit in (fit_direct, fit_modular))
     chains = {
         tap: nn.Sequential(*(Block(WIDTH, 4, 2.0, qkv_bias=True) for _ in range(place)))

@@ -62,8 +62,7 @@ def _step(inverses: Mapping[str, TrainedInverse]) -> Callable[[Batch], None]:
 def training(target: Target, count: int, batch_size: int) -> list[Row]:
     """Steps of modular training from the store, against the same steps from float32 features in memory."""
     images = _images(count, target)
-    stages = dict(zip(target.taps, (PIXELS, *target.taps), strict=False))
-    untrained = fit_modular(target, images, starts=dict.fromkeys(stages.items()), steps=0, progress=False)
+    untrained = fit_modular(target, images, ridge_images=0, steps=0, progress=False)
     step = _step(untrained.modules)
     with tempfile.TemporaryDirectory() as folder:
         store = record_features(target, images, folder=folder, batch_size=RECORDING_BATCH, progress=False)

@@ -204,7 +204,7 @@ def our_step(target: Target, images: Tensor, batch: int) -> tuple[Callable[[], o
 
     store = record_features(target, images, target.taps, progress=False)
     with patch("backsight.training.fit.train", keep):
-        fit_modular(target, store, batch_size=batch, steps=1, progress=False, starts=_no_starts(target))
+        fit_modular(target, store, batch_size=batch, steps=1, progress=False, ridge_images=0)
 
     def step() -> None:
         train(kept["modules"], kept["losses"], lambda _: kept["batch"], steps=1, progress=False)
@@ -216,12 +216,6 @@ def our_step(target: Target, images: Tensor, batch: int) -> tuple[Callable[[], o
     for module in kept["modules"].values():
         module.residual.requires_grad_(True)
     return step, count_flops(backward)
-
-
-def _no_starts(target: Target) -> dict[tuple[str, str], None]:
-    """No closed-form starts: they are no part of a step."""
-    taps = (PIXELS, *target.taps)
-    return {(source, end): None for place, source in enumerate(taps) for end in taps[:place]}
 
 
 def rates() -> Iterator[Row]:

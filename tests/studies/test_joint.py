@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
-from backsight.exact.steps import Norm, Step
+from backsight.exact.steps import Step
 from backsight.studies.joint import JointSettings, solve_joint, through
 
 DOUBLE = JointSettings(precision=torch.float64)
@@ -45,9 +42,3 @@ def test_what_cannot_be_reached_is_not_called_solved() -> None:
     assert not bool(solution.solved.any())
     assert bool((solution.residual > 0.1).all())
     assert bool((solution.residual <= (y - start).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).all())
-
-
-def test_norms_are_refused() -> None:
-    norm = Norm(torch.nn.LayerNorm(4))
-    with pytest.raises(BacksightError, match="norms"):
-        solve_joint([replace(SQUARE[0], norm=norm)], SQUARE, torch.ones(1, 3, 4), torch.ones(1, 3, 4))

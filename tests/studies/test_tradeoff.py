@@ -1,5 +1,6 @@
 """Trade-off: copies are tuned, never the caller's target; t reaches what it should; every number has its null."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +14,14 @@ from backsight.scenes.render import CLASS_NAMES
 from backsight.studies.tradeoff import (
     JOINT,
     OF_START,
-    Reading,
-    _precisions,
+    answer_scores,
     changes,
     measure_tradeoff,
     probe_hits,
     read_model,
-    values_of,
 )
 from backsight.studies.tuning import (
     LabelledImages,
-    Units,
     check_grid,
     fine_tune,
     fit_inverses,
@@ -123,7 +121,7 @@ def test_t_1_makes_the_target_more_invertible_on_what_it_is_tuned_on(problem):
     target, inverses, images = problem
     before = starting_units(target, inverses, images)
     tuned = fine_tune(target, inverses, images, 1.0, steps=25, batch_size=20, learning_rate=1e-3)
-    assert starting_units(tuned.target, tuned.inverses, images).reconstruction < before.reconstruction
+    assert starting_units(tuned.target, tuned.inverses, images)["reconstruction"] < before["reconstruction"]
     assert tuned.history["task"].isna().all()
     assert len(tuned.history) == 25
 
@@ -160,18 +158,16 @@ def test_what_cannot_be_tuned_is_refused(vit, data):
         fine_tune(vit, inverses, data[32], 1.5)
     with pytest.raises(BacksightError, match="each of them once"):
         check_grid([0.5, 0.5])
-    with pytest.raises(BacksightError, match="at least one tap"):
-        fine_tune(vit, {}, data[32], 0.5)
     with pytest.raises(BacksightError, match="at least one step"):
         fine_tune(vit, inverses, data[32], 0.5, batch_size=41)
     other = module_target(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8)), ["0"], image_size=(32, 32))
     with pytest.raises(BacksightError, match="has no task"):
         fine_tune(other, inverses, data[32], 0.5)
-    with pytest.raises(BacksightError, match="does not know"):
+    with pytest.raises(BacksightError, match="does not say which classes"):
         labelled_images("scenes", "train", vit, 2)
     with pytest.raises(BacksightError, match="too few"):
         measure_tradeoff(vit, [0.0], [0], n=3)
-    broken = Units(float("nan"), 1.0, 1.0)
+    broken = {"task": float("nan"), "reconstruction": 1.0, "variance": 1.0}
     with pytest.raises(BacksightError, match="became nan"):
         fine_tune(vit, inverses, data[32], 0.5, units=broken, **STEPS)
 
@@ -200,7 +196,7 @@ def test_class_folders_are_taken_in_their_order(vit, tmp_path):
     found = labelled_images(str(tmp_path), "test", vit, 4)
     red = found.images[:, 0].float().mean((1, 2)) > 100
     assert found.labels[:, 0].tolist() == red.long().tolist()
-    assert found.objects is None
+    assert not found.objects.any()
 
 
 def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
@@ -216,34 +212,33 @@ def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
     assert bool(((found.boxes[known] >= 0) & (found.boxes[known] <= 1)).all())
 
 
+def test_a_damaged_annotation_file_is_no_folder_without_truth(coco_sample, vit, tmp_path):
+    root = shutil.copytree(coco_sample, tmp_path / "coco")
+    for file in (root / "annotations").iterdir():
+        file.write_text("{")
+    with pytest.raises(BacksightError, match="is not a COCO instances file"):
+        labelled_images(str(root), "test", vit, 6, required=False)
+
+
 def test_a_target_is_like_itself(problem):
     target, inverses, images = problem
-    reading = read_model(target, images, {"linear": inverses}, start=target, keep=2)
-    table = metrics(values_of(target, {None: {0: reading}}, {0: reading}, images))
-    for measure in ("cosine_to_start", "cka_to_start"):
-        at = table[(table.measure == measure) & table.inverse.isna()]
-        assert len(at) == len(target.taps)
-        assert at.value.to_numpy() == pytest.approx(1, abs=1e-5)
-    assert set(reading.pictures["linear"]) == set(target.taps)
+    reading = read_model(target, images, {"linear": inverses}, start=target)
+    for tap in target.taps:
+        alike, _ = reading["cka_to_start", tap, None]
+        assert alike.mean() == pytest.approx(1, abs=1e-5)
 
 
-def test_perfect_boxes_score_one_and_those_of_other_images_less(detr, data):
+def test_perfect_boxes_score_one_and_those_of_other_images_less(data):
     images = data[64]
     boxes = images.boxes[:, :1].clone()
     # Another place in every image, so that the boxes of another image do not fit.
     boxes[:, 0, :2] = torch.stack([torch.linspace(0.1, 0.9, len(images)), torch.full((len(images),), 0.5)], 1)
     boxes[:, 0, 2:] = 0.02
-    truth = LabelledImages(images.images, images.labels[:, :1], boxes, None, "made up", "test")
+    truth = LabelledImages(images.images, images.labels[:, :1], boxes, images.objects, "made up", "test")
     logits = 20.0 * one_hot(images.labels[:, :1], 3).float()
-    reading = Reading(_precisions(Predictions(logits, boxes), truth, "ap50", 0))
-    values = values_of(detr, {0.0: {0: reading}, 0.5: {0: reading}}, {0: reading}, truth)
-    table = metrics(values)
-    score = table[(table.measure == "ap50") & table.inverse.isna()]
-    assert score[["value", "high"]].to_numpy() == pytest.approx(1)
-    assert (table[(table.measure == "ap50") & (table.inverse == "null_shuffled")].value < 0.2).all()
-    change = changes(values)
-    assert change.measure.tolist() == ["ap50_change"]
-    assert change.value.to_numpy() == pytest.approx(0)
+    scores = answer_scores([Predictions(logits, boxes)], truth, "", 0)
+    assert scores["ap50", None, None][0] == pytest.approx(1)
+    assert scores["ap50", None, "null_shuffled"][0].mean() < 0.2
 
 
 def test_a_probe_finds_what_is_there(data):
@@ -263,14 +258,14 @@ def test_a_probe_finds_what_is_there(data):
 def test_every_row_has_its_columns_and_its_interval(result):
     target, found = result
     table = metrics(found.values)
-    assert set(METRIC_COLUMNS) | {"seeds", "t", "tuned", "next_tap"} <= set(table.columns)
+    assert set(METRIC_COLUMNS) | {"seeds", "t"} <= set(table.columns)
     assert set(table.t.dropna()) == {0.0, 1.0}
-    assert (table.tuned == table.t.notna()).all()
+    assert [set(made) for made in found.pictures.values()] == [set(target.taps)] * 3
     assert table[table.measure != "probe_top1"].n.max() <= 24
     known = table[table.value.notna()]
     assert known[["low", "high"]].notna().all(axis=None)
     assert (known.low <= known.high).all()
-    assert not table.duplicated(["t", "tap", "inverse", "measure", "next_tap"]).any()
+    assert not table.duplicated(["t", "tap", "inverse", "measure"]).any()
     for t in (None, 0.0, 1.0):
         at = table[table.t.isna()] if t is None else table[table.t == t]
         for tap in target.taps:

@@ -78,6 +78,12 @@ def test_before_training_every_inverse_is_the_closed_form(kind: str, fit, reques
         assert torch.equal(*(x if end == "pixels" else x.values for x in (made, wanted))), source
 
 
+@pytest.mark.parametrize("fit", [fit_direct, fit_modular])
+def test_without_ridge_images_nothing_starts_in_closed_form(vit, fit) -> None:
+    inverses = fit(vit, _shown(vit), **{**QUICK, "steps": 0, "ridge_images": 0})
+    assert [module.linear for module in inverses.modules.values()] == [None] * len(vit.taps)
+
+
 def test_families_share_one_pass_for_their_starts(vit) -> None:
     images, held_out = _shown(vit, 32), _shown(vit, 8, seed=1)
     starts = fit_starts(vit, images, held_out, families=["linear", "direct", "modular"], progress=False)

@@ -13,19 +13,20 @@ from backsight.inverses.linear import fit_linear
 from backsight.targets import load_target
 from backsight.targets.base import Target
 
+Families = dict[str, Mapping[str, Reconstruct]]  # {family: {tap: reconstruction}}
+
 
 def fit_or_load(
     target: Target, folder: str | Path = "", count: int = 2000, seed: int = 0, trained_on: str = "scenes"
-) -> dict[str, Mapping[str, Reconstruct]]:
-    """{family: {tap: reconstruction}} of the target's taps: from `folder`, else shipped, else linear ones fitted here.
+) -> Families:
+    """Those of the target's taps: from `folder`, else shipped, else linear ones fitted here.
 
     count, trained_on, seed: of the training images for such a fit.
     """
     found = Path(folder) if folder else shipped_inverses(target)
-    if found is not None:
-        return _at_taps(target, load(found, target, seed))
-    images = open_images(trained_on, "train", target, count, seed)
-    return {"linear": fit_linear(target, images, seed=seed)}
+    if found is None:
+        return linear_family(target, count, seed, trained_on)
+    return _at_taps(target, load(found, target, seed))
 
 
 def families_by_seed(
@@ -34,8 +35,8 @@ def families_by_seed(
     seeds: Sequence[int] = (0, 1, 2),
     count: int = 2000,
     trained_on: str = "scenes",
-) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
-    """{training seed: {family: {tap: reconstruction}}} of the target's taps, of the families that every seed has.
+) -> dict[int, Families]:
+    """{training seed: those of the target's taps}, of the families that every seed has.
 
     folder: with the runs of 02_train_inverse for each of the seeds; shipped inverses stand in for families that only
     other seeds have there. "": those shipped with the target, of one seed; else linear inverses, fitted here once a
@@ -46,15 +47,15 @@ def families_by_seed(
     own = {header.seed for header in headers_for(shipped, target).values()} if shipped else set()
     if not folder and shipped and own & set(seeds):
         folder, seeds = shipped, [seed for seed in seeds if seed in own]
-    by_seed = {}
+    by_seed: dict[int, Families] = {}
     for seed in _distinct(seeds):
         found = load(folder, target, seed) if folder else linear_family(target, count, seed, trained_on)
         by_seed[seed] = _at_taps(target, found)
     named = {family for families in by_seed.values() for family in families}
     for seed in own & by_seed.keys():
         if shipped and named - by_seed[seed].keys():
-            there = _at_taps(target, load(shipped, target, seed))
-            by_seed[seed] = {f: taps for f, taps in there.items() if f in named} | by_seed[seed]
+            others = _at_taps(target, load(shipped, target, seed))
+            by_seed[seed] = {f: taps for f, taps in others.items() if f in named} | by_seed[seed]
     common = [family for family in ORDER if all(family in families for families in by_seed.values())]
     if not common:
         raise BacksightError(
@@ -64,7 +65,7 @@ def families_by_seed(
     return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
 
 
-def _at_taps(target: Target, families: Mapping[str, Mapping[str, Reconstruct]]) -> dict[str, Mapping[str, Reconstruct]]:
+def _at_taps(target: Target, families: Mapping[str, Mapping[str, Reconstruct]]) -> Families:
     """The families that read any of the target's taps, at these."""
     chosen = {f: {tap: taps[tap] for tap in target.taps if tap in taps} for f, taps in families.items()}
     return {family: taps for family, taps in chosen.items() if taps}
@@ -76,34 +77,26 @@ def untrained_by_seed(
     seeds: Sequence[int] = (0, 1, 2),
     count: int = 2000,
     trained_on: str = "scenes",
-) -> dict[int, tuple[Target, dict[str, Mapping[str, Reconstruct]]]]:
-    """{seed: (the architecture with random weights drawn anew, {family: {tap: reconstruction}})}: the null models.
+) -> dict[int, tuple[Target, Families]]:
+    """{seed: (the architecture with random weights drawn anew, its families)}: the null models.
 
     Linear inverses are fitted here where `folder` has none; trained families are there for the seeds whose runs of
     02_train_inverse with pretrained = false are in `folder`.
     """
-    made: dict[int, tuple[Target, dict[str, Mapping[str, Reconstruct]]]] = {}
+    headers = [read_header(path) for path in inverse_files(Path(folder))] if folder else []
+    trained = {header.seed for header in headers if (header.target, header.weights) == (target.name, "random")}
+    nulls: dict[int, tuple[Target, Families]] = {}
     for seed in _distinct(seeds):
-        untrained = _untrained(target, folder, seed)
-        families: dict[str, Mapping[str, Reconstruct]] = {}
-        if folder and headers_for(folder, untrained):
+        untrained = target.untrained(seed)
+        families: Families = {}
+        if seed in trained:
+            if not headers_for(folder, untrained):  # 02_train_inverse builds the model anew
+                untrained = load_target(target.name, target.taps, pretrained=False, seed=seed)
             families = dict(load(folder, untrained, seed))
         if "linear" not in families:
             families = linear_family(untrained, count, seed, trained_on) | families
-        made[seed] = (untrained, families)
-    return made
-
-
-def _untrained(target: Target, folder: str | Path, seed: int) -> Target:
-    """The target with random weights: those of the folder's inverses, where it has some for this seed."""
-    drawn = target.untrained(seed)
-    if not folder or headers_for(folder, drawn):
-        return drawn
-    headers = [read_header(path) for path in inverse_files(Path(folder))]
-    if any((each.target, each.weights, each.seed) == (target.name, "random", seed) for each in headers):
-        built = load_target(target.name, target.taps, pretrained=False, seed=seed)  # as 02_train_inverse does
-        return built if headers_for(folder, built) else drawn
-    return drawn
+        nulls[seed] = untrained, families
+    return nulls
 
 
 def _distinct(seeds: Sequence[int]) -> Sequence[int]:
@@ -112,7 +105,7 @@ def _distinct(seeds: Sequence[int]) -> Sequence[int]:
     return seeds
 
 
-def linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
+def linear_family(target: Target, count: int, seed: int, trained_on: str) -> Families:
     """{"linear": {tap: reconstruct}}, fitted here on `count` training images, others for every seed."""
     images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed, progress=False)}

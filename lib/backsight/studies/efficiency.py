@@ -15,11 +15,11 @@ of the closed form are not among them. Seconds hold everything.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,21 +31,19 @@ from tqdm.auto import tqdm
 from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.inverses.module import Inverses
-from backsight.inverses.rows import PIXELS, form_of
 from backsight.measures.pixels import psnr
 from backsight.tables.values import Values
 from backsight.targets import Target
 from backsight.training.fit import fit_direct, fit_modular
-from backsight.training.starts import stage_pairs
 
-METHODS = ("direct", "modular", "modular_components")
+METHODS: dict[str, Any] = {"direct": fit_direct, "modular": fit_modular, "modular_components": fit_modular}
 Start = Literal["ours", "paper"]
+PAPER = {fit_direct: {"ridge_images": 0}, fit_modular: {"ridge_images": 0, "chain_fraction": 0, "image_share": 0}}
 COSTS = ("flops", "seconds")
 
 
-@dataclass(frozen=True)
-class Training:
-    """One training. flops, seconds: with its start; parameters: numbers that the inverses of all taps hold."""
+class Training(NamedTuple):
+    """One training. flops, seconds: with its start."""
 
     method: str
     start: Start
@@ -54,18 +52,13 @@ class Training:
     inverses: Inverses
     flops: float
     seconds: float
-    parameters: int
 
 
-@dataclass(frozen=True)
-class Taps:
+class Taps(NamedTuple):
     """judged: where all methods are compared; chain: of the every-block chain, the judged ones among them."""
 
     judged: tuple[str, ...]
     chain: tuple[str, ...]
-
-    def of(self, method: str) -> tuple[str, ...]:
-        return self.chain if method == "modular" else self.judged
 
 
 def taps_for(target: Target, judged: str | Sequence[str]) -> Taps:
@@ -81,34 +74,6 @@ def taps_for(target: Target, judged: str | Sequence[str]) -> Taps:
         taps = target.resolve_taps([*taps, *between[(len(between) - 1) // 2 :][:1]])
     deepest = order.index(taps[-1])
     return Taps(taps, target.resolve_taps([*taps, *(tap for tap in blocks if order.index(tap) <= deepest)]))
-
-
-def train_method(
-    target: Target,
-    taps: Taps,
-    method: str,
-    start: Start,
-    images: ImageSource | Tensor,
-    validation: ImageSource | Tensor,
-    begun: Inverses | None = None,
-    **options: Any,
-) -> Inverses:
-    """One training as a user would call it, or as the paper describes it.
-
-    begun: of no step, whose closed-form starts are taken; options: steps, batch_size, seed.
-    """
-    own: dict[str, Any] = {"taps": taps.of(method), "progress": False, **options}
-    if start == "paper":
-        recorded = target.record(next(iter(batches(images, 1))), list(own["taps"]))
-        forms = {tap: form_of(representation) for tap, representation in recorded.items()}
-        pairs = stage_pairs(target, own["taps"], forms) if method != "direct" else ((t, PIXELS) for t in own["taps"])
-        own |= {"starts": dict.fromkeys(pairs)}
-    elif begun is not None:
-        own |= {"starts": {(tap, module.destination): module.linear for tap, module in begun.modules.items()}}
-    if method == "direct":
-        return fit_direct(target, images, validation, **own)
-    plain: dict[str, Any] = {"chain_fraction": 0.0, "image_share": 0.0} if start == "paper" else {}
-    return fit_modular(target, images, validation, **own, **plain)
 
 
 def train_all(
@@ -127,42 +92,25 @@ def train_all(
     A seed's start is made once for all lengths, and its cost is added to each. A step's FLOPs are the difference
     between a training of one step and one of none.
     """
-    ways = [(method, start) for start in starts for method in METHODS]
+    ways = list(product(starts, METHODS, seeds))
     trainings = []
-    bar = tqdm(total=len(ways) * len(seeds) * (1 + len(steps)), desc="trainings", leave=False, disable=not progress)
-    with bar:
-        for method, start in ways:
-            step_flops = 0.0
-            for seed in seeds:
-                images = train(seed)
-
-                def fit(
-                    length: int,
-                    begun: Inverses | None = None,
-                    method: str = method,
-                    start: Start = start,
-                    images: ImageSource | Tensor = images,
-                    seed: int = seed,
-                ) -> Inverses:
-                    options = {"steps": length, "batch_size": batch_size, "seed": seed}
-                    return train_method(target, taps, method, start, images, validation, begun, **options)
-
-                began = time.perf_counter()
-                with FlopCounterMode(display=False) as counter:
-                    begun = fit(0)
-                preparation, start_flops = time.perf_counter() - began, counter.get_total_flops()
-                if not step_flops:
-                    none, one = (count_flops(lambda: fit(length, begun)) for length in (0, 1))  # noqa: B023
-                    step_flops = one - none
-                bar.update()
-                for length in sorted(steps):
-                    began = time.perf_counter()
-                    inverses = fit(length, begun)
-                    seconds = preparation + time.perf_counter() - began
-                    held = sum(p.numel() for module in inverses.modules.values() for p in module.state_dict().values())
-                    flops = start_flops + step_flops * length
-                    trainings.append(Training(method, start, length, seed, inverses, flops, seconds, held))
-                    bar.update()
+    for start, method, seed in tqdm(ways, "trainings", leave=False, disable=not progress):
+        options = {"taps": taps.chain if method == "modular" else taps.judged, "seed": seed, "batch_size": batch_size}
+        options |= PAPER[METHODS[method]] if start == "paper" else {}
+        fit = partial(METHODS[method], target, train(seed), validation, progress=False, **options)
+        began = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            begun = fit(steps=0)
+        preparation, start_flops = time.perf_counter() - began, counter.get_total_flops()
+        modules = begun.modules.items()
+        fit = partial(fit, starts={(tap, it.destination): it.linear for tap, it in modules if it.linear is not None})
+        none, one = (count_flops(partial(fit, steps=length)) for length in (0, 1))
+        for length in sorted(steps):
+            began = time.perf_counter()
+            inverses = fit(steps=length)
+            seconds = preparation + time.perf_counter() - began
+            flops = float(start_flops + (one - none) * length)
+            trainings.append(Training(method, start, length, seed, inverses, flops, seconds))
     return trainings
 
 
@@ -177,38 +125,31 @@ def count_flops(function: Callable[[], Any]) -> int:
 def add_scores(
     values: Values,
     target: Target,
-    trainings: Iterable[Training],
+    trainings: Sequence[Training],
     taps: Taps,
     images: ImageSource | Tensor,
     mean_image: Tensor,
     batch_size: int = 64,
 ) -> None:
-    """PSNR of every training at the judged taps, with the columns start, steps, flops, seconds (means over training
-    seeds) and parameters; and of the mean training image (3, H, W), the `null_mean`."""
-    trainings = list(trainings)
-    costs = pd.DataFrame([vars(replace(one, inverses=Inverses({}))) for one in trainings])
-    costs = costs.groupby(["method", "start", "steps"])[list(COSTS)].mean()
-    scores: list[dict[str, list[Tensor]]] = [{tap: [] for tap in taps.judged} for _ in trainings]
-    flat: list[Tensor] = []
+    """PSNR of every training at the judged taps, with the columns start, steps, flops and seconds (means over training
+    seeds); and of the mean training image (3, H, W), the `null_mean`."""
+    scores: dict[tuple[str, int], list[Tensor]] = {}
     for batch in batches(images, batch_size):
         recorded = target.record(batch, list(taps.judged))
-        flat.append(psnr(batch, mean_image.expand_as(batch)))
-        for training, score in zip(trainings, scores, strict=True):
-            for tap in taps.judged:
-                score[tap].append(psnr(batch, training.inverses[tap](recorded[tap]).clamp(0, 1)))
-    for training, score in zip(trainings, scores, strict=True):
-        place: Any = (training.method, training.start, training.steps)
-        spent = {cost: float(costs.loc[place, cost]) for cost in COSTS}
-        about: dict[str, Any] = {
-            "start": training.start,
-            "steps": training.steps,
-            "parameters": training.parameters,
-            **spent,
-        }
-        for tap, parts in score.items():
-            values.add("psnr", {training.seed: torch.cat(parts)}, tap, training.method, **about)
-    for tap in taps.judged:
-        values.add("psnr", torch.cat(flat), tap, "null_mean")
+        for tap in taps.judged:
+            pictures = [one.inverses[tap](recorded[tap]).clamp(0, 1) for one in trainings]
+            for place, made in enumerate([*pictures, mean_image.expand_as(batch)]):
+                scores.setdefault((tap, place), []).append(psnr(batch, made))
+    about = pd.DataFrame(trainings).drop(columns="inverses")
+    about[list(COSTS)] = about.groupby(["method", "start", "steps"])[list(COSTS)].transform("mean")
+    known = about.to_dict("records")
+    for (tap, place), parts in scores.items():
+        if place < len(trainings):
+            columns: dict[Any, Any] = dict(known[place])
+            seed, method = columns.pop("seed"), columns.pop("method")
+            values.add("psnr", {seed: torch.cat(parts)}, tap, method, **columns)
+        else:
+            values.add("psnr", torch.cat(parts), tap, "null_mean")
 
 
 def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
@@ -220,23 +161,19 @@ def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
     """
     parts = []
     trained = values[(values["measure"] == "psnr") & (values["steps"] > 0)]
+    same = [name for name in values if name not in ("value", "steps", *COSTS)]
     for _, of_start in trained.groupby("start", sort=False):
         costs = of_start.groupby(["inverse", "steps"])[cost].mean()
-        ranges = costs.groupby("inverse").agg(["min", "max"])
-        budget = float(ranges["max"].min())
-        if budget < ranges["min"].max() * (1 - 1e-9):
+        ends = costs.groupby("inverse").agg(["min", "max"])
+        budget = float(ends["max"].min())
+        if budget < ends["min"].max() * (1 - 1e-9):
             continue
         for inverse, rows in of_start.groupby("inverse", sort=False):
-            known = costs[inverse].sort_values()
-            upper = int(np.searchsorted(known.to_numpy(), budget * (1 - 1e-9)))
-            lower = max(0, upper - 1)
-            apart = math.log(known.iloc[upper] / known.iloc[lower]) if upper > lower else 0.0
-            share = math.log(budget / known.iloc[lower]) / apart if apart > 0 else 1.0
-            same = [name for name in rows if name not in ("value", "steps", "parameters", *COSTS)]
-            below, above = (rows[rows["steps"] == known.index[place]] for place in (lower, upper))
-            both = above.merge(below[[*same, "value"]], on=same, suffixes=("", "_below"))
-            both["value"] = share * both["value"] + (1 - share) * both.pop("value_below")
-            parts.append(both[[*same, "value"]].assign(measure=f"psnr_at_equal_{cost}", budget=budget, steps=np.nan))
+            known = np.log(costs[inverse].sort_values())
+            curves = rows.set_index([*same, "steps"])["value"].unstack()[known.index]
+            level = [np.interp(np.log(budget), known, curve) for curve in curves.to_numpy()]
+            rows = curves.index.to_frame(index=False).assign(value=level, budget=budget)
+            parts.append(rows.assign(measure=f"psnr_at_equal_{cost}"))
     if not parts:
         raise BacksightError(f"no {cost} are common to all methods, from any start: train for more lengths.")
     return pd.concat(parts, ignore_index=True)

@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from backsight.errors import BacksightError
 from backsight.exact.solver import Linearised, Settings, Solution, gmres, newton
 from backsight.exact.steps import Step
 
+GOAL, END = 1e-10, 1e-12  # relative residuals: of what counts as solved, and at which a sample rests
 DAMPINGS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # of a step within the span, shares of its largest value
 DAMPED = (0.0, 1e-3, 1e-2, 1e-1)  # of the half-steps' inverses, absolute: their derivatives are 1 + f′
 CYCLES = 2  # of such inverses in one step, each of what the last left
@@ -36,12 +37,9 @@ LEAST = 0.995  # share of the residual that five steps may keep before a sample 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """How long a chain is searched: iterations: Gauss–Newton steps; goal: relative residual that counts as solved; end:
-    relative residual at which a sample rests; precision: of the directions (the residuals keep y's)."""
+    """iterations: Gauss–Newton steps; precision: of the directions (the residuals keep y's)."""
 
     iterations: int = 30
-    goal: float = 1e-10
-    end: float = 1e-12
     precision: torch.dtype = torch.float32
 
 
@@ -50,6 +48,7 @@ def through(steps: Sequence[Step], x: Tensor) -> Tensor:
     return reduce(lambda stream, step: step(stream), steps, x)
 
 
+@torch.no_grad()
 def solve_joint(
     steps: Sequence[Step],
     singles: Sequence[Step],
@@ -58,31 +57,16 @@ def solve_joint(
     known: int = 0,
     settings: JointSettings | None = None,
 ) -> Solution:
-    """x with T(x) = y from a start, T the steps one after the other.
+    """x with T(x) = y from a start, T the steps one after the other; none may have a norm behind it.
 
     steps: in y's precision; singles: the same in `settings.precision`; y, start: (B, n, c); known: prefix tokens of the
-    start that stay as they are. Steps are taken only where they lower the
-    residual. Raises BacksightError on post-norm steps, whose equations do not determine x.
+    start that stay as they are. Steps are taken only where they lower the residual.
     """
-    if any(step.norm is not None for step in steps):
-        raise BacksightError(
-            "A chain with norms behind its steps does not determine its first stream: solve it step by step."
-        )
-    if start.shape != y.shape:
-        raise ValueError(f"a chain is solved from a start of y's shape {tuple(y.shape)}, not {tuple(start.shape)}")
     settings = settings or JointSettings()
-    effort = Settings(settings.goal, settings.end, settings.iterations)
-    with torch.no_grad():
-        x, residual = newton(
-            lambda x, _: through(steps, x),
-            y,
-            start.to(y),
-            _Directions(steps, singles, y, start.to(y), known, settings.precision),
-            effort,
-            slow=LEAST,
-            shortest=SHORTEST,
-        )
-    return Solution(x, residual, residual <= settings.goal)
+    effort, start = Settings(GOAL, END, settings.iterations), start.to(y)
+    directions = _Directions(steps, singles, y, start, known, settings.precision)
+    x, residual = newton(lambda x, _: through(steps, x), y, start, directions, effort, LEAST, SHORTEST)
+    return Solution(x, residual, residual <= GOAL)
 
 
 class _Directions:
@@ -100,9 +84,7 @@ class _Directions:
         move[which] = x - self.last[which]
         self.past = [*self.past, move][-MEMORY:] if bool(move.any()) else self.past
         self.last[which] = x
-        streams = [x]
-        for step in self.steps:
-            streams.append(step(streams[-1]))
+        streams = list(accumulate(self.steps, lambda stream, step: step(stream), initial=x))
         # In units of y, so that float32 holds it however small it is.
         scale = (self.y[which].flatten(1).norm(dim=1) * residual)[:, None, None]
         right = ((self.y[which] - streams[-1]) / scale).to(self.precision)

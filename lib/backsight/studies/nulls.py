@@ -12,13 +12,9 @@ from backsight.representation import AnyRepresentation
 
 def null_mean(train_images: Any, batch_size: int = 256) -> Tensor:
     """(3, H, W) mean of the training images (ImageSource or (N, 3, H, W)): the `null_mean` reconstruction."""
-    total, count = None, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches(train_images, batch_size):
-        summed = batch.double().sum(0)
-        total = summed if total is None else total + summed
-        count += len(batch)
-    if total is None:
-        raise BacksightError("null_mean() needs at least one training image, but was given none.")
+        total, count = total + batch.double().sum(0), count + len(batch)
     return (total / count).float()
 
 

@@ -63,8 +63,8 @@ def fit_direct(
     images, validation: without padding; VALIDATION_IMAGES of `validation` choose the weights of each decoder. taps: as
     `load_target` takes them, default the target's own. steps: 400 by default, or epochs: passes over the images.
     batch_size: images of a step, of all processes together. starts: closed-form maps {(tap, "pixels"): LinearInverse}
-    that are there already, None for a start at the mean with random weights; the others are fitted on `ridge_images`
-    of the images. checkpoint: a file to resume from, see `training.loop.train`.
+    that are there already; the others are fitted on `ridge_images` of the images, or with 0 are the mean, with random
+    weights. checkpoint: a file to resume from, see `training.loop.train`.
     Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
@@ -223,7 +223,7 @@ class _Fit:
         target, seed = self.target, self.seed
         taps = target.taps if taps is None else target.resolve_taps(taps)
         sample = _sample(self.images, max(ridge_images, MOMENT_IMAGES), seed)
-        inverses, views, pixel_variance = self.started(sample, taps, starts, viewed=image_share > 0)
+        inverses, views, pixel_variance = self.started(sample, taps, starts, ridge_images > 0, viewed=image_share > 0)
 
         def losses(batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
             entries = _chain_starts(len(batch.images), len(taps), chain_fraction, seed, step).to(target.device)
@@ -245,28 +245,27 @@ class _Fit:
         return self.trained(inverses, losses, identity)
 
     def started(
-        self, sample: FeatureStore | Tensor, taps: Sequence[str], starts: Starts, viewed: bool
+        self, sample: FeatureStore | Tensor, taps: Sequence[str], starts: Starts, closed: bool, viewed: bool
     ) -> tuple[dict[str, TrainedInverse], dict[str, LinearInverse], float]:
         """An inverse for every tap, exactly the closed-form map; maps from the stages' ends to pixels; their variance.
 
-        The second, where `viewed`, tell how much of a picture an error at the tap is. All maps come from one pass.
+        The first beside `starts` where `closed`; the second, where `viewed`, tell how much of a picture an error at the
+        tap is. All maps come from one pass.
         """
         target, seed = self.target, self.seed
         first, moments = measured(target, sample, taps)
         forms = {tap: form_of(held) for tap, held in first.items()}
         wanted = start_requests(target, taps, forms, self.family)
         views = {end: Request(end, PIXELS) for _, end in wanted if viewed and end != PIXELS}
-        missing = {pair: request for pair, request in wanted.items() if request and pair not in starts}
+        missing = {pair: request for pair, request in wanted.items() if closed and request and pair not in starts}
         fitted, requests = {}, [*missing.values(), *views.values()]
         if requests:
             fitted = fit_linear_pairs(target, sample, requests, self.held_out, seed=seed, progress=self.progress)
         known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
         inverses = {}
         for source, end in wanted:
-            code, stage = (
-                getattr(first[end], "position", None),
-                target.stage(source, end) if self.family == "modular" else None,
-            )
+            code = getattr(first[end], "position", None)
+            stage = target.stage(source, end) if self.family == "modular" else None
             design = design_for(forms[source], forms[end], stage, code is not None, target.reduction)
             header = header_for(target, self.family, source, end, seed=seed)
             # Each module is drawn anew from the seed, so that it does not depend on which others there are.

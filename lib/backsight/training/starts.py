@@ -17,7 +17,7 @@ from backsight.inverses.rows import PIXELS, Pair, area, is_mappable
 from backsight.representation import Form
 from backsight.targets.base import Target
 
-Starts = Mapping[Pair, LinearInverse | None]
+Starts = Mapping[Pair, LinearInverse]
 
 RECORDING_BATCH = 64
 MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
