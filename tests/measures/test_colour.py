@@ -1,5 +1,7 @@
 """The colour measures, the permutation test and the reversion index on cases whose answer is known."""
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -23,16 +25,15 @@ from backsight.studies.colour import (
     answer_refusal,
     colour_changes,
     colour_values,
-    record_colours,
 )
-from backsight.studies.recolour import NONE, open_objects, to_rgb
+from backsight.studies.recolour import NONE, open_objects
 from backsight.tables.pooling import metrics, pool
 from backsight.tables.values import METRIC_COLUMNS
 
 
 def flat(hue, saturation=1.0, value=1.0):
     """One picture of a single colour."""
-    return to_rgb(torch.tensor([[hue, saturation, value]]))[:, :, None, None].expand(1, 3, 8, 8)
+    return torch.tensor(colorsys.hsv_to_rgb(hue / 360, saturation, value)).view(1, 3, 1, 1).expand(1, 3, 8, 8)
 
 
 def everywhere(images):
@@ -219,18 +220,17 @@ class EyesOnly:
 
 
 @pytest.fixture(scope="module")
-def record():
-    objects = open_objects("scenes", (32, 32), 24, seed=1)
+def objects():
+    return open_objects("scenes", (32, 32), 24, seed=1)
+
+
+@pytest.fixture(scope="module")
+def table(objects):
     see = {"retina": lambda tokens: tokens.maps()[0]}
     families = {seed: {"linear": see} for seed in (0, 1)}
     blind = {0: (EyesOnly(), {"linear": {"retina": lambda tokens: 0 * tokens.maps()[0] + 0.5}})}
     mean = torch.full((3, 32, 32), 0.5)
-    return record_colours(EyesOnly(), objects, 6, families, blind, mean, batch_size=10, progress=False)
-
-
-@pytest.fixture(scope="module")
-def table(record):
-    return metrics(colour_values(record))
+    return metrics(colour_values(EyesOnly(), objects, 6, families, blind, mean, batch_size=10))
 
 
 def chosen(table, measure, inverse="linear", category="canonical", turns="all"):
@@ -325,8 +325,7 @@ class Answering(EyesOnly):
 
 
 @pytest.mark.parametrize(("kind", "measure"), [("classifier", "top1"), ("detector", "ap50")])
-def test_accuracy_that_colour_costs_is_exact_and_a_zero_is_not_dropped(record, kind, measure):
-    objects = record.objects
+def test_accuracy_that_colour_costs_is_exact_and_a_zero_is_not_dropped(objects, kind, measure):
     rows = pool(accuracy_values(Answering(objects, kind), objects, colour_changes(3), batch_size=7))
     found = rows.set_index(["measure", "perturbation", "region", "hue_shift", "category"]).value
     assert set(rows.category) == {"all", *objects.categories}
@@ -339,10 +338,10 @@ def test_accuracy_that_colour_costs_is_exact_and_a_zero_is_not_dropped(record, k
     assert "accuracy_kept" not in set(rows[rows.perturbation == "none"].measure)
 
 
-def test_answers_that_cannot_be_judged_are_refused_in_a_sentence(record):
-    stranger = Answering(record.objects, "classifier")
+def test_answers_that_cannot_be_judged_are_refused_in_a_sentence(objects):
+    stranger = Answering(objects, "classifier")
     stranger.classes = ("cat",)
-    assert "does not know" in answer_refusal(stranger, record.objects)
-    assert "names no classes" in answer_refusal(EyesOnly(), record.objects)
+    assert "does not know" in answer_refusal(stranger, objects)
+    assert "names no classes" in answer_refusal(EyesOnly(), objects)
     with pytest.raises(BacksightError, match="not know"):
-        accuracy_values(stranger, record.objects, [NONE])
+        accuracy_values(stranger, objects, [NONE])

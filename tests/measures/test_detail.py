@@ -42,7 +42,7 @@ def scene():
 
 
 def judged(images, masks):
-    return Judged(images, masks, masks, torch.arange(len(images)), {})
+    return Judged(images, masks, masks, torch.arange(len(images)))
 
 
 def numbers(values):
@@ -114,7 +114,7 @@ def test_a_sinusoid_has_its_power_in_its_own_octave():
     wave = torch.sin(2 * math.pi * 6 * torch.arange(64) / 64) * 0.4 + 0.5
     images = wave.expand(1, 3, 64, 64)
     half = (images - 0.5) * 0.5 + 0.5  # half the amplitude: a quarter of the power is wrong
-    values = detail(Judged(images, None, None, torch.arange(1), {}))(half)
+    values = detail(Judged(images, None, None, torch.arange(1)))(half)
     per_band = {key[1][0][1]: value for key, value in values.items() if key[0] == "band_error"}
     own = max(per_band, key=lambda centre: float(per_band[centre].whole))
     assert own == 5.7  # 4 to 8 cycles
@@ -166,26 +166,26 @@ def test_ssim_is_that_of_torchmetrics(size):
 
 
 def test_the_texture_probe_knows_true_textures_of_photographs_it_has_not_seen():
-    train, test = scene_objects("train", 400, 64), scene_objects("test", 150, 64)
-    probe = fit_texture_probe(train.images, train.inside, train.textures)
-    measure = texture_accuracy(probe, test.textures)
-    prepared = measure(Judged(test.images, test.inside, test.inside, torch.arange(150), {}))
-    known = prepared(test.images)
+    learnt, (images, inside, textures) = scene_objects("train", 400, 64), scene_objects("test", 150, 64)
+    probe = fit_texture_probe(*learnt)
+    measure = texture_accuracy(probe, textures)
+    prepared = measure(Judged(images, inside, inside, torch.arange(150)))
+    known = prepared(images)
     assert known["texture_accuracy"].mean() > 0.8
     assert torch.equal(known["texture_accuracy"], known["texture_accuracy_ceiling"])
-    flat = prepared(torch.full_like(test.images, 0.5))["texture_accuracy"].mean()
+    flat = prepared(torch.full_like(images, 0.5))["texture_accuracy"].mean()
     assert flat < 0.4  # always the same answer, to one in five
     with pytest.raises(BacksightError, match="two textures"):
-        fit_texture_probe(train.images[:2], train.inside[:2], ["plain", "plain"])
+        fit_texture_probe(images[:2], inside[:2], ["plain", "plain"])
     with pytest.raises(BacksightError, match="masks"):
-        measure(Judged(test.images, None, None, torch.arange(150), {}))
+        measure(Judged(images, None, None, torch.arange(150)))
 
 
 def test_scene_objects_are_the_images_that_the_source_reads():
     from backsight.data.images import open_images
 
-    shown = scene_objects("test", 3, 64)
+    images, inside, _ = scene_objects("test", 3, 64)
     source = open_images("scenes", "test", (64, 64), 3, masks=True)
     for i, item in enumerate(source):
-        assert torch.equal((shown.images[i] * 255).round().byte(), item["image"])
-        assert torch.equal(shown.inside[i], item["masks"][0].bool())
+        assert torch.equal((images[i] * 255).round().byte(), item["image"])
+        assert torch.equal(inside[i], item["masks"][0].bool())

@@ -35,7 +35,7 @@ def test_a_guess_is_at_chance(pictures):
     others = ranks(pictures.roll(1, 0), among, truth)
     assert others.ge(1).all()  # the other image itself comes first
     assert 0.3 < others.mean() / 59 < 0.7
-    values = retrieval(among)(Judged(pictures[:20], None, None, truth[:20], {}))(pictures[:20])
+    values = retrieval(among)(Judged(pictures[:20], None, None, truth[:20]))(pictures[:20])
     assert {key[0] for key in values} == {"retrieval_top1", "retrieval_rank"}
     assert all(dict(key[1]) == {"noise": 0.0} for key in values)
     assert [float(value.mean()) for value in values.values()] == [1, 0]

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 from backsight.errors import BacksightError
 from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import region_psnr
 
 EDGE_THRESHOLD = 0.08  # full ranges a pixel: a sharp step of a sixth of the range passes, a faint one does not
-TOLERANCE = 64  # an edge may lie a 64th of the shorter side away
+TOLERANCE = 64  # two edges may lie a 64th of the shorter side (at least a pixel) apart and still be one
 BOUNDARY = 32  # a boundary is a 32nd of the shorter side wide, to either side of the outline
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 CROP = 32  # pixels a side of the object that the texture probe reads
@@ -33,23 +34,17 @@ class Judged:
     """A batch of images and the truth about them.
 
     images: (B, 3, H, W) in [0, 1]; masks: (B, H, W) bool, all objects, or None; largest: (B, H, W) bool, the largest
-    object, or None; places: (B,) int64, where the images stand in the set; recorded: the target's representations.
+    object, or None; places: (B,) int64, where the images stand in the set.
     """
 
     images: Tensor
     masks: Tensor | None
     largest: Tensor | None
     places: Tensor
-    recorded: Mapping[str, Any]
 
     def first(self, count: int) -> Judged:
         """The first images of the batch."""
-        if count >= len(self.images):
-            return self
-        masks = None if self.masks is None else self.masks[:count]
-        largest = None if self.largest is None else self.largest[:count]
-        recorded = {tap: representation.index(slice(count)) for tap, representation in self.recorded.items()}
-        return Judged(self.images[:count], masks, largest, self.places[:count], recorded)
+        return Judged(*(None if part is None else part[:count] for part in vars(self).values()))  # type: ignore
 
 
 @dataclass(frozen=True)
@@ -69,18 +64,17 @@ Scores = Mapping[Key, Any]  # (B,) tensors, Ratio, or what another module pools 
 Measure = Callable[[Judged], Callable[[Tensor], Scores]]
 
 
-def tolerance(size: Sequence[int]) -> int:
-    """Pixels that two edges may lie apart and still be one: a 64th of the shorter side, at least 1."""
-    return max(1, round(min(size) / TOLERANCE))
-
-
 # ------------------------------------------------------------------------------------------------------------ regions
+
+
+def _highest(values: Tensor, within: int) -> Tensor:
+    """(B, H, W): the highest value within so many pixels, in a square neighbourhood."""
+    return F.max_pool2d(values[:, None].float(), 2 * within + 1, stride=1, padding=within)[:, 0]
 
 
 def dilated(masks: Tensor, pixels: int) -> Tensor:
     """(B, H, W) bool: True within `pixels` of a True, in a square neighbourhood."""
-    side = 2 * pixels + 1
-    return F.max_pool2d(masks[:, None].float(), side, stride=1, padding=pixels)[:, 0] > 0
+    return _highest(masks, pixels) > 0
 
 
 def regions(masks: Tensor) -> dict[str, Tensor]:
@@ -111,7 +105,6 @@ def edges(images: Tensor) -> Edges:
     summed over channels (Di Zenzo 1986), in four directions, as in Canny (1986). The threshold is a fixed one, the
     same for an image and its reconstruction: an edge that is too faint to be seen counts as none.
     """
-    height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     rows = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 8
     across = rows[..., 2:] - rows[..., :-2]
@@ -121,14 +114,9 @@ def edges(images: Tensor) -> Edges:
     strength = (across_squared + down_squared).sqrt()
     angle = 0.5 * torch.atan2(2 * (across * down).mean(1), across_squared - down_squared)  # of the steepest change
     direction = (angle / (math.pi / 4)).round().long() % 4  # 0 across, 1 falling diagonal, 2 down, 3 rising diagonal
-    around = F.pad(strength[:, None], (1, 1, 1, 1))[:, 0]
-
-    def moved(row: int, column: int) -> Tensor:
-        return around[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width]
-
-    steps = ((0, 1), (1, 1), (1, 0), (1, -1))
-    ahead = torch.stack([moved(row, column) for row, column in steps], 1).gather(1, direction[:, None])[:, 0]
-    behind = torch.stack([moved(-row, -column) for row, column in steps], 1).gather(1, direction[:, None])[:, 0]
+    around = F.unfold(strength[:, None], 3, padding=1).unflatten(2, strength.shape[1:])  # (B, 9, H, W)
+    ahead = around[:, [5, 8, 7, 6]].gather(1, direction[:, None])[:, 0]
+    behind = around[:, [3, 0, 1, 2]].gather(1, direction[:, None])[:, 0]
     thin = (strength >= ahead) & (strength > behind) & (strength > EDGE_THRESHOLD)
     return Edges(strength, thin)
 
@@ -160,10 +148,6 @@ def compare_edges(truth: Edges, made: Edges, within: int) -> dict[Key, Tensor]:
     }
 
 
-def _highest(strength: Tensor, within: int) -> Tensor:
-    return F.max_pool2d(strength[:, None], 2 * within + 1, stride=1, padding=within)[:, 0]
-
-
 # ----------------------------------------------------------------------------------------------- spatial frequencies
 
 
@@ -184,10 +168,8 @@ def bands(size: Sequence[int]) -> list[tuple[float, Tensor]]:
 def spectrum(images: Tensor) -> Tensor:
     """(B, H, W // 2 + 1) power summed over channels, under a Hann window that hides the picture's rim."""
     height, width = images.shape[2:]
-    window = (
-        torch.hann_window(height + 2, periodic=False)[1:-1, None] * torch.hann_window(width + 2, periodic=False)[1:-1]
-    )
-    window = window.to(images)
+    down, across = (torch.hann_window(side + 2, periodic=False)[1:-1].to(images) for side in (height, width))
+    window = down[:, None] * across
     mean = (images * window).sum((2, 3), keepdim=True) / window.sum()
     power = torch.fft.rfft2((images - mean) * window).abs().square().sum(1)
     power[..., 1 : (width + 1) // 2] *= 2  # these stand for their mirrored partners as well
@@ -239,7 +221,7 @@ def detail(judged: Judged) -> Callable[[Tensor], Scores]:
     """Edges, bands, lost and invented structure; with masks also regions, the object's outline and its hue."""
     images = judged.images
     size = images.shape[2:]
-    within = tolerance(size)
+    within = max(1, round(min(size) / TOLERANCE))
     true_edges = edges(images)
     octaves = [(centre, chosen.to(images.device)) for centre, chosen in bands(size)]
     power = spectrum(images)
@@ -313,20 +295,12 @@ def _object_crops(images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     height, width = luma.shape[1:]
     empty = ~inside.flatten(1).any(1)
     shown = inside | empty[:, None, None]
-    rows, columns = shown.any(2).float(), shown.any(1).float()
-    top, left = rows.argmax(1), columns.argmax(1)
-    bottom, right = height - rows.flip(1).argmax(1), width - columns.flip(1).argmax(1)
-    side = torch.maximum(bottom - top, right - left).float()
-    steps = (torch.arange(CROP, device=images.device) + 0.5) / CROP - 0.5
-    down = (top + bottom)[:, None] / 2 + steps * side[:, None]
-    across = (left + right)[:, None] / 2 + steps * side[:, None]
-    grid = torch.stack(
-        [
-            (2 * across / width - 1)[:, None, :].expand(-1, CROP, -1),
-            (2 * down / height - 1)[:, :, None].expand(-1, -1, CROP),
-        ],
-        -1,
-    )
+    left, top, right, bottom = (masks_to_boxes(shown) + torch.tensor([0, 0, 1, 1]).to(luma)).T  # inclusive there
+    side = torch.maximum(bottom - top, right - left)
+    theta = luma.new_zeros(len(luma), 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = side / width, (left + right) / width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = side / height, (top + bottom) / height - 1
+    grid = F.affine_grid(theta, [len(luma), 2, CROP, CROP], align_corners=False)
     both = torch.stack([luma, shown.float()], 1)
     crops, masks = F.grid_sample(both, grid, mode="bilinear", align_corners=False).unbind(1)
     return crops, (masks > 0.5).float()

@@ -4,8 +4,9 @@ One pass over the images: the target runs once a batch, and all training seeds, 
 recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (`detail.detail`, `cycle.cycle`, …).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,21 +18,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.decode import read_rgb
-from backsight.data.images import ImageSource, Preprocessed, open_images, tensor
+from backsight.data.images import ImageSource, Preprocessed, open_images, tensor, unit_floats
 from backsight.errors import BacksightError
-from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import Matches, average_precision
-from backsight.measures.pixels import PSNR_CEILING, region_psnr, ssim
+from backsight.measures.pixels import psnr, region_psnr, ssim
 from backsight.measures.structure import Judged, Key, Measure, Ratio
 from backsight.scenes.photographs import PHOTOGRAPHS, crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
-from backsight.studies.nulls import shuffled
+from backsight.studies.nulls import BySeed, Untrained, of_untrained, read_taps, reconstructions, shuffled
 from backsight.tables.names import SHUFFLED_FAMILIES
 from backsight.tables.pooling import influence
 from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
 
-Families = Mapping[str, Mapping[str, Reconstruct]]
+KEPT = 8  # images that are kept, with what comes back of them
 CELLS = 8  # rows and columns of an information map: patches of 8 x 8 pixels in the shipped targets
 Place = tuple[str, str | None, str]  # inverse, family, tap
 
@@ -50,22 +50,18 @@ class Quality:
 def evaluate_quality(
     target: Target,
     images: ImageSource | Tensor,
-    families: Mapping[int, Families],
+    families: BySeed,
     mean_image: Tensor,
-    untrained: Mapping[int, tuple[Target, Families]] | None = None,
+    untrained: Untrained | None = None,
     dataset: str | None = None,
     split: str | None = None,
     seed: int = 0,
     batch_size: int = 50,
-    keep: int = 8,
-    progress: bool = True,
     *,
     photographs: Sequence[str] | None = None,
     shuffled_families: Sequence[str] | None = None,
-    null_seeds: int | None = None,
     measures: Sequence[Measure] = (),
     measured: int | None = None,
-    also_record: Sequence[str] = (),
     maps_of: str = "",
 ) -> Quality:
     """Scores of every inverse on images that no inverse was trained on.
@@ -75,79 +71,54 @@ def evaluate_quality(
     the `null_mean`; untrained: {seed: (a target of the same architecture with random weights, {family: {tap:
     inverse}})}, the `null_untrained` of each family. `null_shuffled` is a family fed with another image's
     representation: shuffled_families, default the first of SHUFFLED_FAMILIES; column `family` says whose null a row is.
-    photographs: (N,) what each image was cut from, where several are of one; null_seeds: training seeds that the
-    shuffled and untrained nulls are made for, default all.
+    photographs: (N,) what each image was cut from, where several are of one.
 
-    Measures: mse, psnr (dB), ssim, r2 (against the mean image), psnr_objects (dB, inside the masks), and what
-    `measures` give for the first `measured` images (default all); these read `also_record` taps beside the
-    families', and of the nulls only the first seed. maps_of: a family of which `patch_r2` is made as well, R² of each
-    of CELLS x CELLS parts of the picture (columns row, column). Raises BacksightError for fewer than two images.
+    Measures: psnr (dB), ssim, r2 (against the mean image), psnr_objects (dB, inside the masks), and what `measures`
+    give for the first `measured` images (default all); of the nulls these see only the first seed. maps_of: a family of
+    which `patch_r2` is made as well, R² of each of CELLS x CELLS parts of the picture (columns row, column). Raises
+    BacksightError for fewer than two images.
     """
     if len(images) < 2:
         raise BacksightError("quality needs at least two images: shuffled features come from another image")
-    dataset = dataset or (images.name if isinstance(images, ImageSource) else "images")
-    split = split or (images.split if isinstance(images, ImageSource) else "test")
-    first = next(iter(families))
-    names = list(dict.fromkeys(family for each in families.values() for family in each))
-    inverted = {tap for each in families.values() for inverses in each.values() for tap in inverses}
-    taps = [tap for tap in target.available_taps if tap in inverted]
-    if missing := inverted - set(taps):
-        raise BacksightError(f"{target.name} has no taps {', '.join(sorted(missing))}: these inverses are of another")
-    mixed = [f for f in SHUFFLED_FAMILIES if f in names][:1] if shuffled_families is None else list(shuffled_families)
-    nulls = dict(list((untrained or {}).items())[:null_seeds])
-    with_nulls = list(families)[:null_seeds]
-    generator = torch.Generator().manual_seed(seed)
+    if isinstance(images, ImageSource):
+        dataset, split = dataset or images.name, split or images.split
+    names = {family for of_seed in families.values() for family in of_seed}
+    mixed = [f for f in SHUFFLED_FAMILIES if f in names][:1] if shuffled_families is None else shuffled_families
+    of_others = {s: {f: of_seed[f] for f in mixed if f in of_seed} for s, of_seed in families.items()}
+    taps, first, generator = read_taps(target, families), next(iter(families)), torch.Generator().manual_seed(seed)
     scores = _Scores(mean_image, len(images) if measured is None else measured, measures, maps_of)
     image_names: list[str] = []
     kept_images: list[Tensor] = []
     kept: dict[str, dict[str, list[Tensor]]] = {}
-    with tqdm(total=len(images), desc=f"{target.name} on {dataset}", leave=False, disable=not progress) as bar:
-        for batch, masks, largest, ids in _with_masks(images, batch_size):
-            recorded: dict[str, Any] = dict(target.record(batch, list(dict.fromkeys([*taps, *also_record]))))
-            places = torch.arange(len(image_names), len(image_names) + len(batch))
-            scores.start(Judged(batch, masks, largest, places, recorded))
+    with tqdm(total=len(images), desc=f"{target.name} on {dataset}", leave=False) as bar:
+        for judged, ids in _judged(images, batch_size):
+            scores.start(judged)
+            room = max(0, KEPT - len(image_names))
+            kept_images.append(judged.images[:room])
             image_names += ids
-            room = keep - sum(len(part) for part in kept_images)
-            if room > 0:
-                kept_images.append(batch[:room])
-            mean = mean_image.expand_as(batch)
             for tap in taps:
-                scores.note(("null_mean", None, tap), NO_SEED, mean, True)
-                other = shuffled(recorded[tap], generator) if len(batch) > 1 else None
-                for train_seed, of_seed in families.items():
-                    for family, inverses in of_seed.items():
-                        if tap not in inverses:
-                            continue
-                        reconstruction = inverses[tap](recorded[tap])
-                        scores.note((family, family, tap), train_seed, reconstruction, True)
-                        if room > 0 and train_seed == first:
-                            kept.setdefault(family, {}).setdefault(tap, []).append(reconstruction[:room].clamp(0, 1))
-                        if other is not None and family in mixed and train_seed in with_nulls:
-                            null = ("null_shuffled", family, tap)
-                            scores.note(null, train_seed, inverses[tap](other), train_seed == first)
-            for number, (train_seed, (null_target, null_families)) in enumerate(nulls.items()):
-                seen = {tap for inverses in null_families.values() for tap in inverses}
-                null_recorded = null_target.record(batch, [tap for tap in null_target.available_taps if tap in seen])
-                for family, inverses in null_families.items():
-                    for tap, reconstruct in inverses.items():
-                        null = ("null_untrained", family, tap)
-                        scores.note(null, train_seed, reconstruct(null_recorded[tap]), number == 0)
-            bar.update(len(batch))
-    values = Values(target, dataset, split, image_names, photographs)
-    for (inverse, own_family, tap), of_place in scores.collected.items():
-        for key, by_seed in of_place.items():
-            measure, further = (key, {}) if isinstance(key, str) else (key[0], dict(key[1]))
-            for train_seed, parts in by_seed.items():
-                numbers, weight = _joined(parts)
-                at: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": own_family, **further}
-                values.add(measure, {train_seed: numbers}, weight=weight, **at)
-    pictures = {family: {tap: torch.cat(parts) for tap, parts in per.items()} for family, per in kept.items()}
-    return Quality(values, torch.cat(kept_images), pictures)
+                scores.note(("null_mean", None, tap), NO_SEED, mean_image.expand_as(judged.images), True)
+            recorded = target.record(judged.images, taps)
+            others = {tap: shuffled(recorded[tap], generator) for tap in taps} if len(ids) > 1 else {}
+            for null, pictures, detailed in (
+                ("", reconstructions(recorded, families), set(families)),
+                ("null_shuffled", reconstructions(others, of_others), {first}),
+                ("null_untrained", of_untrained(judged.images, untrained or {}), set(list(untrained or {})[:1])),
+            ):
+                for family, tap, train_seed, made in pictures:
+                    scores.note((null or family, family, tap), train_seed, made, train_seed in detailed)
+                    if room and not null and train_seed == first:
+                        kept.setdefault(family, {}).setdefault(tap, []).append(made[:room].clamp(0, 1))
+            bar.update(len(ids))
+    values = Values(target, dataset or "images", split or "test", image_names, photographs)
+    scores.add_to(values)
+    reconstructed = {family: {tap: torch.cat(parts) for tap, parts in per.items()} for family, per in kept.items()}
+    return Quality(values, torch.cat(kept_images), reconstructed)
 
 
 @dataclass
 class _Scores:
-    """Collects the values of every reconstruction: {(inverse, family, tap): {measure: {training seed: [values]}}}.
+    """Collects the values of every reconstruction: {(place, measure, training seed): [values of a batch]}.
 
     `start` takes a batch and computes what its truth alone decides; `note` then takes reconstructions of it.
     """
@@ -156,45 +127,37 @@ class _Scores:
     measured: int
     measures: Sequence[Measure]
     maps_of: str
-    collected: dict[Place, dict[Key, dict[int, list[Any]]]] = field(default_factory=dict)
+    collected: dict[tuple[Place, Key, int], list[Any]] = field(default_factory=dict)
 
     def start(self, judged: Judged) -> None:
         self.judged = judged
         self.total = (judged.images - self.mean_image).square()
         self.most = max(0, min(len(judged.images), self.measured - int(judged.places[0])))
-        detailed = judged.first(self.most)
-        self.prepared = [measure(detailed) for measure in self.measures] if self.most else []
+        self.prepared = [measure(judged.first(self.most)) for measure in self.measures] if self.most else []
 
     def note(self, place: Place, train_seed: int, reconstruction: Tensor, detailed: bool) -> None:
-        reconstruction = reconstruction.clamp(0, 1)
-        images, masks = self.judged.images, self.judged.masks
+        reconstruction, images = reconstruction.clamp(0, 1), self.judged.images
         error = (images - reconstruction).square()
-        squared = error.mean(1)
-        mse = squared.flatten(1).mean(1)
-        values: dict[Key, Any] = {
-            "mse": mse,
-            "psnr": -10 * mse.clamp(min=10 ** (-PSNR_CEILING / 10)).log10(),
-            "ssim": ssim(images, reconstruction),
-        }
-        if masks is not None:
-            values["psnr_objects"] = region_psnr(squared, masks)
-        values["r2"] = Ratio(mse, self.total.flatten(1).mean(1), complement=True)
+        values: dict[Key, Any] = {"psnr": psnr(images, reconstruction), "ssim": ssim(images, reconstruction)}
+        if self.judged.masks is not None:
+            values["psnr_objects"] = region_psnr(error.mean(1), self.judged.masks)
+        values["r2"] = Ratio(error.flatten(1).mean(1), self.total.flatten(1).mean(1), complement=True)
         if place[0] == self.maps_of:
-            parts, wholes = (_cells(each) for each in (error, self.total))
-            for cell in range(CELLS * CELLS):
+            parts, wholes = (F.adaptive_avg_pool2d(x.mean(1, True), CELLS).flatten(1).T for x in (error, self.total))
+            for cell, (part, whole) in enumerate(zip(parts, wholes, strict=True)):
                 where = (("row", cell // CELLS), ("column", cell % CELLS))
-                values["patch_r2", where] = Ratio(parts[:, cell], wholes[:, cell], complement=True)
-        if detailed:
-            for measured in self.prepared:
-                values |= measured(reconstruction[: self.most])
-        at = self.collected.setdefault(place, {})
+                values["patch_r2", where] = Ratio(part, whole, complement=True)
+        for measure in self.prepared if detailed else ():
+            values |= measure(reconstruction[: self.most])
         for key, value in values.items():
-            at.setdefault(key, {}).setdefault(train_seed, []).append(value)
+            self.collected.setdefault((place, key, train_seed), []).append(value)
 
-
-def _cells(error: Tensor) -> Tensor:
-    """(B, CELLS * CELLS) mean squared error of each part of the pictures."""
-    return F.adaptive_avg_pool2d(error.mean(1, keepdim=True), CELLS).flatten(1)
+    def add_to(self, values: Values) -> None:
+        for ((inverse, family, tap), key, train_seed), parts in self.collected.items():
+            measure, further = (key, {}) if isinstance(key, str) else (key[0], dict(key[1]))
+            numbers, weight = _joined(parts)
+            at: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": family, **further}
+            values.add(measure, {train_seed: numbers}, weight=weight, **at)
 
 
 def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
@@ -210,36 +173,19 @@ def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
     return torch.cat(list(parts)), None
 
 
-def _with_masks(
-    images: ImageSource | Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, list[str]]]:
-    """Batches of (images (B, 3, H, W) in [0, 1], masks of all objects and of the largest (B, H, W) or None, names)."""
-    if isinstance(images, Tensor):
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            part = part.float() / 255 if part.dtype == torch.uint8 else part
-            yield part, None, None, [str(start + i) for i in range(len(part))]
-        return
-    items: list[dict[str, Any]] = []
-    for item in images:
-        items.append(item)
-        if len(items) == batch_size:
-            yield _stacked(items)
-            items = []
-    if items:
-        yield _stacked(items)
-
-
-def _stacked(items: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None, Tensor | None, list[str]]:
-    pictures = torch.stack([item["image"] for item in items]).float() / 255
-    names = [str(item["id"]) for item in items]
-    if "masks" not in items[0]:
-        return pictures, None, None, names
-    nothing = torch.zeros(pictures.shape[2:], dtype=torch.bool)
-    every = [item["masks"].bool() for item in items]
-    union = torch.stack([masks.any(0) if len(masks) else nothing for masks in every])
-    largest = torch.stack([masks[masks.flatten(1).sum(1).argmax()] if len(masks) else nothing for masks in every])
-    return pictures, union, largest, names
+def _judged(images: ImageSource | Tensor, batch_size: int) -> Iterator[tuple[Judged, list[str]]]:
+    """Batches, with the masks of all objects and of the largest where the source has them, and the images' names."""
+    count = 0
+    items = ({"image": image, "id": n} for n, image in enumerate(images)) if torch.is_tensor(images) else iter(images)
+    while batch := list(islice(items, batch_size)):
+        pictures, union, largest = unit_floats(torch.stack([item["image"] for item in batch])), None, None
+        if "masks" in batch[0]:
+            every = [torch.cat([item["masks"].bool(), torch.zeros(1, *pictures.shape[2:]).bool()]) for item in batch]
+            union = torch.stack([masks.any(0) for masks in every])
+            largest = torch.stack([masks[masks.flatten(1).sum(1).argmax()] for masks in every])
+        places = torch.arange(count, count + len(batch))
+        yield Judged(pictures, union, largest, places), [str(item["id"]) for item in batch]
+        count += len(batch)
 
 
 def quality_images(
@@ -271,12 +217,11 @@ def gallery_images(
     M is `count` or more where the source has so many images, else all there are.
     """
     own = tensor(judged)
-    more = quality_images(source, target_or_size, count, seed)[0] if len(own) < count else own
-    seen: dict[bytes, Tensor] = {}
-    for picture in torch.cat([own, tensor(more)]):
-        seen.setdefault((picture * 255).round().byte().numpy().tobytes(), picture)
-    others = list(seen.values())[len(own) :]  # a judged image that is there twice leaves one place fewer
-    return torch.cat([own, torch.stack(others)[: max(0, count - len(own))]]) if others else own
+    more = tensor(quality_images(source, target_or_size, count, seed)[0]) if len(own) < count else own[:0]
+    unlike = {(image * 255).round().byte().numpy().tobytes(): image for image in more}
+    for image in own:
+        unlike.pop((image * 255).round().byte().numpy().tobytes(), None)
+    return torch.cat([own, *(image[None] for image in unlike.values())])[: max(count, len(own))]
 
 
 def picture(name: str, size: tuple[int, int]) -> Tensor:

@@ -6,49 +6,39 @@ other source, is changed pixel by pixel inside the mask.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from skimage.color import hsv2rgb, rgb2hsv
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from backsight.data.images import ImageSource, Preprocessed, open_images
-from backsight.errors import BacksightError, nearest
+from backsight.errors import BacksightError
 from backsight.measures.hue import hue_of, object_chroma
-from backsight.scenes.render import CLASS_NAMES, CLASSES, Scene, SceneOptions, render_many
+from backsight.scenes.dataset import cached
+from backsight.scenes.render import CLASSES, Scene, SceneOptions, render_many
 
-Kind = Literal["none", "hue_shift", "grey", "saturation"]
 Region = Literal["object", "objects", "image"]
-KINDS: tuple[str, ...] = get_args(Kind)
 CONCENTRATION = 0.5  # mean length of a class's hue vectors (0: any hue, 1: one hue) from which it has a prototype
 FEWEST_EXAMPLES = 10  # training objects that a prototype needs
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """What is done to the colours, and where.
+class Perturbation(NamedTuple):
+    """What is done to the colours, and where: columns of a table.
 
-    kind: "hue_shift" (by `amount` degrees), "grey" (saturation 0, value kept), "saturation" (times `amount`) or
-    "none"; region: the judged "object", all "objects" or the whole "image".
+    perturbation: "hue_shift" (by `hue_shift` degrees), "grey" (saturation 0, value kept) or "none"; region: the judged
+    "object", all "objects" or the whole "image".
     """
 
-    kind: Kind
+    perturbation: Literal["none", "hue_shift", "grey"]
     region: Region = "object"
-    amount: float = math.nan
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise BacksightError(f"there is no perturbation {self.kind!r}; {nearest(self.kind, KINDS)}")
-        if self.kind in ("hue_shift", "saturation") and not math.isfinite(self.amount):
-            raise BacksightError(f"the perturbation {self.kind} needs an amount")
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What a row of a table says of it."""
-        return {"perturbation": self.kind, "region": self.region, "hue_shift": self.amount}
+    hue_shift: float = math.nan
 
 
 NONE = Perturbation("none", "image")
@@ -59,56 +49,17 @@ def hue_shifts(count: int, region: Region = "object") -> list[Perturbation]:
     return [Perturbation("hue_shift", region, 360.0 * i / count) for i in range(count)]
 
 
-# -------------------------------------------------------------------------------------------------- pixel by pixel
-
-
-def to_hsv(images: Tensor) -> Tensor:
-    """(B, 3, …) of hue in degrees [0, 360), saturation and value in [0, 1]; images: (B, 3, …) sRGB in [0, 1]."""
-    red, green, blue = images.unbind(1)
-    value, lowest = images.amax(1), images.amin(1)
-    chroma = value - lowest
-    divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)
-    hue = torch.where(
-        value == red,
-        ((green - blue) / divisor) % 6,
-        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    hue = torch.where(chroma > 0, 60 * hue, torch.zeros_like(hue))
-    saturation = chroma / value.clamp(min=torch.finfo(images.dtype).tiny)
-    return torch.stack([hue, saturation, value], 1)
-
-
-def to_rgb(hsv: Tensor) -> Tensor:
-    """The inverse of `to_hsv`; hues of any size wrap around."""
-    hue, saturation, value = hsv.unbind(1)
-    channels = []
-    for start in (5, 3, 1):
-        place = (start + hue / 60) % 6
-        channels.append(value - value * saturation * torch.minimum(place, 4 - place).clamp(0, 1))
-    return torch.stack(channels, 1)
-
-
-def perturb(images: Tensor, masks: Tensor, perturbation: Perturbation) -> Tensor:
+def recoloured(images: Tensor, where: Tensor, hue_shift: float = 0.0, saturation: float = 1.0) -> Tensor:
     """The images with other colours, pixel by pixel, in steps of 1/255 as a file would hold them.
 
-    images: (B, 3, H, W) sRGB in [0, 1]; masks: (B, H, W) bool, True = the region. A pixel without hue keeps having
-    none. Outside the region nothing changes. Raises BacksightError where the shapes do not fit.
+    images: (B, 3, H, W) sRGB in [0, 1]; where: (B, H, W) bool, True = changed; hue_shift: degrees added to the hue (a
+    pixel without one keeps having none); saturation: factor.
     """
-    if images.ndim != 4 or masks.shape != (images.shape[0], *images.shape[2:]):
-        raise BacksightError(
-            f"perturb() needs one mask for each image, not {tuple(masks.shape)} for {tuple(images.shape)}"
-        )
-    hue, saturation, value = to_hsv(images).unbind(1)
-    if perturbation.kind == "hue_shift":
-        hue = hue + perturbation.amount
-    elif perturbation.kind == "grey":
-        saturation = torch.zeros_like(saturation)
-    elif perturbation.kind == "saturation":
-        saturation = (saturation * perturbation.amount).clamp(0, 1)
-    else:
-        return images
-    changed = (to_rgb(torch.stack([hue, saturation, value], 1)) * 255).round() / 255
-    return changed if perturbation.region == "image" else torch.where(masks[:, None], changed, images)
+    hsv = rgb2hsv(images.numpy(), channel_axis=1)
+    hsv[:, 0] = (hsv[:, 0] + hue_shift / 360) % 1
+    hsv[:, 1] = (hsv[:, 1] * saturation).clip(0, 1)
+    changed = (torch.from_numpy(hsv2rgb(hsv, channel_axis=1)) * 255).round() / 255
+    return torch.where(where[:, None], changed, images)
 
 
 # --------------------------------------------------------------------------------------------- the objects judged
@@ -154,15 +105,18 @@ class JudgedObjects:
         both = {"canonical": self.canonical, "colour_free": ~self.canonical}
         return {name: members for name, members in both.items() if members.any()}
 
-    def perturbed(self, perturbation: Perturbation) -> Tensor:
+    def perturbed(self, change: Perturbation) -> Tensor:
         """(N, 3, H, W): the images under the perturbation, rendered anew where scenes can show it exactly."""
-        changes: dict[str, Any] = {"hue_shift": {"hue_shift": perturbation.amount}, "grey": {"grey": True}}
-        if self.rendered is None or perturbation.region == "image" or perturbation.kind not in changes:
-            return perturb(self.images, self.every if perturbation.region == "objects" else self.masks, perturbation)
+        if change == NONE:
+            return self.images
+        turn, grey = (0.0, True) if change.perturbation == "grey" else (change.hue_shift, False)
+        if self.rendered is None or change.region == "image":
+            regions = {"object": self.masks, "objects": self.every, "image": torch.ones_like(self.masks)}
+            return recoloured(self.images, regions[change.region], turn, 0.0 if grey else 1.0)
         seed, options = self.rendered
-        recolour = "all" if perturbation.region == "objects" else "dominant"
-        options = replace(options, recolour=recolour, **changes[perturbation.kind])  # type: ignore[arg-type]
-        return _pictures([s.image for s in render_many(self.split, len(self), seed, self.images.shape[-1], options)])
+        which: Any = "all" if change.region == "objects" else "dominant"
+        options = replace(options, recolour=which, hue_shift=turn, grey=grey)
+        return _pictures(render_many(self.split, len(self), seed, self.images.shape[-1], options))
 
 
 def open_objects(
@@ -176,75 +130,55 @@ def open_objects(
     Raises BacksightError where no image has such an object.
     """
     if source == "scenes":
-        size = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
-        return _scene_objects(size, n, seed, minimum_area)
+        height, width = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
+        if height != width:
+            raise BacksightError(f"scenes are square; {height} x {width} needs photographs: give a COCO root as images")
+        options = SceneOptions(minimum_area=minimum_area)
+        images = open_images(cached("test", n, seed, width, options), "all", width, masks=True)
+        known = _judged(images, {kind.name: kind.hue for kind in CLASSES}, n, minimum_area)
+        return replace(known, name="scenes", split="test", rendered=(seed, options))
     if (Path(source) / "annotations").is_dir():
         images = open_images(source, "test", target_or_size, seed=seed, masks=True)
         prototypes = class_hues(open_images(source, "train", target_or_size, 20 * n, seed, masks=True))
-        return _annotated_objects(images, source, prototypes, n, minimum_area)
+        return _judged(images, prototypes, n, minimum_area)
     images = open_images(source, "test" if source == "photographs" else None, target_or_size, n, seed)
-    pictures = _pictures([item["image"].permute(1, 2, 0).numpy() for item in images])
-    count, masks = len(pictures), torch.ones(len(pictures), *pictures.shape[2:], dtype=torch.bool)
-    unknown = masks, np.full(count, -1), (), np.full(count, np.nan), np.zeros(count, bool)
-    return JudgedObjects(images.name, images.split, pictures, masks, *unknown, *_padded([()] * count, [()] * count))
+    return _judged(images, {}, n, 0.0)
 
 
-def _scene_objects(size: tuple[int, int], n: int, seed: int, minimum_area: float) -> JudgedObjects:
-    if size[0] != size[1]:
-        raise BacksightError(f"scenes are square; {size[0]} x {size[1]} needs photographs: give a COCO root as images")
-    options = SceneOptions(minimum_area=minimum_area)
-    scenes: list[Scene] = list(render_many("test", n, seed, size[0], options))
-    hues, canonical = known_hues({kind.name: kind.hue for kind in CLASSES}, CLASS_NAMES)
-    labels = np.array([scene.dominant for scene in scenes])
-    pictures, every = _pictures([s.image for s in scenes]), torch.from_numpy(np.stack([s.masks.any(0) for s in scenes]))
-    masks = torch.from_numpy(np.stack([scene.masks[0] for scene in scenes]))
-    corners = [np.concatenate([s.boxes[:, :2], s.boxes[:, :2] + s.boxes[:, 2:]], 1) / size[0] for s in scenes]
-    known = (
-        every,
-        labels,
-        CLASS_NAMES,
-        hues[labels],
-        canonical[labels],
-        *_padded([scene.labels for scene in scenes], corners),
-    )
-    return JudgedObjects("scenes", "test", pictures, masks, *known, (seed, options))
-
-
-def _padded(labels: Sequence[Any], boxes: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """(N, T) labels and (N, T, 4) boxes of images with up to T objects; -1 where an image has fewer."""
-    most = max(map(len, labels), default=0)
-    present, corners = torch.full((len(labels), most), -1), torch.zeros(len(labels), most, 4)
-    for image, (own, places) in enumerate(zip(labels, boxes, strict=True)):
-        if len(own):
-            present[image, : len(own)], corners[image, : len(own)] = torch.as_tensor(own), torch.as_tensor(places)
-    return present, corners
-
-
-def _annotated_objects(
-    images: ImageSource, source: str, prototypes: dict[str, float | None], n: int, minimum_area: float
-) -> JudgedObjects:
-    pictures, masks, every, labels, present, boxes = [], [], [], [], [], []
-    height, width = images.size
-    for item in images:
-        areas = item["masks"].flatten(1).float().mean(1).masked_fill(item["crowd"], 0)
-        if not len(areas) or float(areas.max()) < minimum_area:
-            continue
-        largest = int(areas.argmax())
-        counted = [i for i in range(len(areas)) if i == largest or not item["crowd"][i]]
-        pictures.append(item["image"].permute(1, 2, 0).numpy())
-        masks.append(item["masks"][largest])
-        every.append(item["masks"][counted].bool().any(0))
-        labels.append(int(item["labels"][largest]))
-        present.append(item["labels"][counted])
-        boxes.append(item["boxes"][counted] / torch.tensor([width, height, width, height]))
-        if len(pictures) == n:
-            break
-    if not pictures:
-        raise BacksightError(f"no image of {source} has an object of {minimum_area:.0%} of it: lower minimum_area")
+def _judged(images: ImageSource, prototypes: Mapping[str, float | None], n: int, minimum_area: float) -> JudgedObjects:
+    rows = list(islice(_large_objects(images, minimum_area), n))
+    if not rows:
+        raise BacksightError(f"no image of {images.name} has an object of {minimum_area:.0%} of it: lower minimum_area")
+    pictures, masks, every, chosen, present, boxes = (list(parts) for parts in zip(*rows, strict=True))
     hues, canonical = known_hues(prototypes, images.classes)
-    chosen = np.array(labels)
-    known = torch.stack(every), chosen, images.classes, hues[chosen], canonical[chosen], *_padded(present, boxes)
-    return JudgedObjects(images.name, images.split, _pictures(pictures), torch.stack(masks), *known)
+    own = torch.stack(chosen).numpy()
+    return JudgedObjects(
+        *(images.name, images.split, torch.stack(pictures), torch.stack(masks), torch.stack(every)),
+        labels=own,
+        classes=images.classes,
+        hues=np.append(hues, np.nan)[own],
+        canonical=np.append(canonical, False)[own],
+        present=pad_sequence(present, True, -1),
+        boxes=pad_sequence(boxes, True),
+    )
+
+
+def _large_objects(images: ImageSource, minimum_area: float) -> Iterator[tuple[Tensor, ...]]:
+    """Of each image with a large object: the image, the object's mask and that of all, its label and the labels and
+    boxes of all, crowds left out. An image without annotations is all one object, of no known class."""
+    height, width = images.size
+    whole = {"masks": torch.ones(1, height, width).bool(), "boxes": torch.tensor([[0.0, 0.0, width, height]])}
+    whole |= {"labels": torch.tensor([-1]), "crowd": torch.tensor([False])}
+    for item in images:
+        masks, boxes, labels, crowd = ((whole | item)[name] for name in whole)
+        areas = masks.flatten(1).float().mean(1).masked_fill(crowd, 0)
+        if len(areas) and float(areas.max()) >= minimum_area:
+            largest = int(areas.argmax())
+            counted = ~crowd
+            counted[largest] = True
+            shares = boxes[counted] / torch.tensor([width, height, width, height])
+            mask, every = masks[largest], masks[counted].any(0)
+            yield item["image"].float() / 255, mask, every, labels[largest], labels[counted], shares
 
 
 def class_hues(images: ImageSource) -> dict[str, float | None]:
@@ -253,51 +187,33 @@ def class_hues(images: ImageSource) -> dict[str, float | None]:
     The hue is the direction of the mean of the objects' unit hue vectors. A class has one where that mean is at least
     CONCENTRATION long and at least FEWEST_EXAMPLES objects have a hue at all. Source: Mardia & Jupp, 2.2.
     """
-    vectors: dict[int, list[complex]] = {}
+    vectors: dict[str, list[complex]] = {name: [] for name in images.classes}
     for item in images:
-        if not len(item["masks"]):
-            continue
         picture = item["image"].float()[None].expand(len(item["masks"]), -1, -1, -1) / 255
         hues = hue_of(object_chroma(picture, item["masks"]))
         for label, hue in zip(item["labels"].tolist(), hues.tolist(), strict=True):
             if not math.isnan(hue):
-                vectors.setdefault(label, []).append(complex(np.exp(1j * math.radians(hue))))
-    found: dict[str, float | None] = dict.fromkeys(images.classes)
-    for label, each in vectors.items():
-        mean = complex(np.mean(each))
-        if len(each) >= FEWEST_EXAMPLES and abs(mean) >= CONCENTRATION:
-            found[images.classes[label]] = math.degrees(math.atan2(mean.imag, mean.real)) % 360
-    return found
+                vectors[images.classes[label]].append(complex(np.exp(1j * math.radians(hue))))
+    means = {name: complex(np.mean(own)) for name, own in vectors.items() if len(own) >= FEWEST_EXAMPLES}
+    clear = {name: mean for name, mean in means.items() if abs(mean) >= CONCENTRATION}
+    return {name: math.degrees(np.angle(clear[name])) % 360 if name in clear else None for name in images.classes}
 
 
 def known_hues(prototypes: Mapping[str, float | None], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(hue of each class (K,), whether it owns it (K,)): classes without a hue get those of the others in turn."""
-    owned = sorted({hue for hue in prototypes.values() if hue is not None})
-    canonical = np.array([prototypes[name] is not None for name in classes])
-    hues = np.full(len(classes), np.nan)
-    for place, name in enumerate(classes):
-        own = prototypes[name]
-        if own is not None:
-            hues[place] = own
-        elif owned:
-            hues[place] = owned[int((~canonical[:place]).sum()) % len(owned)]
-    return hues, canonical
+    placebos = cycle(sorted({hue for hue in prototypes.values() if hue is not None}) or [math.nan])
+    canonical = [prototypes[name] is not None for name in classes]
+    hues = [prototypes[name] if own else next(placebos) for name, own in zip(classes, canonical, strict=True)]
+    return np.array(hues, float), np.array(canonical, bool)
 
 
-def _pictures(images: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+def _pictures(scenes: Iterable[Scene]) -> Tensor:
+    return torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
 
 
-class SceneObjects(NamedTuple):
-    """Scenes and their dominant objects. images: (N, 3, H, W) in [0, 1]; inside: (N, H, W) bool; textures: names."""
-
-    images: Tensor
-    inside: Tensor
-    textures: tuple[str, ...]
-
-
-def scene_objects(split: str, count: int, size: int, seed: int = 0) -> SceneObjects:
-    """The first scenes of a split, rendered: the same that `open_images("scenes", split, size, count, seed)` reads."""
+def scene_objects(split: str, count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """The first scenes of a split, as `open_images("scenes", split, size, count, seed)` reads them, (N, 3, H, W) in
+    [0, 1], and their dominant objects: masks (N, H, W) bool and names of textures."""
     scenes = list(render_many(split, count, seed, size))
-    inside = torch.from_numpy(np.stack([scene.masks[0] for scene in scenes]))
-    return SceneObjects(_pictures([s.image for s in scenes]), inside, tuple(scene.textures[0] for scene in scenes))
+    masks = torch.from_numpy(np.stack([scene.masks[0] for scene in scenes]))
+    return _pictures(scenes), masks, tuple(scene.textures[0] for scene in scenes)

@@ -5,7 +5,7 @@ A decoder that guesses a plausible picture scores well on averages; only one tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.inverses.families import Reconstruct
 from backsight.measures.structure import Judged, Measure, Scores
 from backsight.representation import AnyRepresentation
+from backsight.studies.nulls import BySeed, reconstructions
 from backsight.tables.values import Values
 from backsight.targets import Target
 
@@ -47,12 +47,9 @@ def gallery(candidates: Tensor, mean_image: Tensor) -> Gallery:
 
 
 def _small(images: Tensor) -> Tensor:
-    height, width = images.shape[2:]
-    longest = max(height, width)
-    if longest <= LARGEST:
-        return images
-    size = (max(1, round(height * LARGEST / longest)), max(1, round(width * LARGEST / longest)))
-    return F.adaptive_avg_pool2d(images, size)
+    scale = LARGEST / max(images.shape[2:])
+    height, width = (max(1, round(side * scale)) for side in images.shape[2:])
+    return images if scale >= 1 else F.adaptive_avg_pool2d(images, (height, width))
 
 
 def _vectors(images: Tensor, mean: Tensor) -> Tensor:
@@ -71,9 +68,9 @@ def ranks(reconstructions: Tensor, among: Gallery, truth: Tensor) -> Tensor:
     return ((likeness > own).sum(1) + ((likeness == own).sum(1) - 1) / 2).float()
 
 
-def _scores(made: Tensor, among: Gallery, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(made: Tensor, among: Gallery, truth: Tensor) -> dict[str, Tensor]:
     place = ranks(made, among, truth)
-    return (place == 0).float(), place / (len(among) - 1)
+    return {"retrieval_top1": (place == 0).float(), "retrieval_rank": place / (len(among) - 1)}
 
 
 def retrieval(among: Gallery) -> Measure:
@@ -83,11 +80,7 @@ def retrieval(among: Gallery) -> Measure:
     """
 
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
-        def measured(made: Tensor) -> Scores:
-            first, share = _scores(made, among, judged.places)
-            return {("retrieval_top1", CLEAN): first, ("retrieval_rank", CLEAN): share}
-
-        return measured
+        return lambda made: {(name, CLEAN): of for name, of in _scores(made, among, judged.places).items()}
 
     return prepared
 
@@ -110,11 +103,10 @@ def noised(representation: AnyRepresentation, amount: float, generator: torch.Ge
 def retrieval_under_noise(
     target: Target,
     images: Tensor,
-    families: Mapping[int, Mapping[str, Mapping[str, Reconstruct]]],
+    families: BySeed,
     among: Gallery,
     values: Values,
-    noises: Sequence[float] = (0.3, 1.0, 3.0),
-    taps: Sequence[str] | None = None,
+    noises: Sequence[float],
     seed: int = 0,
 ) -> None:
     """Adds `retrieval_top1` and `retrieval_rank` with column `noise`, of images whose representation is noised.
@@ -122,17 +114,11 @@ def retrieval_under_noise(
     images: (B, 3, H, W), the first of the gallery and of the values; families: {training seed: {family: {tap:
     inverse}}}; noises: in standard deviations of the representation. Every inverse reads the same noise.
     """
-    truth = torch.arange(len(images))
-    recorded = target.record(images, target.taps if taps is None else taps)
-    generator = torch.Generator().manual_seed(seed)
-    for tap, representation in recorded.items():
-        clean: Any = representation
+    truth, generator = torch.arange(len(images)), torch.Generator().manual_seed(seed)
+    for recorded_tap, clean in target.record(images, target.taps).items():
         for amount in noises:
-            blurred = noised(clean, amount, generator)
-            for train_seed, of_seed in families.items():
-                for family, inverses in of_seed.items():
-                    if tap in inverses:
-                        scores = _scores(inverses[tap](blurred).clamp(0, 1), among, truth)
-                        for measure, numbers in zip(("retrieval_top1", "retrieval_rank"), scores, strict=True):
-                            at: dict[str, Any] = {"tap": tap, "inverse": family, "family": family}
-                            values.add(measure, {train_seed: numbers}, noise=float(amount), **at)
+            recorded = {recorded_tap: noised(clean, amount, generator)}
+            for family, tap, train_seed, made in reconstructions(recorded, families):
+                at: dict[str, Any] = {"tap": tap, "inverse": family, "family": family, "noise": float(amount)}
+                for measure, numbers in _scores(made.clamp(0, 1), among, truth).items():
+                    values.add(measure, {train_seed: numbers}, **at)

@@ -29,7 +29,7 @@ from backsight.measures.pixels import psnr, ssim
 from backsight.project import cache_folder, write_atomically
 from backsight.representation import Grid, Predictions, Representation, Tokens
 from backsight.studies.by_seed import fit_or_load
-from backsight.studies.recolour import Perturbation, perturb
+from backsight.studies.recolour import recoloured
 from backsight.targets import Target, load_target
 
 REFERENCE_IMAGES = 64  # scenes that tell a representation's usual spread and mean
@@ -227,10 +227,9 @@ def given(view: View, size: tuple[int, int], grid: Grid, zero: Sequence[float]) 
     is_exact = view.region == "object" and view.picture.startswith("scene ")
     image, mask, words = open_picture(view.picture, size, view.hue_shift if is_exact else 0.0)
     where = mask if view.region == "object" else torch.ones_like(mask)
-    if view.hue_shift and not is_exact:
-        image = perturb(image, where, Perturbation("hue_shift", "object", view.hue_shift))
-    if view.saturation != 1:
-        image = perturb(image, where, Perturbation("saturation", "object", view.saturation))
+    turn = 0.0 if is_exact else view.hue_shift
+    if turn or view.saturation != 1:
+        image = recoloured(image, where, turn, view.saturation)
     (rows, columns), changed = grid, image.clone()
     height, width = size[0] // rows, size[1] // columns  # what is left at the rims belongs to no patch
 
