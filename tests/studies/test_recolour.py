@@ -118,16 +118,21 @@ def test_scenes_are_square():
         open_objects("scenes", (32, 48), 2)
 
 
-def test_a_folder_without_masks_is_judged_as_a_whole(tmp_path):
+@pytest.mark.parametrize("place", ["", "train/cat"])
+def test_a_folder_without_masks_is_judged_as_a_whole(tmp_path, place):
+    """Also one with classes: which object is where nobody says."""
     from PIL import Image
 
-    for i in range(3):
-        Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    for split in {place, place.replace("train", "test")}:
+        (tmp_path / split).mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / split / f"{i}.png")
     found = open_objects(str(tmp_path), (32, 32), 3)
     assert len(found) == 3
     assert found.masks.all()
     assert not found.labelled
     assert set(found.categories) == {"unlabelled"}
+    assert np.isnan(found.hues).all()
 
 
 def test_coco_objects_come_with_masks_and_prototypes(tmp_path):

@@ -202,9 +202,9 @@ def class_hues(images: ImageSource) -> dict[str, float | None]:
 def known_hues(prototypes: Mapping[str, float | None], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(hue of each class (K,), whether it owns it (K,)): classes without a hue get those of the others in turn."""
     placebos = cycle(sorted({hue for hue in prototypes.values() if hue is not None}) or [math.nan])
-    canonical = [prototypes[name] is not None for name in classes]
-    hues = [prototypes[name] if own else next(placebos) for name, own in zip(classes, canonical, strict=True)]
-    return np.array(hues, float), np.array(canonical, bool)
+    own = [prototypes.get(name) for name in classes]
+    hues = [next(placebos) if hue is None else hue for hue in own]
+    return np.array(hues, float), np.array([hue is not None for hue in own], bool)
 
 
 def _pictures(scenes: Iterable[Scene]) -> Tensor:
