@@ -6,14 +6,11 @@ sound interval; were trained inverses trained with several seeds?
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pandas as pd
 
 from backsight.tables.judge import LEAST_SEEDS
 from backsight.tables.read import Study
 
-REPORTED_SPLITS = ("test", "all")  # "all": a folder of photographs, none of which trained anything
 TRAINED_FAMILIES = ("direct", "modular", "steadied", "map")  # by gradient descent, or from what was
 TRAINING = "02_train_inverse"  # one seed a run
 # What says how well a reconstruction or a probe does; costs, controls and properties of a target have no null.
@@ -28,57 +25,43 @@ def checklist(study: Study) -> pd.DataFrame:
     """Every check on every run: columns run, check, holds, detail (what is wrong, or what holds)."""
     rows = []
     for run, table in sorted(study.tables.items()):
-        checks = {
-            "the split reported is test": _wrong_splits(table),
-            "nulls stand beside every score": _without_null(table),
-            "every number has an interval": _bad_intervals(table),
-        }
-        if study.notebooks[run] != TRAINING:
-            checks[f"at least {LEAST_SEEDS} training seeds"] = _few_seeds(table)
-        for check, problems in checks.items():
-            wrong = list(problems)
+        for check, faults in _faults(table.reset_index(drop=True)).items():
+            if check.endswith("seeds") and study.notebooks[run] == TRAINING:
+                continue
+            wrong = [f"{fault} ({count:,} rows)" for fault, count in faults.value_counts().sort_index().items()]
             detail = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
             rows.append((run, check, not wrong, detail or f"{len(table):,} rows hold it"))
     return pd.DataFrame(rows, columns=["run", "check", "holds", "detail"])
 
 
-def _wrong_splits(table: pd.DataFrame) -> Iterator[str]:
-    for split, rows in table.groupby(table["split"].astype(object).fillna("no split"), sort=True):
-        allowed = {"test"} if (rows["dataset"] == "scenes").any() else set(REPORTED_SPLITS)
-        if split == "train" and "factor" in rows:  # which photograph: no photograph is in two splits (factors.py)
-            rows = rows[rows["factor"] != "background"]
-        if split not in allowed and len(rows):
-            yield f"{len(rows):,} rows are of {split}, as {rows['measure'].iloc[0]}"
+def _faults(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """{check: what is wrong with each row for which it does not hold}."""
+    texts = ("target", "dataset", "split", "tap", "inverse", "measure", "factor")
+    row = table.assign(**table.reindex(columns=texts).astype(object).fillna("").astype(str))
+    # Another data set is "all" where it is a folder of photographs, none of which trained anything. Which photograph a
+    # picture lies on is asked of the training split, for no photograph is in two (factors.py).
+    tested = (row["split"] == "test") | ((row["split"] == "all") & (row["dataset"] != "scenes"))
+    tested |= (row["split"] == "train") & (row["factor"] == "background")
 
+    # A null of the same target, images, measure and tap; the mean image is the same at every tap. A target with a
+    # space in its name is a variant made to check a measure: it stands beside others as their control.
+    score = row["measure"].isin(SCORES) & ~row["target"].str.contains(" ")
+    null = row["inverse"].str.startswith("null_")
+    what = (row["target"] + " " + row["dataset"] + " " + row["measure"] + " " + row["factor"]).str.strip()
+    place = what + " at " + row["tap"]
+    everywhere = null & ((row["tap"] == "") | (row["inverse"] == "null_mean"))
+    lacking = score & ~null & ~place.isin(place[score & null]) & ~what.isin(what[score & everywhere])
 
-def _without_null(table: pd.DataFrame) -> Iterator[str]:
-    """Scores without a null of the same target, images, measure and tap. The mean image is the same at every tap."""
-    # A target with a space in its name is a variant made to check a measure: it stands beside others as their control.
-    scores = table[table["measure"].isin(SCORES) & ~table["target"].astype(str).str.contains(" ")]
-    inverse = scores["inverse"].astype(object).fillna("").astype(str)
-    keys = [key for key in ("target", "dataset", "measure", "factor") if key in scores]
-    where = scores[keys].astype(object).fillna("").astype(str).agg(" ".join, axis="columns").str.strip()
-    at = where + " " + scores["tap"].astype(object).fillna("").astype(str)
-    null = inverse.str.startswith("null_")
-    everywhere = where[null & (scores["tap"].isna() | (inverse == "null_mean"))]
-    lacking = ~null & ~at.isin(at[null]) & ~where.isin(everywhere)
-    for score in sorted(set(where[lacking])):
-        yield f"{score} at {', '.join(sorted(set(scores[lacking & (where == score)]['tap'].astype(str)))[:2])}"
+    known = row["value"].notna() & (row["n"] > 1)
+    room = 1e-6 * row["value"].abs().clip(lower=1)  # the noise of a text file
+    outside = (row["low"] > row["value"] + room) | (row["high"] < row["value"] - room)
+    fault = outside.map({True: "value outside its interval: ", False: "no interval: "}) + row["measure"]
 
-
-def _bad_intervals(table: pd.DataFrame) -> Iterator[str]:
-    """Numbers of several images without an interval, or outside of it, but for the noise of a text file."""
-    rows = table[table["value"].notna() & (table["n"] > 1)]
-    room = 1e-6 * rows["value"].abs().clip(lower=1)
-    outside = (rows["low"] > rows["value"] + room) | (rows["high"] < rows["value"] - room)
-    faults = {"no interval": rows[["low", "high"]].isna().any(axis=1), "value outside its interval": outside}
-    for fault, wrong in faults.items():
-        for measure, group in rows[wrong].groupby("measure", sort=True):
-            yield f"{fault}: {measure} ({len(group):,} rows)"
-
-
-def _few_seeds(table: pd.DataFrame) -> Iterator[str]:
-    """Scores of inverses from too few training seeds."""
-    scores = table[table["inverse"].isin(TRAINED_FAMILIES) & table["measure"].isin(SCORES) & table["value"].notna()]
-    for name, rows in scores[scores["seeds"] < LEAST_SEEDS].groupby("inverse", sort=True):
-        yield f"{name} has {rows['seeds'].min()} ({len(rows):,} rows)"
+    trained = row["inverse"].isin(TRAINED_FAMILIES) & row["measure"].isin(SCORES) & row["value"].notna()
+    seeds = row["inverse"] + " has " + row["seeds"].astype(str)
+    return {
+        "the split reported is test": ("of split " + row["split"].replace("", "none"))[~tested],
+        "nulls stand beside every score": place[lacking],
+        "every number has an interval": fault[known & (outside | row[["low", "high"]].isna().any(axis=1))],
+        f"at least {LEAST_SEEDS} training seeds": seeds[trained & (row["seeds"] < LEAST_SEEDS)],
+    }

@@ -7,7 +7,6 @@ No number is typed, and every one is a mean of values that the runs' values.parq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -34,10 +33,10 @@ def read_claims() -> list[Claim]:
     return [Claim(**entry) for entry in listed]
 
 
-def findings(study: Study, claims: Sequence[Claim] | None = None) -> pd.DataFrame:
+def findings(study: Study) -> pd.DataFrame:
     """One row a claim and target, as of `judge`, with text, source, unit, notebook and caution; a claim that no run
     measured has one row, "not measured"."""
-    claims = read_claims() if claims is None else claims
+    claims = read_claims()
     about = pd.DataFrame([vars(claim) for claim in claims])[["claim", "text", "source", "notebook", "unit", "caution"]]
     values = study.values([claim.notebook for claim in claims])
     judged = judge(values, claims).reindex(columns=["claim", "target", *JUDGED])
@@ -45,9 +44,9 @@ def findings(study: Study, claims: Sequence[Claim] | None = None) -> pd.DataFram
     return table.assign(verdict=table["verdict"].fillna(UNMEASURED))
 
 
-def render_findings(study: Study, claims: Sequence[Claim] | None = None) -> str:
+def render_findings(study: Study) -> str:
     """The page FINDINGS.md as Markdown: all verdicts, then each claim with its numbers and its caution."""
-    table = findings(study, claims)
+    table = findings(study)
     source = f"Made by `backsight findings {study.name} FINDINGS.md` from the runs in `{study.name}`."
     lines = ["# Findings", "", source, RULES]
     lines += ["", "| claim | source | verdicts |", "| --- | --- | --- |"]

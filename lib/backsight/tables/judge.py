@@ -9,7 +9,7 @@ Intervals decide after Holm's correction over all rows that are judged together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from backsight.tables.pooling import LEVEL, differences, pool
+from backsight.tables.pooling import LEVEL, LEVEL_Z, differences, pool
 
 AGREED, DISAGREED, UNDECIDED, FLOOR = "agreed", "disagreed", "cannot tell", "at the floor"
 LEAST_SEEDS = 3  # training seeds behind a number of a trained inverse, before it may decide
@@ -55,7 +55,12 @@ def judge(values: pd.DataFrame, claims: Sequence[Claim], seed: int = 0) -> pd.Da
     values: as of `Values.table`, of all runs that are judged together, with a column `notebook` where claims name one.
     A claim whose rows are not there has none.
     """
-    return decide(pd.DataFrame([row for claim in claims for row in _rows(claim, values, seed)]))
+    rows = []
+    for claim in claims:
+        own = _chosen(values, {"notebook": claim.notebook}).drop(columns="notebook") if claim.notebook else values
+        targets = np.atleast_1d(claim.rows.get("target", sorted(values["target"].unique())))
+        rows += [row for target in targets for row in _row(claim, own, target, seed)]
+    return decide(pd.DataFrame(rows))
 
 
 def decide(rows: pd.DataFrame) -> pd.DataFrame:
@@ -63,43 +68,46 @@ def decide(rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows.assign(p=holm(rows["p"]))
-    told = [_verdict(row) for row in rows.to_dict("records")]
-    return rows.assign(verdict=[verdict for verdict, _ in told], why=[why for _, why in told])
+    verdicts = [_verdict(row) for row in rows.to_dict("records")]
+    return rows.assign(verdict=[verdict for verdict, _ in verdicts], why=[why for _, why in verdicts])
 
 
-def _rows(claim: Claim, values: pd.DataFrame, seed: int) -> Iterable[dict[Any, Any]]:
-    if claim.notebook:
-        values = _chosen(values, {"notebook": claim.notebook}).drop(columns="notebook", errors="ignore")
-    own, against = dict(claim.rows), dict(claim.against)
-    targets = np.atleast_1d(own.pop("target", sorted(values["target"].unique())))
-    shared = _chosen(values, {column: value for column, value in own.items() if column not in against})
-    if shared.empty:
-        return
-    shared = shared.dropna(axis="columns", how="all")  # of other studies
-    for target in targets:
-        rows = _chosen(shared, {"target": target})
-        wanted, named = _taps(_chosen(rows, own), claim.tap), dict(against)
-        if against.get("tap") == "first":
-            named["tap"] = next(iter(_taps(_chosen(rows, own), "first")), None)
-            rows = rows[rows["tap"].isin([*wanted, named["tap"]])] if [named["tap"]] != wanted else rows.iloc[:0]
-        else:
-            rows = rows[rows["tap"].isin(wanted)] if claim.tap else rows
-        if "target" in against:
-            partner = _chosen(shared, {**own, "target": against["target"]})
-            partner = partner[partner["tap"].isin(_taps(partner, claim.tap))] if claim.tap else partner
-            rows = pd.concat([rows, partner]) if len(partner) else rows.iloc[:0]
-        if named and all(column in rows for column in named):
-            compared = differences(rows, named)
-        else:
-            compared = rows.iloc[: 0 if named else None]
-        compared = _chosen(compared, {**own, "target": target})
-        if compared.empty:
-            continue
-        (row,) = pool(compared, ["target"], seed=seed).to_dict("records")
-        few = claim.trained and row["seeds"] < LEAST_SEEDS
-        about = {"claim": claim.claim, "tap": ", ".join(wanted) if len(wanted) == 1 else claim.tap}
-        floor = _at_floor(claim, _chosen(values, {"target": target}), own, seed)
-        yield {**about, **row, **compare(claim, row), "floor": floor, "few": few}
+def _row(claim: Claim, values: pd.DataFrame, target: str, seed: int) -> list[dict[Any, Any]]:
+    """The row of a claim and a target, if what it reads was measured."""
+    own = {**claim.rows, "target": target}
+    compared = _compared(values, own, claim.against, claim.tap)
+    if compared.empty:
+        return []
+    (row,) = pool(compared, ["target"], seed=seed).to_dict("records")
+    taps = _taps(_chosen(values, own), claim.tap)
+    about = {"claim": claim.claim, "tap": taps[0] if len(taps) == 1 else claim.tap}
+    at_floor = False
+    if claim.floor:
+        beside = _compared(values, own, {"inverse": claim.floor}, claim.floor_tap or claim.tap)
+        above = pool(beside, ["target"], seed=seed)
+        least = -above["high"] if "error" in str(own["measure"]) else above["low"]
+        at_floor = not (least > 0).all()
+    few = claim.trained and row["seeds"] < LEAST_SEEDS
+    return [{**about, **row, **compare(claim, row), "floor": at_floor, "few": few}]
+
+
+def _compared(values: pd.DataFrame, own: Mapping[str, Any], against: Mapping[str, Any], tap: str) -> pd.DataFrame:
+    """The rows `own` at a tap, or what they differ by from those that are the same but for `against`."""
+    rows, against = _at(values, own, tap), dict(against)
+    if not against:
+        return rows
+    if against.get("tap") == "first":
+        against["tap"] = next(iter(_taps(_chosen(values, own), "first")), None)
+    partner = _at(values, {**own, **against}, "" if "tap" in against else tap)
+    rows = rows[~rows.index.isin(partner.index)]
+    if rows.empty or partner.empty:
+        return rows.iloc[:0]
+    return differences(pd.concat([rows, partner]).dropna(axis="columns", how="all"), against)
+
+
+def _at(values: pd.DataFrame, columns: Mapping[str, Any], tap: str) -> pd.DataFrame:
+    rows = _chosen(values, columns)
+    return _chosen(rows, {"tap": _taps(rows, tap)}) if tap else rows
 
 
 def _taps(rows: pd.DataFrame, which: str) -> list[str]:
@@ -109,20 +117,8 @@ def _taps(rows: pd.DataFrame, which: str) -> list[str]:
     return {"first": taps[:1], "last": taps[-1:], "all": taps, "": []}.get(which, [which])
 
 
-def _at_floor(claim: Claim, rows: pd.DataFrame, own: Mapping[str, Any], seed: int) -> bool:
-    """Are the values not beyond their null?"""
-    if not claim.floor:
-        return False
-    taps = _taps(_chosen(rows, own), claim.floor_tap or claim.tap)
-    beside = _chosen(rows, {**own, "inverse": [*np.atleast_1d(own["inverse"]), claim.floor], "tap": taps})
-    beside = beside.dropna(axis="columns", how="all")
-    above = pool(differences(beside, {"inverse": claim.floor}), ["target"], seed=seed)
-    sign = -1 if "error" in str(own["measure"]) else 1
-    return bool(len(above) and not min(sign * above["low"][0], sign * above["high"][0]) > 0)
-
-
-def _chosen(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
-    for column, value in wanted.items():
+def _chosen(rows: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
+    for column, value in columns.items():
         rows = rows[rows[column].isin(np.atleast_1d(value))] if column in rows else rows.iloc[:0]
     return rows
 
@@ -130,22 +126,20 @@ def _chosen(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
 def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
     """agrees: on which side of the border the value lies; p: two-sided, that it does by chance, from the interval."""
     value, low, high = row["value"], row["low"], row["high"]
-    z = stats.norm.ppf((1 + LEVEL) / 2)
 
-    def beyond(border: float, upwards: bool) -> float:
-        half = (value - low) if upwards else (high - value)
-        distance = (value - border) if upwards else (border - value)
-        return float(2 * stats.norm.sf(z * distance / half)) if half > 0 else 1.0  # equal values: how sure, none knows
+    def beyond(border: float, side: int) -> float:
+        """p of lying above (side 1) or below (-1) of the border by chance; of equal values nobody knows it."""
+        half, distance = (value - low if side > 0 else high - value), side * (value - border)
+        return float(2 * stats.norm.sf(LEVEL_Z * distance / half)) if half > 0 else 1.0
 
     if claim.within is not None:
-        inside = max(beyond(-claim.within, True), beyond(claim.within, False))
-        outside = min(beyond(-claim.within, False), beyond(claim.within, True))
+        inside = max(beyond(-claim.within, 1), beyond(claim.within, -1))
+        outside = min(beyond(-claim.within, -1), beyond(claim.within, 1))
         border = f"±{claim.within:g}"
     else:
-        border_at = claim.above if claim.above is not None else claim.below
-        assert border_at is not None
-        upwards = claim.above is not None
-        inside, outside, border = beyond(border_at, upwards), beyond(border_at, not upwards), f"{border_at:g}"
+        at, side = (claim.below, -1) if claim.above is None else (claim.above, 1)
+        assert at is not None
+        inside, outside, border = beyond(at, side), beyond(at, -side), f"{at:g}"
     return {"agrees": inside <= outside, "p": min(1.0, inside, outside), "border": border}
 
 
@@ -162,10 +156,7 @@ def _verdict(row: Mapping[Any, Any]) -> tuple[str, str]:
     return AGREED if row["agrees"] else DISAGREED, f"interval {side} {row['border']}"
 
 
-def holm(p: pd.Series) -> np.ndarray:
+def holm(p: pd.Series) -> pd.Series:
     """p values corrected for their number. Source: Holm, Scandinavian Journal of Statistics 6, 1979."""
-    order = np.argsort(p.to_numpy(), kind="stable")
-    corrected = np.maximum.accumulate(p.to_numpy()[order] * np.arange(len(p), 0, -1))
-    out = np.empty(len(p))
-    out[order] = np.minimum(corrected, 1)
-    return out
+    ranked = p.sort_values(kind="stable")
+    return (ranked * np.arange(len(p), 0, -1)).cummax().clip(upper=1)[p.index]

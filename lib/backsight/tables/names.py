@@ -1,24 +1,13 @@
 """Names that tables hold: studies write them, figures and claims read them."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 # Families whose inverse speaks for a layer, and whose inverse reads another image's features: the first that is there.
 LEADING_FAMILIES = ("modular", "direct", "linear")
 SHUFFLED_FAMILIES = ("modular", "linear", "direct")
 MAP, EXACT, STEADIED = "map", "exact", "steadied"
 NULL_MEAN, NULL_SHUFFLED, NULL_CONSTANT = "null_mean", "null_shuffled", "null_constant"
-ALL_TAPS = "all"  # the tap of a row that is the mean over the judged taps
 
-# 04_cross_layer: slopes and their units.
-SLOPES: Mapping[str, str] = MappingProxyType(
-    {
-        "decay_slope": "dB lost a layer",
-        "decay_slope_standardised": "dB lost a layer, channels standardised",
-        "cka_slope": "1 - CKA a layer",
-        "r2_slope": "1 - R² a layer",
-    }
-)
+# 04_cross_layer: in dB, dB of standardised channels, 1 - CKA and 1 - R² lost a layer.
+SLOPES = ("decay_slope", "decay_slope_standardised", "cka_slope", "r2_slope")
 
 # 10_tradeoff: inverses, what a change is measured against, the end of a score on hues that say nothing of the class.
 FRESH, JOINT, OF_START = "linear", "linear_joint", "linear_of_start"
@@ -35,11 +24,9 @@ NEAR = 1e-2  # relative error of the first stream: such a picture is the same to
 TRUE_STREAM, ONE_TOKEN, ALL_TOKENS, RANDOM_MOVE = "true stream", "one token", "all tokens", "null: random direction"
 
 # Measures that are shares of cases. Where each image is one case, a one or a zero, their interval is Wilson's at least.
-SHARES = frozenset(
-    (
-        *("top1", f"top1_{RANDOM_HUES}", "probe_top1", "top1_agreement", "retrieval_top1", "factor_score"),
-        *("texture_accuracy", "texture_accuracy_ceiling", "share_keep", "share_revert", "share_grey", "share_other"),
-        *(*FATES, *CHAIN_FATES, "survived", *(f"lost_{fate}" for fate in FATES), "reached", "tokens_right"),
-        *("several_roots", "complete", "negative_determinant", "truth_found"),
-    )
-)
+SHARES = {
+    *("top1", f"top1_{RANDOM_HUES}", "probe_top1", "top1_agreement", "retrieval_top1", "factor_score"),
+    *("texture_accuracy", "texture_accuracy_ceiling", "share_keep", "share_revert", "share_grey", "share_other"),
+    *(*FATES, *CHAIN_FATES, "survived", *(f"lost_{fate}" for fate in FATES), "reached", "tokens_right"),
+    *("several_roots", "complete", "negative_determinant", "truth_found"),
+}

@@ -16,6 +16,7 @@ from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
 
 DRAWS = 1000
 LEVEL = 0.95
+LEVEL_Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t counts where it is the wider one
 # What is another one of another target, tap or inverse, and not part of what a pair has in common.
 DIFFER = {
@@ -55,10 +56,10 @@ def pool(
 def metrics(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """The tidy table of a run, METRIC_COLUMNS first: its values, pooled, with their ceilings beside them."""
     pooled = pool(values, seed=seed).assign(seed=seed)
-    ceilings = pooled[pooled["measure"].str.endswith(CEILING)]
+    ceilings = pooled[pooled["measure"].str.endswith(CEILING)].set_index("measure")["value"]
     if len(ceilings):
-        known = dict(zip(ceilings["measure"].str.removesuffix(CEILING), ceilings["value"], strict=True))
-        pooled = pooled.drop(ceilings.index).assign(ceiling=lambda table: table["measure"].map(known))
+        pooled = pooled[~pooled["measure"].isin(ceilings.index)]
+        pooled = pooled.assign(ceiling=(pooled["measure"] + CEILING).map(ceilings.to_dict()))
     return pooled[[*METRIC_COLUMNS, *(name for name in pooled if name not in METRIC_COLUMNS)]]
 
 
@@ -69,9 +70,7 @@ def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFram
     """
     if absent := [name for name in against if name not in values]:
         raise BacksightError(f"the table has no column {', '.join(absent)} to compare by.")
-    partner = pd.Series(True, index=values.index)
-    for column, value in against.items():
-        partner &= values[column] == value
+    partner = (values[[*against]] == pd.Series(dict(against))).all(axis="columns")
     other = {*against, *(name for column in against for name in DIFFER.get(column, ()))}
     if "inverse" in against and "family" in values and values[partner]["inverse"].str.startswith("null_").all():
         other -= set() if values[partner]["family"].isna().any() else {"family"}  # the null of that very family
@@ -113,26 +112,25 @@ def interval(above: np.ndarray, below: np.ndarray, seed: int = 0, share: bool = 
     if not total > 0:
         return np.nan, np.nan, np.nan
     value, (seeds, units) = float(above.sum() / total), above.shape
-    lows, highs = [], []
+    bounds: list[Any] = []
     if units > 1:
         by_seed, by_unit = _draws(seed, seeds, units)
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = ((by_seed @ above) * by_unit).sum(1) / ((by_seed @ below) * by_unit).sum(1)
         tail = stats.norm.cdf(-np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1))
-        low, high = np.quantile(drawn[np.isfinite(drawn)], [tail, 1 - tail])
-        lows, highs = [low], [high]
+        bounds.append(np.quantile(drawn[np.isfinite(drawn)], [tail, 1 - tail]))
     if 2 <= seeds <= FEW_SEEDS:
-        means = above.sum(1) / below.sum(1)
-        half = stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * means.std(ddof=1) / np.sqrt(seeds)
-        lows, highs = [*lows, value - half], [*highs, value + half]
+        half = stats.sem(above.sum(1) / below.sum(1)) * stats.t.ppf((1 + LEVEL) / 2, seeds - 1)
+        bounds.append((value - half, value + half))
     if share:
-        z = stats.norm.ppf((1 + LEVEL) / 2)
+        z = LEVEL_Z
         centre, scale = value + z * z / (2 * units), 1 + z * z / units
         half = z * np.sqrt(value * (1 - value) / units + z * z / (4 * units * units))
-        lows, highs = [*lows, (centre - half) / scale], [*highs, (centre + half) / scale]
-    if not lows:
+        bounds.append(((centre - half) / scale, (centre + half) / scale))
+    if not bounds:
         return value, np.nan, np.nan  # one image by one seed says nothing of how much it would vary
-    return value, float(min(lows)), float(max(highs))
+    lows, highs = np.transpose(bounds)
+    return value, float(lows.min()), float(highs.max())
 
 
 @lru_cache(maxsize=16)

@@ -14,8 +14,7 @@ from backsight.errors import BacksightError
 from backsight.project import FINISHED, METRICS, STARTED, VALUES, project_root, read_json, shown, write_atomically
 from backsight.tables.values import METRIC_COLUMNS
 
-QUALITY, CROSS_LAYER = "03_quality", "04_cross_layer"
-FIGURES = "07_figures"
+QUALITY, FIGURES = "03_quality", "07_figures"
 
 
 class Record(BaseModel):
@@ -38,28 +37,21 @@ class Study:
     notebooks: Mapping[str, str]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def rows(self, notebook: str, measure: str | Sequence[str]) -> pd.DataFrame:
+    def rows(self, notebook: str, measures: Sequence[str]) -> pd.DataFrame:
         """The pooled rows of all runs of one notebook and of some measures; `inverse` is "" where a row is of none."""
-        wanted = [measure] if isinstance(measure, str) else list(measure)
-        tables = [self.tables[run] for run in self.runs(notebook)]
-        parts = [rows for table in tables if len(rows := table[table["measure"].isin(wanted)])]
-        if not parts:
-            return pd.DataFrame(columns=[*METRIC_COLUMNS, "seeds", "run"])
-        rows = pd.concat([part.dropna(axis="columns", how="all") for part in parts], ignore_index=True)
-        rows = rows.reindex(columns=[*METRIC_COLUMNS, *(name for name in rows if name not in METRIC_COLUMNS)])
-        return rows.assign(inverse=rows["inverse"].astype(object).fillna(""))
+        runs = [table for run, table in self.tables.items() if self.notebooks[run] == notebook]
+        rows = pd.concat(runs, ignore_index=True) if runs else pd.DataFrame(columns=[*METRIC_COLUMNS])
+        rows = rows[rows["measure"].isin(measures)].dropna(axis="columns", how="all")
+        return rows.reindex(columns=rows.columns.union([*METRIC_COLUMNS], sort=False)).fillna({"inverse": ""})
 
     def values(self, notebooks: Collection[str]) -> pd.DataFrame:
         """One value an image (`tables.values`) of all runs of these notebooks, with the column `notebook`."""
-        parts = []
-        for run, notebook in sorted(self.notebooks.items()):
-            if notebook in notebooks and (self.folder / run / VALUES).is_file():
-                parts.append(pd.read_parquet(self.folder / run / VALUES).assign(notebook=notebook))
+        parts = [
+            pd.read_parquet(self.folder / run / VALUES).assign(notebook=notebook)
+            for run, notebook in sorted(self.notebooks.items())
+            if notebook in notebooks and (self.folder / run / VALUES).is_file()
+        ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["target", "notebook"])
-
-    def runs(self, notebook: str) -> list[str]:
-        """The names of the runs of one notebook."""
-        return sorted(run for run, maker in self.notebooks.items() if maker == notebook)
 
     def overview(self) -> pd.DataFrame:
         """One row a run: its notebook, targets, rows, and the fewest and most images and training seeds of a row."""
@@ -98,31 +90,35 @@ def read_study(folder: str | Path) -> Study:
         notebook = str((record or read_json(place / STARTED) or {}).get("notebook", ""))
         if not notebook or notebook == FIGURES:
             continue
-        if record is None:
-            left_out[place.name] = "it was started and did not finish"
-            continue
         try:
-            Record.model_validate(record)
-        except ValidationError as error:
-            left_out[place.name] = f"its {FINISHED} is damaged ({'.'.join(map(str, error.errors()[0]['loc']))})"
-            continue
-        if (place / METRICS).is_file():
-            try:
-                numbers = dict.fromkeys(("value", "low", "high"), float)
-                table = pd.read_csv(place / METRICS, low_memory=False, dtype=numbers)
-                missing = [column for column in METRIC_COLUMNS if column not in table.columns]
-            except (OSError, ValueError) as error:
-                left_out[place.name] = f"its {METRICS} cannot be read ({type(error).__name__})"
-                continue
-            if missing:
-                left_out[place.name] = f"its {METRICS} lacks the columns {', '.join(missing)}"
-                continue
-            notebooks[place.name] = notebook
-            seeds = table["seeds"].fillna(1).astype(int) if "seeds" in table else 1
-            tables[place.name] = table.assign(seeds=seeds, run=place.name)
+            if (table := _table(place, record)) is not None:
+                tables[place.name], notebooks[place.name] = table, notebook
+        except BacksightError as error:
+            left_out[place.name] = str(error)
     if not tables:
         raise BacksightError(f"{shown(folder)} holds no finished run: make one with `make run` or name another folder.")
     return Study(folder, tables, notebooks, left_out)
+
+
+def _table(place: Path, record: dict[str, Any] | None) -> pd.DataFrame | None:
+    """A run's table, None where it has none. Raises BacksightError, why the run is left out."""
+    if record is None:
+        raise BacksightError("it was started and did not finish")
+    try:
+        Record.model_validate(record)
+    except ValidationError as error:
+        at = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BacksightError(f"its {FINISHED} is damaged ({at})") from error
+    if not (place / METRICS).is_file():
+        return None
+    try:
+        numbers = dict.fromkeys(("value", "low", "high"), float)
+        table = pd.read_csv(place / METRICS, low_memory=False, dtype=numbers)
+    except (OSError, ValueError) as error:
+        raise BacksightError(f"its {METRICS} cannot be read ({type(error).__name__})") from error
+    if missing := [column for column in METRIC_COLUMNS if column not in table]:
+        raise BacksightError(f"its {METRICS} lacks the columns {', '.join(missing)}")
+    return table.assign(seeds=table["seeds"].fillna(1).astype(int) if "seeds" in table else 1, run=place.name)
 
 
 def span(numbers: pd.Series) -> str:
@@ -140,4 +136,4 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def save_table(path: str | Path, table: pd.DataFrame) -> Path:
     """Write a table as CSV, atomically; returns its path."""
-    return write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
+    return write_text(path, table.to_csv(index=False, lineterminator="\n"))

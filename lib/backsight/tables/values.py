@@ -85,18 +85,13 @@ class Values:
 
     def table(self) -> pd.DataFrame:
         """One row a value: COLUMNS, weight, and those of the study; train_seed is NO_SEED where nothing was trained."""
-        counts = [len(array) for _, array, *_ in self._parts]
-        names = dict.fromkeys(name for told, *_ in self._parts for name in told)
-        columns: dict[str, Any] = {
-            name: pd.Series([told.get(name) for told, *_ in self._parts]).repeat(counts).to_numpy() for name in names
-        }
-        columns["image"] = [name for count in counts for name in self.images[:count]]
-        columns["photograph"] = [name for *_, drawn in self._parts for name in drawn]
-        columns["value"] = np.concatenate([array for _, array, *_ in self._parts])
-        columns["weight"] = np.concatenate([weights for _, _, weights, _ in self._parts])
-        return pd.DataFrame(columns).dropna(subset="value")[
-            [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
-        ]
+        columns, arrays, weights, clusters = zip(*self._parts, strict=True)
+        counts = [len(array) for array in arrays]
+        table = pd.DataFrame(list(columns)).loc[np.repeat(np.arange(len(counts)), counts)].reset_index(drop=True)
+        table["image"] = [name for count in counts for name in self.images[:count]]
+        table["photograph"] = [name for names in clusters for name in names]
+        table["value"], table["weight"] = np.concatenate(arrays), np.concatenate(weights)
+        return table.dropna(subset="value")[[*COLUMNS, *(name for name in table if name not in COLUMNS)]]
 
 
 def _numbers(values: Numbers) -> np.ndarray:
