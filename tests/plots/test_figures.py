@@ -16,7 +16,7 @@ from PIL import Image
 from backsight.errors import BacksightError
 from backsight.plots.bars import bars
 from backsight.plots.depth import by_depth, curves
-from backsight.plots.grids import _broken, family_grid, merged_order, picture_table, reconstruction_grid
+from backsight.plots.grids import broken, family_grid, merged_order, picture_table, reconstruction_grid
 from backsight.plots.matrix import matrices
 from backsight.plots.style import ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
 
@@ -272,8 +272,8 @@ def test_colours_mean_one_thing() -> None:
 
 
 def test_long_tap_names_break_at_their_dots() -> None:
-    assert _broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
-    assert _broken("blocks.2", 0.55) == ["blocks.2"]
+    assert broken("encoder.layers.2", 0.55) == ["encoder", "layers.2"]
+    assert broken("blocks.2", 0.55) == ["blocks.2"]
     assert merged_order([["a", "c"], ["a", "b", "c", "d"]]) == ["a", "b", "c", "d"]
 
 

@@ -11,12 +11,11 @@ from matplotlib.patches import Patch
 from backsight.errors import BacksightError
 from backsight.plots.style import (
     COLUMN_WIDTH,
-    NORMAL,
     ShownFigure,
     captioned,
+    drawn_panels,
     look_of,
     name_of,
-    panels_of,
     short_tap,
     styled_figure,
     taps_in_order,
@@ -36,7 +35,6 @@ def bars(
     backward: bool = False,
     xlabel: str = "tap, shallow → deep",
     ylabel: str = "share",
-    note: str = "",
 ) -> ShownFigure:
     """A bar for each value of `x` and `part`, stacked or side by side; a panel for each value of `panel`.
 
@@ -46,13 +44,9 @@ def bars(
     """
     if rows.empty:
         raise BacksightError(f"there is nothing to draw of {title!r}: the table has no such rows.")
-    panels, parts = list(dict.fromkeys(rows[panel])), list(dict.fromkeys(rows[part]))
-    columns, down = min(columns, len(panels)), -(-len(panels) // min(columns, len(panels)))
-    alike = rows.groupby(panel)[x].agg(frozenset).nunique() == 1
-    with styled_figure(COLUMN_WIDTH, 1.25 * down + 1.4) as figure:
-        grid = panels_of(figure, len(panels), columns, sharey=True)
-        for place, (axes, which) in enumerate(zip(grid, panels, strict=True)):
-            at = rows[rows[panel] == which]
+    parts, count = list(dict.fromkeys(rows[part])), rows[panel].nunique()
+    with styled_figure(COLUMN_WIDTH, 1.25 * -(-count // columns) + 1.4) as figure:
+        for axes, _, at in drawn_panels(figure, rows, panel, columns, [x], (xlabel, ylabel), True):
             names = taps_in_order(at, x) if at["depth"].notna().all() else list(dict.fromkeys(at[x]))
             names = names[::-1] if backward else names
             base = np.zeros(len(names))
@@ -65,27 +59,18 @@ def bars(
                     shift = 0.15 * (whiskers.index(name) - (len(whiskers) - 1) / 2) if stacked else 0
                     _whiskers(axes, places + shift, base + values if stacked else values, of)
                 base += np.nan_to_num(values)
-            texts = names if len(panels) == 1 else [short_tap(str(name)) for name in names]
+            texts = names if count == 1 else [short_tap(str(name)) for name in names]
             axes.set_xticks(range(len(names)), texts, rotation=40, ha="right", rotation_mode="anchor")
             axes.grid(False, axis="x")
             if stacked:
                 axes.set_ylim(0, min(1.02, axes.get_ylim()[1]))  # shares: no interval goes beyond 1
-            if len(panels) > 1:
-                axes.set_title(name_of(which))
-            if place >= len(panels) - columns:
-                axes.set_xlabel(xlabel)
-            if place % columns == 0:
-                axes.set_ylabel(ylabel if down == 1 else "")
-            if alike and place < len(panels) - columns:
-                axes.tick_params(labelbottom=False)
-        if down > 1:
-            figure.supylabel(ylabel, fontsize=NORMAL)
         handles = [Patch(color=look_of(name).colour, label=look_of(name).label) for name in parts]
-        grid[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        told = []
-        for (which, name), of in rows.groupby([panel, part], sort=False):
-            told.append(f"{name_of(which)}, {look_of(str(name)).label}: {of.value.min():.3g} to {of.value.max():.3g}")
-        return captioned(figure, title, rows, told, note)
+        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        told = [
+            f"{name_of(which)}, {look_of(str(name)).label}: {of.value.min():.3g} to {of.value.max():.3g}"
+            for (which, name), of in rows.groupby([panel, part], sort=False)
+        ]
+        return captioned(figure, title, rows, told)
 
 
 def _whiskers(axes: Axes, places: Any, tops: Any, rows: pd.DataFrame) -> None:

@@ -1,26 +1,25 @@
 """Curves: a measure along the depth of a target, or along anything else that a table has a column for."""
 
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy.optimize import isotonic_regression
 
 from backsight.errors import BacksightError
 from backsight.plots.style import (
     COLUMN_WIDTH,
-    NORMAL,
     NULL_COLOUR,
     SMALL,
     ShownFigure,
     captioned,
     depth_colours,
+    drawn_panels,
     inverse_order,
     look_of,
     name_of,
-    panels_of,
     rows_of,
     short_tap,
     styled_figure,
@@ -87,21 +86,17 @@ def curves(
         names = [names[i] for i in np.linspace(0, len(names) - 1, _MOST_LINES).round().astype(int)]
         rows = rows[rows[line].isin(names)]
     styles = _styles(rows, line, names) | dict(looks or {})
-    panels, measures = list(dict.fromkeys(rows[panel])), set(rows["measure"]) if "measure" in rows else set()
+    measures = set(rows["measure"]) if "measure" in rows else set()
     ylabel = ylabel or (name_of(*measures) if len(measures) == 1 else "")
-    down, alike = -(-len(panels) // columns), rows.groupby(panel)[x].agg(frozenset).nunique() == 1
-    told = []
-    with styled_figure(COLUMN_WIDTH, (2.6 if len(panels) == 1 else 1.75 * down + 0.4) + 0.7) as figure:
-        grid = panels_of(figure, len(panels), columns, sharey=len(measures) == 1)
+    count = rows[panel].nunique()
+    down, told = -(-count // columns), []
+    with styled_figure(COLUMN_WIDTH, (2.6 if count == 1 else 1.75 * down + 0.4) + 0.7) as figure:
         ends: dict[Axes, dict[Any, tuple[float, str]]] = {}
-        for place, (axes, which) in enumerate(zip(grid, panels, strict=True)):
-            at = rows[rows[panel] == which]
+        for axes, which, at in drawn_panels(figure, rows, panel, columns, [x], (xlabel, ylabel), len(measures) == 1):
             ends[axes] = {}
-            _scale(axes, at, x, log, len(grid) > 1)
+            _scale(axes, at, x, log, count > 1)
             if ylim:
                 axes.set_ylim(*ylim)
-            if alike and place < len(panels) - columns:
-                axes.tick_params(labelbottom=False)
             for number, name in enumerate(names):
                 if len(drawn := at[at[line] == name]):
                     ends[axes][name] = _draw(axes, at, drawn, x, number - (len(names) - 1) / 2, band, styles[name])
@@ -112,15 +107,7 @@ def curves(
                 for height in known[:1]:
                     axes.axhline(height, color=NULL_COLOUR, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
                     ends[axes][label] = (height, NULL_COLOUR)
-            if len(panels) > 1 or panel != "measure":
-                axes.set_title(fill(name_of(which), 28 if columns > 2 else 60, replace_whitespace=False))
-            if place >= len(panels) - columns:
-                axes.set_xlabel(xlabel)
-            if place % columns == 0 and down == 1:
-                axes.set_ylabel(ylabel)
-        if down > 1 and ylabel:
-            figure.supylabel(ylabel, fontsize=NORMAL)
-        _name_lines(grid, ends, columns, 1.2 * SMALL / (72 * 0.6 * figure.get_size_inches()[1] / down))
+        _name_lines(list(ends), ends, columns, 1.2 * SMALL / (72 * 0.6 * figure.get_size_inches()[1] / down))
         return captioned(figure, title, rows, told, note)
 
 
@@ -202,13 +189,11 @@ def _name_lines(
         axes.autoscale_view()
         to_axes = axes.transData + axes.transAxes.inverted()
         order = sorted(new, key=lambda name: new[name][0])
-        heights = [min(max(float(to_axes.transform((1, new[name][0]))[1]), 0.0), 1.0) for name in order]
-        for i in range(1, len(order)):
-            heights[i] = max(heights[i], heights[i - 1] + gap)
+        ends_at = np.clip([to_axes.transform((1, new[name][0]))[1] for name in order], 0, 1)
+        above = gap * np.arange(len(order))  # as near to the ends as names apart from one another can be
+        heights = np.minimum(isotonic_regression(ends_at - above).x + above, 1.02 - above[::-1]) if new else ()
         outside = axes is grid[-1] or grid.index(axes) % columns == columns - 1
         x, across, down = (1.02, "left", "center") if outside else (0.99, "right", "bottom")
-        top = 1.02 + gap
-        for i, name in reversed(list(enumerate(order))):
-            top = heights[i] = min(heights[i], top - gap)
+        for name, height in zip(order, heights, strict=True):
             style: dict[str, Any] = {"color": new[name][1], "fontsize": SMALL, "transform": axes.transAxes}
-            axes.text(x, heights[i], name_of(name), ha=across, va=down, **style)
+            axes.text(x, height, name_of(name), ha=across, va=down, **style)

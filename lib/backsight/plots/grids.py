@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from backsight.errors import BacksightError
 from backsight.plots.style import (
     COLUMN_WIDTH,
     NULL_COLOUR,
     SMALL,
+    Look,
     ShownFigure,
     inverse_order,
     look_of,
@@ -25,6 +26,7 @@ from backsight.plots.style import (
 
 _MOST_COLUMNS = 11  # at 6.5 inches a picture is then half an inch wide, and its PSNR still fits below it
 _LARGEST = 1.4  # inches a side of a picture
+_LETTER, _LINE, _GAP = 0.068, 0.13, 0.05  # inches: a letter, a line of text, between two pictures
 
 
 def as_pictures(values: Any, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -61,20 +63,15 @@ def merged_order(sequences: Sequence[Sequence[str]]) -> list[str]:
     return merged
 
 
-# ------------------------------------------------------------------------------------------------------ a tap a column
-
-
 def reconstruction_grid(images: Any, reconstructions: Mapping[str, Any]) -> ShownFigure:
     """Images as rows; the input and its reconstruction from every tap, shallow to deep, as columns, with the PSNR.
 
-    images: (B, 3, H, W); reconstructions: {tap: (B, 3, H, W)} in forward order. Many taps continue in further blocks of
-    rows, so that pictures stay large enough to see.
+    images: (B, 3, H, W); reconstructions: {tap: (B, 3, H, W)} in forward order.
     """
     inputs = as_pictures(images, "images")
     made = {tap: as_pictures(values, tap, inputs.shape) for tap, values in reconstructions.items()}
-    figure = _tap_grid(inputs, [("", {tap: values[i] for tap, values in made.items()}) for i in range(len(inputs))])
-    figure.caption = "Each row is one image: the input, then what was rebuilt from ever deeper taps, with its PSNR."
-    return figure
+    caption = "Each row is one image: the input, then what was rebuilt from ever deeper taps, with its PSNR."
+    return _tap_grid(inputs, made, (), caption)
 
 
 def family_grid(image: Any, reconstructions: Mapping[str, Mapping[str, Any]]) -> ShownFigure:
@@ -83,134 +80,112 @@ def family_grid(image: Any, reconstructions: Mapping[str, Mapping[str, Any]]) ->
     image: (3, H, W); reconstructions: {family: {tap: (3, H, W)}} in forward order. A family that lacks a tap leaves
     its place empty.
     """
-    original = as_pictures(image[None], "image")
-    rows = []
-    for family in inverse_order(list(reconstructions)):
-        own = reconstructions[family].items()
-        made = {tap: as_pictures(x[None], f"{family} at {tap}", original.shape)[0] for tap, x in own}
-        rows.append((family, made))
-    figure = _tap_grid(np.repeat(original, len(rows), 0), rows)
-    figure.caption = "One image, rebuilt from ever deeper taps (columns) by each inverse (rows), with the PSNR."
-    return figure
+    original, families = as_pictures(image[None], "image"), inverse_order(list(reconstructions))
+    made = {
+        (family, tap): as_pictures(picture[None], f"{family} at {tap}", original.shape)[0]
+        for family, taps in reconstructions.items()
+        for tap, picture in taps.items()
+    }
+    taps = merged_order([[*reconstructions[family]] for family in families])
+    columns = {tap: [made.get((family, tap)) for family in families] for tap in taps}
+    caption = "One image, rebuilt from ever deeper taps (columns) by each inverse (rows), with the PSNR."
+    return _tap_grid(np.repeat(original, len(families), 0), columns, [*map(look_of, families)], caption)
 
 
-def _tap_grid(inputs: np.ndarray, rows: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> ShownFigure:
-    """rows: (family or "", {tap: (3, H, W)}), one for each of the inputs (B, 3, H, W).
-
-    Every picture is placed by hand, in inches, so that captions keep their size whatever the number of pictures.
-    """
-    taps = merged_order([list(pictures) for _, pictures in rows])
-    if not taps:
+def _tap_grid(inputs: np.ndarray, columns: Mapping[str, Any], looks: Sequence[Look], caption: str) -> ShownFigure:
+    if not columns:
         raise BacksightError("there is no reconstruction to draw: give at least one tap.")
-    gap, caption, between = 0.05, 0.18, 0.16
-    blocks = math.ceil(len(taps) / (_MOST_COLUMNS - 1))
-    across = math.ceil(len(taps) / blocks)
-    left = 0.36 if any(label for label, _ in rows) else 0.02
-    cell = min((COLUMN_WIDTH - left - 0.02) / (across + 1) - gap, _LARGEST)
-    width = left + 0.02 + (across + 1) * (cell + gap)
-    tall = cell * inputs.shape[2] / inputs.shape[3]
-    names = {tap: _broken(tap, cell) for tap in taps}
-    header = 0.27 + 0.13 * max(len(lines) for lines in names.values())
-    block = header + len(rows) * (tall + caption)
-    height = blocks * block + (blocks - 1) * between + 0.02
-    told = []
-
-    with styled_figure(width, height, layout=None) as figure:
-
-        def write(x: float, y: float, text: str, **options: Any) -> None:
-            figure.text(x / width, 1 - y / height, text, **{"fontsize": SMALL, "ha": "center", **options})
-
-        def draw(x: float, y: float, picture: np.ndarray) -> None:
-            axes = figure.add_axes((x / width, 1 - (y + tall) / height, cell / width, tall / height))
-            axes.imshow(picture.transpose(1, 2, 0), interpolation="nearest", aspect="auto", vmin=0, vmax=1)
-            axes.set_axis_off()
-
-        for number in range(blocks):
-            shown = taps[number * across : (number + 1) * across]
-            top = number * (block + between)
-            middle = left + (cell + gap) * (1 + len(shown) / 2)
-            write(middle, top + 0.02, "reconstructed from tap, shallow → deep", va="top", color=NULL_COLOUR)
-            write(left + cell / 2, top + header - 0.05, "input", va="baseline", weight="bold")
-            places = {tap: left + (cell + gap) * column for column, tap in enumerate(shown, start=1)}
-            for tap, x in places.items():
-                for line, text in enumerate(reversed(names[tap])):
-                    write(x + cell / 2, top + header - 0.05 - 0.13 * line, text, va="baseline")
-            for line, (label, pictures) in enumerate(rows):
-                y = top + header + line * (tall + caption)
-                look = look_of(label) if label else None
-                if look:
-                    text = textwrap.shorten(look.label, max(8, int((tall + caption) / 0.075)), placeholder="…")
-                    write(0.16, y + tall / 2, text, rotation=90, va="center", color=look.colour, weight="bold")
-                draw(left, y, inputs[line])
-                for tap, x in places.items():
-                    if tap in pictures:
-                        draw(x, y, pictures[tap])
-                        score = decibels(inputs[line][None], pictures[tap][None])[0]
-                        write(x + cell / 2, y + tall + 0.02, score, va="top")
-                        if tap in (taps[0], taps[-1]):
-                            told.append(f"{label or f'row {line + 1}'} {score} from {tap}")
-        figure.description = (
-            f"Grid of pictures: the input, then reconstructions from {', '.join(taps)}; {', '.join(told)}."
-        )
-    return figure
-
-
-def _broken(tap: str, inches: float) -> list[str]:
-    """A tap's name as the lines that stay within its column, broken after dots and underscores."""
-    most = int(inches / 0.065)
-    lines = [""]
-    for part in re.findall(r"[^._]+[._]?", tap):
-        if lines[-1] and len(lines[-1] + part.rstrip(".")) > most:
-            lines.append("")
-        lines[-1] += part
-    return [line.removesuffix(".") for line in lines]
-
-
-# ------------------------------------------------------------------------------------------------------- other columns
-
-
-def show_picture(axes: Axes, picture: np.ndarray, text: str = "") -> None:
-    """A picture (3, H, W) without ticks or frame, and a text below it."""
-    axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    if text:
-        axes.set_xlabel(text, fontsize=SMALL, labelpad=1)
+    scores = {
+        tap: ["" if x is None else decibels(image[None], x[None])[0] for image, x in zip(inputs, made, strict=True)]
+        for tap, made in columns.items()
+    }
+    shallow, *_, deep = [*columns] * 2
+    told = [
+        f"{looks[row].label if looks else f'row {row + 1}'} {scores[tap][row]} from {tap}"
+        for row in range(len(inputs))
+        for tap in dict.fromkeys((shallow, deep))
+        if scores[tap][row]
+    ]
+    columns = {"input": inputs, **columns}
+    above = "reconstructed from tap, shallow → deep"
+    return picture_table(columns, caption, scores, looks, ", ".join(told), above)
 
 
 def picture_table(
     columns: Mapping[str, Any],
     caption: str,
     captions: Mapping[str, Sequence[str]] | None = None,
-    row_labels: Sequence[str] = (),
+    row_labels: Sequence[str | Look] = (),
     told: str = "",
+    above: str = "",
 ) -> ShownFigure:
-    """A column of pictures under each title.
+    """A column of pictures under each title; many continue below, beside the first column once more.
 
     columns: {title: (K, 3, H, W), or K pictures, None for an empty place}; captions: {title: K texts below its
-    pictures}; row_labels: K texts to the left; caption, told: what the figure shows, and its numbers.
+    pictures}; row_labels: K texts, or looks, to the left; caption, told: what is shown, and its numbers; above: what
+    stands above all titles but the first. Every picture is placed by hand, in inches, so that texts keep their size.
     """
-    columns = {title: list(pictures) for title, pictures in columns.items()}
-    first = next(iter(columns.values()))
-    shape = np.shape(next(picture for picture in first if picture is not None))
-    labels = 0.075 * max(map(len, row_labels), default=0)
-    cell = min((COLUMN_WIDTH - labels) / len(columns), _LARGEST)
-    tall = cell * shape[1] / shape[2] + 0.18 * bool(captions)
-    lines = max(title.count("\n") for title in columns) + 1
-    with styled_figure(labels + cell * len(columns), tall * len(first) + 0.16 * lines + 0.1) as figure:
-        figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-        grid = figure.subplots(len(first), len(columns), squeeze=False)
-        for column, (title, pictures) in enumerate(columns.items()):
-            grid[0, column].set_title(title, fontsize=SMALL, loc="center")
-            texts = (captions or {}).get(title, [""] * len(first))
-            for axes, picture, text in zip(grid[:, column], pictures, texts, strict=True):
-                show_picture(axes, np.ones(shape) if picture is None else picture, text)
-        for axes, label in zip(grid[:, 0], row_labels, strict=False):
-            axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=SMALL)
+    first, *others = columns
+    shape = next(np.shape(picture) for picture in columns[first] if picture is not None)
+    blocks = max(1, math.ceil(len(others) / (_MOST_COLUMNS - 1)))
+    across = math.ceil(len(others) / blocks)
+    ratio, below = shape[1] / shape[2], 0.18 if captions else _GAP
+    most = max(8, int(min((COLUMN_WIDTH - 0.4) / (across + 1), _LARGEST) * ratio / _LETTER))  # letters beside a picture
+    looks = [label if isinstance(label, Look) else Look(label, "0.15") for label in row_labels]
+    labels = [textwrap.wrap(look.label, most) for look in looks]
+    left = 0.04 + 0.14 * max(map(len, labels), default=0)
+    cell = min((COLUMN_WIDTH - left) / (across + 1) - _GAP, _LARGEST)
+    tall = cell * ratio
+    titles = {title: broken(title, cell) for title in columns}
+    header = _LINE * max(map(len, titles.values())) + 0.07 + (0.2 if above else 0)
+    block = header + len(columns[first]) * (tall + below)
+    width, height = left + (across + 1) * (cell + _GAP), blocks * block + (blocks - 1) * 0.16 + 0.02
+    with styled_figure(width, height, layout=None) as figure:
+
+        def write(x: float, y: float, text: str, **options: Any) -> None:
+            figure.text(x / width, 1 - y / height, text, **{"fontsize": SMALL, "ha": "center", **options})
+
+        for number in range(blocks):
+            shown, top = [first, *others[number * across : (number + 1) * across]], number * (block + 0.16)
+            if above:
+                write(left + (cell + _GAP) * (1 + len(shown)) / 2, top + 0.02, above, va="top", color=NULL_COLOUR)
+            for row, (look, lines) in enumerate(zip(looks, labels, strict=True)):
+                middle = top + header + row * (tall + below) + tall / 2
+                write(left / 2, middle, "\n".join(lines), rotation=90, va="center", color=look.colour)
+            for column, title in enumerate(shown):
+                x = left + (cell + _GAP) * column
+                for line, text in enumerate(reversed(titles[title])):
+                    write(x + cell / 2, top + header - 0.05 - _LINE * line, text, va="baseline")
+                texts = (captions or {}).get(title, [""] * len(columns[first]))
+                for row, (picture, text) in enumerate(zip(columns[title], texts, strict=True)):
+                    y = top + header + row * (tall + below)
+                    if picture is not None:
+                        place_picture(figure, picture, x, y, cell, tall)
+                    write(x + cell / 2, y + tall + 0.02, text, va="top")
         figure.caption = caption
-        figure.description = f"Grid of {len(first)} rows of pictures: {', '.join(columns)}. {told}".replace("\n", " ")
+        titled = ", ".join(columns).replace("\n", " ")
+        figure.description = f"Grid of {len(columns[first])} rows of pictures: {titled}. {told}"
     return figure
+
+
+def place_picture(figure: Figure, picture: Any, left: float, top: float, wide: float, tall: float) -> None:
+    """A picture (3, H, W) without ticks or frame; all in inches from the figure's upper left corner."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, 1 - (top + tall) / height, wide / width, tall / height), zorder=2)
+    axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest", aspect="auto", vmin=0, vmax=1)
+    axes.set_axis_off()
+
+
+def broken(title: str, inches: float) -> list[str]:
+    """A title as the lines that stay within its column, broken after dots, underscores and spaces."""
+    most, lines = int(inches / _LETTER), []
+    for given in title.split("\n"):
+        lines.append("")
+        for part in re.findall(r"[^._ ]+[._ ]?", given):
+            if lines[-1] and len(lines[-1] + part.rstrip(". ")) > most:
+                lines.append("")
+            lines[-1] += part
+    return [line.rstrip(". ") for line in lines]
 
 
 def scored_table(
@@ -218,8 +193,8 @@ def scored_table(
 ) -> ShownFigure:
     """`picture_table` of inputs (K, 3, H, W) and of what each of `made` made of them, with the PSNR; names: titles."""
     inputs = as_pictures(images, "images")
-    pictures = {name: as_pictures(values, name, inputs.shape) for name, values in made.items()}
-    titles = {name: (names or {}).get(name) or textwrap.fill(look_of(name).label, 14) for name in made}
-    scores = {titles[name]: decibels(inputs, values) for name, values in pictures.items()}
-    told = "; ".join(f"{name}: {', '.join(values)}" for name, values in scores.items())
-    return picture_table({"input": inputs} | {titles[n]: x for n, x in pictures.items()}, caption, scores, (), told)
+    titles = {name: (names or {}).get(name) or look_of(name).label for name in made}
+    pictures = {titles[name]: as_pictures(values, name, inputs.shape) for name, values in made.items()}
+    scores = {title: decibels(inputs, values) for title, values in pictures.items()}
+    told = "; ".join(f"{title}: {', '.join(values)}" for title, values in scores.items())
+    return picture_table({"input": inputs, **pictures}, caption, scores, told=told)

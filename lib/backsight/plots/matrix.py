@@ -9,8 +9,8 @@ from backsight.plots.style import (
     SMALL,
     ShownFigure,
     captioned,
+    drawn_panels,
     name_of,
-    panels_of,
     short_tap,
     styled_figure,
 )
@@ -29,7 +29,6 @@ def matrices(
     limits: tuple[float, float] | None = None,
     labels: tuple[str, str] = ("representation of tap", "inverse made for tap"),
     scale: str = "",
-    note: str = "",
 ) -> ShownFigure:
     """`value` by two columns of the rows, a panel for each value of `panel`, all on one scale of colours.
 
@@ -38,27 +37,20 @@ def matrices(
     """
     if rows.empty:
         raise BacksightError(f"there is nothing to draw of {title!r}: the table has no such rows.")
-    panels = list(dict.fromkeys(rows[panel]))
     low, high = limits or (float(rows["value"].min()), float(rows["value"].max()))
-    columns = min(columns, len(panels))
-    side = COLUMN_WIDTH / max(columns, 2)
+    count = rows[panel].nunique()
+    columns = min(columns, count)
+    tall = COLUMN_WIDTH / max(columns, 2) * 0.85 * -(-count // columns) + 0.8
     unit = 100 if low >= -1 and high <= 1 else 1  # shares are written as hundredths
-    alike = rows.groupby(panel)[[down, across]].agg(frozenset).map(len).nunique().max() == 1
-    told = []
-
-    def bottom(place: int) -> bool:
-        return place >= len(panels) - columns
-
-    with styled_figure(COLUMN_WIDTH, side * 0.85 * -(-len(panels) // columns) + 0.8) as figure:
-        grid = panels_of(figure, len(panels), columns)
-        for place, (axes, which) in enumerate(zip(grid, panels, strict=True)):
-            at = rows[rows[panel] == which]
+    told, grid = [], []
+    with styled_figure(COLUMN_WIDTH, tall) as figure:
+        for axes, which, at in drawn_panels(figure, rows, panel, columns, [down, across], labels[::-1], False):
             table = at.pivot_table(index=down, columns=across, values="value", sort=False)
             orders = [_order(at, down, down), _order(at, across, down)]
             values = table.reindex(index=orders[0], columns=orders[1]).to_numpy(float)
             image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis")
+            grid.append(axes)
             told.append(f"{name_of(which)}: {np.nanmin(values):.3g} to {np.nanmax(values):.3g}")
-            axes.set_title(name_of(which))
             axes.grid(False)
             if not labels[0]:
                 axes.set_axis_off()
@@ -66,19 +58,14 @@ def matrices(
             names = [[short_tap(str(name)) for name in order] for order in orders]
             axes.set_yticks(range(len(names[0])), names[0])
             axes.set_xticks(range(len(names[1])), names[1], rotation=90)
-            left, below = not alike or place % columns == 0, not alike or bottom(place)
-            axes.tick_params(length=0, labelleft=left, labelbottom=below)
-            if place % columns == 0:
-                axes.set_ylabel(labels[0])
-            if bottom(place):
-                axes.set_xlabel(labels[1])
+            axes.tick_params(length=0)
             for (i, j), value in np.ndenumerate(values) if columns <= 2 and max(values.shape) <= _MOST_NUMBERS else ():
                 if np.isfinite(value):
                     colour = "white" if value < low + 0.55 * (high - low) else "black"
                     axes.text(j, i, f"{unit * value:.0f}", ha="center", va="center", fontsize=SMALL, color=colour)
         figure.colorbar(image, ax=grid, label=scale, shrink=0.7, aspect=25)
         half = (rows["high"] - rows["low"]) / 2
-        note = f"{note} Half an interval is {half.min():.2g} to {half.max():.2g}.".strip()
+        note = f"Half an interval is {half.min():.2g} to {half.max():.2g}."
         return captioned(figure, title, rows, told, note)
 
 

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from backsight.errors import BacksightError
+from backsight.plots.grids import broken, place_picture
 from backsight.plots.style import COLUMN_WIDTH, NORMAL, NULL_COLOUR, SMALL, ShownFigure, styled_figure
 
 
@@ -31,7 +32,8 @@ def method_scheme(image: np.ndarray, reconstructions: Mapping[str, np.ndarray], 
         page.set_ylim(height, 0)
         page.set_axis_off()
         middles = [left + gap + cell / 2 + i * (cell + gap) for i in range(count)]
-        _show(figure, image, 0.05 + 0.4, rows[0] + 0.06, min(picture, 0.8))
+        side = min(picture, 0.8)
+        place_picture(figure, image, 0.45 - side / 2, rows[0] + 0.06, side, side)
         page.text(0.45, top - 0.02, "image", ha="center", va="bottom", fontsize=SMALL, weight="bold")
         for number, (tap, middle) in enumerate(zip(reconstructions, middles, strict=True), start=1):
             before = middles[number - 2] + cell / 2 if number > 1 else 0.05 + 0.8
@@ -40,9 +42,9 @@ def method_scheme(image: np.ndarray, reconstructions: Mapping[str, np.ndarray], 
             _arrow(page, (before, rows[0] + box / 2), (middle - cell / 2, rows[0] + box / 2), "#0173b2")
             _arrow(page, (middle - cell / 2, rows[1] + box / 2), (before, rows[1] + box / 2), "#029e73")
             _arrow(page, (middle, rows[0] + box), (middle, rows[1]), NULL_COLOUR)
-            page.text(middle, top - 0.02, _short(tap), ha="center", va="bottom", fontsize=SMALL)
+            page.text(middle, top - 0.02, "\n".join(broken(tap, cell)), ha="center", va="bottom", fontsize=SMALL)
             _arrow(page, (middle, rows[1] + box), (middle, rows[2]), "#029e73")
-            _show(figure, reconstructions[tap], middle, rows[2], picture)
+            place_picture(figure, reconstructions[tap], middle - picture / 2, rows[2], picture, picture)
         page.text(0.45, rows[2] + picture / 2, "pictures\nfrom tap", ha="center", va="center", fontsize=SMALL)
         rule = (
             r"$f_i$: frozen modules.  $g_i$: inverses, trained to turn $f_i$'s output into its input.  "
@@ -57,12 +59,6 @@ def method_scheme(image: np.ndarray, reconstructions: Mapping[str, np.ndarray], 
     return figure
 
 
-def _short(tap: str) -> str:
-    """A tap's name on at most two lines that fit a column of the scheme."""
-    head, dot, number = tap.rpartition(".")
-    return f"{head}\n.{number}" if dot and len(tap) > 8 else tap.replace("_", "_\n", 1) if len(tap) > 9 else tap
-
-
 def _box(page: Axes, middle: float, top: float, wide: float, tall: float, text: str, face: str, edge: str) -> None:
     shape = FancyBboxPatch(
         (middle - wide / 2, top), wide, tall, boxstyle="round,pad=0,rounding_size=0.05", facecolor=face, edgecolor=edge
@@ -72,18 +68,5 @@ def _box(page: Axes, middle: float, top: float, wide: float, tall: float, text: 
 
 
 def _arrow(page: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    page.annotate(
-        "",
-        xy=end,
-        xytext=start,
-        arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 1, "shrinkB": 1, "lw": 0.9},
-    )
-
-
-def _show(figure: ShownFigure, picture: np.ndarray, middle: float, top: float, side: float) -> None:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes(
-        ((middle - side / 2) / width, 1 - (top + side) / height, side / width, side / height), zorder=2
-    )
-    axes.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest", vmin=0, vmax=1)
-    axes.set_axis_off()
+    style = {"arrowstyle": "->", "color": colour, "shrinkA": 1, "shrinkB": 1, "lw": 0.9}
+    page.annotate("", xy=end, xytext=start, arrowprops=style)

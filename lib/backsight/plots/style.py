@@ -5,14 +5,12 @@ changes, and nothing is computed: values and intervals are those of the tidy row
 """
 
 import io
-import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import fill
-from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -23,6 +21,7 @@ from matplotlib.figure import Figure
 
 from backsight.errors import BacksightError, nearest
 from backsight.tables.names import RANDOM_HUES, SHUFFLED_FAMILIES
+from backsight.tables.read import span
 
 COLUMN_WIDTH = 6.5  # inches
 SMALL, NORMAL = 8.0, 9.0  # points
@@ -46,14 +45,13 @@ class Look:
 
 
 # seaborn's "colorblind" palette and three of Paul Tol's; an inverse and a target never share a colour.
-_TARGETS = {
+LOOKS: dict[str, Look] = {
     "scenes-vit": Look("scenes-vit", "#d55e00", "o"),
     "scenes-deit": Look("scenes-deit", "#882255", "s"),
     "scenes-swin": Look("scenes-swin", "#ca9161", "^"),
     "scenes-detr": Look("scenes-detr", "#56b4e9", "D"),
     "scenes-deformable-detr": Look("scenes-deformable-detr", "#332288", "v"),
-}
-_INVERSES = {
+    # inverses and nulls
     "linear": Look("linear", "#0173b2", "o"),
     "linear_3x3": Look("linear, 3 x 3 tokens", "#6ea6cd", "p"),
     "linear_chain": Look("linear chain", "#4a6fe3", "v", (3, 1.5)),
@@ -62,8 +60,6 @@ _INVERSES = {
     "modular": Look("modular", "#029e73", "^"),
     "modular_components": Look("modular, components", "#5a3d1a", "v"),
     "modular_polished": Look("modular, polished", "#cc78bc", "D"),
-    "optimised_tv": Look("optimised, total variation", "#222222", "X"),
-    "optimised_prior": Look("optimised, deep prior", "#7f7f7f", "P"),
     "steadied": Look("decoder, steadied", "#6a51a3", "v", (3, 1.5)),
     "map": Look("most probable (MAP)", "#000000", "P"),
     "exact": Look("exact", "#8c510a", "X"),
@@ -74,8 +70,7 @@ _INVERSES = {
     "null_untrained": Look("untrained", dashes=(1, 1.5)),
     "null_colour_position": Look("colours, no model", dashes=(5, 1.5, 1, 1.5)),
     "null_constant": Look("constant deviation", dashes=(4, 1, 1, 1)),
-}
-_PARTS = {
+    # parts of a layer, of a data set, of what became of an image
     "block": Look("whole layer", "#3c3c3c", "o"),
     "attention": Look("attention", "#e8a33d", "s"),
     "cross_attention": Look("cross-attention", "#b05a9c", "D"),
@@ -84,7 +79,6 @@ _PARTS = {
     "uniform": Look("any hue", "#ecb48f"),
     "canonical": Look("a hue of its own", "#aa3377", "o"),
     "colour_free": Look("colour-free (placebo)", "#228833", "s"),
-    "closed_form": Look("closed form", "#222222", "o"),
     "random": Look("random weights", "#7f7f7f", "v"),
     "trained": Look("trained", "#0173b2", "o"),
     "untrained": Look("untrained", "#000000", "s", (3, 1.5)),
@@ -101,67 +95,62 @@ _PARTS = {
     "amplification": Look("this half-step alone", "#0173b2", "o"),
     "amplification_chain": Look("all the way back", "#029e73", "s"),
 }
-LOOKS: Mapping[str, Look] = MappingProxyType(_TARGETS | _INVERSES | _PARTS)
 _OTHER_COLOURS = ("#949494", "#999933", "#aa4499", "#44aa99")
-MEASURE_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "psnr": "PSNR (dB)",
-        "psnr_objects": "PSNR inside objects (dB)",
-        "psnr_boundary": "PSNR at boundaries (dB)",
-        "psnr_background": "PSNR of the background (dB)",
-        "ssim": "SSIM (1 = identical)",
-        "r2": "R² (share of variance)",
-        "mse": "mean squared error (range²)",
-        "cycle_cosine": "cosine of features (1 = equal)",
-        "perceptual": "distance in early features",
-        "hue_error": "hue error of the object (°)",
-        "edge_f1": "edge F1 (1 = all edges)",
-        "mask_iou": "mask IoU (1 = identical)",
-        "texture_accuracy": "texture named (share)",
-        "lost": "structure lost (share)",
-        "invented": "structure invented (share)",
-        "retrieval_top1": "own image found first (share)",
-        "retrieval_rank": "rank of own image (share)",
-        "band_error": "error power / image power",
-        "patch_r2": "R² of each part of the picture",
-        "factor_score": "score of a probe (accuracy or R²)",
-        "top1_agreement": "top-1 agreement (share)",
-        "map50": "mAP50 (0 to 1)",
-        "top1": "top-1 accuracy (share)",
-        f"top1_{RANDOM_HUES}": "top-1, random hues",
-        "probe_top1": "top-1, probe fitted anew",
-        "ap50": "AP50 (0 to 1)",
-        f"ap50_{RANDOM_HUES}": "AP50, random hues",
-        "ap": "AP (0 to 1)",
-        "cross_psnr": "PSNR of another tap (dB)",
-        "cross_psnr_standardised": "the same, standardised (dB)",
-        "cross_loss": "PSNR lost (dB)",
-        "step_loss": "PSNR lost (dB)",
-        "chain_error": "PSNR lost at the module (dB)",
-        "residual_update": "update ‖f(x)‖ / ‖x‖",
-        "cka": "CKA (debiased)",
-        "procrustes": "Procrustes similarity",
-        "token_cosine": "cosine of tokens",
-        "predictability_r2": "R², linear",
-        "cka_to_start": "CKA to the untouched target",
-        "hue_error_shown": "angle to the hue shown (°)",
-        "share_grey": "comes back grey (share)",
-        "reverted_above_deals": "reverts, above chance (share)",
-        "accuracy_kept": "accuracy kept (share)",
-        "reversion_index": "reversion index (1: painter)",
-        "recoverable": "directions shown (share)",
-        "negative_determinant": "det < 0: it folds (share)",
-        "several_roots": "several roots (share)",
-        "truth_found": "truth among the roots",
-        "complete": "signs sum to 1: all found",
-        "roots": "roots found of a token, mean",
-        "tokens_right": "picked rightly (share)",
-        "survived": "images still right (share)",
-    }
-)
+MEASURE_NAMES = {
+    "psnr": "PSNR (dB)",
+    "psnr_objects": "PSNR inside objects (dB)",
+    "psnr_boundary": "PSNR at boundaries (dB)",
+    "psnr_background": "PSNR of the background (dB)",
+    "ssim": "SSIM (1 = identical)",
+    "r2": "R² (share of variance)",
+    "mse": "mean squared error (range²)",
+    "cycle_cosine": "cosine of features (1 = equal)",
+    "perceptual": "distance in early features",
+    "hue_error": "hue error of the object (°)",
+    "edge_f1": "edge F1 (1 = all edges)",
+    "mask_iou": "mask IoU (1 = identical)",
+    "texture_accuracy": "texture named (share)",
+    "lost": "structure lost (share)",
+    "invented": "structure invented (share)",
+    "retrieval_top1": "own image found first (share)",
+    "retrieval_rank": "rank of own image (share)",
+    "band_error": "error power / image power",
+    "patch_r2": "R² of each part of the picture",
+    "factor_score": "score of a probe (accuracy or R²)",
+    "top1_agreement": "top-1 agreement (share)",
+    "map50": "mAP50 (0 to 1)",
+    "top1": "top-1 accuracy (share)",
+    f"top1_{RANDOM_HUES}": "top-1, random hues",
+    "probe_top1": "top-1, probe fitted anew",
+    "ap50": "AP50 (0 to 1)",
+    f"ap50_{RANDOM_HUES}": "AP50, random hues",
+    "ap": "AP (0 to 1)",
+    "cross_psnr": "PSNR of another tap (dB)",
+    "cross_psnr_standardised": "the same, standardised (dB)",
+    "cross_loss": "PSNR lost (dB)",
+    "step_loss": "PSNR lost (dB)",
+    "residual_update": "update ‖f(x)‖ / ‖x‖",
+    "cka": "CKA (debiased)",
+    "procrustes": "Procrustes similarity",
+    "token_cosine": "cosine of tokens",
+    "predictability_r2": "R², linear",
+    "cka_to_start": "CKA to the untouched target",
+    "hue_error_shown": "angle to the hue shown (°)",
+    "share_grey": "comes back grey (share)",
+    "reverted_above_deals": "reverts, above chance (share)",
+    "accuracy_kept": "accuracy kept (share)",
+    "reversion_index": "reversion index (1: painter)",
+    "recoverable": "directions shown (share)",
+    "negative_determinant": "det < 0: it folds (share)",
+    "several_roots": "several roots (share)",
+    "truth_found": "truth among the roots",
+    "complete": "signs sum to 1: all found",
+    "roots": "roots found of a token, mean",
+    "tokens_right": "picked rightly (share)",
+    "survived": "images still right (share)",
+}
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
-    "mathtext.fontset": "dejavusans",
     "font.size": NORMAL,
     "axes.labelsize": NORMAL,
     "axes.titlesize": NORMAL,
@@ -182,8 +171,6 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
     "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "backsight",
 }
 
 
@@ -215,9 +202,9 @@ def inverse_order(names: Sequence[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name.startswith("null_"), rank.get(name, len(rank)), name))
 
 
-def depth_colours(names: Sequence[Any], colours: str = "viridis", end: float = 0.9) -> dict[Any, Any]:
+def depth_colours(names: Sequence[Any]) -> dict[Any, Any]:
     """{name: colour}, from dark (shallow) to light (deep); the palest colours are left out."""
-    return {name: colormaps[colours](end * i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
+    return {name: colormaps["viridis"](0.9 * i / max(len(names) - 1, 1)) for i, name in enumerate(names)}
 
 
 # ------------------------------------------------------------------------------------------------------- the figure
@@ -227,21 +214,17 @@ class ShownFigure(Figure):
     """A Figure that a notebook shows by itself, without pyplot: nothing is registered, nothing is shown twice.
 
     caption (one line, for everybody) and description (for those who cannot see it: what is drawn, and the main
-    numbers) travel in PNG and SVG files as Title and Description. There the page of a run reads them.
+    numbers) travel in PNG files as Title and Description. There the page of a run reads them.
     """
 
     caption: str = ""
     description: str = ""
 
     def savefig(self, fname: Any, **options: Any) -> None:
-        suffix = os.path.splitext(fname)[1][1:] if isinstance(fname, (str, os.PathLike)) else ""
-        kind = (options.get("format") or suffix or "png").lower()
-        if kind in ("png", "svg"):
-            texts = {"Title": self.caption, "Description": self.description}
-            options["metadata"] = {key: text for key, text in texts.items() if text} | (options.get("metadata") or {})
-        options.setdefault("bbox_inches", "tight")  # nothing is cut off, on screen as in files
-        with rc_context(_STYLE):  # how many ticks there are is decided while they are drawn
-            super().savefig(fname, **options)
+        texts = {"Title": self.caption, "Description": self.description} | options.pop("metadata", {})
+        # Nothing is cut off, on screen as in files; how many ticks there are is decided while they are drawn.
+        with rc_context(_STYLE):
+            super().savefig(fname, **{"bbox_inches": "tight", "metadata": texts, **options})
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         shown = png_bytes(self)
@@ -277,6 +260,34 @@ def panels_of(figure: Figure, count: int, columns: int, **options: Any) -> list[
     for axes in grid.flat[count:]:
         axes.set_axis_off()
     return list(grid.flat[:count])
+
+
+def drawn_panels(
+    figure: Figure, rows: pd.DataFrame, panel: str, columns: int, same: list[str], labels: Sequence[str], sharey: bool
+) -> Iterator[tuple[Axes, Any, pd.DataFrame]]:
+    """(axes, value, its rows) for each value of the column `panel`, to draw in; then axes have titles and labels.
+
+    same: columns; where all panels have the same values of them, names of ticks stand below (and at the left) only.
+    labels: of x and y.
+    """
+    names = list(dict.fromkeys(rows[panel]))
+    columns = min(columns, len(names))
+    alike = all(rows.groupby(panel)[column].agg(frozenset).nunique() == 1 for column in same)
+    several = len(names) > columns
+    for place, axes in enumerate(panels_of(figure, len(names), columns, sharey=sharey)):
+        name = names[place]
+        yield axes, name, rows[rows[panel] == name]
+        lowest, leftmost = place >= len(names) - columns, place % columns == 0
+        if len(names) > 1 or panel != "measure":
+            axes.set_title(fill(name_of(name), 28 if columns > 2 else 60, replace_whitespace=False))
+        axes.set_xlabel(labels[0] if lowest else "")
+        axes.set_ylabel(labels[1] if leftmost and not several else "")
+        if alike and not lowest:
+            axes.tick_params(labelbottom=False)
+        if alike and len(same) > 1 and not leftmost:
+            axes.tick_params(labelleft=False)
+    if several and labels[1]:
+        figure.supylabel(labels[1], fontsize=NORMAL)
 
 
 def captioned(figure: ShownFigure, title: str, rows: pd.DataFrame, told: Sequence[str], note: str = "") -> ShownFigure:
@@ -357,9 +368,7 @@ def sample_size(rows: pd.DataFrame) -> str:
     for column, unit in (("n", "images"), ("seeds", "training seeds")):
         numbers = rows[column].dropna() if column in rows else pd.Series([1] if column == "seeds" else [])
         if len(numbers):
-            low, high = int(numbers.min()), int(numbers.max())
-            many = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            counted.append(f"{'n = ' * (column == 'n')}{many} {unit[:-1] if high == 1 else unit}")
+            counted.append(f"{'n = ' * (column == 'n')}{span(numbers)} {unit[: -1 if numbers.max() == 1 else None]}")
     return ", ".join(counted + ["95 % intervals"] * ("low" in rows and bool(rows["low"].notna().any())))
 
 
