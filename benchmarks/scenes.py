@@ -10,7 +10,7 @@ from pathlib import Path
 
 from table import Row, interleaved, write
 
-from backsight.scenes.dataset import scene_arrays, write_coco
+from backsight.scenes.dataset import scene_tensors, write_coco
 from backsight.scenes.render import render_many
 
 IMAGES = 1000
@@ -24,7 +24,7 @@ def main() -> None:
     seconds = interleaved(
         {
             "one process": lambda: sum(1 for _ in render_many("train", IMAGES)),
-            "two processes": lambda: scene_arrays("train", 4 * IMAGES, processes=2),
+            "two processes": lambda: scene_tensors("train", 4 * IMAGES, processes=2),
             "COCO folder": to_disk,
         }
     )

@@ -139,7 +139,7 @@ def test_coco_objects_come_with_masks_and_prototypes(tmp_path):
     from backsight.scenes.dataset import write_coco
     from backsight.scenes.render import SceneOptions
 
-    options = SceneOptions(rule="strict", minimum_area=0.3)
+    options = SceneOptions(minimum_area=0.3)
     for split, there in (("train", "train"), ("test", "val")):
         write_coco(tmp_path, split, 40, size=32, options=options)
         (tmp_path / f"{split}2017").rename(tmp_path / f"{there}2017x")

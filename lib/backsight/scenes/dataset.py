@@ -1,10 +1,11 @@
-"""Scenes as files in COCO's layout, and as the arrays and batches that the shipped targets are trained on."""
+"""Scenes as files in COCO's layout, and as the tensors that the shipped targets are trained on."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import repeat
@@ -20,80 +21,65 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.folders import Entry, Found
-from backsight.errors import SourceError
 from backsight.project import cache_folder
-from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS
-from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, VERSION, SceneOptions, render, render_many
+from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, VERSION, Rule, SceneOptions, render, render_many
 
 SCENES_COUNT = 1024  # where no count is given
-
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+MEAN, STD = 0.5, 0.5  # of all channels
 SIZE = 64
 MAXIMUM_OBJECTS = 4
 BACKGROUND = len(CLASSES)
+_CHUNK = 2000  # scenes that a process renders at a time
 
 
 @dataclass(frozen=True)
-class SceneArrays:
-    """A split as arrays. images: (N, H, W, 3) uint8; objects: (N, H, W) uint8, 0 = background, k = k-th object;
-    labels: (N, 4) int64, -1 = no object; boxes: (N, 4, 4) float32 centre x, centre y, width, height in [0, 1]."""
+class SceneTensors:
+    """Scenes with what the losses compare with. images: (N, 3, H, W) uint8; objects: (N, H, W) uint8, 0 = background,
+    k = k-th object; labels: (N, 4), -1 = no object; boxes: (N, 4, 4) centre x, centre y, width, height in [0, 1]."""
 
-    images: np.ndarray
-    objects: np.ndarray
-    labels: np.ndarray
-    boxes: np.ndarray
+    images: Tensor
+    objects: Tensor
+    labels: Tensor
+    boxes: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def pixels(self) -> Tensor:
+        """(N, 3, H, W) normalised."""
+        return (self.images.float() / 255 - MEAN) / STD
 
-def _render_chunk(split: str, start: int, count: int, seed: int, rule: str) -> SceneArrays:
+    def take(self, chosen: np.ndarray | Tensor) -> SceneTensors:
+        """Some of the scenes."""
+        return SceneTensors(*(tensor[chosen] for tensor in vars(self).values()))
+
+
+def _render_chunk(split: str, start: int, count: int, seed: int, rule: Rule) -> list[np.ndarray]:
     images = np.zeros((count, SIZE, SIZE, 3), np.uint8)
     objects = np.zeros((count, SIZE, SIZE), np.uint8)
     labels = np.full((count, MAXIMUM_OBJECTS), -1, np.int64)
     boxes = np.zeros((count, MAXIMUM_OBJECTS, 4), np.float32)
-    options = SceneOptions(rule=rule)  # type: ignore[arg-type]
-    for i, scene in enumerate(render_many(split, count, seed, SIZE, options, start)):
-        images[i] = scene.image
-        number = len(scene.labels)
+    for i, scene in enumerate(render_many(split, count, seed, SIZE, SceneOptions(rule=rule), start)):
+        images[i], number = scene.image, len(scene.labels)
         labels[i, :number] = scene.labels
         x, y, width, height = scene.boxes.T / SIZE
         boxes[i, :number] = np.stack([x + width / 2, y + height / 2, width, height], 1)
         for k, mask in enumerate(scene.masks):
             objects[i][mask] = k + 1
-    return SceneArrays(images, objects, labels, boxes)
+    return [images.transpose(0, 3, 1, 2), objects, labels, boxes]
 
 
-def scene_arrays(split: str, count: int, seed: int = 0, rule: str = "mixed", processes: int = 1) -> SceneArrays:
+def scene_tensors(split: str, count: int, seed: int = 0, rule: Rule = "mixed", processes: int = 1) -> SceneTensors:
     """Render a split into memory, 16 KB an image, on several processes."""
+    starts = range(0, count, _CHUNK)
+    work = repeat(split), starts, [min(_CHUNK, count - start) for start in starts], repeat(seed), repeat(rule)
     if processes <= 1:
-        return _render_chunk(split, 0, count, seed, rule)
-    from concurrent.futures import ProcessPoolExecutor
-
-    starts = range(0, count, 2000)
-    sizes = [min(2000, count - start) for start in starts]
-    with ProcessPoolExecutor(processes) as pool:
-        parts = list(pool.map(_render_chunk, repeat(split), starts, sizes, repeat(seed), repeat(rule)))
-    fields = ("images", "objects", "labels", "boxes")
-    return SceneArrays(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some scenes on the device, with what the losses compare with."""
-
-    pixels: Tensor  # (B, 3, H, W) normalised
-    objects: Tensor  # (B, H, W) int64
-    labels: Tensor  # (B, 4) int64, -1 = none
-    boxes: Tensor  # (B, 4, 4)
-
-
-def batch_of(data: SceneArrays, chosen: np.ndarray, device: str) -> Batch:
-    arrays = (data.images, data.objects, data.labels, data.boxes)
-    images, objects, labels, boxes = (torch.from_numpy(array[chosen]).to(device) for array in arrays)
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
-    return Batch(pixels.contiguous(), objects.long(), labels, boxes)
+        chunks = [*map(_render_chunk, *work)]
+    else:
+        with ProcessPoolExecutor(processes) as pool:
+            chunks = [*pool.map(_render_chunk, *work)]
+    return SceneTensors(*(torch.from_numpy(np.concatenate(parts)) for parts in zip(*chunks, strict=True)))
 
 
 def drawn(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -102,10 +88,10 @@ def drawn(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)[place * batch : (place + 1) * batch]
 
 
-def patch_shares(batch: Batch, patch: int) -> Tensor:
+def patch_shares(scenes: SceneTensors, patch: int) -> Tensor:
     """Share of each patch that each class (and the background, last) covers: (B, N, classes + 1)."""
-    lookup = torch.cat([torch.full_like(batch.labels[:, :1], BACKGROUND), batch.labels], 1)
-    classes = lookup.gather(1, batch.objects.flatten(1)).view_as(batch.objects)
+    lookup = torch.cat([torch.full_like(scenes.labels[:, :1], BACKGROUND), scenes.labels], 1)
+    classes = lookup.gather(1, scenes.objects.long().flatten(1)).view_as(scenes.objects)
     one_hot = F.one_hot(classes, BACKGROUND + 1).float().permute(0, 3, 1, 2)
     return F.avg_pool2d(one_hot, patch).flatten(2).transpose(1, 2)
 
@@ -114,13 +100,7 @@ def patch_shares(batch: Batch, patch: int) -> Tensor:
 
 
 def write_coco(
-    folder: Path,
-    split: str,
-    count: int,
-    seed: int = 0,
-    size: int = 64,
-    options: SceneOptions = DEFAULT_OPTIONS,
-    progress: bool = False,
+    folder: Path, split: str, count: int, seed: int = 0, size: int = 64, options: SceneOptions = DEFAULT_OPTIONS
 ) -> None:
     """Render a split into `folder` in COCO's layout: `{split}2017/*.png`, `annotations/instances_{split}2017.json`.
 
@@ -135,21 +115,20 @@ def write_coco(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     scenes = render_many(split, count, seed, size, options)
-    for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", total=count, leave=False, disable=not progress)):
+    for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", total=count, leave=False)):
         name = f"{index:012d}.png"
         Image.fromarray(scene.image).save(pictures / name, compress_level=1)
         images.append({"id": index, "file_name": name, "height": size, "width": size, "background": scene.background})
         codes = coco_mask.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
-        for position, code in enumerate(codes):
-            hue = float(scene.hues[position])
+        for position, (code, hue) in enumerate(zip(codes, scene.hues.tolist(), strict=True)):
             annotations.append(
                 {
-                    **{"id": len(annotations) + 1, "image_id": index},
+                    **{"id": len(annotations) + 1, "image_id": index, "iscrowd": 0},
                     "category_id": int(scene.labels[position]) + 1,
                     "bbox": scene.boxes[position].tolist(),
                     "area": int(scene.masks[position].sum()),
                     "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
-                    **{"iscrowd": 0, "hue": None if math.isnan(hue) else hue},
+                    "hue": None if math.isnan(hue) else hue,
                     **{"texture": scene.textures[position], "dominant": position == 0},
                 }
             )
@@ -162,8 +141,6 @@ def write_coco(
 def generated(split: str | None, count: int | None, seed: int, size: int, masks: bool) -> Found:
     """Scenes of a split (default: test; 1024 where no count is given), as `open_images` asks for them."""
     split = split or "test"
-    if split not in SPLIT_PHOTOGRAPHS:
-        raise SourceError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
     folder = cached(split, SCENES_COUNT if count is None else count, seed, size)
     files = {path.name: Entry(path.stem, str(path)) for path in sorted((folder / f"{split}2017").iterdir())}
     found = Found(split, to_size=True)
@@ -171,26 +148,19 @@ def generated(split: str | None, count: int | None, seed: int, size: int, masks:
     return found
 
 
-def cached(
-    split: str,
-    count: int,
-    seed: int = 0,
-    size: int = 64,
-    options: SceneOptions = DEFAULT_OPTIONS,
-    progress: bool = True,
-) -> Path:
+def cached(split: str, count: int, seed: int = 0, size: int = 64, options: SceneOptions = DEFAULT_OPTIONS) -> Path:
     """The folder of `write_coco`, made on first use and kept; of several processes that ask at once, one makes it."""
     render(split, 0, seed, size, options)  # bad arguments are refused before anything is written
     key = json.dumps([VERSION, split, count, seed, size, asdict(options)], sort_keys=True)
     name = f"{split}-{count}-{size}px-seed{seed}-{sha256(key.encode()).hexdigest()[:10]}"
     scenes = cache_folder() / "scenes"
-    folder, made = scenes / name, scenes / f".making-{name}"
+    folder, unfinished = scenes / name, scenes / f".making-{name}"
     if folder.is_dir():
         return folder
     scenes.mkdir(parents=True, exist_ok=True)
     with FileLock(scenes / f".{name}.lock"):
         if not folder.is_dir():
-            shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
-            write_coco(made, split, count, seed, size, options, progress)
-            made.rename(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            write_coco(unfinished, split, count, seed, size, options)
+            unfinished.rename(folder)
     return folder

@@ -3,7 +3,6 @@
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -11,22 +10,19 @@ from PIL import Image
 from backsight.data.folders import Entry, Found
 from backsight.errors import BacksightError, nearest
 
-# name -> (package, path inside the package); the files are read directly because the packages' own
-# loaders may reach for the network.
-_FILES = MappingProxyType(
-    {
-        "astronaut": ("skimage", "data/astronaut.png"),
-        "chelsea": ("skimage", "data/chelsea.png"),
-        "coffee": ("skimage", "data/coffee.png"),
-        "rocket": ("skimage", "data/rocket.jpg"),
-        "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
-        "immunohistochemistry": ("skimage", "data/ihc.png"),
-        "retina": ("skimage", "data/retina.jpg"),
-        "stereo_motorcycle": ("skimage", "data/motorcycle_left.png"),
-        "china": ("sklearn", "datasets/images/china.jpg"),
-        "flower": ("sklearn", "datasets/images/flower.jpg"),
-    }
-)
+# Read directly, because the packages' own loaders may reach for the network.
+_FILES = {
+    "astronaut": "skimage/data/astronaut.png",
+    "chelsea": "skimage/data/chelsea.png",
+    "coffee": "skimage/data/coffee.png",
+    "rocket": "skimage/data/rocket.jpg",
+    "hubble_deep_field": "skimage/data/hubble_deep_field.jpg",
+    "immunohistochemistry": "skimage/data/ihc.png",
+    "retina": "skimage/data/retina.jpg",
+    "stereo_motorcycle": "skimage/data/motorcycle_left.png",
+    "china": "sklearn/datasets/images/china.jpg",
+    "flower": "sklearn/datasets/images/flower.jpg",
+}
 
 PHOTOGRAPHS: tuple[str, ...] = tuple(_FILES)
 SPLIT_PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
@@ -47,11 +43,11 @@ def photograph_path(name: str) -> Path:
     """Where the installed package keeps a photograph. Raises BacksightError on an unknown name or a missing file."""
     if name not in _FILES:
         raise BacksightError(f"There is no photograph {name!r}; {nearest(name, PHOTOGRAPHS)}.")
-    package, inside = _FILES[name]
+    package, _, inside = _FILES[name].partition("/")
     spec = find_spec(package)  # finds the folder without importing the package
-    paths = [Path(folder) / inside for folder in (spec.submodule_search_locations or () if spec else ())]
-    if found := next((path for path in paths if path.is_file()), None):
-        return found
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(folder, inside)).is_file():
+            return path
     raise BacksightError(f"The photograph {name!r} ({inside}) is not in the installed {package}: reinstall it.")
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,7 +31,6 @@ SUPERSAMPLING = 4
 _STEP = 15  # brightness of one covered sub-pixel in the mean of 16: keeps that mean an exact integer below 256
 CANONICAL_PROBABILITY = 0.85
 CANONICAL_SPREAD = 10.0  # degrees to either side
-JITTERED_SPREAD = 45.0
 ROTATION = 25.0  # degrees to either side
 DOMINANCE = 2.5  # area of the dominant object over the area of the next one
 DOMINANT_AREA = (0.08, 0.32)  # share of the image
@@ -39,16 +38,16 @@ SMALLEST_AREA = 0.022
 LARGE_AREA_SPAN = 0.12  # width of the range of areas when `minimum_area` asks for large objects
 
 _SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
-_GEOMETRY, _COLOUR, _BACKGROUND = 1, 2, 3
+_STREAMS = (1, 2, 3)  # of random numbers: geometry, colour, background
 
 
-def _ellipse(count: int, radius_x: float = 1.0, radius_y: float = 1.0) -> Polygon:
-    angles = [2 * math.pi * i / count for i in range(count)]
-    return tuple((radius_x * math.cos(a), radius_y * math.sin(a)) for a in angles)
+def _circle(radius: float = 1.0) -> Polygon:
+    angles = [2 * math.pi * i / 40 for i in range(40)]
+    return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
 
 
-def _star(points: int = 5, inner: float = 0.5) -> Polygon:
-    polar = [((1.0, inner)[i % 2], math.pi * i / points - math.pi / 2) for i in range(2 * points)]
+def _star() -> Polygon:
+    polar = [((1.0, 0.5)[i % 2], math.pi * i / 5 - math.pi / 2) for i in range(10)]
     return tuple((radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in polar)
 
 
@@ -76,6 +75,17 @@ def _capsule() -> Polygon:
     return tuple(right + [(-x, -y) for x, y in right])
 
 
+_SQUARE: Polygon = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+_TRIANGLE: Polygon = ((0, -1), (1, 0.8), (-1, 0.8))
+_PLUS: Polygon = (
+    *((-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33)),
+    *((0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33)),
+)
+_ARROW: Polygon = ((-1, -0.32), (0, -0.32), (0, -0.95), (1, 0), (0, 0.95), (0, 0.32), (-1, 0.32))
+_BOWTIE: Polygon = ((-1, -0.8), (0, -0.18), (1, -0.8), (1, 0.8), (0, 0.18), (-1, 0.8))
+_TEE: Polygon = ((-1, -1), (1, -1), (1, -0.4), (0.32, -0.4), (0.32, 1), (-0.32, 1), (-0.32, -0.4), (-1, -0.4))
+
+
 @dataclass(frozen=True)
 class SceneClass:
     """A category: silhouette in unit coordinates, its hole if any, and its canonical hue in degrees or None."""
@@ -87,33 +97,23 @@ class SceneClass:
 
     @property
     def area(self) -> float:
-        return abs(_signed_area(self.outline)) - (abs(_signed_area(self.hole)) if self.hole else 0.0)
+        return _area(self.outline) - _area(self.hole)
 
 
-def _signed_area(polygon: Polygon) -> float:
-    following = (*polygon[1:], polygon[0])
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(polygon, following, strict=True)) / 2
+def _area(polygon: Polygon) -> float:
+    pairs = zip(polygon, (*polygon[1:], *polygon[:1]), strict=True)
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs) / 2)
 
-
-_SQUARE: Polygon = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-_TRIANGLE: Polygon = ((0, -1), (1, 0.8), (-1, 0.8))
-_PLUS: Polygon = (
-    *((-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33)),
-    *((0.33, 1), (-0.33, 1), (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33)),
-)
-_ARROW: Polygon = ((-1, -0.32), (0, -0.32), (0, -0.95), (1, 0), (0, 0.95), (0, 0.32), (-1, 0.32))
-_BOWTIE: Polygon = ((-1, -0.8), (0, -0.18), (1, -0.8), (1, 0.8), (0, 0.18), (-1, 0.8))
-_TEE: Polygon = ((-1, -1), (1, -1), (1, -0.4), (0.32, -0.4), (0.32, 1), (-0.32, 1), (-0.32, -0.4), (-1, -0.4))
 
 CLASSES: tuple[SceneClass, ...] = (
-    SceneClass("disc", 0.0, _ellipse(40)),
+    SceneClass("disc", 0.0, _circle()),
     SceneClass("star", 0.0, _star()),
     SceneClass("square", 60.0, _SQUARE),
     SceneClass("crescent", 60.0, _crescent()),
     SceneClass("triangle", 120.0, _TRIANGLE),
     SceneClass("heart", 120.0, _heart()),
     SceneClass("plus", 240.0, _PLUS),
-    SceneClass("ring", 240.0, _ellipse(40), _ellipse(40, 0.52, 0.52)),
+    SceneClass("ring", 240.0, _circle(), _circle(0.52)),
     SceneClass("arrow", None, _ARROW),
     SceneClass("bowtie", None, _BOWTIE),
     SceneClass("capsule", None, _capsule()),
@@ -121,24 +121,21 @@ CLASSES: tuple[SceneClass, ...] = (
 )
 CLASS_NAMES: tuple[str, ...] = tuple(c.name for c in CLASSES)
 UNOWNED_HUES: tuple[float, ...] = (180.0, 300.0)
+TEXTURES = ("plain", "stripes", "checks", "dots", "gradient")
 
-Rule = Literal["mixed", "strict", "jittered", "uniform"]
-RULES: tuple[str, ...] = ("mixed", "strict", "jittered", "uniform")
+Rule = Literal["mixed", "uniform"]
 
 
 @dataclass(frozen=True)
 class SceneOptions:
     """What a scene shows; the defaults are the data set that the shipped targets were trained on.
 
-    rule: how a class with a canonical hue is coloured: "mixed" (its hue ±10° with probability 0.85, else any),
-        "strict" (its hue ±10°, always), "jittered" (its hue ±45°), "uniform" (any hue). Colour-free classes: any hue.
+    rule: how a class with a canonical hue is coloured: "mixed" (its hue ±10° with probability 0.85, else any) or
+        "uniform" (any hue, as colour-free classes always).
     hue_shift: degrees added to the hue of the recoloured objects. set_hue: their hue in degrees, or None.
     grey: the recoloured objects lose their saturation, their value stays.
     recolour: which objects `hue_shift`, `set_hue` and `grey` act on.
-    image_hue_shift: degrees added to the hue of every pixel of the finished image.
-    white_surroundings: everything outside the dominant object is white.
     minimum_area: share of the image that the dominant object covers at least (0.3 for the colour study).
-    maximum_objects: 1 to 4.
     """
 
     rule: Rule = "mixed"
@@ -146,20 +143,13 @@ class SceneOptions:
     set_hue: float | None = None
     grey: bool = False
     recolour: Literal["all", "dominant"] = "all"
-    image_hue_shift: float = 0.0
-    white_surroundings: bool = False
     minimum_area: float = 0.0
-    maximum_objects: int = 4
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise BacksightError(f"no colour rule {self.rule!r}; choose one of {', '.join(RULES)}")
+        if self.rule not in get_args(Rule):
+            raise BacksightError(f"no colour rule {self.rule!r}; choose one of {', '.join(get_args(Rule))}")
         if not 0 <= self.minimum_area <= 0.5:
             raise BacksightError(f"minimum_area is {self.minimum_area}; it is a share of the image from 0 to 0.5")
-        if not 1 <= self.maximum_objects <= 4:
-            raise BacksightError(f"maximum_objects is {self.maximum_objects}; a scene holds 1 to 4 objects")
-        if self.recolour not in ("all", "dominant"):
-            raise BacksightError(f"recolour is {self.recolour!r}; choose 'all' or 'dominant'")
 
 
 DEFAULT_OPTIONS = SceneOptions()
@@ -197,32 +187,20 @@ def render(split: str, index: int, seed: int = 0, size: int = 64, options: Scene
         raise BacksightError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
     if size < 16:
         raise BacksightError(f"scenes of {size} pixels cannot show their silhouettes; choose a size of 16 or more")
-    geometry, colour, ground = (_generator(split, index, seed, s) for s in (_GEOMETRY, _COLOUR, _BACKGROUND))
-    canvas, background = _background(ground, split, size)
+    place = [VERSION, seed, _SPLIT_CODE[split], index]
+    geometry, colour, ground = (np.random.Generator(np.random.PCG64([*place, stream])) for stream in _STREAMS)
+    image, background = _background(ground, split, size)
     coverages, labels = _arrange(geometry, size, options)
-    image = canvas.astype(np.int32)
-    hues, textures = [], []
-    for position, (coverage, label) in enumerate(zip(coverages, labels, strict=True)):
-        recoloured = options.recolour == "all" or position == 0
-        fill, hue, texture = _fill(colour, CLASSES[label], size, options, recoloured)
-        if position == 0:
-            dominant_fill = fill
-        else:
-            image = _compose(image, fill, coverage)
-        hues.append(hue)
-        textures.append(texture)
-    if options.white_surroundings:
-        image = np.full_like(image, 255)
-    image = _compose(image, dominant_fill, coverages[0])  # the dominant object lies on top
-    finished = image.astype(np.uint8)
-    if options.image_hue_shift % 360:
-        finished = shift_hue(finished, options.image_hue_shift)
-        hues = [(h + options.image_hue_shift) % 360 for h in hues]
-    masks = _visible(coverages)
-    if options.white_surroundings:
-        masks, labels, hues, textures = masks[:1], labels[:1], hues[:1], textures[:1]
-    truth = np.array(labels), np.array(hues, dtype=float), tuple(textures), background
-    return Scene(finished, masks, _boxes(masks), *truth)
+    recoloured = [options.recolour == "all" or position == 0 for position in range(len(labels))]
+    filled = [_fill(colour, CLASSES[k], size, options, own) for k, own in zip(labels, recoloured, strict=True)]
+    fills, hues, textures = zip(*filled, strict=True)
+    seen = np.zeros((size, size), int)  # 1 + the object that is seen
+    for position in (*range(1, len(labels)), 0):  # later ones lie on earlier ones, and the dominant object on top
+        image = _compose(image, fills[position], coverages[position])
+        seen[coverages[position] >= 8] = 1 + position
+    masks = seen == np.arange(1, 1 + len(labels))[:, None, None]
+    truth = np.array(labels), np.array(hues, dtype=float), textures, background
+    return Scene(image.astype(np.uint8), masks, _boxes(masks), *truth)
 
 
 def render_many(
@@ -230,19 +208,6 @@ def render_many(
 ) -> Iterator[Scene]:
     """Scenes `start` to `start + count` of a split, one at a time."""
     return (render(split, index, seed, size, options) for index in range(start, start + count))
-
-
-def shift_hue(image: Array, degrees: float) -> Array:
-    """Every pixel's HSV hue moved by `degrees`; image: (H, W, 3) uint8 sRGB. Source: HSV hexcone (Smith 1978)."""
-    from skimage.color import hsv2rgb, rgb2hsv
-
-    hsv = rgb2hsv(image)
-    hsv[..., 0] = (hsv[..., 0] + degrees / 360.0) % 1.0
-    return np.round(hsv2rgb(hsv) * 255).astype(np.uint8)
-
-
-def _generator(split: str, index: int, seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([VERSION, seed, _SPLIT_CODE[split], index, stream]))
 
 
 @cache
@@ -259,8 +224,8 @@ def _background(random: np.random.Generator, split: str, size: int) -> tuple[Arr
     side = int(shortest * (0.15 + 0.85 * random.random() ** 1.5))
     left = int(random.integers(picture.width - side + 1))
     top = int(random.integers(picture.height - side + 1))
-    crop = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side), 2.0)
-    pixels = np.asarray(crop)
+    box = (left, top, left + side, top + side)
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box, 2.0))
     if random.random() < 0.5:
         pixels = pixels[:, ::-1]
     order = random.permutation(3)
@@ -275,7 +240,7 @@ def _arrange(random: np.random.Generator, size: int, options: SceneOptions) -> t
 
     The numbers drawn do not depend on the outcome of the tries, only on the options that change geometry.
     """
-    count = min(int(random.integers(1, 5)), options.maximum_objects)
+    count = int(random.integers(1, 5))
     label = int(random.integers(len(CLASSES)))
     least, most = DOMINANT_AREA
     share = least + (most - least) * float(random.random())
@@ -329,11 +294,9 @@ def _draw(
     fine = SUPERSAMPLING
     canvas = Image.new("L", (size * fine, size * fine))
     for polygon, value in ((kind.outline, _STEP * fine * fine), (kind.hole, 0)):
-        corners = [
-            (round((centre_x + x) * fine), round((centre_y + y) * fine)) for x, y in turned(polygon, shrink * scale)
-        ]
-        if corners:
-            ImageDraw.Draw(canvas).polygon(corners, fill=value)
+        placed = [(centre_x + x, centre_y + y) for x, y in turned(polygon, shrink * scale)]
+        if placed:
+            ImageDraw.Draw(canvas).polygon([(round(x * fine), round(y * fine)) for x, y in placed], fill=value)
     return np.asarray(canvas.reduce(fine)).astype(np.int32) // _STEP
 
 
@@ -341,9 +304,6 @@ def _place(low: float, high: float, fraction: float, size: int) -> float:
     """A centre for an extent [low, high] around it, inside [0, size] where it fits, else in the middle."""
     first, last = 0.5 - low, size - 0.5 - high
     return first + (last - first) * fraction if first <= last else (first + last) / 2
-
-
-TEXTURES = ("plain", "stripes", "checks", "dots", "gradient")
 
 
 def _fill(
@@ -356,23 +316,18 @@ def _fill(
     chance, free_hue, spread, saturation, value, contrast, turn, period, offset = (float(v) for v in random.random(9))
     texture = TEXTURES[int(random.integers(len(TEXTURES)))]
     hue = 360.0 * free_hue
-    if kind.hue is not None:
-        if options.rule == "strict" or (options.rule == "mixed" and chance < CANONICAL_PROBABILITY):
-            hue = kind.hue + (2 * spread - 1) * CANONICAL_SPREAD
-        elif options.rule == "jittered":
-            hue = kind.hue + (2 * spread - 1) * JITTERED_SPREAD
+    if kind.hue is not None and options.rule == "mixed" and chance < CANONICAL_PROBABILITY:
+        hue = kind.hue + (2 * spread - 1) * CANONICAL_SPREAD
     saturation = 0.6 + 0.4 * saturation
     if recoloured:
-        hue = options.set_hue if options.set_hue is not None else hue
-        hue += options.hue_shift
+        hue = (hue if options.set_hue is None else options.set_hue) + options.hue_shift
         saturation = 0.0 if options.grey else saturation
     hue %= 360.0
-    channels = colorsys.hsv_to_rgb(hue / 360.0, saturation, 1.0)
-    colour = np.array([round(1024 * channel) for channel in channels], dtype=np.int32)
+    colour = [round(1024 * channel) for channel in colorsys.hsv_to_rgb(hue / 360.0, saturation, 1.0)]
     high = 160 + int(95 * value)
     low = high - int(high * (0.2 + 0.35 * contrast))
     brightness = _texture(texture, size, low, high, turn, period, offset)
-    fill = (brightness[:, :, None] * colour + 512) // 1024
+    fill = (brightness[:, :, None] * np.array(colour, np.int32) + 512) // 1024
     return fill, math.nan if saturation == 0 else hue, texture
 
 
@@ -403,16 +358,6 @@ def _compose(image: Array, fill: Array, coverage: Array) -> Array:
     part = coverage[:, :, None]
     whole = SUPERSAMPLING * SUPERSAMPLING
     return (image * (whole - part) + fill * part + whole // 2) // whole
-
-
-def _visible(coverages: list[Array]) -> Array:
-    """Masks of what is seen: the dominant object lies on top, each later object over the earlier ones."""
-    masks = np.stack([coverage >= 8 for coverage in coverages])
-    hidden = masks[0].copy()
-    for i in range(len(masks) - 1, 0, -1):
-        masks[i] &= ~hidden
-        hidden |= masks[i]
-    return masks
 
 
 def _boxes(masks: Array) -> Array:

@@ -7,22 +7,23 @@ patch each class covers, with a linear head that exists during training only and
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from backsight.errors import BacksightError
-from backsight.project import write_atomically, write_json
+from backsight.errors import BacksightError, nearest
 from backsight.scenes.card import write_card
-from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, Batch, batch_of, drawn, patch_shares, scene_arrays
+from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, SceneTensors, drawn, patch_shares, scene_tensors
 from backsight.scenes.detectors import DeformableDetrTraining, DetrTraining
 from backsight.scenes.render import CLASS_NAMES
 from backsight.scenes.score import evaluate
@@ -31,27 +32,12 @@ from backsight.targets.base import seeded
 from backsight.training.loop import train
 from backsight.training.muon import Group
 
-VIT_ARGUMENTS: dict[str, Any] = {
-    "img_size": SIZE,
-    "patch_size": 8,
-    "embed_dim": 128,
-    "depth": 6,
-    "num_heads": 4,
-    "mlp_ratio": 2,
-    "num_classes": len(CLASS_NAMES),
-    "class_token": True,
-    "global_pool": "token",
-}
-SWIN_ARGUMENTS: dict[str, Any] = {
-    "img_size": SIZE,
-    "patch_size": 4,
-    "window_size": 4,
-    "embed_dim": 64,
-    "depths": [2, 2, 2],
-    "num_heads": [2, 4, 8],
-    "mlp_ratio": 2,
+_ARGUMENTS: dict[str, Any] = {"img_size": SIZE, "mlp_ratio": 2, "num_classes": len(CLASS_NAMES)}
+VIT_ARGUMENTS = {**_ARGUMENTS, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+SWIN_ARGUMENTS = {
+    **_ARGUMENTS,
+    **{"patch_size": 4, "window_size": 4, "embed_dim": 64, "depths": [2, 2, 2], "num_heads": [2, 4, 8]},
     "drop_path_rate": 0.0,
-    "num_classes": len(CLASS_NAMES),
 }
 
 
@@ -60,19 +46,20 @@ class VitTraining(nn.Module):
 
     slow: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str] = "vit_tiny_patch16_224"
+    arguments: ClassVar[dict[str, Any]] = VIT_ARGUMENTS
     model: Any
 
-    def __init__(self, arguments: dict[str, Any] = VIT_ARGUMENTS) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        import timm
-
-        self.arguments, self.model = arguments, timm.create_model(self.architecture, **arguments)
+        look = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+        look |= {"input_size": (3, SIZE, SIZE)}
+        self.model = timm.create_model(self.architecture, pretrained_cfg_overlay=look, **self.arguments)
         self.patch_head = nn.Linear(self.model.num_features, BACKGROUND + 1)
 
-    def loss(self, batch: Batch) -> Tensor:
-        tokens = self.model.forward_features(batch.pixels)
-        named = F.cross_entropy(self.model.forward_head(tokens), batch.labels[:, 0])
-        return named + share_loss(self.patch_head(tokens[:, 1:]), batch, self.arguments["patch_size"])
+    def loss(self, scenes: SceneTensors) -> Tensor:
+        tokens = self.model.forward_features(scenes.pixels)
+        named = F.cross_entropy(self.model.forward_head(tokens), scenes.labels[:, 0])
+        return named + share_loss(self.patch_head(tokens[:, 1:]), scenes, self.arguments["patch_size"])
 
     def outputs(self, pixels: Tensor) -> Tensor:
         """Class logits (B, K) of normalised pixels."""
@@ -80,22 +67,8 @@ class VitTraining(nn.Module):
 
     def save(self, folder: Path) -> None:
         """As timm reads it: weights, and the architecture's name and arguments."""
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-        description = {
-            "architecture": self.architecture,
-            "model_args": self.arguments,
-            "num_classes": len(CLASS_NAMES),
-            "label_names": list(CLASS_NAMES),
-            "pretrained_cfg": {
-                "input_size": [3, SIZE, SIZE],
-                "mean": MEAN,
-                "std": STD,
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-            },
-        }
-        write_json(folder / "config.json", description)
+        labels = {"label_names": [*CLASS_NAMES]}
+        save_for_hf(self.model, str(folder), labels, self.arguments, safe_serialization=True)
 
 
 class DeitTraining(VitTraining):
@@ -111,38 +84,41 @@ class DeitTraining(VitTraining):
         super().__init__()
         self.teacher = [load_target("scenes-vit", device="cpu").model]  # in a list: no part of what is trained or saved
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, scenes: SceneTensors) -> Tensor:
+        pixels = scenes.pixels
         with torch.no_grad():
-            decided = self.teacher[0].to(batch.pixels.device)(batch.pixels).argmax(1)
-        tokens = self.model.forward_features(batch.pixels)
-        labelled = F.cross_entropy(self.model.head(tokens[:, 0]), batch.labels[:, 0])
+            decided = self.teacher[0](pixels).argmax(1)
+        tokens = self.model.forward_features(pixels)
+        labelled = F.cross_entropy(self.model.head(tokens[:, 0]), scenes.labels[:, 0])
         taught = F.cross_entropy(self.model.head_dist(tokens[:, 1]), decided)
-        return (labelled + taught) / 2 + share_loss(self.patch_head(tokens[:, 2:]), batch, self.arguments["patch_size"])
+        shares = share_loss(self.patch_head(tokens[:, 2:]), scenes, self.arguments["patch_size"])
+        return (labelled + taught) / 2 + shares
 
 
 class SwinTraining(VitTraining):
     """A Swin; the tokens at the end of the second and of the last stage predict the shares."""
 
     architecture = "swin_tiny_patch4_window7_224"
+    arguments = SWIN_ARGUMENTS
 
     def __init__(self) -> None:
-        super().__init__(SWIN_ARGUMENTS)
+        super().__init__()
         width = 2 * SWIN_ARGUMENTS["embed_dim"]
         self.middle_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, BACKGROUND + 1))
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, scenes: SceneTensors) -> Tensor:
         model, patch = self.model, self.arguments["patch_size"]
         first, second, third = model.layers
-        middle = second(first(model.patch_embed(batch.pixels)))
+        middle = second(first(model.patch_embed(scenes.pixels)))
         last = model.norm(third(middle))
-        total = F.cross_entropy(model.forward_head(last), batch.labels[:, 0])
-        total = total + share_loss(self.middle_head(middle).flatten(1, 2), batch, 2 * patch)
-        return total + share_loss(self.patch_head(last).flatten(1, 2), batch, 4 * patch)
+        total = F.cross_entropy(model.forward_head(last), scenes.labels[:, 0])
+        total = total + share_loss(self.middle_head(middle).flatten(1, 2), scenes, 2 * patch)
+        return total + share_loss(self.patch_head(last).flatten(1, 2), scenes, 4 * patch)
 
 
-def share_loss(logits: Tensor, batch: Batch, patch: int) -> Tensor:
+def share_loss(logits: Tensor, scenes: SceneTensors, patch: int) -> Tensor:
     """Cross-entropy of the tokens' predictions (B, N, classes + 1) against the shares of the classes in each patch."""
-    return -(patch_shares(batch, patch) * F.log_softmax(logits, -1)).sum(-1).mean()
+    return F.cross_entropy(logits.flatten(0, 1), patch_shares(scenes, patch).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -156,40 +132,37 @@ class Recipe:
     target: str
     steps: int
     schedule: int = 0
-    batch: int = 128
-    images: int = 120_000
+    batch: int = 64
+    images: int = 64_000
     seed: int = 0
     muon_rate: float = 2e-3
     rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 200
-    query_groups: int = 3
-    evaluate_every: int = 500
+    evaluate_every: int = 250
     evaluate_images: int = 1000
 
-    def changed(self, steps: int = 0, seed: int | None = None) -> Recipe:
-        """The recipe with another number of steps (0: its own) or another seed."""
-        schedule = 0 if steps else self.schedule
-        return replace(self, steps=steps or self.steps, schedule=schedule, seed=self.seed if seed is None else seed)
+
+_RECIPES = {
+    "scenes-vit": (VitTraining, Recipe("scenes-vit", steps=3500, schedule=7000)),
+    "scenes-deit": (DeitTraining, Recipe("scenes-deit", steps=2600, evaluate_every=260)),
+    "scenes-swin": (SwinTraining, Recipe("scenes-swin", steps=2800, evaluate_every=280)),
+    "scenes-detr": (DetrTraining, Recipe("scenes-detr", steps=2000, schedule=4400, images=48_000)),
+    "scenes-deformable-detr": (
+        DeformableDetrTraining,
+        Recipe("scenes-deformable-detr", steps=1140, schedule=1900, images=48_000, evaluate_every=190),
+    ),
+}
+TRAININGS: dict[str, Any] = {name: training for name, (training, _) in _RECIPES.items()}
+RECIPES: dict[str, Recipe] = {name: recipe for name, (_, recipe) in _RECIPES.items()}
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.target: recipe
-    for recipe in (
-        Recipe("scenes-vit", steps=3500, schedule=7000, batch=64, images=64_000, evaluate_every=250),
-        Recipe("scenes-deit", steps=2600, batch=64, images=64_000, evaluate_every=260),
-        Recipe("scenes-detr", steps=2000, schedule=4400, batch=64, images=48_000, evaluate_every=250),
-        Recipe("scenes-deformable-detr", steps=1140, schedule=1900, batch=64, images=48_000, evaluate_every=190),
-        Recipe("scenes-swin", steps=2800, batch=64, images=64_000, evaluate_every=280),
-    )
-}
-TRAININGS: dict[str, Callable[[Recipe], Any]] = {
-    "scenes-vit": lambda recipe: VitTraining(),
-    "scenes-deit": lambda recipe: DeitTraining(),
-    "scenes-detr": lambda recipe: DetrTraining(recipe.query_groups),
-    "scenes-deformable-detr": lambda recipe: DeformableDetrTraining(recipe.query_groups),
-    "scenes-swin": lambda recipe: SwinTraining(),
-}
+def recipe_of(target: str, steps: int = 0, seed: int = 0) -> Recipe:
+    """The recipe of a shipped target, with another number of steps (0: its own) and seed. Raises BacksightError."""
+    if target not in RECIPES:
+        raise BacksightError(f"no recipe for {target!r}; {nearest(target, [*RECIPES])}")
+    recipe = replace(RECIPES[target], seed=seed)
+    return replace(recipe, steps=steps, schedule=0) if steps else recipe
 
 
 def group_of(name: str, parameter: Tensor, slow: tuple[str, ...] = (), muon_rate: float = 2.0) -> Group:
@@ -199,37 +172,33 @@ def group_of(name: str, parameter: Tensor, slow: tuple[str, ...] = (), muon_rate
     in_blocks = ".blocks." in name or ".layers." in name
     if parameter.ndim == 2 and in_blocks and "bbox" not in name and "bias_table" not in name:
         return Group(True, muon_rate)
-    plain = parameter.ndim < 2 or any(part in name for part in ("embed", "token", "group", "bias"))
+    plain = parameter.ndim < 2 or any(part in name for part in ("embed", "token", "bias"))
     return Group(False, 1.0, 0.0 if plain else 1.0)
 
 
-def train_target(
-    recipe: Recipe, folder: str | Path, device: str = "cpu", processes: int = 1, progress: bool = True
-) -> Path:
+def train_target(recipe: Recipe, folder: str | Path, processes: int = 1) -> Path:
     """Train a shipped target from nothing and write its weights, configuration and model card into `folder`.
 
     The weights are those of the best validation score, whose curve goes into `curve.csv`; an interrupted training is
     resumed. Raises BacksightError when the loss is no longer a number, with the step.
     """
-    if recipe.target not in RECIPES:
-        raise BacksightError(f"no recipe for {recipe.target!r}; there are recipes for {', '.join(RECIPES)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    data = scene_arrays("train", recipe.images, recipe.seed, processes=processes)
-    validation = scene_arrays("validation", recipe.evaluate_images, recipe.seed, processes=processes)
+    data = scene_tensors("train", recipe.images, recipe.seed, processes=processes)
+    validation = scene_tensors("validation", recipe.evaluate_images, recipe.seed, processes=processes)
     rendered = time.monotonic()
     with seeded(recipe.seed):
-        training = TRAININGS[recipe.target](recipe).to(device)
+        training = TRAININGS[recipe.target]()
     measure = "ap50" if hasattr(training, "set_loss") else "top1"
 
-    def losses(batch: Batch, _step: int) -> Iterator[tuple[str, Tensor]]:
+    def losses(batch: SceneTensors, _step: int) -> Iterator[tuple[str, Tensor]]:
         yield recipe.target, training.loss(batch)
 
     history = train(
         {recipe.target: training},
         losses,
-        lambda step: batch_of(data, drawn(len(data), recipe.batch, recipe.seed, step), device),
+        lambda step: data.take(drawn(len(data), recipe.batch, recipe.seed, step)),
         steps=recipe.steps,
         schedule=recipe.schedule or None,
         learning_rate=recipe.rate,
@@ -237,19 +206,29 @@ def train_target(
         warmup=recipe.warmup / (recipe.schedule or recipe.steps),
         group=partial(group_of, slow=training.slow, muon_rate=recipe.muon_rate / recipe.rate),
         seed=recipe.seed,
-        validate=lambda: {recipe.target: -evaluate(training, validation, device)["all"][measure]},
+        validate=lambda: {recipe.target: -evaluate(training, validation)},
         validate_every=recipe.evaluate_every,
         checkpoint=folder / "checkpoint.safetensors",
         identity=asdict(recipe),
         title=recipe.target,
-        progress=progress,
     )
-    training.save(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # a kill leaves the files before, or these
+        training.save(Path(temporary))
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
     scores, seen = (history[history.split == split].set_index("step") for split in ("validation", "train"))
     curve = scores.assign(loss=seen.loss.reindex(scores.index, method="ffill"), **{measure: -scores.loss})
     curve.reset_index()[["step", "seconds", "loss", measure]].to_csv(folder / "curve.csv", index=False)
-    minutes = {"rendering": (rendered - began) / 60, "training": (time.monotonic() - rendered) / 60}
-    parameters = sum(p.numel() for p in training.model.parameters())
-    taps = load_target(str(folder)).available_taps
-    write_card(folder, recipe.target, asdict(recipe), parameters, taps, minutes, device, processes)
+    facts = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "taps": list(load_target(str(folder)).available_taps),
+        "minutes": {
+            "rendering": round((rendered - began) / 60, 1),
+            "training": round((time.monotonic() - rendered) / 60, 1),
+        },
+        "device": "cpu",
+        "processes": processes,
+    }
+    write_card(folder, recipe.target, facts)
     return folder
