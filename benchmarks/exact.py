@@ -31,18 +31,15 @@ from backsight.exact.inverse import ExactInverse, fit_exact
 from backsight.exact.solver import Settings
 from backsight.exact.steps import ExactModel
 from backsight.inverses.files import load, shipped_inverses
-from backsight.studies.exact import chain, half_steps
-from backsight.studies.roots import Case
-from backsight.studies.second_roots import find_roots
+from backsight.studies.exact import Case, chain, half_steps
+from backsight.studies.roots import find_roots
 from backsight.tables.pooling import pool
 from backsight.tables.values import Values
 from backsight.targets import Target, load_target
 
 FULL = os.environ.get("SIZE") == "full"
 SINGLE = Settings(choose=False, restarts=0, newton=20)  # the plain solver
-CHOOSING = Settings(restarts=0, newton=20)
 NONE = (float("nan"), float("nan"), "")
-COUNTS = ("log10_error", "roots")
 SIZES = ((64, 2), (64, 4), (64, 8), (128, 4), (224, 4)) if FULL else ((64, 2), (64, 4), (64, 8), (128, 4))  # px, blocks
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
 BASE = ("vit_base_patch16_224", 224)
@@ -69,22 +66,22 @@ def rows_of(words: str, case: Case, measure: Callable[[Values], Any], *by: str) 
     for _, row in pool(values.table()).iterrows():
         name = f"{words}, {' '.join(row[column] for column in by)} alone" if by else words
         parts = [row["measure"].replace("_", " ")]
-        if row["measure"].startswith(("lost_", "survived")):
+        if row["measure"].startswith("lost_"):
             parts.append(f"at {row['step']}")
         elif isinstance(row.get("rule"), str):
             parts.append(f"rule: {row['rule']}")
-        unit = "1" if row["measure"] in COUNTS else "share"
+        unit = "1" if row["measure"] == "roots" else "share"
         yield Row("exact", name, ", ".join(parts), float(row["value"]), unit, *NONE)
 
 
-def alone(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
-    yield from rows_of(f"{name}, {words}", case, lambda values: half_steps(values, case, settings), "step")
+def alone(name: str, case: Case, words: str) -> Iterator[Row]:
+    yield from rows_of(f"{name}, {words}", case, lambda values: half_steps(values, case), "step")
 
 
-def back(name: str, case: Case, settings: Settings, words: str) -> Iterator[Row]:
+def back(name: str, case: Case, words: str) -> Iterator[Row]:
     """From the tap to where exactness ends; how every image fared, and where it was lost first."""
     named = f"{name}, {case.inverse.source} to {case.inverse.reached}, {words}"
-    yield from rows_of(named, case, lambda values: chain(values, case, settings))
+    yield from rows_of(named, case, lambda values: chain(values, case))
 
 
 def folded(name: str, case: Case, step: str) -> Iterator[Row]:
@@ -143,21 +140,21 @@ def main() -> Iterator[Row]:
     last = fitted("scenes-vit", fit, "blocks.5")
     every = Case.of(last, test_images(last.model.target, max(some, many, few)))
     for tap in ("blocks.4", "blocks.3"):
-        yield from back("scenes-vit", Case(last.at(tap), every.first(few).streams), CHOOSING, threads)
+        yield from back("scenes-vit", Case(last.at(tap), every.first(few).streams), threads)
     for tap in ("blocks.5", "blocks.0"):
         yield from folded("scenes-vit", every.first(max(1, few // 2)), tap)
-    yield from back("scenes-vit", every.first(many), CHOOSING, threads)
-    yield from alone("scenes-vit", every.first(some), CHOOSING, threads)
+    yield from back("scenes-vit", every.first(many), threads)
+    yield from alone("scenes-vit", every.first(some), threads)
     untrained = load_target("scenes-vit").untrained(0)
     images = open_images("scenes", "train", untrained, 40)
     random: Any = fit_exact(untrained, images, taps=["blocks.5"], stages=2, progress=False)["blocks.5"]
     drawn = Case.of(random, test_images(untrained, 2 * few))
-    yield from back("scenes-vit with random weights", drawn, CHOOSING, threads)
+    yield from back("scenes-vit with random weights", drawn, threads)
     for name, tap in (("scenes-detr", "encoder.layers.2"), ("scenes-swin", "layers.2"), ("scenes-deit", "blocks.5")):
         if FULL:
             inverse = fitted(name, 128, tap)
             judged = Case.of(inverse, test_images(inverse.model.target, 16))
-            yield from back(name, judged, CHOOSING, threads)
+            yield from back(name, judged, threads)
 
 
 if __name__ == "__main__":

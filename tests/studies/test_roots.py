@@ -13,8 +13,8 @@ from backsight.exact.inverse import ExactInverse
 from backsight.exact.solver import determinant_signs
 from backsight.exact.starts import Half
 from backsight.exact.steps import ExactModel, Step
-from backsight.studies.continuation import token_roots
-from backsight.studies.roots import ALONE, Case, taken_back
+from backsight.studies.exact import Case, taken_back
+from backsight.studies.roots import token_roots
 
 ZERO = 1.9150080481545  # the outer roots of x = 2 tanh x lie on either side of 0
 
@@ -28,43 +28,45 @@ def kinked(x: Tensor) -> Tensor:
     return x - 2 * x.tanh()
 
 
+def count(x: Tensor) -> list[int]:
+    return x[..., 0].isfinite().sum(1).tolist()
+
+
 KINKED = Step("a", "b", kinked, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x.tanh().square() - 1))
 
 
 def test_all_roots_of_tokens_are_found_and_their_signs_sum_to_one() -> None:
     y = torch.zeros(3, 2, dtype=torch.float64)
     starts = [torch.tensor([[a, b]], dtype=torch.float64).expand(3, 2) for a in (-2, 0.1, 2) for b in (-2, 0.1, 2)]
-    roots = token_roots(KINKED, y, [*starts, *starts])
-    assert roots.count.tolist() == [9] * 3
-    assert roots.degree.tolist() == [1.0] * 3
-    known = torch.tensor([-ZERO, 0.0, ZERO], dtype=torch.float64)
-    assert float((roots.x[..., None] - known).abs().amin(-1).max()) < 1e-9
-    assert torch.equal(roots.sign, torch.where(roots.x.abs() < 1, -1.0, 1.0).prod(2).to(roots.sign))
+    x, sign = token_roots(KINKED, y, [*starts, *starts])
+    assert count(x) == [9] * 3
+    assert sign.sum(1).tolist() == [1.0] * 3
+    known, x = torch.tensor([-ZERO, 0.0, ZERO], dtype=torch.float64), x[sign != 0]
+    assert float((x[..., None] - known).abs().amin(-1).max()) < 1e-9
+    assert torch.equal(sign[sign != 0], torch.where(x.abs() < 1, -1.0, 1.0).prod(1).to(sign))
 
 
 def test_a_curve_around_the_folds_leads_from_one_root_to_the_others() -> None:
     y = torch.tensor([[0.5], [0.5], [0.7]], dtype=torch.float64)
     middle = torch.tensor([[-0.7], [-0.7], [3.0]], dtype=torch.float64)
-    alone = token_roots(KINKED, y, [middle], curves=False)
-    assert alone.degree.tolist() == [-1.0, -1.0, 1.0]  # which says that a root of the first two is missing
-    roots = token_roots(KINKED, y, [middle])
-    assert roots.count.tolist() == [3, 3, 1]
-    assert float((kinked(roots.x) - y[:, None]).abs().nan_to_num(0).max()) < 1e-12
+    _, sign = token_roots(KINKED, y, [middle], curves=False)
+    assert sign.sum(1).tolist() == [-1.0, -1.0, 1.0]  # which says that a root of the first two is missing
+    x, _ = token_roots(KINKED, y, [middle])
+    assert count(x) == [3, 3, 1]
+    assert float((kinked(x) - y[:, None]).abs().nan_to_num(0).max()) < 1e-12
 
 
 def test_near_a_fold_both_roots_are_found_and_beyond_it_none() -> None:
     fold = kinked(torch.tensor([[0.881373587019543]], dtype=torch.float64))
-    roots = token_roots(KINKED, fold + 1e-6, [torch.full((1, 1), 0.87, dtype=torch.float64)])
-    near = roots.x[roots.x > 0]  # NaN: no root
-    assert (roots.count.tolist(), roots.degree.tolist()) == ([3], [1.0])
+    x, sign = token_roots(KINKED, fold + 1e-6, [torch.full((1, 1), 0.87, dtype=torch.float64)])
+    near = x[x > 0]  # NaN: no root
+    assert (count(x), sign.sum(1).tolist()) == ([3], [1.0])
     # g is fold + (x − fold)² · g″ / 2, and g″ = 4 tanh sech² = √2 there.
     assert float(near.max() - near.min()) == pytest.approx(2 * (2e-6 / 2**0.5) ** 0.5, rel=1e-3)
     y = torch.tensor([[4.0], [-1.0]], dtype=torch.float64)
     square = Step("a", "b", Tensor.square, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x))
-    roots = token_roots(square, y, [torch.full_like(y, 0.5)], curves=False)
-    assert roots.count.tolist() == [1, 0]
-    number, has = roots.best(roots.x[:, :, 0])
-    assert (number.tolist(), has.tolist()) == ([0, 0], [True, False])
+    x, _ = token_roots(square, y, [torch.full_like(y, 0.5)], curves=False)
+    assert count(x) == [1, 0]
 
 
 @pytest.mark.parametrize("width", [1, 5, 192])
@@ -92,6 +94,6 @@ def test_another_root_is_told_from_the_right_one_and_from_an_error_that_grew(sig
     x = recorded.replace(recorded.values.abs() + 0.5)
     case = Case(inverse, {"blocks.1": x, "blocks.1.attn": x})  # y is given
     for scale in (1.0, 1.01):
-        table, _ = taken_back(case, ALONE, "blocks.1", "blocks.1.attn", x.replace(scale * x.values.square()))
+        fates, _ = taken_back(case, "blocks.1", "blocks.1.attn", x.replace(scale * x.values.square()))
         right = "error_grown" if scale > 1 else "back"
-        assert table["fate"].tolist() == ["another_root" if met else right] * 3
+        assert fates.tolist() == ["another_root" if met else right] * 3

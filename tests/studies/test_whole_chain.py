@@ -52,6 +52,5 @@ def test_the_fates_of_all_images_sum_to_one_and_the_null_is_judged_alike(vit: Ta
     exact = table.loc["exact"]
     assert (exact[BACK] == (exact["log10_error"] <= -5)).all()
     assert exact[BACK].mean() >= 0.8  # a random ViT of two blocks is easily undone
-    assert (exact["log10_error"] < exact["log10_error_start"]).all()
     assert exact["psnr"].mean() >= table.loc["linear", "psnr"].mean()
     assert set(shown["blocks.0"]) == {"linear", "map", "exact", "embedding"}

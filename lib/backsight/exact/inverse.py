@@ -4,7 +4,7 @@
             attention or MLP half       (patches)      what the patch embedding holds, and the linear
             of a block, float64                        inverse's word on what it does not hold
 
-What is exact is what the model computes: x ↦ x + f(x) may take several x to one y (`studies.second_roots` lists them).
+What is exact is what the model computes: x ↦ x + f(x) may take several x to one y (`studies.roots` lists them).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class ExactInverse(nn.Module):
 
     kind = family = "exact"
     destination = PIXELS
+    batch_size = 32
     header: InverseHeader | None
 
     def __init__(
@@ -65,11 +66,10 @@ class ExactInverse(nn.Module):
         halves: Mapping[str, Half] | None = None,
         completion: Any = None,
         settings: Settings | None = None,
-        batch_size: int = 32,
     ) -> None:
         super().__init__()
         (self.source,) = model.target.resolve_taps([tap])
-        self.model, self.settings, self.batch_size = model, settings or Settings(), batch_size
+        self.model, self.settings = model, settings or Settings()
         self.steps, self.reached = model.back_from(self.source)
         self.halves: Any = nn.ModuleList((halves or {}).get(step.destination, Half(step)) for step in self.steps)
         self.completion, self.header = completion, None
@@ -88,8 +88,7 @@ class ExactInverse(nn.Module):
 
     def at(self, tap: str, settings: Settings | None = None) -> ExactInverse:
         """The inverse of a tap on its way, which shares what was fitted."""
-        settings = settings or self.settings
-        return ExactInverse(self.model, tap, self.fitted(), self.completion, settings, self.batch_size)
+        return ExactInverse(self.model, tap, self.fitted(), self.completion, settings or self.settings)
 
     def forward(self, representation: Representation) -> Tensor:
         return torch.cat([self._images(part) for part in parts_of(representation, self.batch_size)])
@@ -156,7 +155,6 @@ def fit_exact(
     progress: bool = True,
     linear: Mapping[str, nn.Module] | None = None,
     count: int = 256,
-    settings: Settings | None = None,
     stages: int = STAGES,
 ) -> Inverses:
     """The exact inverse of every tap that has one; the others are left out with a warning.
@@ -178,7 +176,7 @@ def fit_exact(
     tell_left_out("exact", target, refused, bool(ends))
     halves = _fitted(model, next(batches(images, count)), ends, stages)
     ending = completed(linear or {}, ends.values(), target, images, validation, seed=seed, progress=progress)
-    inverses = {tap: ExactInverse(model, tap, halves, ending[end], settings) for tap, end in ends.items()}
+    inverses = {tap: ExactInverse(model, tap, halves, ending[end]) for tap, end in ends.items()}
     for tap, inverse in inverses.items():
         inverse.header = header_for(target, "exact", tap, PIXELS, images, seed)
     return Inverses(inverses)

@@ -187,14 +187,12 @@ class MapInverse(Numbers):
 
     kind = family = "map"
     destination = PIXELS
+    batch_size = 8
     header: InverseHeader | None = None
 
-    def __init__(
-        self, target: Target, tap: str, base: Base, patch: tuple[int, int], settings: MapSettings, batch_size: int = 8
-    ) -> None:
+    def __init__(self, target: Target, tap: str, base: Base, patch: tuple[int, int], settings: MapSettings) -> None:
         super().__init__()
-        self.target, self.source, self.base, self.patch = target, tap, base, patch
-        self.settings, self.batch_size = settings, batch_size
+        self.target, self.source, self.base, self.patch, self.settings = target, tap, base, patch, settings
         height, width = target.image_size
         self.grid = height // patch[0], width // patch[1]
         self.pass_to_tap = pixel_forward(target, tap, patch, self.grid)

@@ -143,11 +143,9 @@ MEASURE_NAMES = {
     "recoverable": "directions shown (share)",
     "negative_determinant": "det < 0: it folds (share)",
     "several_roots": "several roots (share)",
-    "truth_found": "truth among the roots",
     "complete": "signs sum to 1: all found",
     "roots": "roots found of a token, mean",
     "tokens_right": "picked rightly (share)",
-    "survived": "images still right (share)",
 }
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],

@@ -10,6 +10,7 @@ from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.files import ORDER, headers_for, inverse_files, load, read_header, shipped_inverses
 from backsight.inverses.linear import fit_linear
+from backsight.tables.names import LEADING_FAMILIES
 from backsight.targets import load_target
 from backsight.targets.base import Target
 
@@ -109,3 +110,8 @@ def linear_family(target: Target, count: int, seed: int, trained_on: str) -> Fam
     """{"linear": {tap: reconstruct}}, fitted here on `count` training images, others for every seed."""
     images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed, progress=False)}
+
+
+def map_base(families: Mapping[str, Mapping[str, Reconstruct]], tap: str) -> Reconstruct:
+    """The inverse that a MAP inverse of this tap starts from: of a leading family, else of any other."""
+    return next(families[f][tap] for f in (*LEADING_FAMILIES, *families) if tap in families.get(f, {}))

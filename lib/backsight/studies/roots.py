@@ -1,119 +1,268 @@
-"""Truth and fate of exact inverses: every stream of a chain in float64, and what became of each image on the way back.
+"""Is the picture the only one behind a representation? The roots of half-steps on tokens, and what they look like.
 
-An image is back where its error is at most `RIGHT`. Everything else is one of three: it met another exact root of a
-half-step, a half-step was not solved, or its error grew (by bad conditioning, or by what a norm takes).
-Truth is recorded in float64: in float32, round-off alone makes wrong roots.
+    starts ──► Newton ──► roots ──► the curve g(x) = y ± t u, u the direction in which g is nearly flat: behind the fold
+                                    lies the partner that the root merges with, where t is 0 again
+
+A branch behind a LayerNorm is bounded, so that g covers the space once on balance: the signs of det g′ over all roots
+of a token sum to 1 (Brouwer). A token has an odd number of roots; where the truth has a negative sign, at least two
+others exist; and a sum other than 1 says that a root is missing. That is a check, and no proof: pairs of roots that
+cancel in the sum can hide.
+
+Sources: Allgower & Georg, Introduction to Numerical Continuation Methods (2003), 2, 6; Deimling, Nonlinear Functional
+Analysis (1985), 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, nearest
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.solver import Settings
-from backsight.exact.starts import Half
+from backsight.exact.solver import CHUNK, Settings, dense, determinant_signs, factored, newton
 from backsight.exact.steps import Step
 from backsight.inverses.families import Reconstruct
-from backsight.representation import Tokens, concatenate
-from backsight.tables.names import ANOTHER_ROOT, BACK, ERROR_GROWN, RIGHT, UNSOLVED
+from backsight.measures.pixels import psnr
+from backsight.representation import Tokens
+from backsight.studies.exact import ALONE, Case
+from backsight.tables.names import ALL_TOKENS, EXACT, ONE_TOKEN, RANDOM_MOVE, RIGHT, TRUE_STREAM
+from backsight.tables.values import NO_SEED, Values
 
-ALONE = Settings(restarts=0, newton=20)
-SAME_ROOT = 0.1  # of a solution's distance from the truth: nearer to the truth's own root, it is that one
-LEAST_ERROR = 1e-17  # of which a logarithm is taken
-BASES = ("modular", "direct", "linear")  # of a MAP inverse, the first that is there
+FIRST, USUAL = "first start", "most usual"  # rules that pick one of the roots
+ROOT = Settings(tolerance=1e-10, goal=1e-14, newton=40)
+APART = 1e-6  # relative distance of two roots
+POINT = Settings(tolerance=1e-9, goal=1e-9, newton=5)  # of a curve
+POINTS = 150  # of a curve
+CROSSINGS = 2  # of t = 0 on a curve, before it is left
+FAR = 4.0  # curves are left where |x| is this many times as long as y and the start of the curve
+STRAIGHT = 0.9  # least cosine between the tangents of two points that follow one another
 
 
 @dataclass(frozen=True)
-class Case:
-    """One set of weights: its inverse, and every stream on the way of its exact chain, in float64."""
+class FoundRoots:
+    """The roots of one half-step on the T tokens of `images`, from the true y, in R places.
 
-    inverse: ExactInverse
-    streams: Mapping[str, Tokens]
+    x: (T, R, c), NaN where there is none; sign: (T, R) of det g′, 1 or −1 (0: singular, or no root); truth: (T, c);
+    near: (T, R) bool, the root is the truth; negative: (T,) bool, det g′ at the truth is; right: {rule: (T,) bool}
+    whether it picks the truth: FIRST: Newton's method from the fitted start ends there, USUAL: it is the nearest of all
+    roots to the mean of training tokens.
+    """
 
-    @classmethod
-    def of(cls, inverse: ExactInverse, images: Tensor, batch_size: int = 64) -> Case:
-        """The truth of images (N, 3, H, W); streams that are no tap are made by the model's own steps.
+    step: Step
+    x: Tensor
+    sign: Tensor
+    truth: Tensor
+    near: Tensor
+    negative: Tensor
+    right: Mapping[str, Tensor]
+    images: int
 
-        Raises BacksightError where no exact step leads back from the tap.
-        """
-        if inverse.reached == inverse.source:
-            raise BacksightError(f"No exact step leads back from {inverse.source}: choose a later tap.")
-        chain = {inverse.reached, *(step.destination for step in inverse.steps)}
-        taps = [tap for tap in inverse.model.taps if tap in chain]
-        parts = [inverse.model.target.record(part.double(), taps) for part in images.split(batch_size)]
-        streams: dict[str, Any] = {tap: concatenate([part[tap] for part in parts]) for tap in taps}
+    def add_to(self, values: Values, train_seed: int = NO_SEED) -> None:
+        """Values of the study "roots", means over an image's tokens: negative_determinant, several_roots, complete
+        (signs sum to 1: no root is known to be missing; shares), roots (number), and of each `rule` tokens_right
+        (share)."""
+        count, step = self.x[..., 0].isfinite().sum(1), {"step": self.step.destination, "to": self.step.source}
+        measures = {"roots": count, "several_roots": count > 1, "complete": self.sign.sum(1) == 1}
+        tokens = [(measure, {}, of) for measure, of in (measures | {"negative_determinant": self.negative}).items()]
+        tokens += [("tokens_right", {"rule": rule}, right) for rule, right in self.right.items()]
+        for measure, rule, of_token in tokens:
+            by_image = {train_seed: of_token.double().view(self.images, -1).mean(1)}
+            values.add(measure, by_image, self.step.destination, EXACT, study="roots", **step, **rule)
+
+    def other(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, c) the nearest other root of each token, (T,) its distance, and whether there is one."""
+        place, has = _least((self.x - self.truth[:, None]).norm(dim=2).masked_fill(self.near, torch.inf))
+        x = self.x[torch.arange(len(place)), place].where(has[:, None], self.truth)
+        return x, (x - self.truth).norm(dim=1), has
+
+
+def _least(score: Tensor) -> tuple[Tensor, Tensor]:
+    """(T,) place of the root with the lowest score (T, R) of each token, and whether it has one; inf, NaN: not this."""
+    least = score.nan_to_num(torch.inf, torch.inf).min(1)
+    return least.indices, least.values.isfinite()
+
+
+def foldable_steps(inverse: ExactInverse) -> list[str]:
+    """The half-steps of which roots can be listed: those that act on every token alone and end in no norm."""
+    return [step.destination for step in inverse.steps if step.tokenwise and step.norm is None]
+
+
+@torch.no_grad()
+def find_roots(case: Case, destination: str, curves: bool = True) -> FoundRoots:
+    """The roots of the half-step that leads to `destination`, from the true y, and what rules make of them.
+
+    Starts: the fitted guess, its first stage (linear), y itself, the guess made longer, and moved by the errors of the
+    nearest training tokens; the truth is no start. curves: as `token_roots`. Raises BacksightError on half-steps that
+    mix tokens, or end in a norm.
+    """
+    if destination not in (known := foldable_steps(case.inverse)):
+        raise BacksightError(f"{destination!r} is no half-step on tokens alone; {nearest(destination, known)}.")
+    half, stream = case.inverse.fitted()[destination], case.streams[destination].values
+    step, y, truth = half.step, stream.flatten(0, 1), case.streams[half.step.source].values.flatten(0, 1)
+    guesses = half.guesses(stream)
+    starts = [guesses[0], guesses[-1], stream, 1.4 * guesses[0]]
+    starts += half.further_starts(stream, guesses[0]) if half.prior else []
+    x, sign = token_roots(step, y, [start.flatten(0, 1) for start in starts], curves)
+    size = RIGHT * truth.norm(dim=1)
+    near = (x - truth[:, None]).norm(dim=2) <= size[:, None]
+    ended, residual = polished(step, y, guesses[0].flatten(0, 1))
+    right = {FIRST: ((ended - truth).norm(dim=1) <= size) & (residual <= ROOT.tolerance)}
+    if half.prior:
+        token = torch.arange(stream.shape[1], device=y.device).repeat(len(stream)).repeat_interleave(x.shape[1])
+        place, has = _least(half.distance(x.flatten(0, 1), token).view(sign.shape))
+        right[USUAL] = has & near.gather(1, place[:, None])[:, 0]
+    return FoundRoots(step, x, sign, truth, near, _signs(step, truth) < 0, right, len(stream))
+
+
+def token_roots(step: Step, y: Tensor, starts: Sequence[Tensor], curves: bool = True) -> tuple[Tensor, Tensor]:
+    """x (T, R, c) and sign (T, R), as in `FoundRoots`, of all roots that starts and curves through them lead to.
+
+    y, starts: (T, c); curves: followed both ways from the roots of tokens whose signs do not sum to 1, of as many of
+    them as the starts led to at most.
+    """
+    x, sign = _distinct(step, y, torch.stack(list(starts), dim=1))
+    unsure = sign.sum(1) != 1  # a sum of 1 gives no reason to look for more
+    for place in range(x.shape[1] if curves else 0):
+        met = x.new_full((len(y), 2 * CROSSINGS, x.shape[2]), math.nan)
+        at = (unsure & x[:, place, 0].isfinite()).nonzero().flatten()
+        for which in at.split(max(1, CHUNK // x.shape[2] ** 2)) if len(at) else ():
+            met[which] = follow(step, y[which], x[which, place])
+        x, sign = _distinct(step, y, torch.cat([x, met], dim=1))
+    return x, sign
+
+
+def _distinct(step: Step, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, sign) of what Newton's method finds from starts (T, R, c), NaN: none; of roots that are one, the first."""
+    x, at = torch.full_like(starts, math.nan), starts[..., 0].isfinite().nonzero().unbind(1)
+    found, residual = polished(step, y[at[0]], starts[at])
+    x[at] = found.where((residual <= ROOT.tolerance)[:, None], math.nan)
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    x[(distance <= APART * x.norm(dim=2)[..., None]).tril(-1).any(2)] = math.nan
+    none = x[..., 0].isnan()
+    order = none.long().argsort(dim=1, stable=True)[:, : max(1, int((~none).sum(1).amax()))]
+    x = x.take_along_dim(order[..., None], dim=1)
+    sign, at = torch.zeros_like(x[..., 0]), x[..., 0].isfinite().nonzero().unbind(1)
+    sign[at] = _signs(step, x[at])
+    return x, sign
+
+
+def _signs(step: Step, x: Tensor) -> Tensor:
+    """(K,) of det g′ at tokens (K, c)."""
+    return torch.cat([determinant_signs(step.slopes(part)) for part in x.split(max(1, CHUNK // x.shape[1] ** 2))])
+
+
+def polished(step: Step, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, relative residual) of Newton's method from a start for each token. y, x: (T, c)."""
+
+    def function(x: Tensor, _which: Tensor) -> Tensor:
+        return step.forward(x)
+
+    x, residual = newton(function, y[:, None], x[:, None], dense(function, y[:, None], step.slopes), ROOT)
+    return x[:, 0], residual
+
+
+def follow(step: Step, y: Tensor, x: Tensor) -> Tensor:
+    """(K, 2 CROSSINGS, c) where the curves g(x) = y ± t u through roots meet t = 0 again, near other roots; else NaN.
+
+    y, x: (K, c) with g(x) = y; u: the direction in which g is flattest. Curves are followed by arc length, and so
+    around every fold, until CROSSINGS, far out, or POINTS.
+    """
+    u, slope, v = torch.linalg.svd(step.slopes(x))
+    flat = torch.cat([u[:, :, -1], -u[:, :, -1]])
+    # J v = σ u: along the curve x moves by v while t moves by σ; t rises at first.
+    tangent = F.normalize(torch.cat([torch.cat([v[:, -1], -v[:, -1]]), slope[:, -1:].repeat(2, 1)], dim=1))
+    place, y = F.pad(x, (0, 1)).repeat(2, 1), y.repeat(2, 1)
+    scale = torch.maximum(y.norm(dim=1), place.norm(dim=1))
+    length, live = 1e-3 * scale, tangent.isfinite().all(1)
+    side, met = torch.ones_like(scale), torch.zeros_like(scale, dtype=torch.long)
+    crossings = y.new_full((len(y), CROSSINGS, y.shape[1]), math.nan)
+    for _ in range(POINTS):
+        at = live.nonzero().flatten()
+        if not len(at):
+            break
+        guess = place[at] + length[at, None] * tangent[at]
+        corrected, turned, good = _corrected(step, y[at], flat[at], guess, tangent[at])
+        off = (corrected - guess).norm(dim=1) / length[at]
+        good &= ((turned * tangent[at]).sum(1) > STRAIGHT) & (off <= 0.5)
+        length[at] *= torch.where(good, torch.where(off < 0.05, 2.0, 1.2), 0.4)
+        at, before, after = at[good], place[at[good]], corrected[good]
+        crossed = side[at] * after[:, -1] <= 0
+        which, share = at[crossed], (before[:, -1] / (before - after)[:, -1])[crossed, None]
+        crossings[which, met[which]] = torch.lerp(before[crossed], after[crossed], share)[:, :-1]
+        met[which] += 1
+        side[at], place[at], tangent[at] = after[:, -1].sign(), after, turned[good]
+        live &= (met < CROSSINGS) & (place[:, :-1].norm(dim=1) <= FAR * scale) & (length >= 1e-9 * scale)
+    return torch.cat(crossings.chunk(2), dim=1)
+
+
+def _corrected(step: Step, y: Tensor, flat: Tensor, guess: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(place, its tangent, whether it is on the curve): across the tangent, with the derivative of the guess kept."""
+    jacobian = torch.cat([step.slopes(guess[:, :-1]), -flat[:, :, None]], dim=2)
+    lu, pivots = factored(torch.cat([jacobian, tangent[:, None]], dim=1))
+    right = F.pad(y, (0, 1))[:, None]
+
+    def function(place: Tensor, which: Tensor) -> Tensor:
+        across = ((place - guess[which, None]) * tangent[which, None]).sum(2, keepdim=True)
+        return torch.cat([step.forward(place[..., :-1]) - place[..., -1:] * flat[which, None], across], dim=2)
+
+    def propose(place: Tensor, _residual: Tensor, _ratio: Tensor, which: Tensor) -> list[Tensor]:
+        return [torch.linalg.lu_solve(lu[which], pivots[which], (right[which] - function(place, which)).mT).mT]
+
+    place, residual = newton(function, right, guess[:, None], propose, POINT)
+    ahead = F.pad(torch.zeros_like(y), (0, 1), value=1.0)[:, :, None]
+    turned = F.normalize(torch.linalg.lu_solve(lu, pivots, ahead)[:, :, 0])
+    return place[:, 0], turned, residual <= POINT.tolerance
+
+
+def second_root_pictures(
+    values: Values, case: Case, found: FoundRoots, decoders: Mapping[str, Reconstruct], family: str, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Whether a second root looks different: the true stream decoded, and streams with other roots in its place.
+
+    decoders: {tap: representation -> images} of a family; the nearest tap before the half-step is decoded, and steps in
+    between are inverted from the truth on, so that what is decoded leads to the very same y. ONE_TOKEN: the token of
+    the grid whose nearest other root is the farthest; ALL_TOKENS: every token that has another root; RANDOM_MOVE: the
+    same tokens moved as far in a random direction, which changes y. Returns {picture: ((N, 3, H, W), (N,) whether there
+    is such a stream, and it leads back to that tap)}: other pictures are of no solution, and count nowhere.
+
+    Values of the study "second_root", by `picture`: psnr_between (to the picture of the true stream, dB). Raises
+    BacksightError without a decoder.
+    """
+    inverse, step, pictures = case.inverse, found.step, {}
+    sources = [step.source for step in inverse.steps]
+    last = sources.index(step.source)
+    first = max((place for place, tap in enumerate(sources[: last + 1]) if tap in decoders), default=None)
+    if first is None:
+        raise BacksightError(f"No tap between {inverse.reached} and {step.source} is decoded by {family} inverses.")
+    tap, between = sources[first], [inverse.fitted()[name] for name in sources[first + 1 : last + 1]]
+    stream = case.streams[step.source]
+    for name, x in ({TRUE_STREAM: stream.values} | _replaced(found, stream, seed)).items():
+        reached = (x != stream.values).flatten(1).any(1) | (name == TRUE_STREAM)
         with torch.no_grad():
-            for step in inverse.steps:
-                before = streams[step.source]
-                streams.setdefault(step.destination, before.replace(step(before.values)))
-        return cls(inverse, streams)
-
-    @property
-    def count(self) -> int:
-        return self.streams[self.inverse.source].batch
-
-    def of_images(self, which: Tensor) -> Case:
-        return replace(self, streams={name: tokens.index(which) for name, tokens in self.streams.items()})
-
-    def first(self, count: int) -> Case:
-        return self.of_images(torch.arange(min(count, self.count)))
-
-    def spans(self) -> list[tuple[str, str]]:
-        """(tap, tap before it), from the last to the first: one half-step each, where every stream is a tap."""
-        places, inverse = self.inverse.model.taps, self.inverse
-        inside = [tap for tap in places if places[inverse.reached] <= places[tap] <= places[inverse.source]]
-        return [(later, earlier) for earlier, later in pairwise(sorted(inside, key=places.__getitem__))][::-1]
+            for half in reversed(between):
+                solution = half.solve(x, [case.streams[half.step.source].values, *half.starts(x)], ALONE)
+                x, reached = solution.x, reached & solution.solved
+        picture = decoders[tap](case.streams[tap].replace(x.float())).detach().clamp(0, 1)
+        pictures[name] = picture.cpu(), reached.cpu()
+        if name != TRUE_STREAM:
+            score = psnr(pictures[TRUE_STREAM][0], picture.cpu()).where(reached.cpu(), torch.nan)
+            place = {"step": step.destination, "to": step.source, "picture": name}
+            values.add("psnr_between", score, tap, family, study="second_root", **place)
+    return pictures
 
 
-def taken_back(case: Case, settings: Settings, tap: str, to: str, tokens: Tokens) -> tuple[pd.DataFrame, Tensor]:
-    """(fate, tokens_right, log10_error: a row an image; values at `to`) of `tokens` at a tap, of a case's images."""
-    inverse, rows, ends = case.inverse.at(tap, settings), [], []
-    for which in torch.arange(case.count).split(inverse.batch_size):
-        given, true = tokens.index(which), case.of_images(which).streams
-        trace = inverse.trace(given, to)
-        y, right, fate = given.values.double(), torch.tensor(True), np.full(len(which), BACK)
-        for step, solution in zip(trace.steps, trace.solutions, strict=True):
-            x, truth = solution.x, true[step.source].values
-            error = relative_error(x, truth)
-            lost = right & ~(error <= RIGHT)  # NaN is no error that is small
-            # What a norm took is lost, and no root is another.
-            another = lost & solution.solved & (not step.lossy)
-            if bool(another.any()):
-                another &= _elsewhere(step, y, truth, x, trace.squares.get(step.source), settings)
-            kind = np.where(another.cpu(), ANOTHER_ROOT, np.where(solution.solved.cpu(), ERROR_GROWN, UNSOLVED))
-            fate, right, y = np.where(lost.cpu(), kind, fate), right & ~lost, x
-        share = ((x - truth).norm(dim=-1) <= RIGHT * truth.norm(dim=-1)).double().mean(1)
-        columns = {"tokens_right": share.cpu(), "log10_error": log10(error).cpu()}
-        rows.append(pd.DataFrame({"fate": np.where(error.cpu() <= RIGHT, BACK, fate), **columns}))
-        ends.append(trace.values)
-    return pd.concat(rows, ignore_index=True), torch.cat(ends)
-
-
-def relative_error(x: Tensor, truth: Tensor) -> Tensor:
-    """(B,) |x − truth| / |truth|."""
-    return (x - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
-
-
-def _elsewhere(step: Step, y: Tensor, truth: Tensor, x: Tensor, square: Tensor | None, settings: Settings) -> Tensor:
-    """(B,) whether x is another root than the truth's own, and not this one with the error of y grown."""
-    own = Half(step).solve(y, [truth], replace(settings, restarts=0, choose=False), square)
-    away = (x - truth).flatten(1).norm(dim=1)
-    return ~(own.solved & ((x - own.x).flatten(1).norm(dim=1) <= SAME_ROOT * away))
-
-
-def map_base(families: Mapping[str, Mapping[str, Reconstruct]], tap: str) -> Reconstruct:
-    """The inverse that a MAP inverse of this tap starts from: of BASES, else of any other family."""
-    return next(families[name][tap] for name in [*BASES, *families] if tap in families.get(name, {}))
-
-
-def log10(errors: Tensor) -> Tensor:
-    return errors.clamp(min=LEAST_ERROR).log10()
+def _replaced(found: FoundRoots, stream: Tokens, seed: int) -> dict[str, Tensor]:
+    """{picture: (N, n, c)} with other roots in place of tokens, and the null that moves as far."""
+    shape, (every, distance, has) = stream.values.shape, found.other()
+    moves = (distance * has).view(shape[:2]).clone()
+    moves[:, : stream.prefix] = 0  # prefix tokens stand for no place of the picture
+    farthest = F.one_hot(moves.argmax(1), shape[1]).bool() & (moves > 0)
+    drawn = torch.randn(every.shape, generator=torch.Generator().manual_seed(seed)).to(every)
+    null = found.truth + F.normalize(drawn) * distance[:, None]
+    one = every.where(farthest.view(-1, 1), found.truth)
+    return {ONE_TOKEN: one.view(shape), ALL_TOKENS: every.view(shape), RANDOM_MOVE: null.view(shape)}

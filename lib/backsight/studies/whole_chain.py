@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,10 +24,10 @@ from backsight.exact.steps import Embedding, ExactModel, in_precision, walk
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr
+from backsight.studies.by_seed import map_base
+from backsight.studies.exact import relative_error
 from backsight.studies.joint import JointSettings, solve_joint
-from backsight.studies.roots import log10, map_base, relative_error
-from backsight.tables.names import ANOTHER_ROOT, BACK, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
-from backsight.tables.names import CHAIN_FATES as FATES
+from backsight.tables.names import ANOTHER_ROOT, BACK, CHAIN_FATES, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
 from backsight.tables.values import Values
 from backsight.targets.base import Target
 
@@ -51,8 +52,8 @@ def whole_chains(
     drops; held_out: images that fit the MAP inverse of each tap. Of NULL_IMAGES the search is also started from the
     picture of the next image (inverse null_shuffled). Returns {tap: {inverse: (N, 3, H, W)}}.
 
-    Values of the study "whole": back, another_root, near, lost (0 or 1), log10_error_start, log10_error, log10_residual
-    (relative) of the inverse exact; psnr of the families, map, exact, embedding (the true first stream, decoded alike).
+    Values of the study "whole": back, another_root, near, lost (0 or 1) and log10_error (relative) of the inverse
+    exact; psnr of the families, map, exact, embedding (the true first stream, decoded alike).
     Raises BacksightError where a tap's chain does not reach an affine patch embedding.
     """
     model, first = ExactModel.of(target), target.available_taps[0]
@@ -77,15 +78,17 @@ def whole_chains(
             for part in which.split(BATCH):
                 ways, y = (inverse.steps, single.between(tap, first)), truth[tap].index(part).values
                 found.append(solve_joint(*ways, y, begun[part], len(embedding.prefix), settings))
-            x, residual = torch.cat([one.x for one in found]), torch.cat([one.residual for one in found])
-            errors = [relative_error(stream, truth[first].index(which).values) for stream in (begun, x)]
-            _add(values, tap, name, torch.cat([one.solved for one in found]), residual, *errors)
-            ends[name] = x
+            ends[name] = torch.cat([one.x for one in found])
+            error = relative_error(ends[name], truth[first].index(which).values).cpu().numpy()
+            solved = torch.cat([one.solved for one in found]).cpu().numpy()
+            fates = np.select([error <= RIGHT, solved, error <= NEAR], [BACK, ANOTHER_ROOT, NEARBY], LOST)
+            for fate in CHAIN_FATES:
+                values.add(fate, fates == fate, tap, name, study="whole")
+            values.add("log10_error", np.log10(error.clip(min=1e-17)), tap, name, study="whole")
         decoded = inverse.at(first)
-        shown[tap] = {name: taps[tap](given) for name, taps in families.items() if tap in taps}
-        exact = decoded(truth[first].replace(ends[EXACT]))
-        shown[tap] |= {MAP: start.clamp(0, 1), EXACT: exact, EMBEDDING: decoded(truth[first])}
-        shown[tap] = {name: pictures.to(images) for name, pictures in shown[tap].items()}
+        made = {name: taps[tap](given) for name, taps in families.items() if tap in taps} | {MAP: start.clamp(0, 1)}
+        made |= {EXACT: decoded(truth[first].replace(ends[EXACT])), EMBEDDING: decoded(truth[first])}
+        shown[tap] = {name: pictures.to(images) for name, pictures in made.items()}
         for name, pictures in shown[tap].items():
             values.add("psnr", psnr(images, pictures), tap, name, study="whole")
     return shown
@@ -95,16 +98,3 @@ def embedded(embedding: Embedding, images: Tensor) -> Tensor:
     """(B, P + n, C), the first stream of images that may leave [0, 1]."""
     patches = patchify(images.to(embedding.matrix), embedding.patch) @ embedding.matrix + embedding.bias
     return torch.cat([embedding.prefix.expand(len(images), -1, -1), patches], dim=1)
-
-
-def _add(
-    values: Values, tap: str, inverse: str, solved: Tensor, residual: Tensor, begun: Tensor, error: Tensor
-) -> None:
-    fates = [
-        BACK if off <= RIGHT else ANOTHER_ROOT if done else NEARBY if off <= NEAR else LOST
-        for done, off in zip(solved.tolist(), error.tolist(), strict=True)
-    ]
-    for fate in FATES:
-        values.add(fate, [float(one == fate) for one in fates], tap, inverse, study="whole")
-    for measure, numbers in {"error_start": begun, "error": error, "residual": residual}.items():
-        values.add(f"log10_{measure}", log10(numbers), tap, inverse, study="whole")
