@@ -29,7 +29,6 @@ MINIMUM_CHROMA = 0.08  # of the range: below it (20 of 255 levels) a colour is g
 TOLERANCE = 30.0  # degrees within which two hues count as the same
 SEPARATION = 60.0  # degrees that shown and canonical hue are apart where reverting can be told from keeping
 LEAST_COLOUR = 0.1  # of the chroma shown: the smallest denominator of the reversion index
-OUTCOMES = ("keep", "revert", "grey", "other")
 
 
 def object_chroma(images: Tensor, masks: Tensor) -> np.ndarray:
@@ -101,7 +100,7 @@ def shares(shown: np.ndarray, made: np.ndarray, canonical: np.ndarray) -> dict[s
     judged = np.where(known, hue_distance(hue_of(shown), canonical) >= SEPARATION - 1e-6, ~np.isnan(grey))
     keep = (hue_distance(hue_of(shown), hue_of(made)) <= TOLERANCE).astype(float)
     revert = np.where(known, reverted(shown, made, canonical), 0.0)
-    codes = dict(zip(OUTCOMES, (keep, revert, grey, 1 - keep - revert - grey), strict=True))
+    codes = {"keep": keep, "revert": revert, "grey": grey, "other": 1 - keep - revert - grey}
     return {f"share_{name}": np.where(judged, share, np.nan) for name, share in codes.items()}
 
 
