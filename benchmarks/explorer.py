@@ -44,11 +44,11 @@ def in_the_kernel(target: str) -> list[Row]:
     """From the control's new value to the reconstruction's new file, and to the whole page."""
     page = Page(Workbench())
     page.look(View(target))
-    taps = len(page.workbench.bench(target).taps)
+    taps, depth = len(page.workbench.bench(target).taps), page.controls["tap"]
     changes: dict[str, Callable[[int], Any]] = {
-        "depth": lambda turn: setattr(page.depth, "value", (page.depth.value + 1) % taps),
-        "hue shift": lambda turn: setattr(page.fields["hue_shift"], "value", 15 * (turn + 1) * (-1) ** turn),
-        "noise": lambda turn: setattr(page.fields["noise"], "value", 0.1 * (turn + 1)),
+        "depth": lambda turn: setattr(depth, "index", (depth.index + 1) % taps),
+        "hue shift": lambda turn: setattr(page.controls["hue_shift"], "value", 15 * (turn + 1) * (-1) ** turn),
+        "noise": lambda turn: setattr(page.controls["noise"], "value", 0.1 * (turn + 1)),
         "erased patch": lambda turn: page._heard(None, {"kind": "patch", "patch": turn, "on": True}, []),
     }
 

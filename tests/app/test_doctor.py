@@ -17,6 +17,6 @@ def test_damaged_shipped_targets_are_named(tmp_path: Path, monkeypatch: pytest.M
     (vit / "model.safetensors").write_bytes((vit / "model.safetensors").read_bytes()[:1000])
     (detr / "config.json").write_text("{broken")
     (swin / "model.safetensors").unlink()
-    verdicts = {subject: verdict for verdict, subject, _ in doctor._data()}
+    verdicts = {subject: verdict for verdict, subject, _ in doctor.shipped()}
     assert [verdicts[name.name] for name in (vit, swin, detr)] == ["FAIL"] * 3
     assert [verdicts[name.name] for name in (deit, deformable)] == ["OK"] * 2

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 
 from backsight.app.explorer import View, Workbench
-from backsight.app.explorer.captions import HUES, hue_in_words, mean_errors
+from backsight.app.explorer.captions import HUES, html, hue_in_words, mean_errors
 from backsight.app.explorer.page import Page, explore, keep_upload
 from backsight.app.explorer.serve import serve
 from backsight.app.explorer.view import from_query
@@ -240,6 +242,13 @@ def test_the_loss_of_hue_in_words() -> None:
     assert "down to a (0°) and is lost from b on (grey)" in words
 
 
+def test_the_curve_has_a_gap_where_the_hue_comes_back_grey() -> None:
+    drawn = html().chart({"a": 10.0, "b": math.nan, "c": 80.0, "d": 85.0}, "d", "#029e73")
+    assert drawn.count("<circle") == 3
+    assert re.findall(r"L(\S+) (\S+)\"", drawn) == [("262.0", "36.0")]  # the one line, from c to d
+    assert "b grey; c 80°" in drawn
+
+
 @pytest.mark.parametrize("size", [None, (64, 48)])
 def test_a_target_without_inverses_gets_linear_ones_once(
     size: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -255,7 +264,7 @@ def test_a_target_without_inverses_gets_linear_ones_once(
     bench = Workbench(fit_images=12).bench(name)
     assert list(bench.families) == ["linear"]
     assert bench.grid == ((14, 14) if size is None else (4, 3))
-    monkeypatch.setattr("backsight.app.explorer.workbench.fit_linear", None)
+    monkeypatch.setattr("backsight.inverses.families.fit", None)
     seen = Workbench(fit_images=12)
     picture = seen.see(View(name, "linear", "blocks.0", "chelsea")).image
     assert picture.shape == (1, 3, *(size or (224, 224)))
@@ -266,13 +275,13 @@ def test_a_target_without_inverses_gets_linear_ones_once(
 
 def test_a_control_changes_the_view_and_only_what_it_should(page: Page) -> None:
     before = page.given.png, page.made.png
-    page.depth.value = 4
+    page.controls["tap"].index = 4
     assert page.view.tap == "blocks.3"
     assert page.given.png == before[0]
     assert page.made.png != before[1]
     assert page.strip.chosen == "blocks.3"
     made = page.made.png
-    page.fields["hue_shift"].value = 90
+    page.controls["hue_shift"].value = 90
     assert page.view.hue_shift == 90
     assert page.given.png != before[0]
     assert page.made.png != made
@@ -281,13 +290,13 @@ def test_a_control_changes_the_view_and_only_what_it_should(page: Page) -> None:
 
 
 def test_the_state_survives_another_target(page: Page) -> None:
-    page.depth.value = 7
-    page.fields["hue_shift"].value = 60
+    page.controls["tap"].index = 7
+    page.controls["hue_shift"].value = 60
     page._heard(None, {"kind": "patch", "patch": 9, "on": True}, [])
-    page.fields["target"].value = DETR
+    page.controls["target"].value = DETR
     assert (page.view.target, page.view.tap, page.view.hue_shift, page.view.erased) == (DETR, "predictions", 60.0, (9,))
-    assert page.depth.max == page.depth.value == page.play.value == 9
-    page.fields["target"].value = "scenes-swin"  # patches of half the size
+    assert page.play.max == page.controls["tap"].index == page.play.value == 9
+    page.controls["target"].value = "scenes-swin"  # patches of half the size
     assert page.view.tap == "norm"
     assert page.view.erased == (34, 35, 50, 51)
 
@@ -296,11 +305,11 @@ def test_errors_are_sentences_and_the_page_goes_on(page: Page) -> None:
     page.look(View("scenes-vitt"))
     assert "scenes-vit" in page.message.value
     assert "Traceback" not in page.message.value
-    assert page.view.target == page.fields["target"].value == VIT
+    assert page.view.target == page.controls["target"].value == VIT
     page._heard(None, {"kind": "file", "name": "notes.txt"}, [memoryview(b"no picture")])
     assert "notes.txt is no picture" in page.message.value
     assert "hue_shift" in explore("hue_shift=blue").message.value
-    page.fields["hue_shift"].value = 30
+    page.controls["hue_shift"].value = 30
     assert page.message.value == ""
     assert page.view.hue_shift == 30
 
@@ -311,7 +320,7 @@ def test_what_follows_the_pictures_is_dropped_where_a_newer_view_comes(page: Pag
 
     async def drag() -> None:
         for value in range(-180, 181, 15):
-            page.fields["hue_shift"].value = value
+            page.controls["hue_shift"].value = value
             await asyncio.sleep(0)
         assert page._rest is not None
         await page._rest
@@ -346,7 +355,7 @@ def test_the_exported_python_writes_the_exported_png(
 
 def test_a_click_on_a_query_removes_it_and_a_second_brings_it_back(page: Page) -> None:
     page.look(View(DETR, tap="decoder.layers.0"))
-    query, made = page.given.boxes[0]["query"], page.made.png
+    query, made = page.given.shown["boxes"][0]["query"], page.made.png
     page._heard(None, {"kind": "query", "query": query}, [])
     assert page.view.removed == (query,)
     assert page.made.png != made
@@ -354,7 +363,7 @@ def test_a_click_on_a_query_removes_it_and_a_second_brings_it_back(page: Page) -
     assert page.view.removed == ()
     assert page.made.png == made
     page._heard(None, {"kind": "query", "query": query}, [])
-    page.fields["target"].value = VIT  # which has no queries
+    page.controls["target"].value = VIT  # which has no queries
     assert page.view.removed == ()
 
 

@@ -194,7 +194,7 @@ def test_nulls_of_several_families_count_once() -> None:
     null = table[table.inverse == "linear"].assign(inverse="null_shuffled")
     nulls = [null.assign(family=family, value=null.value + place) for place, family in enumerate(["linear", "modular"])]
     for order in (nulls, nulls[::-1]):
-        run = report.PageRun(Path("a"), "03_quality", {}, pd.concat([table, *order]))
+        run = report.PageRun(folder=Path("a"), notebook="03_quality", table=pd.concat([table, *order]))
         shown = report._depth_rows(run, VIT)
         shown_nulls = shown.query("inverse == 'null_shuffled'")
         assert set(shown_nulls.family) == {"modular"}

@@ -4,18 +4,16 @@ A run keeps them as <run>/frames/*/*.png, at the target's own size, and its metr
 SSIM of each reconstruction stand `file` and `input`, the paths of both pictures, and `shows`, the picture in words.
 """
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from PIL import Image
 
-from backsight.app.pictures import open_picture
+from backsight.app.pictures import as_png, data_address, open_picture
 from backsight.app.runs import file_name
 from backsight.project import write_atomically
 
@@ -46,8 +44,7 @@ def save_frames(
 
     def save(image: "Tensor", *words: str) -> str:
         file = "/".join((FRAMES, file_name(target.name), f"{'--'.join(map(file_name, words))}.png"))
-        pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        write_atomically(folder / file, partial(Image.fromarray(pixels).save, optimize=True))
+        write_atomically(folder / file, lambda path: path.write_bytes(as_png(image, optimize=True)))
         return file
 
     kinds = [f"{number} {name}" for number, name in enumerate(names)]  # two names may be one as the name of a file
@@ -78,28 +75,25 @@ def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], l
     rows = metrics[metrics["file"].notna()]
     rows = rows[rows["run"] == rows.groupby(key)["run"].transform("max")]
     told, problems = [], []
-    for (picture, target, family), part in rows.groupby(key, sort=False):
-        run = folder / part["run"].iloc[0]
+    for names, part in rows.groupby(key, sort=False):
+        run, first = folder / part["run"].iloc[0], part.iloc[0]
         scores = part.pivot(index=["depth", "tap", "file"], columns="measure", values="value")
+        strip = dict(zip(("picture", "target", "family"), names, strict=True)) | {"shows": first["shows"]}
         try:
-            given, (width, height), is_reduced = _embedded(run, part["input"].iloc[0])
-            steps = [
-                {"image": _embedded(run, file)[0], "tap": tap, "psnr": f"{psnr:.1f}", "ssim": f"{ssim:.3f}"}
+            strip |= _embedded(run, first["input"])
+            strip["steps"] = [
+                {**_embedded(run, file), "tap": tap, "psnr": f"{psnr:.1f}", "ssim": f"{ssim:.3f}"}
                 for (_, tap, file), psnr, ssim in scores[["psnr", "ssim"]].itertuples()
             ]
+            told.append(strip)
         except (OSError, ValueError) as error:
             problems.append(f"{run.name}: {error}")
-            continue
-        pixelated = max(width, height) < PIXELATED_BELOW
-        shape = {"width": width, "height": height, "pixelated": pixelated, "reduced": is_reduced}
-        names = {"picture": picture, "target": target, "family": family, "shows": part["shows"].iloc[0]}
-        told.append({**names, **shape, "input": given, "steps": steps})
     return told, problems
 
 
-def _embedded(run: Path, file: str) -> tuple[str, tuple[int, int], bool]:
-    """A frame as data URI, its width and height in pixels, and whether it was made smaller. Raises OSError, ValueError
-    on a file that is no PNG of the run's own folder."""
+def _embedded(run: Path, file: str) -> dict[str, Any]:
+    """A frame as data URI, its width and height in pixels, whether these are to be seen as squares, and whether it was
+    made smaller. Raises OSError, ValueError on a file that is no PNG of the run's own folder."""
     path = (run / file).resolve()
     if not path.is_relative_to(run.resolve()):
         raise ValueError(f"{file!r} is not below the run's folder")
@@ -110,4 +104,5 @@ def _embedded(run: Path, file: str) -> tuple[str, tuple[int, int], bool]:
             buffer = io.BytesIO()
             image.save(buffer, "PNG", optimize=True)
             data = buffer.getvalue()
-        return "data:image/png;base64," + base64.b64encode(data).decode("ascii"), image.size, is_reduced
+        shape = {"width": image.width, "height": image.height, "pixelated": max(image.size) < PIXELATED_BELOW}
+        return {"image": data_address(data), "reduced": is_reduced, **shape}

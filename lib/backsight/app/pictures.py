@@ -4,11 +4,13 @@ scene with its largest object recoloured ("scene 22 hue 240"). The same word is 
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -61,3 +63,16 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
 
     image = fitted(scene.image, Image.Resampling.BICUBIC).permute(2, 0, 1)[None].float() / 255
     return Picture(image, fitted(scene.masks[0], Image.Resampling.NEAREST)[None], words)
+
+
+def as_png(image: Tensor, side: int = 0, **options: Any) -> bytes:
+    """A PNG file of (3, H, W) in [0, 1], made fast; every pixel a square, so that the picture is about `side` high."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    factor, file = max(1, side // image.shape[1]), io.BytesIO()
+    Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(file, "PNG", compress_level=1, **options)
+    return file.getvalue()
+
+
+def data_address(png: bytes) -> str:
+    """The address of a PNG that lies inside a page."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

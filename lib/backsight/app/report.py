@@ -4,19 +4,22 @@ The page needs no request to anywhere but the files beside it. Figures bring the
 images or numbers (plots.style.ShownFigure); a figure belongs to the target that its file's name or its run names.
 """
 
-import base64
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+from pydantic import ConfigDict
 
 from backsight.app.frames import strips
+from backsight.app.pictures import data_address
 from backsight.app.runs import file_name
 from backsight.errors import BacksightError
 from backsight.plots import depth
@@ -32,7 +35,7 @@ from backsight.plots.style import (
 )
 from backsight.project import FINISHED, METRICS, read_json, write_atomically
 from backsight.tables.claims import findings
-from backsight.tables.read import QUALITY, Study, read_study, span, study_folder, write_text
+from backsight.tables.read import QUALITY, Record, Study, read_study, span, study_folder, write_text
 from backsight.tables.sentences import number
 from backsight.tables.values import METRIC_COLUMNS
 
@@ -54,40 +57,37 @@ STUDIES: Mapping[str, str] = {
     "18_targets": "Classes and training",
 }
 TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # by depth; decimals
-FAMILY_NOTES: Mapping[str, str] = {
-    "linear": "the best linear map (ridge regression, closed form): what can be read off directly",
-    "direct": "one trained decoder for each layer, straight to pixels: what a strong decoder can recover",
-    "modular": "one small module for each stage of the model, chained back to the pixels: where in the model "
-    "information is lost",
-    "modular_polished": "the same chain after a short joint training on pixels",
-    "null_mean": "the mean training image, whatever the input: what knowing nothing about this image scores",
-    "null_shuffled": "an inverse fed with another image's representation: what its habits alone score",
-    "null_untrained": "a linear inverse of the same model with random weights: what the architecture alone keeps",
-}
 
 
-@dataclass(frozen=True)
-class PageRun:
+class PageRun(Record):
     """A finished run as the page reads it; table: its metrics.csv, empty where it has none."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     folder: Path
     notebook: str
-    record: Mapping[str, Any]
     table: pd.DataFrame
+    seed: Any = "–"
+    started: Any = ""
+    commit: Any = None
+    modified: Any = None
 
     @property
     def targets(self) -> list[str]:
         """The targets that the run was asked for, recorded weights of, or measured."""
-        parameters = self.record.get("parameters") or {}
-        asked = parameters.get("targets", parameters.get("target", []))
+        asked = self.parameters.get("targets", self.parameters.get("target", []))
         names = [asked] if isinstance(asked, str) else asked or []
-        return list(dict.fromkeys([*names, *(self.record.get("weights") or {}), *self.table["target"].dropna()]))
+        return list(dict.fromkeys([*names, *self.weights, *self.table["target"].dropna()]))
 
     @property
     def images(self) -> str:
         """The images that the run is about, where they are of one kind."""
         measured = self.table["dataset"].dropna().unique()
-        return str((self.record.get("parameters") or {}).get("images") or (measured[0] if len(measured) == 1 else ""))
+        return str(self.parameters.get("images") or (measured[0] if len(measured) == 1 else ""))
+
+    def files(self, *suffixes: str) -> list[tuple[str, str]]:
+        """(name, link) of the files in the run's folder with these suffixes."""
+        return [(path.name, self.link(path)) for path in sorted(self.folder.glob("[!.]*")) if path.suffix in suffixes]
 
     def link(self, file: str | Path) -> str:
         return quote((self.folder / file).relative_to(self.folder.parent).as_posix())
@@ -106,13 +106,12 @@ def write_report(folder: str | Path) -> Path:
             raise BacksightError(f"{folder / file} is not of backsight: move it away, or name another folder.")
     study = read_study(folder)
     runs = [
-        PageRun(place, record["notebook"], record, study.tables.get(place.name, NO_ROWS))
+        PageRun.model_validate(record | {"folder": place, "table": study.tables.get(place.name, NO_ROWS)})
         for place in sorted(folder.iterdir())
         if place.name not in study.left_out and (record := read_json(place / FINISHED) or {}).get("notebook")
     ]
     metrics = pd.concat(list(study.tables.values()), ignore_index=True)
-    added = [name for name in metrics if name not in METRIC_COLUMNS and name != "run"]
-    metrics = metrics[[*METRIC_COLUMNS, *added, "run"]]
+    metrics["run"] = metrics.pop("run")  # the last column
     page = _rendered(study, runs, metrics)
     write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
     return write_text(folder / PAGE, page)
@@ -120,41 +119,39 @@ def write_report(folder: str | Path) -> Path:
 
 def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> str:
     """The page's HTML; the same runs give the same text."""
-    from jinja2 import Environment, StrictUndefined
-
-    by_notebook = sorted(runs, key=lambda run: (run.notebook, run.folder.name))
-    names = list(dict.fromkeys(name for run in by_notebook for name in run.targets))  # the quickstart names them all
-    order = list(STUDIES)
-    shown = sorted(by_notebook, key=lambda run: order.index(run.notebook) if run.notebook in order else len(order))
+    runs = sorted(runs, key=lambda run: (run.notebook, run.folder.name))
+    names = list(dict.fromkeys(name for run in runs for name in run.targets))  # the quickstart names them all
+    order = {notebook: place for place, notebook in enumerate(STUDIES)}
+    shown = sorted(runs, key=lambda run: order.get(run.notebook, len(order)))
     pictures = [picture for run in shown for picture in _pictures(run, names)]
-    by_depth = {name: [rows for run in by_notebook if len(rows := _depth_rows(run, name))] for name in names}
+    by_depth = {name: [rows for run in runs if len(rows := _depth_rows(run, name))] for name in names}
+    tables = pd.concat([rows for name in names for rows in by_depth[name]] or [NO_ROWS])
     frames, unplayable = strips(study.folder, metrics)
     played = {key: list(dict.fromkeys(strip[key] for strip in frames)) for key in ("picture", "target", "family")}
-    tables = [rows for name in names for rows in by_depth[name]]
-    versions = pd.DataFrame([run.record.get("versions", {}) for run in runs])
-    used = inverse_order([inverse for rows in tables for inverse in rows["inverse"]])
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"look": look_of, "notes": FAMILY_NOTES, "gain": DIFFERENCE_GAIN}
-    style, script, template = (
-        (files("backsight.app") / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html.jinja")
+    versions = pd.DataFrame([run.versions for run in runs])
+    environment = Environment(
+        loader=PackageLoader("backsight.app", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return environment.from_string(template).render(
+    environment.globals |= {"look": look_of, "gain": DIFFERENCE_GAIN}
+    environment.globals |= {"duration": _duration, "number": number, "rounded": _rounded}
+    return environment.get_template("report.html.jinja").render(
         name=study.folder.resolve().name,
-        style=style,
-        script=script,
         frames=frames,
-        played=played,
-        families=inverse_order(played["family"]),
+        played=played | {"family": inverse_order(played["family"])},
         shows={strip["picture"]: strip["shows"] for strip in frames},
         unplayable=unplayable,
         targets=[_target(name, runs, pictures, by_depth[name]) for name in names],
-        curves=_curves(tables),
+        curves=_curves(tables[tables["measure"] == "psnr"]),
         claims=_claims(study),
-        inverses=used,
+        inverses=inverse_order(list(tables["inverse"])),
         others=[picture for picture in pictures if picture["target"] not in names],
-        runs=[_facts(run) for run in by_notebook],
+        runs=runs,
         left_out=study.left_out,
-        hardware=list(dict.fromkeys(text for run in runs if (text := _hardware(run.record.get("hardware") or {})))),
+        hardware=list(dict.fromkeys(text for run in runs if (text := _hardware(run.hardware)))),
         versions={package: ", ".join(versions[package].dropna().unique()) for package in versions},
         metrics_file=METRICS,
         metrics_rows=len(metrics),
@@ -162,16 +159,13 @@ def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> s
 
 
 def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
-    """The figures of a run with the captions that they carry; what is no PNG is left out.
-
-    07_figures draws those of single targets again, and the pictures of a training are those of the quality of its
-    inverses: the page shows them there.
-    """
+    """The figures of a run with the captions that they carry; what is no PNG is left out."""
     pictures = []
+    only = run.targets[0] if len(run.targets) == 1 else ""
     for path in sorted((run.folder / "figures").glob("*.png")):
-        named = [target for target in targets if file_name(target) in path.stem]
-        target = max(named, key=len) if named else run.targets[0] if len(run.targets) == 1 else ""
+        target = max((target for target in targets if file_name(target) in path.stem), key=len, default=only)
         of_pictures = path.stem.startswith("pictures")
+        # Drawn again of single targets, or the pictures of a training, which 03_quality shows.
         if {"02_train_inverse": of_pictures, "07_figures": of_pictures or target}.get(run.notebook):
             continue
         try:
@@ -180,9 +174,19 @@ def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
         except OSError:
             continue
         title = _title(path.stem.replace(file_name(target), "") if target else path.stem, run)
-        place = {"link": run.link(path), "table": run.link(METRICS) if len(run.table) else "", "notebook": run.notebook}
-        words = {"title": title, "caption": told.get("Title", ""), "alt": told.get("Description", title)}
-        pictures.append({**place, **words, "width": width, "height": height, "target": target})
+        pictures.append(
+            {
+                "link": run.link(path),
+                "table": run.link(METRICS) if len(run.table) else "",
+                "study": STUDIES.get(run.notebook, run.notebook),
+                "target": target,
+                "title": title,
+                "caption": told.get("Title", ""),
+                "alt": told.get("Description", title),
+                "width": width,
+                "height": height,
+            }
+        )
     return pictures
 
 
@@ -206,126 +210,78 @@ def _depth_rows(run: PageRun, target: str) -> pd.DataFrame:
     return rows[(rows["target"] == target) & rows["measure"].isin(list(TABLE_MEASURES))]
 
 
-def _depth_table(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
-    """One measure by tap (rows) and inverse (columns), nulls last.
-
-    A cell holds the number, its interval over images and seeds, whether it is the best of its row, and its share of the
-    way from the mean image (or 0) to the best of the table, None for nulls.
-    """
-    pooled, inverses = rows.dropna(subset="value"), inverse_order(list(rows["inverse"]))
-    columns = pooled[["tap", "inverse", "value", "low", "high"]]
-    numbers: dict[Any, Any] = {row[:2]: row[2:] for row in columns.itertuples(index=False, name=None)}
-    best = pooled[~is_null(pooled)].groupby("tap")["value"].max()
-    floor, ceiling = pooled.loc[pooled["inverse"] == "null_mean", "value"].min(), best.max()
-    floor = 0.0 if pd.isna(floor) else floor
-
-    def text(value: float) -> str:
-        decimals = TABLE_MEASURES[measure]
-        return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-
-    def cell(tap: str, inverse: str) -> dict[str, Any]:
-        if (tap, inverse) not in numbers:
-            return {"text": "–", "interval": "", "is_best": False, "share": None}
-        value, low, high = numbers[tap, inverse]
-        is_family = not inverse.startswith("null_") and ceiling > floor
-        return {
-            "text": text(value),
-            "interval": "" if pd.isna(low) else f"{text(low)} to {text(high)}",
-            "is_best": is_family and value == best[tap],
-            "share": min(max((value - floor) / (ceiling - floor), 0.0), 1.0) if is_family else None,
-        }
-
-    first, seeds = rows.iloc[0], int(pooled["seeds"].max())
+def _depth_table(rows: pd.DataFrame) -> dict[str, Any]:
+    """One measure by tap and inverse; a cell is a row with `best`, of its tap, and `share`, of the way from the mean
+    image (or 0) to the best of the table, which nulls do not have."""
+    values = rows["value"].where(~is_null(rows))
+    floor = rows.loc[rows["inverse"] == "null_mean", "value"].min()
+    floor, ceiling = 0.0 if pd.isna(floor) else floor, values.max()
+    shares = ((values - floor) / (ceiling - floor)).clip(0, 1) if ceiling > floor else math.nan
+    cells = rows.assign(share=shares, best=values.groupby(rows["tap"]).transform("max"))
+    first = rows.iloc[0]
     source = f"data set {first['dataset']}, split {first['split']}, {first['weights']} weights"
     return {
-        "title": MEASURE_NAMES.get(measure, measure),
-        "facts": f"n = {span(rows['n'])}, training seeds: {seeds}, {source}",
+        "title": MEASURE_NAMES.get(first["measure"], first["measure"]),
+        "decimals": TABLE_MEASURES[first["measure"]],
+        "facts": f"n = {span(rows['n'])}, training seeds: {rows['seeds'].max()}, {source}",
         "run": first["run"],
-        "inverses": inverses,
-        "rows": [(tap, [cell(tap, name) for name in inverses]) for tap in taps_in_order(rows)],
+        "inverses": inverse_order(list(rows["inverse"])),
+        "taps": taps_in_order(rows),
+        "cells": {(cell.tap, cell.inverse): cell for cell in cells.itertuples()},
     }
+
+
+def _rounded(value: float, decimals: int) -> str:
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
 def _target(
     name: str, runs: Sequence[PageRun], pictures: Sequence[dict[str, Any]], by_depth: Sequence[pd.DataFrame]
 ) -> dict[str, Any]:
     """The section of one target: facts, tables by quality run, figures by study."""
-    studies: dict[str, list[dict[str, Any]]] = {}
-    for picture in pictures:
-        if picture["target"] == name:
-            studies.setdefault(STUDIES.get(picture["notebook"], picture["notebook"]), []).append(picture)
-    noted = [run.record.get("weights") or {} for run in runs]
-    weights: Mapping[str, Any] = next((of_run[name] for of_run in noted if name in of_run), {})
-    tables = [
-        (
-            ", ".join(rows.iloc[0][["dataset", "split"]]),
-            [_depth_table(own, name) for name in TABLE_MEASURES if len(own := rows[rows["measure"] == name])],
-        )
-        for rows in by_depth
-    ]
+    weights = next((run.weights[name] for run in runs if name in run.weights), {})
+    own = (picture for picture in pictures if picture["target"] == name)
+    groups = []
+    for rows in by_depth:
+        measured = [part for measure in TABLE_MEASURES if len(part := rows[rows["measure"] == measure])]
+        groups.append((", ".join(rows.iloc[0][["dataset", "split"]]), [_depth_table(part) for part in measured]))
     return {
         "name": name,
         "anchor": f"target-{file_name(name).lower()}",
         "colour": colour_of(name),
         "facts": [(key, weights[key]) for key in ("weights", "hash") if key in weights],
-        "studies": list(studies.items()),
-        "groups": tables,
+        "studies": [(study, list(drawn)) for study, drawn in groupby(own, itemgetter("study"))],
+        "groups": groups,
     }
 
 
-def _claims(study: Study) -> list[dict[str, Any]]:
-    """The claims that the runs measured: their numbers beside those, and the verdicts, of the committed run."""
-    committed, key = study_folder(), ["claim", "target", "tap"]
-    own = findings(study).dropna(subset="value").fillna({"tap": ""})
-    if own.empty or study.folder.resolve() == committed.resolve():
+def _claims(study: Study) -> list[tuple[Mapping[Any, Any], Mapping[Any, Any] | None]]:
+    """The claims that the runs measured, each with what the committed run says of it, None where it says nothing."""
+
+    def measured(of: Study) -> dict[tuple[str, str, str], Mapping[Any, Any]]:
+        rows = findings(of).dropna(subset="value").fillna({"tap": ""}).to_dict("records")
+        return {(row["claim"], row["target"], row["tap"]): row for row in rows}
+
+    if study.folder.resolve() == study_folder().resolve() or not (own := measured(study)):
         return []
     try:
-        reference = findings(read_study(committed)).dropna(subset="value").fillna({"tap": ""}).set_index(key)
+        reference = measured(read_study(study_folder()))
     except BacksightError:  # it is not there, or is just being remade
         return []
-
-    def told(row: pd.Series, *more: str) -> list[str]:
-        return [number(row, signed=True), f"n = {row['n']:.0f}, training seeds: {row['seeds']:.0f}", *more]
-
-    rows = []
-    for _, row in own.iterrows():
-        beside = reference[reference.index == tuple(row[key])]
-        there = told(beside.iloc[0], beside["verdict"].iloc[0]) if len(beside) else ["not measured"]
-        rows.append({**{name: row[name] for name in (*key, "unit")}, "runs": [told(row), there]})
-    return rows
+    return [(row, reference.get(key)) for key, row in own.items()]
 
 
-def _curves(tables: Sequence[pd.DataFrame]) -> dict[str, Any] | None:
+def _curves(rows: pd.DataFrame) -> dict[str, Any] | None:
     """PSNR by depth of all targets in one figure, embedded; None without PSNR."""
-    rows = pd.concat([table[table["measure"] == "psnr"] for table in tables] or [pd.DataFrame()])
     if rows.empty:
         return None
     figure = depth.by_depth(rows, "psnr", "PSNR by depth", columns=2)
     width, height = (round(side * 200) for side in figure.get_size_inches())
-    source = "data:image/png;base64," + base64.b64encode(png_bytes(figure, dpi=200)).decode("ascii")
+    source = data_address(png_bytes(figure, dpi=200))
     return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}
 
 
 # -------------------------------------------------------------------------------------------------------- run facts
-
-
-def _facts(run: PageRun) -> dict[str, Any]:
-    """What the table of runs says about one run."""
-    seconds = dict(run.record.get("seconds") or {})
-    total, commit = seconds.pop("total", 0.0), str(run.record.get("commit") or "")[:10]
-    linked = [(path.name, run.link(path)) for path in sorted(run.folder.glob("*.*")) if not path.name.startswith(".")]
-    return {
-        "name": run.folder.name,
-        "notebooks": [pair for pair in linked if pair[0].endswith(".ipynb")],
-        "tables": [pair for pair in linked if pair[0].endswith((".csv", ".parquet", ".md"))],
-        "notebook": run.notebook,
-        "seed": run.record.get("seed", "–"),
-        "seconds": _duration(total),
-        "record": run.link(FINISHED),
-        "phases": [(name, _duration(value)) for name, value in seconds.items()],
-        "started": str(run.record.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
-        "commit": commit and f"commit {commit}{' + changes' if run.record.get('modified') else ''}",
-    }
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ NotebookError, with the partial notebook kept; a run is complete only after ever
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import signal
@@ -16,36 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
-from backsight.app.runs import RUN_VARIABLE, check_folder, code_digest, complete_run, run_folder, start_run
+from backsight.app.runs import RUN_VARIABLE, check_folder, clear_run, code_digest, complete_run, run_folder, start_run
 from backsight.errors import BacksightError
-from backsight.project import (
-    FINISHED,
-    METRICS,
-    PARTIAL_METRICS,
-    PARTIAL_VALUES,
-    STARTED,
-    VALUES,
-    project_root,
-    read_json,
-    shown,
-)
+from backsight.project import FINISHED, STARTED, project_root, read_json, shown
 
 KERNEL = "python3"  # the kernel of this environment, whatever the notebook's metadata says
 KERNEL_START_SECONDS = 180
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Parameters that may hold paths; on the command line these are relative to the caller's folder.
 PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", "pictures", "results")
-# What a run makes, besides the figures that its record names: removed before another one starts in its folder, since
-# results must not be mixed. What else lies there is the user's.
-OF_A_RUN = (
-    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES),
-    *("frames/*/*--*.png", "inverses/**/*--*.safetensors", "checkpoints/direct.safetensors"),
-    *("checkpoints/modular*.safetensors", "checkpoints/.*.partial"),
-)
 # What is read of a folder that a parameter names; by default every file. The page's folder holds the run itself.
 READ = {"inverses": "**/*--*.safetensors", "results": f"*/{FINISHED}"}
 
@@ -79,9 +62,12 @@ class Plan:
         states = set()
         for name in PATHS:
             given = self.values.get(name) or []
-            for word in (word for item in ([given] if isinstance(given, str) else given) for word in item.split("@")):
+            for word in "@".join([given] if isinstance(given, str) else given).split("@"):
                 for root in (project_root() / word, project_root() / "data" / "weights" / word) if word else ():
-                    for file in [root] if root.is_file() else root.glob(READ.get(name, "**/*")):
+                    files = [root] if root.is_file() else list(root.glob(READ.get(name, "**/*")))
+                    if name == "inverses":  # those of other targets may be in the making
+                        files = [file for file in files if _target_of(file) in ("", self.values.get("target"))] or files
+                    for file in files:
                         if file.is_file() and self.folder not in file.parents:
                             states.add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
         return hashlib.sha256(repr(sorted(states)).encode()).hexdigest()[:16]
@@ -94,9 +80,20 @@ class Plan:
     def partial(self) -> Path:
         return self.folder / f"{self.notebook.name}.partial.ipynb"
 
-    def is_of(self, record: Mapping[str, Any] | None) -> bool:
+    def is_of(self, record: Mapping[str, Any]) -> bool:
         """Whether a run's record is one of this very run."""
-        return record is not None and all(record.get(key) == value for key, value in self.identity.items())
+        return all(record.get(key) == value for key, value in self.identity.items())
+
+
+def _target_of(file: Path) -> str:
+    """The name of the target that an inverse was fitted to, read without torch; "" where the file does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as inverse:
+            return json.loads((inverse.metadata() or {})["backsight"])["header"]["target"]
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return ""
 
 
 def plan_run(
@@ -144,31 +141,25 @@ def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = pri
     name, place = plan.notebook.path.name, shown(plan.folder)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with in_charge_of(plan.folder):
-        finished, started = read_json(plan.folder / FINISHED), read_json(plan.folder / STARTED)
-        if _is_complete(finished, plan):
+        finished, started = (read_json(plan.folder / name) or {} for name in (FINISHED, STARTED))
+        files = [plan.executed, *(plan.folder / name for name in finished.get("files", []))]
+        if plan.is_of(finished) and all(file.is_file() for file in files):
             say(f"{name}: reused, {place} is a complete run with these parameters")
             return plan.folder / FINISHED
-        resumed = finished is None and plan.is_of(started)
+        resumed = not finished and plan.is_of(started)
         if resumed:
             say(f"{name}: resuming the interrupted run in {place}")
         elif held := finished or started:
             say(f"{name}: {place} held {_difference(held, plan)}; starting afresh")
-            _clear(plan, held)
+            clear_run(plan.folder, held)
         start = time.perf_counter()
         start_run(plan.folder, plan.identity, resumed)
         say(f"{name} -> {place}")
         _execute(plan, verbose)
-        _check_every_cell_ran(plan)
         os.replace(plan.partial, plan.executed)
         record = complete_run(plan.folder)
         say(f"{name}: complete in {time.perf_counter() - start:.0f} s, {shown(record)}")
         return record
-
-
-def _is_complete(record: Mapping[str, Any] | None, plan: Plan) -> bool:
-    if record is None or not plan.is_of(record):
-        return False
-    return all((plan.folder / name).is_file() for name in (plan.executed.name, *record["files"]))
 
 
 def _difference(record: Mapping[str, Any], plan: Plan) -> str:
@@ -176,14 +167,6 @@ def _difference(record: Mapping[str, Any], plan: Plan) -> str:
     before, now = record.get("parameters") or {}, plan.identity["parameters"]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return f"another run (with other {', '.join(changed)})" if changed else "a run of other code or files, or not whole"
-
-
-def _clear(plan: Plan, record: Mapping[str, Any]) -> None:
-    """Remove what an earlier run made, and nothing else."""
-    figures = [plan.folder / "figures" / Path(name).name for name in record.get("figures", [])]
-    patterns = (*OF_A_RUN, plan.executed.name, plan.partial.name)
-    for path in [*figures, *(path for pattern in patterns for path in plan.folder.glob(pattern))]:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -203,7 +186,7 @@ def in_charge_of(folder: Path) -> Iterator[None]:
 def _kernel_environment(folder: Path) -> Iterator[None]:
     """BACKSIGHT_RUN set; MPLBACKEND unset, since it would take the figures away; SIGTERM as Ctrl-C."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(*_: Any) -> None:
         logging.disable()  # what the kernel's client says of a kernel that is gone
         raise KeyboardInterrupt
 
@@ -220,17 +203,18 @@ def _kernel_environment(folder: Path) -> Iterator[None]:
 
 
 def _execute(plan: Plan, verbose: bool) -> None:
-    """Run the notebook into <notebook>.partial.ipynb. Raises NotebookError."""
+    """Run the notebook into <notebook>.partial.ipynb, and take out what is noise. Raises NotebookError where a cell
+    failed or, as after SystemExit, which passes for success, never ran."""
     import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    where = f"the partial notebook is {shown(plan.partial)}"
+    name, where = plan.notebook.path.name, f"(the partial notebook is {shown(plan.partial)})"
     with _kernel_environment(plan.folder):
         try:
-            papermill.execute_notebook(
+            executed = papermill.execute_notebook(
                 nbformat.reads(plan.notebook.text, as_version=4),
                 str(plan.partial).replace("{", "{{").replace("}", "}}"),  # papermill fills in {parameters}
                 parameters=plan.notebook.injected(plan.values),
@@ -246,38 +230,24 @@ def _execute(plan: Plan, verbose: bool) -> None:
             )
         except PapermillExecutionError as error:
             reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
-            said = f"{plan.notebook.path.name} failed in cell {error.exec_count}: {reason} ({where})"
-            raise NotebookError(said) from error
+            raise NotebookError(f"{name} failed in cell {error.exec_count}: {reason} {where}") from error
         except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
-            said = f"the kernel of {plan.notebook.path.name} died or did not start: {error} ({where})"
-            raise NotebookError(said) from error
-
-
-def _check_every_cell_ran(plan: Plan) -> None:
-    """Refuse a notebook with a code cell that never ran (SystemExit passes for success); strip what is noise."""
-    import nbformat
-
-    executed = nbformat.read(plan.partial, as_version=4)
+            raise NotebookError(f"the kernel of {name} died or did not start: {error} {where}") from error
     for index, cell in enumerate(executed.cells):
         if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
-            raise NotebookError(
-                f"{plan.notebook.path.name} stopped early: code in cell {index} never ran "
-                f"(the partial notebook is {shown(plan.partial)})"
-            )
+            raise NotebookError(f"{name} stopped early: code in cell {index} never ran {where}")
     _tidy(executed)
     nbformat.write(executed, plan.partial)
 
 
 def _tidy(executed: Any) -> None:
     """Take out what is noise in a saved notebook: timings in the metadata, progress bars, widgets without a kernel."""
-    for noise in ("papermill", "widgets"):
-        executed.metadata.pop(noise, None)
-    for cell in executed.cells:
-        for noise in ("papermill", "execution"):
-            cell.metadata.pop(noise, None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output.get("data", {}))]
-            for output in cell.outputs:  # what is left of a widget without its kernel: its words
+    for part in (executed, *executed.cells):
+        for noise in ("papermill", "widgets", "execution"):
+            part.metadata.pop(noise, None)
+        if "outputs" in part:
+            part.outputs = [output for output in part.outputs if not _is_progress_bar(output.get("data", {}))]
+            for output in part.outputs:  # what is left of a widget without its kernel: its words
                 output.get("data", {}).pop(WIDGET, None)
 
 

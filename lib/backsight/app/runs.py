@@ -50,7 +50,13 @@ if TYPE_CHECKING:
 RUN_VARIABLE = "BACKSIGHT_RUN"
 # What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before.
 BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
-
+# What a run makes, besides the figures that its record names: removed before another one starts in its folder, since
+# results must not be mixed. What else lies there is the user's.
+OF_A_RUN = (
+    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES),
+    *("{notebook}.ipynb", "{notebook}.partial.ipynb", "frames/*/*--*.png", "inverses/**/*--*.safetensors"),
+    *("checkpoints/direct.safetensors", "checkpoints/modular*.safetensors", "checkpoints/.*.partial"),
+)
 # What can change a number.
 RECORDED_PACKAGES = (
     *("backsight", "torch", "torchvision", "timm", "transformers", "accelerate"),
@@ -71,11 +77,10 @@ def run_folder(out: str | Path, notebook: str) -> Path:
 def _hardware() -> dict[str, Any]:
     """Of this machine, memory in GiB; the GPU where torch is loaded and sees one."""
     torch, information = sys.modules.get("torch"), Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = re.search(r"^model name\s*: (.+)$", information.read_text() if information.is_file() else "", re.M)
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processors[0] if processors else platform.machine(),
+        "processor": processor[1] if processor else platform.machine(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -85,16 +90,12 @@ def _hardware() -> dict[str, Any]:
 
 def _commit() -> dict[str, Any]:
     """The project's commit and whether tracked files differ from it; None where git or a commit is absent."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(project_root()), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
+    command = ["git", "-C", str(project_root()), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
+    return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}
 
 
 @cache
@@ -111,7 +112,6 @@ class Run:
     """One notebook's run: a folder, and the record of it in started.json (run.json once complete)."""
 
     folder: Path
-    in_runner: bool
 
     @property
     def figures(self) -> Path:
@@ -128,15 +128,14 @@ class Run:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
             with self._record() as record:
-                phases = record.setdefault("seconds", {})
-                phases[name] = round(phases.get(name, 0.0) + seconds, 3)
+                spent = record["seconds"].get(name, 0.0) + time.perf_counter() - start
+                record["seconds"][name] = round(spent, 3)
 
     def note_weights(self, target: Any) -> None:
         """Record which weights the results come from: target.name, target.weights, target.weights_hash."""
         with self._record() as record:
-            record.setdefault("weights", {})[target.name] = {"weights": target.weights, "hash": target.weights_hash}
+            record["weights"][target.name] = {"weights": target.weights, "hash": target.weights_hash}
 
     def save_metrics(self, frame: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
         """Save the run's tidy table (as metrics.partial.csv until the run is complete) and return it.
@@ -171,7 +170,7 @@ class Run:
             lambda temporary: figure.savefig(temporary, dpi=200, bbox_inches="tight", metadata={"Software": None}),
         )
         with self._record() as record:
-            record["figures"] = sorted({*record.get("figures", []), path.name})
+            record["figures"] = sorted({*record["figures"], path.name})
         return path
 
     def show(self, name: str, figure: "Figure", sentence: str = "") -> None:
@@ -192,7 +191,7 @@ class Run:
         """Declare the run complete; under `backsight run` the runner does that, after checking every cell."""
         with self._record() as record:
             record["hardware"] = _hardware()  # now torch is loaded and sees the GPU
-        if not self.in_runner:
+        if RUN_VARIABLE not in os.environ:
             complete_run(self.folder)
 
     @contextmanager
@@ -208,17 +207,17 @@ def open_run(notebook: str, parameters: Mapping[str, Any] | None = None) -> Run:
     notebook: its file name without suffix; parameters: its parameters by name, by default as they are in the kernel.
     Under `backsight run` the runner's folder and record are joined.
     """
-    if folder := os.environ.get(RUN_VARIABLE):
-        return Run(Path(folder), in_runner=True)
+    if joined := os.environ.get(RUN_VARIABLE):
+        return Run(Path(joined))
     if parameters is None:
         from IPython import get_ipython
 
         known, cells = read_notebook(project_root() / "notebooks" / f"{notebook}.ipynb"), get_ipython().user_ns
         parameters = {name: (cells[SETTINGS] if name in known.settings else cells)[name] for name in known.defaults}
-    run = Run(run_folder(parameters.get("out", ""), notebook), in_runner=False)
-    check_folder(run.folder, notebook)
-    start_run(run.folder, {"notebook": notebook, "parameters": {n: v for n, v in parameters.items() if n != "out"}})
-    return run
+    folder = run_folder(parameters.get("out", ""), notebook)
+    check_folder(folder, notebook)
+    start_run(folder, {"notebook": notebook, "parameters": {n: v for n, v in parameters.items() if n != "out"}})
+    return Run(folder)
 
 
 def check_folder(folder: Path, notebook: str) -> None:
@@ -231,6 +230,14 @@ def check_folder(folder: Path, notebook: str) -> None:
         raise BacksightError(
             f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
         )
+
+
+def clear_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remove what an earlier run made, and nothing else."""
+    figures = [f"figures/{Path(name).name}" for name in record.get("figures", [])]
+    for pattern in (*OF_A_RUN, *figures):
+        for path in list(folder.glob(pattern.format(notebook=record["notebook"]))):
+            path.unlink()
 
 
 def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) -> None:

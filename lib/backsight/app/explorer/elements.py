@@ -12,7 +12,8 @@ import anywidget
 import traitlets
 from torch import Tensor
 
-from backsight.app.explorer.workbench import ENLARGED, as_png
+from backsight.app.explorer.workbench import ENLARGED
+from backsight.app.pictures import as_png
 
 BROWSER = Path(__file__).resolve().parent / "browser"
 
@@ -20,35 +21,24 @@ BROWSER = Path(__file__).resolve().parent / "browser"
 class Picture(anywidget.AnyWidget):
     """A picture with a grid of patches to choose from, and boxes of object queries.
 
-    png: the file's bytes; grid: rows and columns of patches, () where none can be chosen; marks: {"erased" |
-    "shuffled" | "swapped": patches}; mode: which of them a click changes; boxes: of `workbench.Answer`; removed:
-    queries; clickable: whether boxes are. Messages: {"kind": "patch", "patch", "on"} and {"kind": "query", "query"}.
+    png: the file's bytes; mode: which of the view's patches a click changes; shown: title, caption, alt, boxes (of
+    `workbench.Answer`) and, where these and patches can be clicked, view (a dict) and grid (rows, columns).
+    Messages: {"kind": "patch", "patch", "on"} and {"kind": "query", "query"}.
     """
 
     _esm = BROWSER / "picture.js"
     png = traitlets.Bytes().tag(sync=True)
-    title = traitlets.Unicode().tag(sync=True)
-    alt = traitlets.Unicode().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
-    grid: traitlets.List = traitlets.List().tag(sync=True)
-    marks = traitlets.Dict().tag(sync=True)
     mode = traitlets.Unicode("erased").tag(sync=True)
-    boxes: traitlets.List = traitlets.List().tag(sync=True)
-    removed: traitlets.List = traitlets.List().tag(sync=True)
-    clickable = traitlets.Bool(False).tag(sync=True)
+    shown = traitlets.Dict().tag(sync=True)
 
-    def show(self, image: Tensor, **traits: Any) -> None:
-        """Put the image (1, 3, H, W) and the traits into the page at once."""
+    def show(self, image: Tensor, **shown: Any) -> None:
+        """Put the image (1, 3, H, W), and what is shown with it, into the page at once."""
         with self.hold_sync():
-            for name, value in {"png": as_png(image[0], ENLARGED), **traits}.items():
-                self.set_trait(name, value)
+            self.png, self.shown = as_png(image[0], ENLARGED), shown
 
 
 class Strip(anywidget.AnyWidget):
-    """All depths, one button each. depths: tap, png (a data address), text; chosen: the tap that is looked at.
-
-    Message: {"kind": "tap", "tap"}.
-    """
+    """All depths, one button each. depths: tap, png (a data address), text; chosen: the tap that is looked at."""
 
     _esm = BROWSER / "strip.js"
     depths: traitlets.List = traitlets.List().tag(sync=True)

@@ -9,41 +9,50 @@ hues follow while it has nothing else to do. ipywidgets keeps only the newest va
 from __future__ import annotations
 
 import asyncio
-import base64
-import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
 from hashlib import sha256
-from html import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets as widgets
 import torch.nn.functional as F
+import traitlets
 from matplotlib import colormaps
-from PIL import Image
-from torch import Tensor, from_numpy
+from torch import from_numpy
 
-from backsight.app.explorer.captions import HUES, hue_chart, hue_in_words, mean_errors, measures_table
+from backsight.app.explorer.captions import HUES, html, hue_in_words, mean_errors, measures_table
 from backsight.app.explorer.elements import Drop, Frame, Picture, Strip
-from backsight.app.explorer.view import View, from_query
-from backsight.app.explorer.workbench import Bench, Seen, Workbench, as_png, on_grid
-from backsight.data.decode import ImageError, read_rgb
+from backsight.app.explorer.view import CELLS, View, from_query
+from backsight.app.explorer.workbench import Seen, Workbench, carried
+from backsight.app.pictures import as_png, data_address
+from backsight.app.runs import file_name
+from backsight.data.decode import ImageError, decode
 from backsight.errors import BacksightError
 from backsight.measures.pixels import psnr
+from backsight.plots.style import colour_of
 from backsight.project import results_root, shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS
 from backsight.targets import SHIPPED
 
 ERROR_RANGE = 0.5  # RMS error, of the range of a pixel, at the end of the error map's colours
-MODES = {"erase": "erased", "shuffle": "shuffled", "swap": "swapped"}
 OFFERED = (*(f"scene {number}" for number in range(12)), *PHOTOGRAPHS)
-Element = TypeVar("Element", bound=widgets.DOMWidget)
+# The controls in two columns of groups: where the page is narrow, the pictures stand between them.
+GROUPS = {
+    "first": {
+        "Model": ("target", "family"),
+        "Layer": ("play", "tap", "depth", "inverse_tap", "noise"),
+        "Colour": ("hue_shift", "saturation", "region"),
+    },
+    "second": {
+        "Picture": ("picture", "drop"),
+        "Patches: click on the input": ("mode", "swap_picture", "clear"),
+        "Keep": ("actions",),
+    },
+}
 
 
 def explore(query: str = "", fit_images: int = 2000) -> Page:
@@ -54,8 +63,7 @@ def explore(query: str = "", fit_images: int = 2000) -> Page:
     page = Page(Workbench(fit_images))
     page.look(View())
     with page.refusals():
-        if (view := from_query(query)) != View():
-            page.look(view)
+        page.look(from_query(query))
     return page
 
 
@@ -65,25 +73,21 @@ class Page:
     def __init__(self, workbench: Workbench | None = None) -> None:
         self.workbench = workbench or Workbench()
         self.view = View()
-        self.bench: Bench | None = None
         self._is_setting = False  # the controls, which then ask for no new view
         self._rest: asyncio.Task[None] | None = None
 
         self.frame, self.drop, self.strip = Frame(), Drop(), Strip()
-        titles = ("Input", "Reconstruction", "Difference", "Error by patch")
-        self.given, self.made, self.difference, self.errors = (Picture(title=title) for title in titles)
-        self.message, self.heading, self.measures, self.hues = (widgets.HTML() for _ in range(4))
-        self.status, self.tap, self.sentence = (classed(widgets.HTML(), name) for name in ("status", "tap", "sentence"))
-        self.code = classed(widgets.Textarea(layout={"width": "100%", "height": "15rem"}, disabled=True), "code")
-        self.depth = widgets.IntSlider(description="Depth", max=7, readout=False)
-        self.play = widgets.Play(max=7, interval=500, repeat=True, show_repeat=False)
-        self.mode = widgets.ToggleButtons(options=MODES)
-        self.clear = widgets.Button(description="Clear patches and queries")
-        self.reset = widgets.Button(description="Reset")
+        self.given, self.made, self.difference, self.errors = (Picture() for _ in range(4))
+        self.message, self.heading, self.measures, self.hues, self.sentence = (widgets.HTML() for _ in range(5))
+        self.status, self.depth = (widgets.HTML().add_class(f"backsight-{name}") for name in ("status", "tap"))
+        self.code = widgets.Textarea(layout={"width": "100%", "height": "15rem"}, disabled=True)
+        self.play = widgets.Play(interval=500, repeat=True, show_repeat=False)
+        self.mode = widgets.ToggleButtons(options={"erase": "erased", "shuffle": "shuffled", "swap": "swapped"})
         self.export = widgets.Button(description="Export PNG", tooltip="the pictures, with this view in the file")
-        self.fields: dict[str, Any] = {  # controls of one field of the view each
-            "target": widgets.Dropdown(description="Target", options=list(SHIPPED)),
+        self.controls: dict[str, Any] = {  # of one field of the view each
+            "target": widgets.Dropdown(description="Target", options=SHIPPED),
             "family": widgets.Dropdown(description="Inverse"),
+            "tap": widgets.SelectionSlider(description="Depth", options=[""], readout=False),
             "inverse_tap": widgets.Dropdown(description="read with"),
             "noise": widgets.FloatSlider(description="Noise σ", max=3, step=0.1, readout_format=".1f"),
             "hue_shift": widgets.IntSlider(description="Hue shift °", min=-180, max=180, step=15),
@@ -92,48 +96,43 @@ class Page:
             "picture": widgets.Dropdown(description="Picture", options=OFFERED),
             "swap_picture": widgets.Dropdown(description="swap from", options=OFFERED),
         }
-        self.box = self._laid_out()
+        clear, reset = (widgets.Button(description=text) for text in ("Clear patches and queries", "Reset"))
+        actions = widgets.HBox([reset, self.export]).add_class("backsight-actions")
+        others = {"play": widgets.HBox([self.play]), "depth": self.depth, "drop": self.drop, "mode": self.mode}
+        self.box = self._laid_out({**self.controls, **others, "clear": clear, "actions": actions})
 
-        widgets.jslink((self.play, "value"), (self.depth, "value"))
-        for name, control in self.fields.items():
-            control.observe(partial(self._control_changed, name), "value")
-        self.depth.observe(partial(self._control_changed, "tap"), "value")
-        self.mode.observe(lambda change: self.given.set_trait("mode", change["new"]), "value")
-        self.clear.on_click(lambda _: self._apply(erased=(), shuffled=(), swapped=(), removed=()))
-        self.reset.on_click(lambda _: self.look(View(target=self.view.target)))
+        widgets.jslink((self.play, "value"), (self.controls["tap"], "index"))
+        traitlets.dlink((self.mode, "value"), (self.given, "mode"))
+        traitlets.link((self.controls["tap"], "value"), (self.strip, "chosen"))
+        for name, control in self.controls.items():
+            control.observe(lambda change, name=name: self._apply(**{name: change["new"]}), "value")
+        clear.on_click(lambda _: self._apply(erased=(), shuffled=(), swapped=(), removed=()))
+        reset.on_click(lambda _: self.look(View(target=self.view.target)))
         self.export.on_click(self._export)
-        for element in (self.given, self.strip, self.drop):
+        for element in (self.given, self.drop):
             element.on_msg(self._heard)
 
-    def _laid_out(self) -> widgets.Box:
-        # Two groups of controls: where the page is narrow, the pictures stand between them.
-        header = (
-            "<h1>What does this layer still see?</h1><p class='backsight-soft'>Choose a depth: the picture is rebuilt "
-            "from what the model holds there. Turn the object's hue, and see from which layer on it no longer follows."
-            "</p>"
+    def _laid_out(self, parts: Mapping[str, widgets.Widget]) -> widgets.Box:
+        def box(name: str, *children: widgets.Widget) -> widgets.Box:
+            return widgets.VBox(children).add_class(f"backsight-{name}")
+
+        def group(title: str, names: Sequence[str]) -> widgets.Box:
+            for control in (parts[name] for name in names):
+                if isinstance(control, widgets.ValueWidget | widgets.Button):
+                    control.layout.width = "auto"
+            return box("group", widgets.HTML(f"<h2>{title}</h2>"), *(parts[name] for name in names))
+
+        first, second = (
+            box("controls", *(group(*titled) for titled in groups.items())).add_class(f"backsight-{column}")
+            for column, groups in GROUPS.items()
         )
-        part = self.fields
-        first = [
-            _group("Model", part["target"], part["family"]),
-            _group("Layer", widgets.HBox([self.play]), self.depth, self.tap, part["inverse_tap"], part["noise"]),
-            _group("Colour", part["hue_shift"], part["saturation"], part["region"]),
-        ]
-        second = [
-            _group("Picture", part["picture"], self.drop),
-            _group("Patches: click on the input", self.mode, part["swap_picture"], self.clear),
-            _group("Keep", classed(widgets.HBox([self.reset, self.export]), "actions")),
-        ]
-        pictures = classed(widgets.Box([self.given, self.made, self.difference, self.errors]), "pictures")
-        details = classed(widgets.Box([self.hues, self.measures]), "details")
-        lines = widgets.Accordion([self.code], titles=("Python that reproduces this view",), selected_index=None)
-        views = [self.status, self.heading, pictures, self.sentence, self.strip, details, lines]
-        columns = [
-            classed(widgets.VBox(first), "controls", "first"),
-            classed(widgets.VBox(views), "views"),
-            classed(widgets.VBox(second), "controls", "second"),
-        ]
-        columns_box = classed(widgets.Box(columns), "columns")
-        return classed(widgets.VBox([self.frame, widgets.HTML(header), self.message, columns_box]), "page")
+        pictures = box("pictures", self.given, self.made, self.difference, self.errors)
+        details = box("details", self.hues, self.measures)
+        code = self.code.add_class("backsight-code")
+        lines = widgets.Accordion([code], titles=("Python that reproduces this view",), selected_index=None)
+        middle = box("views", self.status, self.heading, pictures, self.sentence, self.strip, details, lines)
+        header = widgets.HTML(html().header())
+        return box("page", self.frame, header, self.message, box("columns", first, middle, second))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         words = "The explorer: it is alive while the notebook's kernel runs. Run this cell, or `make explore`."
@@ -141,122 +140,109 @@ class Page:
 
     # -------------------------------------------------------------------------------------------- from controls to view
 
-    def look(self, view: View) -> None:
+    def look(self, view: View, carry: bool = False) -> None:
         """Look at this view: its pictures now, and the strip and the curve as soon as nothing else is asked for.
 
-        What cannot be seen is said in the page, which then stays where it is.
+        What cannot be seen is said in the page, which then stays where it is. carry: on another target the relative
+        depth and the places of the patches stay those of the view before.
         """
         if self._rest is not None:
             self._rest.cancel()
         self.status.add_class("backsight-busy")
-        with self.refusals():
-            self._look(view)
-        self._set_controls()
-
-    def _look(self, view: View) -> None:
         self._say("")
-        bench = self._loaded(view.target)
-        start = time.perf_counter()
-        family = view.family if view.family in bench.families else next(iter(bench.families))
-        seen = self.workbench.see(replace(view, family=family, tap=view.tap or bench.taps[0]))
-        self.view, self.bench = seen.view, bench
-        self._show(seen)
-        self._show_status(f"Computed in {1000 * (time.perf_counter() - start):.0f} ms.")
-        parts = self._parts(seen)
-        try:
-            self._rest = asyncio.get_running_loop().create_task(self._follow(parts))
-        except RuntimeError:  # no notebook: nothing else can be asked for meanwhile
-            list(parts)
-
-    def _loaded(self, target: str) -> Bench:
-        self._show_status(f"Loading {target}: minutes where inverses have to be fitted to a large model.")
-        return self.workbench.bench(target)
+        self._show_status(f"Loading {view.target}: minutes where inverses have to be fitted to a large model.")
+        with self.refusals():
+            if carry and view.target != self.view.target:
+                view = self._carried(view.target)
+            families = self.workbench.bench(view.target).families
+            start = time.perf_counter()
+            seen = self.workbench.see(view if view.family in families else replace(view, family=next(iter(families))))
+            self.view = seen.view
+            self._show(seen)
+            self._show_status(f"Computed in {1000 * (time.perf_counter() - start):.0f} ms.")
+            follow = self._follow(seen)
+            try:
+                self._rest = asyncio.get_running_loop().create_task(follow)
+            except RuntimeError:  # no notebook: nothing else can be asked for meanwhile
+                asyncio.run(follow)
+        with self.refusals():
+            self._set_controls()
 
     def _apply(self, **changes: Any) -> None:
-        view = replace(self.view, **changes)
-        if view != self.view:
-            self.look(view)
+        if not self._is_setting and (view := replace(self.view, **changes)) != self.view:
+            self.look(view, carry=True)
 
-    def _control_changed(self, name: str, change: Mapping[str, Any]) -> None:
-        if self._is_setting or self.bench is None:
-            return
-        if name == "target":
-            with self.refusals():
-                return self.look(self._moved(change["new"]))
-            self._set_controls()
-        else:
-            self._apply(**{name: self.bench.taps[change["new"]] if name == "tap" else change["new"]})
-
-    def _moved(self, target: str) -> View:
+    def _carried(self, target: str) -> View:
         """The view on another target, at the same relative depth and places."""
-        before, after = self.workbench.bench(self.view.target), self._loaded(target)
+        before, after = (self.workbench.bench(name) for name in (self.view.target, target))
         share = before.taps.index(self.view.tap) / max(1, len(before.taps) - 1)
-        view = on_grid(self.view, before.grid, after.grid)
         tap = after.taps[round(share * (len(after.taps) - 1))]
-        return replace(view, target=target, tap=tap, inverse_tap="", removed=())
+        cells: dict[str, Any] = {name: carried(getattr(self.view, name), before.grid, after.grid) for name in CELLS}
+        return replace(self.view, target=target, tap=tap, inverse_tap="", removed=(), **cells)
 
     def _heard(self, _element: Any, message: Mapping[str, Any], buffers: Sequence[bytes]) -> None:
         """A message from an element of the browser."""
-        kind = message["kind"]
-        if kind == "patch":
-            cells = set(getattr(self.view, self.mode.value)) - {message["patch"]}
-            self._apply(**{self.mode.value: tuple(cells | ({message["patch"]} if message["on"] else set()))})
-        elif kind == "query":
-            self._apply(removed=tuple(set(self.view.removed) ^ {message["query"]}))
-        elif kind == "tap":
-            self._apply(tap=message["tap"])
-        elif kind == "refused":
-            self._say(message["text"])
-        elif kind == "file":
-            with self.refusals():
-                self._apply(picture=keep_upload(message["name"], bytes(buffers[0])))
+        match message:
+            case {"kind": "patch", "patch": patch, "on": on}:
+                cells = {*getattr(self.view, self.mode.value)} - {patch}
+                self._apply(**{self.mode.value: cells | {patch} if on else cells})
+            case {"kind": "query", "query": query}:
+                self._apply(removed={*self.view.removed} ^ {query})
+            case {"kind": "refused", "text": text}:
+                self._say(text)
+            case {"kind": "file", "name": name}:
+                with self.refusals():
+                    self._apply(picture=keep_upload(name, bytes(buffers[0])))
 
     def _set_controls(self) -> None:
         """Every control as the view says."""
-        view, bench = self.view, self.bench
-        if bench is None:
-            return
+        view, bench = self.view, self.workbench.bench(self.view.target)
+        place, pictures = bench.taps.index(view.tap), self.controls["picture"].options
+        options = {
+            "target": [*SHIPPED, view.target],
+            "family": bench.families,
+            "tap": bench.taps,
+            "inverse_tap": [("(its own)", ""), *((tap, tap) for tap in bench.taps)],
+            "picture": [*pictures, view.picture, view.swap_picture],
+            "swap_picture": [*pictures, view.picture, view.swap_picture],
+        }
         self._is_setting = True
-        taps, place = bench.taps, bench.taps.index(view.tap)
-        self.depth.max = self.play.max = len(taps) - 1
-        self.depth.value = self.play.value = place  # linked in the browser, too
-        self.tap.value = f"{escape(view.tap)} <span class='backsight-soft'>({place + 1} of {len(taps)})</span>"
-        self.fields["family"].options = list(bench.families)
-        self.fields["inverse_tap"].options = [("(its own)", ""), *((tap, tap) for tap in taps)]
-        self.fields["target"].options = list(dict.fromkeys([*SHIPPED, view.target]))
-        pictures = list(dict.fromkeys([*self.fields["picture"].options, view.picture, view.swap_picture]))
-        self.fields["picture"].options = self.fields["swap_picture"].options = pictures
-        for name, control in self.fields.items():
-            control.value = getattr(view, name)
+        for name, control in self.controls.items():
+            with control.hold_sync():
+                if name in options:
+                    control.options = list(dict.fromkeys(options[name]))
+                control.value = getattr(view, name)
+        self.play.max, self.play.value = len(bench.taps) - 1, place  # linked to the depth in the browser, too
+        self.depth.value = html().depth(bench.taps, view.tap)
         self._is_setting = False
 
     # ---------------------------------------------------------------------------------------------------- what is shown
 
     def _show(self, seen: Seen) -> None:
         view, grid = seen.view, self.workbench.bench(seen.view.target).grid
-        reader = f"the {view.family} inverse of {view.inverse_tap or seen.tap}"
+        reader = f"the {view.family} inverse of {view.inverse_tap or view.tap}"
         decibels = f"{seen.measures['psnr']:.1f} dB"
         before, after = seen.answers
-        by = f"<span class='backsight-soft'>read by {escape(reader)}</span>"
-        self.heading.value = f"<h2>{escape(f'{view.target}, {seen.tap}')} {by}</h2>"
+        self.heading.value = html().heading(view, reader)
         self.given.show(
             seen.image,
+            title="Input",
             caption=seen.picture.words,
             alt=f"Input: {seen.picture.words}. The model finds {before.words}.",
-            boxes=list(before.boxes),
-            removed=list(view.removed),
-            clickable=True,
-            grid=list(grid),
-            marks={name: list(getattr(view, name)) for name in MODES.values()},
+            boxes=before.boxes,
+            grid=grid,
+            view=asdict(view),
         )
         self.made.show(
             seen.reconstruction,
-            caption=f"from {seen.tap}, {decibels}",
-            alt=f"Reconstruction from {seen.tap} by {reader}; PSNR {decibels}. The model finds {after.words}.",
-            boxes=list(after.boxes),
+            title="Reconstruction",
+            caption=f"from {view.tap}, {decibels}",
+            alt=f"Reconstruction from {view.tap} by {reader}; PSNR {decibels}. The model finds {after.words}.",
+            boxes=after.boxes,
         )
         self.difference.show(
             seen.difference,
+            title="Difference",
             caption="absolute, black = equal",
             alt=f"Absolute difference of input and reconstruction, mean {float(seen.difference.mean()):.3f}",
         )
@@ -264,35 +250,29 @@ class Page:
         colours = colormaps["cividis"]((errors / ERROR_RANGE).clamp(max=1).numpy())[..., :3]
         worst = f"RMS of each patch, at most {float(errors.max()):.2f} (yellow: {ERROR_RANGE} and more)"
         image = from_numpy(colours).permute(2, 0, 1)[None].float()
-        self.errors.show(image, caption=worst, alt=worst)
+        self.errors.show(image, title="Error by patch", caption=worst, alt=worst)
         self.measures.value = measures_table(seen)
-        self.strip.chosen, self.code.value, self.frame.query = seen.tap, view.to_python(), view.to_query()
+        self.code.value, self.frame.query = view.to_python(), view.to_query()
         if seen.remarks:
             self._say(" ".join(seen.remarks))
 
-    def _parts(self, seen: Seen) -> Iterator[None]:
+    async def _follow(self, seen: Seen) -> None:
         """What follows the pictures, piece by piece: it is given up where a newer view comes between."""
-        depths = self.workbench.depths(seen.view, seen.view.hue_shift)
-        self.strip.depths = [
-            {
-                "tap": tap,
-                "png": _address(made[0]),
-                "text": f"{float(psnr(seen.image, made)):.1f} dB\n{_hue(scores)}".rstrip(),
-            }
-            for tap, (made, scores) in depths.items()
-        ]
-        yield
-        errors = mean_errors(self.workbench.depths(seen.view, *HUES))
-        self.sentence.value = f"<p><strong>{escape(hue_in_words(errors))}</strong></p>"
-        self.hues.value = hue_chart(errors, seen.tap, seen.view.family)
-        self.status.remove_class("backsight-busy")
-        yield
-
-    async def _follow(self, parts: Iterator[None]) -> None:
         with self.refusals():
             await asyncio.sleep(0.05)  # a control that is dragged comes first
-            for _ in parts:
-                await asyncio.sleep(0.15)
+            self.strip.depths = [
+                {
+                    "tap": tap,
+                    "png": data_address(as_png(made[0])),
+                    "text": f"{float(psnr(seen.image, made)):.1f} dB\n{_hue(scores)}".rstrip(),
+                }
+                for tap, (made, scores) in self.workbench.depths(seen.view, seen.view.hue_shift).items()
+            ]
+            await asyncio.sleep(0.15)
+            errors = mean_errors(self.workbench.depths(seen.view, *HUES))
+            self.sentence.value = html().sentence(hue_in_words(errors))
+            self.hues.value = html().chart(errors, seen.view.tap, colour_of(seen.view.family)) if errors else ""
+            self.status.remove_class("backsight-busy")
 
     # ---------------------------------------------------------------------------------------------------- what is said
 
@@ -309,19 +289,19 @@ class Page:
 
     def _say(self, text: str) -> None:
         """A sentence at the head of the page; "" takes it away."""
-        self.message.value = f"<div class='backsight-message' role='alert'>{escape(text)}</div>" if text else ""
+        self.message.value = html().message(text)
 
     def _show_status(self, text: str) -> None:
-        self.status.value = f"<span role='status'>{escape(text)}</span>"
+        self.status.value = html().status(text)
 
     def _export(self, _: Any) -> None:
         """The PNG of the view: kept in results and handed to the browser."""
         with self.refusals():
             content = self.workbench.png(self.view)
-            place = re.sub(r"[^\w.-]+", "-", f"{self.view.target}-{self.view.tap}")
-            kept = results_root() / "08_explorer" / "exports" / f"{place}-{datetime.now():%Y%m%d-%H%M%S-%f}.png"
+            name = f"{file_name(f'{self.view.target}-{self.view.tap}')}-{datetime.now():%Y%m%d-%H%M%S-%f}.png"
+            kept = results_root() / "08_explorer" / "exports" / name
             write_atomically(kept, lambda temporary: temporary.write_bytes(content))
-            self.frame.send({"kind": "download", "name": kept.name}, [content])
+            self.frame.send({"kind": "download", "name": name}, [content])
             self._say(f"Exported to {shown(kept)}; the lines of Python below write the same file.")
 
 
@@ -330,35 +310,14 @@ def keep_upload(name: str, content: bytes) -> str:
 
     Raises BacksightError, with the file's name, on what is no picture.
     """
-    stem = re.sub(r"[^\w.-]+", "_", Path(name).stem)[:40] or "picture"
-    kept = results_root() / "08_explorer" / "pictures" / f"{stem}-{sha256(content).hexdigest()[:12]}.png"
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            pixels = read_rgb(file.name)
-        except ImageError as error:
-            raise BacksightError(f"{Path(name).name} is no picture that can be read: {error.reason}.") from error
-    write_atomically(kept, lambda temporary: Image.fromarray(pixels).save(temporary))
+    stem = f"{file_name(Path(name).stem)[:40]}-{sha256(content).hexdigest()[:12]}"
+    kept = results_root() / "08_explorer" / "pictures" / f"{stem}.png"
+    try:
+        image = decode(name, lambda: content)
+    except ImageError as error:
+        raise BacksightError(f"{Path(name).name} is no picture that can be read: {error.reason}.") from error
+    write_atomically(kept, image.save)
     return str(kept)
-
-
-def classed(element: Element, *names: str) -> Element:
-    for name in names:
-        element.add_class(f"backsight-{name}")
-    return element
-
-
-def _group(title: str, *controls: widgets.DOMWidget) -> widgets.VBox:
-    for control in controls:
-        if isinstance(control, widgets.ValueWidget | widgets.Button):
-            control.layout.width = "auto"
-    return classed(widgets.VBox([widgets.HTML(f"<h2>{title}</h2>"), *controls]), "group")
-
-
-def _address(image: Tensor) -> str:
-    """A data address of (3, H, W) in [0, 1]."""
-    return "data:image/png;base64," + base64.b64encode(as_png(image)).decode()
 
 
 def _hue(scores: Mapping[str, Any]) -> str:

@@ -20,18 +20,16 @@ def served_alone() -> bool:
     return os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
 
 
-def serve(port: int = 0, browser: bool = True) -> int:
+def serve(port: int = 0, browser: bool = True) -> None:
     """Serve the page until it is interrupted, for those who know the address that is printed: it holds a token.
 
     port: 0 for any free one. Raises BacksightError where it cannot be used.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except (OSError, OverflowError) as error:
-            raise BacksightError(f"Port {port} cannot be used ({error}): give another --port.") from error
-        port = probe.getsockname()[1]
+    try:
+        with socket.create_server((LOOPBACK, port)) as probe:
+            port = probe.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise BacksightError(f"Port {port} cannot be used ({error}): give another --port.") from error
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(SHARE), os.environ.get("JUPYTER_PATH")]))
     os.environ["JUPYTER_TOKEN"] = secrets.token_urlsafe(24)  # not an argument: other users see those of a process
     address = f"http://{LOOPBACK}:{port}/?token={os.environ['JUPYTER_TOKEN']}"
@@ -51,4 +49,3 @@ def serve(port: int = 0, browser: bool = True) -> int:
             *([] if browser else ["--no-browser"]),
         ]
     )
-    return 0

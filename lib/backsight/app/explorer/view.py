@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlencode
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from backsight.errors import BacksightError
 
-Cells = tuple[int, ...]
+# Patches or queries, from 0 on; as text with commas.
+Cells = Annotated[
+    tuple[NonNegativeInt, ...],
+    BeforeValidator(lambda cells: cells.split(",") if isinstance(cells, str) else cells),
+    AfterValidator(lambda cells: tuple(sorted(set(cells)))),
+]
 CELLS = ("erased", "shuffled", "swapped")  # the fields that hold patches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False))
 class View:
     """One picture, changed; one tap's representation of it, changed; one inverse.
 
@@ -23,34 +31,23 @@ class View:
     takes for zero, or put in each other's places. noise: Gaussian, in standard deviations of the representation's
     channels over scenes. swapped: patches whose tokens come from `swap_picture` instead.
     inverse_tap: the tap whose inverse reads the representation; "": its own. removed: object queries put to their
-    mean over scenes (predictions: to "no object"). Raises BacksightError on values that no view has.
+    mean over scenes (predictions: to "no object"). Raises ValidationError on values that no view has.
     """
 
     target: str = "scenes-vit"
     family: str = "modular"
     tap: str = ""
     picture: str = "scene 0"
-    hue_shift: float = 0.0
-    saturation: float = 1.0
+    hue_shift: Annotated[float, Field(ge=-180, le=180)] = 0.0
+    saturation: Annotated[float, Field(ge=0, le=2)] = 1.0
     region: Literal["object", "image"] = "object"
     erased: Cells = ()
     shuffled: Cells = ()
-    noise: float = 0.0
+    noise: Annotated[float, Field(ge=0, le=3)] = 0.0
     swapped: Cells = ()
     swap_picture: str = "scene 1"
     inverse_tap: str = ""
     removed: Cells = ()
-
-    def __post_init__(self) -> None:
-        if self.region not in ("object", "image"):
-            raise BacksightError(f"A colour is changed in the 'object' or in the 'image', not in {self.region!r}.")
-        for name in (*CELLS, "removed"):
-            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
-            if min(getattr(self, name), default=0) < 0:
-                raise BacksightError(f"{name} lists patches or queries from 0 on, not {getattr(self, name)}.")
-        for name, lowest, highest in (("hue_shift", -180, 180), ("saturation", 0, 2), ("noise", 0, 3)):
-            if not lowest <= getattr(self, name) <= highest:  # also refuses NaN
-                raise BacksightError(f"{name} lies between {lowest} and {highest}, not at {getattr(self, name)}.")
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -59,8 +56,8 @@ class View:
 
     def to_query(self) -> str:
         """The view as the query of a link, without what is as in a fresh view."""
-        lists = {name: value for name, value in self.changed.items() if isinstance(value, tuple)}
-        return urlencode(self.changed | {name: ",".join(map(str, cells)) for name, cells in lists.items()})
+        texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in self.changed.items()}
+        return urlencode(texts)
 
     def to_python(self) -> str:
         """Lines that compute this view and write the same PNG as the export."""
@@ -77,16 +74,13 @@ class View:
 
 
 def from_query(query: str) -> View:
-    """The view of a link; "" and other applications' entries give a fresh one.
+    """The view of a link, "" a fresh one; other applications' entries are passed over.
 
     Raises BacksightError, naming the entry, where a value cannot be read.
     """
-    kinds: dict[str, Any] = {name: type(value) for name, value in asdict(View()).items()}
-    values: dict[str, Any] = {}
-    for name, text in parse_qsl(query.lstrip("?")):
-        try:
-            if name in kinds:
-                values[name] = tuple(map(int, text.split(","))) if kinds[name] is tuple else kinds[name](text)
-        except ValueError as error:
-            raise BacksightError(f"The link says {name}={text!r}, which cannot be read: correct it.") from error
-    return View(**values)
+    entries: dict[str, Any] = dict(parse_qsl(query.lstrip("?")))
+    try:
+        return View(**entries)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise BacksightError(f"The link says {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg'].lower()}.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,23 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import backsight
-from backsight.app.explorer.view import CELLS, View
-from backsight.app.pictures import Picture, open_picture
+from backsight.app.explorer.view import View
+from backsight.app.pictures import Picture, as_png, open_picture
 from backsight.data.images import batches, open_images
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import Reconstruct
-from backsight.inverses.files import save, shipped_inverses
-from backsight.inverses.linear import fit_linear
+from backsight.inverses.families import Reconstruct, kept_inverses
 from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr, ssim
-from backsight.project import cache_folder, write_atomically
 from backsight.representation import Grid, Predictions, Representation, Tokens
-from backsight.studies.by_seed import fit_or_load
 from backsight.studies.recolour import recoloured
 from backsight.targets import Target, load_target
 
@@ -57,7 +51,6 @@ class Seen:
     """
 
     view: View
-    tap: str
     picture: Picture
     reconstruction: Tensor
     answers: tuple[Answer, Answer]
@@ -85,9 +78,9 @@ class Bench:
     mean: Mapping[str, Tensor]
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def taps(self) -> list[str]:
         """Those that some inverse reads."""
-        return tuple(tap for tap in self.target.taps if any(tap in inverses for inverses in self.families.values()))
+        return [tap for tap in self.target.taps if any(tap in inverses for inverses in self.families.values())]
 
     @property
     def grid(self) -> Grid:
@@ -109,48 +102,37 @@ class Workbench:
         self._depths = lru_cache(32)(self._every_depth)
 
     def _bench(self, name: str) -> Bench:
-        """The target with its inverses: shipped ones, those kept from an earlier time, else linear ones fitted here."""
-        target = load_target(name)
-        folder = shipped_inverses(target) or cache_folder() / "inverses" / f"{target.weights_hash}-{self.fit_images}"
-        if not folder.exists():
-            images = open_images("scenes", "train", target, self.fit_images)
-            write_atomically(folder, lambda temporary: save(fit_linear(target, images), temporary))
+        target, spread, mean = load_target(name), {}, {}
         scenes = open_images("scenes", "validation", target, REFERENCE_IMAGES)
-        recorded = target.record(torch.cat(list(batches(scenes, REFERENCE_IMAGES))))
-        spread = {
-            tap: representation.values[:, getattr(representation, "prefix", 0) :].flatten(0, 1).std(0)
-            for tap, representation in recorded.items()
-        }
-        mean = {tap: representation.values.mean(0, keepdim=True) for tap, representation in recorded.items()}
-        return Bench(target, fit_or_load(target, folder), spread, mean)
+        for tap, representation in target.record(torch.cat(list(batches(scenes, REFERENCE_IMAGES)))).items():
+            spread[tap] = representation.values[:, getattr(representation, "prefix", 0) :].flatten(0, 1).std(0)
+            mean[tap] = representation.values.mean(0, keepdim=True)
+        return Bench(target, kept_inverses(target, "scenes", self.fit_images), spread, mean)
 
     def _record(self, view: View) -> tuple[Picture, Mapping[str, Representation]]:
-        target, grid = self.bench(view.target).target, self.bench(view.target).grid
-        picture = given(view, target.image_size, grid, target.preprocessing.mean)
-        return picture, target.record(picture.image)
+        bench = self.bench(view.target)
+        picture = given(view, bench.target.image_size, bench.grid, bench.target.preprocessing.mean)
+        return picture, bench.target.record(picture.image)
 
     def see(self, view: View) -> Seen:
         """Compute the view. Raises BacksightError where it names what is not there or does not fit."""
         bench = self.bench(view.target)
-        tap = view.tap or bench.taps[0]
-        reader = view.inverse_tap or tap
-        inverses = bench.families.get(view.family, {})
-        for name, known in ((tap, bench.taps), (view.family, bench.families), (reader, inverses)):
+        view = replace(view, tap=view.tap or bench.taps[0])
+        reader, inverses = view.inverse_tap or view.tap, bench.families.get(view.family, {})
+        for name, known in ((view.tap, bench.taps), (view.family, bench.families), (reader, inverses)):
             if name not in known:
                 raise BacksightError(f"{view.target} has no {name!r} with an inverse; {nearest(name, list(known))}.")
         # The latest pictures' passes are kept, so that a move in depth computes none.
         picture, recorded = self._recorded(_of_picture(view))
-        representation, remarks = self._changed(view, tap, recorded[tap])
+        representation, remarks = self._changed(view, recorded[view.tap])
         with torch.no_grad():
             made = inverses[reader](representation)
             answers = answer(bench.target, picture.image), answer(bench.target, made)
-        measures = {
-            "psnr": float(psnr(picture.image, made)),
-            "ssim": float(ssim(picture.image, made)),
-        }
         colours = (object_chroma(image, picture.mask) for image in (picture.image, made))
-        measures |= {name: float(value) for name, (value,) in hue_scores(*colours).items()}
-        return Seen(view, tap, picture, made, answers, measures, remarks)
+        scores: dict[str, Any] = {"psnr": psnr(picture.image, made), "ssim": ssim(picture.image, made)}
+        scores |= hue_scores(*colours)
+        measures = {name: float(value[0]) for name, value in scores.items()}
+        return Seen(view, picture, made, answers, measures, remarks)
 
     def depths(self, view: View, *hues: float) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
         """{tap: (reconstructions (B, 3, H, W), their `hue_scores` (B,))}, of the view turned by B hues.
@@ -163,31 +145,30 @@ class Workbench:
     def _every_depth(self, view: View, hues: tuple[float, ...]) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
         bench = self.bench(view.target)
         turned = [self._recorded(_of_picture(replace(view, hue_shift=hue)))[0] for hue in hues]
-        images, masks = (
-            torch.cat([picture.image for picture in turned]),
-            torch.cat([picture.mask for picture in turned]),
-        )
+        images, masks = (torch.cat(parts) for parts in ([one.image for one in turned], [one.mask for one in turned]))
         recorded, colours, depths = bench.target.record(images), object_chroma(images, masks), {}
         inverses = bench.families[view.family]
         for tap in (tap for tap in bench.taps if tap in inverses):
             with torch.no_grad():
-                made = inverses[tap](self._changed(view, tap, recorded[tap])[0])
+                made = inverses[tap](self._changed(replace(view, tap=tap), recorded[tap])[0])
             depths[tap] = made, hue_scores(colours, object_chroma(made, masks))
         return depths
 
-    def _changed(self, view: View, tap: str, representation: Representation) -> tuple[Representation, list[str]]:
-        """The representation with the view's swap, removal and noise, and what of these could not be done here."""
+    def _changed(self, view: View, representation: Representation) -> tuple[Representation, list[str]]:
+        """The tap's representation with the view's swap, removal and noise, and what of these cannot be done here."""
         bench, remarks, values = self.bench(view.target), [], representation.values.clone()
         if view.swapped and isinstance(representation, Tokens):
             plain = View(view.target, picture=view.swap_picture)
             chosen = token_numbers(view.swapped, bench.grid, representation)
-            values[:, chosen] = self._recorded(_of_picture(plain))[1][tap].values[:, chosen]
+            values[:, chosen] = self._recorded(_of_picture(plain))[1][view.tap].values[:, chosen]
         elif view.swapped:
-            remarks.append(f"{tap} holds object queries, which have no place: tokens are swapped at earlier layers.")
+            remarks.append(
+                f"{view.tap} holds object queries, which have no place: tokens are swapped at earlier layers."
+            )
         if view.removed and isinstance(representation, Tokens):
-            remarks.append(f"{tap} comes before the object queries: removing one changes later layers only.")
+            remarks.append(f"{view.tap} comes before the object queries: removing one changes later layers only.")
         elif view.removed:
-            neutral = bench.mean[tap].clone()
+            neutral = bench.mean[view.tap].clone()
             if isinstance(representation, Predictions):  # the mean box, and no class
                 neutral[..., : representation.logits.shape[2]] = 0
                 if representation.activation == "softmax":
@@ -196,19 +177,20 @@ class Workbench:
             values[:, removed] = neutral[:, removed]
         if view.noise:
             generator = torch.Generator().manual_seed(0)
-            values = values + view.noise * bench.spread[tap] * torch.randn(values.shape, generator=generator)
+            values = values + view.noise * bench.spread[view.tap] * torch.randn(values.shape, generator=generator)
             values = values.clamp(0, 1) if isinstance(representation, Predictions) else values
         return representation.replace(values), remarks
 
     def png(self, view: View) -> bytes:
         """Input, reconstruction and difference side by side, as a file with the view and what it measures inside."""
-        seen = self.see(view)
-        weights = self.bench(view.target).target.weights_hash
-        said = f"Input, reconstruction, absolute difference: {view.target} {seen.tap}, {view.family} inverse"
-        measures = {name: round(value, 4) if value == value else None for name, value in seen.measures.items()}
-        texts = {"backsight": json.dumps(asdict(view)), "measures": json.dumps(measures), "weights": weights}
-        notes = PngInfo()
-        for name, text in (texts | {"version": backsight.__version__, "Description": said}).items():
+        seen, notes = self.see(view), PngInfo()
+        texts = {
+            "backsight": json.dumps(asdict(view)),
+            "measures": json.dumps({name: round(v, 4) if v == v else None for name, v in seen.measures.items()}),
+            "weights": self.bench(view.target).target.weights_hash,
+            "version": backsight.__version__,
+        }
+        for name, text in texts.items():
             notes.add_text(name, text)
         return as_png(torch.cat([seen.image, seen.reconstruction, seen.difference], 3)[0], ENLARGED, pnginfo=notes)
 
@@ -232,42 +214,40 @@ def given(view: View, size: tuple[int, int], grid: Grid, zero: Sequence[float]) 
         image = recoloured(image, where, turn, view.saturation)
     (rows, columns), changed = grid, image.clone()
     height, width = size[0] // rows, size[1] // columns  # what is left at the rims belongs to no patch
+    before, after = (
+        of[..., : rows * height, : columns * width].unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
+        for of in (image, changed)
+    )  # (1, 3, row, height, column, width): `after` is a view of `changed`
 
-    def patch(cell: int) -> tuple[Any, ...]:
-        row, column = divmod(cell, columns)
-        return ..., slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
-
-    shuffled = [cell for cell in view.shuffled if cell < rows * columns]
-    order = np.random.default_rng(len(shuffled)).permutation(len(shuffled))
-    for place, other in zip(order, np.roll(order, 1), strict=True):  # a random circle: none keeps its place
-        changed[patch(shuffled[place])] = image[patch(shuffled[other])]
-    for cell in (cell for cell in view.erased if cell < rows * columns):
-        changed[patch(cell)] = torch.tensor(zero).view(-1, 1, 1).clamp(0, 1)
+    shuffled = np.array([cell for cell in view.shuffled if cell < rows * columns], int)
+    order = np.random.default_rng(len(shuffled)).permutation(shuffled)
+    (to_row, to_column), (row, column) = divmod(order, columns), divmod(np.roll(order, 1), columns)
+    after[:, :, to_row, :, to_column] = before[:, :, row, :, column]  # a random circle: none keeps its place
+    row, column = divmod(np.array([cell for cell in view.erased if cell < rows * columns], int), columns)
+    after[:, :, row, :, column] = torch.tensor(zero).view(3, 1, 1).clamp(0, 1)
     return Picture(changed, mask, words)
 
 
 def answer(target: Target, image: Tensor) -> Answer:
     """The target's answer to one picture (1, 3, H, W)."""
-    output = target(image)
+    output, classes = target(image), target.classes or ()
 
     def named(index: int, probability: float) -> str:
-        classes = target.classes or ()
         return f"{classes[index] if index < len(classes) else f'class {index}'} {probability:.0%}"
 
     if isinstance(output, Predictions):
-        probabilities, labels = (part.tolist() for part in output.objects[0].max(-1))
-        order = sorted(range(len(labels)), key=lambda query: -probabilities[query])[:20]
+        probabilities, labels = output.objects[0].max(-1)
+        best, queries = probabilities.sort(descending=True, stable=True)
         boxes: list[dict[str, Any]] = [
-            {"query": query, "label": named(labels[query], probabilities[query])}
+            {"query": query, "label": named(int(labels[query]), float(probabilities[query]))}
             | dict(zip("xywh", output.boxes[0, query].tolist(), strict=True))
-            for query in order
-            if probabilities[query] > CERTAIN
+            for query in queries[best > CERTAIN][:20].tolist()
         ]
         return Answer(", ".join(box["label"] for box in boxes) or "no object", boxes)
     if not isinstance(output, Tensor) or output.ndim != 2:
         return Answer("nothing: it has no classes")
     values, indices = output[0].softmax(0).topk(min(5, output.shape[1]))
-    return Answer(", ".join(named(*best) for best in zip(indices.tolist(), values.tolist(), strict=True)))
+    return Answer(", ".join(map(named, indices.tolist(), values.tolist())))
 
 
 def token_numbers(cells: Sequence[int], grid: Grid, tokens: Tokens) -> list[int]:
@@ -284,17 +264,3 @@ def carried(cells: Sequence[int], before: Grid, after: Grid) -> tuple[int, ...]:
     chosen = torch.zeros(before[0] * before[1])
     chosen[[cell for cell in cells if cell < len(chosen)]] = 1
     return tuple(F.adaptive_max_pool2d(chosen.view(1, *before), after).flatten().nonzero().flatten().tolist())
-
-
-def on_grid(view: View, before: Grid, after: Grid) -> View:
-    """The view with its patches carried to another target's grid."""
-    moved: dict[str, Any] = {name: carried(getattr(view, name), before, after) for name in CELLS}
-    return replace(view, **moved)
-
-
-def as_png(image: Tensor, side: int = 0, **options: Any) -> bytes:
-    """A PNG file of (3, H, W) in [0, 1], made fast; every pixel a square, so that the picture is about `side` high."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    factor, file = max(1, side // image.shape[1]), io.BytesIO()
-    Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(file, "PNG", compress_level=1, **options)
-    return file.getvalue()

@@ -20,10 +20,12 @@ function render({ model, el }) {
     image.dataset.version = String(Number(image.dataset.version || 0) + 1);
   }
 
-  const columns = () => model.get("grid")[1];
-  const count = () => (model.get("grid").length ? model.get("grid")[0] * columns() : 0);
+  const shown = () => ({ boxes: [], grid: [0, 0], view: null, ...model.get("shown") });
+  const rows = () => shown().grid[0];
+  const columns = () => shown().grid[1];
+  const count = () => rows() * columns();
   const rectangle = (cell) => {
-    const [high, wide] = [1 / model.get("grid")[0], 1 / columns()];
+    const [high, wide] = [1 / rows(), 1 / columns()];
     return { x: (cell % columns()) * wide, y: Math.floor(cell / columns()) * high, width: wide, height: high };
   };
   const place = (element, attributes) => {
@@ -35,9 +37,10 @@ function render({ model, el }) {
   };
 
   function show() {
-    find(".backsight-picture-title").textContent = model.get("title");
-    find("figcaption").textContent = model.get("caption");
-    image.alt = model.get("alt");
+    const { title, caption, alt, boxes, view } = shown();
+    find(".backsight-picture-title").textContent = title;
+    find("figcaption").textContent = caption;
+    image.alt = alt;
     marks.replaceChildren();
     labels.replaceChildren();
     if (at >= count()) at = 0;
@@ -46,20 +49,20 @@ function render({ model, el }) {
       place(overlay, { class: "backsight-clickable", tabindex: 0, role: "application", "aria-label": says });
       place(cursor, rectangle(at));
     }
-    for (const [style, cells] of Object.entries(model.get("marks"))) {
-      for (const cell of cells) draw(`mark backsight-${style}`, { ...rectangle(cell), "data-cell": cell });
+    for (const style of view ? ["erased", "shuffled", "swapped"] : []) {
+      for (const cell of view[style]) draw(`mark backsight-${style}`, { ...rectangle(cell), "data-cell": cell });
     }
-    for (const { query, label, x, y, w, h } of model.get("boxes")) {
+    for (const { query, label, x, y, w, h } of boxes) {
       const [left, top] = [Math.max(0, x - w / 2), Math.max(0, y - h / 2)];
       const box = { x: left, y: top, width: Math.min(1, x + w / 2) - left, height: Math.min(1, y + h / 2) - top };
-      const removed = model.get("removed").includes(query);
+      const removed = view?.removed.includes(query);
       draw("halo", box);
       draw(removed ? "box backsight-removed" : "box", box);
-      const button = document.createElement(model.get("clickable") ? "button" : "span");
+      const button = document.createElement(view ? "button" : "span");
       button.className = "backsight-label";
       button.style.cssText = `left: ${100 * left}%; top: ${100 * top}%`;
       button.textContent = label;
-      if (model.get("clickable")) {
+      if (view) {
         place(button, { "aria-pressed": removed, "aria-label": `query ${query}, ${label}: remove this object query` });
         button.addEventListener("click", () => model.send({ kind: "query", query }));
       }
@@ -70,7 +73,7 @@ function render({ model, el }) {
   function cellAt(event) {
     const area = overlay.getBoundingClientRect();
     const column = Math.floor(((event.clientX - area.left) / area.width) * columns());
-    const row = Math.floor(((event.clientY - area.top) / area.height) * model.get("grid")[0]);
+    const row = Math.floor(((event.clientY - area.top) / area.height) * rows());
     const inside = column >= 0 && column < columns() && row >= 0 && row * columns() < count();
     return inside ? row * columns() + column : null;
   }
@@ -80,7 +83,7 @@ function render({ model, el }) {
     model.send({ kind: "patch", patch: cell, on });
   }
 
-  const chosen = (cell) => (model.get("marks")[model.get("mode")] || []).includes(cell);
+  const chosen = (cell) => shown().view[model.get("mode")].includes(cell);
   let painting = null;
   function paint(event) {
     const cell = count() ? cellAt(event) : null;

@@ -15,7 +15,10 @@ function render({ model, el }) {
       if (!button) {
         button = document.createElement("button");
         button.innerHTML = '<img alt=""><b></b><span></span>';
-        button.addEventListener("click", () => model.send({ kind: "tap", tap: button.dataset.tap }));
+        button.addEventListener("click", () => {
+          model.set("chosen", button.dataset.tap);
+          model.save_changes();
+        });
         strip.append(button);
       }
       const [image, tap, text] = button.children;
