@@ -136,8 +136,7 @@ def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"look": look_of, "gain": DIFFERENCE_GAIN}
-    environment.globals |= {"duration": _duration, "number": number, "rounded": _rounded}
+    environment.globals |= {"look": look_of, "number": number, "gain": DIFFERENCE_GAIN}
     return environment.get_template("report.html.jinja").render(
         name=study.folder.resolve().name,
         frames=frames,
@@ -231,10 +230,6 @@ def _depth_table(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float, decimals: int) -> str:
-    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-
-
 def _target(
     name: str, runs: Sequence[PageRun], pictures: Sequence[dict[str, Any]], by_depth: Sequence[pd.DataFrame]
 ) -> dict[str, Any]:
@@ -279,14 +274,6 @@ def _curves(rows: pd.DataFrame) -> dict[str, Any] | None:
     width, height = (round(side * 200) for side in figure.get_size_inches())
     source = data_address(png_bytes(figure, dpi=200))
     return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}
-
-
-# -------------------------------------------------------------------------------------------------------- run facts
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
 
 
 def _hardware(hardware: Mapping[str, Any]) -> str:
