@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,7 +132,7 @@ def _relocated(value: Any) -> Any:
     return value if named or not path.exists() else shown(path.absolute())
 
 
-def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = print) -> Path:
+def run_plan(plan: Plan, verbose: bool = False) -> Path:
     """Run a checked notebook, or reuse its finished run; returns the path of run.json.
 
     verbose: print what the cells print. Raises NotebookError where a cell fails, BacksightError where the folder is in
@@ -144,21 +144,21 @@ def run_plan(plan: Plan, verbose: bool = False, say: Callable[[str], None] = pri
         finished, started = (read_json(plan.folder / name) or {} for name in (FINISHED, STARTED))
         files = [plan.executed, *(plan.folder / name for name in finished.get("files", []))]
         if plan.is_of(finished) and all(file.is_file() for file in files):
-            say(f"{name}: reused, {place} is a complete run with these parameters")
+            print(f"{name}: reused, {place} is a complete run with these parameters")
             return plan.folder / FINISHED
         resumed = not finished and plan.is_of(started)
         if resumed:
-            say(f"{name}: resuming the interrupted run in {place}")
+            print(f"{name}: resuming the interrupted run in {place}")
         elif held := finished or started:
-            say(f"{name}: {place} held {_difference(held, plan)}; starting afresh")
+            print(f"{name}: {place} held {_difference(held, plan)}; starting afresh")
             clear_run(plan.folder, held)
         start = time.perf_counter()
         start_run(plan.folder, plan.identity, resumed)
-        say(f"{name} -> {place}")
+        print(f"{name} -> {place}")
         _execute(plan, verbose)
         os.replace(plan.partial, plan.executed)
         record = complete_run(plan.folder)
-        say(f"{name}: complete in {time.perf_counter() - start:.0f} s, {shown(record)}")
+        print(f"{name}: complete in {time.perf_counter() - start:.0f} s, {shown(record)}")
         return record
 
 
