@@ -82,9 +82,11 @@ def colour(study: Study) -> None:
 
 
 def cross_layer(study: Study) -> None:
-    """A step of depth costs the DETR more."""
-    slope = 0.5 if study.name == "scenes-detr" else 0.2
-    study.add("stitch_slope", slope, None, "linear", 0.05, endpoints="without")
+    """A step of depth costs the DETR more, which has fewer pairs of taps; by modular inverses it does not."""
+    slope, pairs = (0.5, 2) if study.name == "scenes-detr" else (0.2, 6)
+    for inverse, value in (("linear", slope), ("modular", 0.2), ("null_untrained", 0.2)):
+        for endpoints in ("with", "without"):
+            study.add("stitch_slope", value, None, inverse, 0.05, endpoints=endpoints, pairs=pairs, family="linear")
 
 
 def efficiency(study: Study) -> None:

@@ -1,4 +1,4 @@
-"""How alike two layers are: debiased linear CKA, orthogonal Procrustes, cosine of tokens, size of a residual update.
+"""How alike two layers are: debiased linear CKA, cosine of tokens, size of a residual update.
 
 Rows are tokens of different images, the same tokens at both layers. They come in minibatches (M, R, C): M disjoint
 sets of images, R rows of each, C channels. Minibatches are the units that intervals are taken over, so that tokens of
@@ -7,7 +7,7 @@ one image are never drawn apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,35 +45,6 @@ def cka_from_products(products: np.ndarray) -> np.ndarray:
     return np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
 
 
-def procrustes_pairs(
-    features: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
-) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """Orthogonal Procrustes similarity in [0, 1] of pairs of layers, (len(pairs),), as a statistic of the indices of
-    the minibatches that are kept; and their number.
-
-    1 for features equal up to rotation, shift and one scale: the cosine between the centred features after the best
-    rotation, |XᵀY|_* / (|X| |Y|); 0 where one of them is constant. It is not debiased: independent features of C
-    channels score about sqrt(C / R), which the null of shuffled features shows. Source: Schönemann 1966; as a
-    similarity of layers: Williams et al., NeurIPS 2021. Minibatches are to be left out, not drawn twice: the similarity
-    grows as rows become fewer. Pairs need not have equal numbers of channels.
-    """
-    parts = _minibatches(features)
-    centred = [_varying(each.flatten(0, 1)[None])[0].unflatten(0, each.shape[:2]) for each in parts]
-    squares = torch.stack([each.square().sum((1, 2)) for each in centred], dim=1)
-    products = [centred[i].transpose(1, 2) @ centred[j] for i, j in pairs]
-
-    def similarity(kept: np.ndarray) -> np.ndarray:
-        sizes = squares[kept].sum(0).sqrt()
-        values = []
-        for (i, j), product in zip(pairs, products, strict=True):
-            scale = float(sizes[i] * sizes[j])
-            nuclear = float(torch.linalg.svdvals(product[kept].sum(0)).sum()) if scale > 0 else 0.0
-            values.append(min(nuclear / scale, 1.0) if scale > 0 else 0.0)
-        return np.array(values)
-
-    return similarity, len(squares)
-
-
 def token_cosine(first: Representation, second: Representation) -> Tensor:
     """(B,) mean over tokens (without padding, with prefix tokens) of the cosine between the tokens of two layers.
 
@@ -104,7 +75,7 @@ def residual_update(before: Representation, after: Representation) -> Tensor:
 
 
 class TokenSample:
-    """Rows for CKA and Procrustes: some tokens of each image, the same ones at every layer with as many tokens.
+    """Rows for CKA: some tokens of each image, the same ones at every layer with as many tokens.
 
     tokens: drawn of each image (all where there are fewer), at the same places in every image, other than padding as
     long as there are enough. Prefix tokens (class, registers) are left out: they are another population than the

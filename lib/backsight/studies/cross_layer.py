@@ -1,415 +1,175 @@
-"""What one layer says in the words of another: every representation through every inverse of the same form.
+"""Do layers speak one code? What one holds is put into the words of another and read there: stitching.
 
-    representation of tap i ──► inverse made for tap j ──► images       PSNR matrix, loss by |i - j|, decay slope
+    representation of tap i ──► affine map to tap j ──► inverse made for tap j ──► picture, R² against the mean image
 
-Beside it: how alike the layers are (similarity.py), and how well tap j follows linearly from tap i (linear.py).
-All functions add to the `Values` of a run.
+The map is fitted on training images, token by token (or query by query). It undoes another basis, scale and offset,
+so that an inverse reads what it was made for and does not extrapolate: what is lost is what tap j's code has no linear
+words for. Source: Lenc & Vedaldi, CVPR 2015; Bansal, Nakkiran & Barak, NeurIPS 2021. All functions that measure add to
+the `Values` of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backsight.data.images import batches, tensor
+from backsight.data.images import batches
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs, image_errors
-from backsight.measures.pixels import psnr
-from backsight.measures.similarity import (
-    TokenSample,
-    cka_from_products,
-    cka_products,
-    procrustes_pairs,
-    residual_update,
-    shuffled_rows,
-    token_cosine,
-)
 from backsight.representation import Representation
-from backsight.studies.layers import (
-    GROUPS,
-    Component,
-    Families,
-    Moments,
-    Pair,
-    Scores,
-    Step,
-    aligned_pairs,
-    cross_application,
-    ends_of,
-    layer_group,
-    loss,
-    no_single,
-    place_of,
-    placed,
-    predictable_pairs,
-    probe,
-    shuffled_alike,
-)
-from backsight.tables.pooling import influence_of_groups
+from backsight.studies.layers import Pair, between, stack_pairs, stacks, whole_stack
+from backsight.studies.nulls import shuffled
+from backsight.tables.pooling import influence
 from backsight.tables.values import Values
 from backsight.targets import Target
 
-# ------------------------------------------------------------------------------------------------------------- decay
+Maps = Mapping[int, Mapping[Pair, Any]]  # {training seed: {(tap i, tap j): the map of their representations}}
+Inverses = Mapping[int, Mapping[str, Reconstruct]]  # {training seed: {tap: reconstruction}}
 
 
-def decay_pairs(target: Target, pairs: Iterable[Pair]) -> dict[str, dict[Pair, float]]:
-    """{group: {pair: layer distance |i - j|}} of the pairs of two different taps that lie in one group."""
-    groups: dict[str, dict[Pair, float]] = {}
-    for pair in pairs:
-        group = layer_group(target, pair[0])
-        if pair[0] != pair[1] and group and group == layer_group(target, pair[1]):
-            groups.setdefault(group, {})[pair] = abs(target.depth(pair[0]) - target.depth(pair[1]))
-    return {group: groups[group] for group in GROUPS if group in groups}
+def fit_maps(target: Target, images: Mapping[int, Any]) -> dict[int, dict[Pair, LinearInverse]]:
+    """{training seed: {(tap i, tap j): affine map}} between every two taps of a stack; images: {seed: training images}.
 
-
-def slope_through_origin(losses: Sequence[Any], distances: Sequence[float]) -> Any:
-    """Least-squares slope of losses (numbers, or arrays of one shape) over distances, through (0, 0).
-
-    At distance 0 nothing is lost by definition, hence no intercept.
+    Raises BacksightError where no two of the target's taps lie in one stack.
     """
-    steps = np.asarray(distances, float)
-    return np.tensordot(steps, np.asarray(losses, float), axes=1) / np.square(steps).sum()
+    pairs = stack_pairs(target)
+    return {seed: fit_linear_pairs(target, each, pairs, seed=seed, progress=False) for seed, each in images.items()}
 
 
-def add_cross(
+def _recordings(
+    target: Target, images: Any, pairs: Mapping[Pair, Any], shuffle: bool, seed: int, batch_size: int
+) -> Iterator[tuple[Tensor, Mapping[str, Representation], Mapping[str, Representation]]]:
+    """Batches, what is recorded of them, and what is read: the same or, for a null, that of other images."""
+    taps = [tap for tap in target.available_taps if any(tap in pair for pair in pairs)]
+    for number, batch in enumerate(batches(images, batch_size)):
+        batch = batch.to(target.device)
+        given = recorded = target.record(batch, taps)
+        if shuffle and len(batch) == 1:
+            continue  # a last image alone: there is no other one
+        if shuffle:  # every tap gets the same permutation
+            drawn = {tap: torch.Generator().manual_seed(seed + number) for tap in taps}
+            given = {tap: shuffled(recorded[tap], drawn[tap]) for tap in taps}
+        yield batch, recorded, given
+
+
+@torch.no_grad()
+def add_stitching(
     values: Values,
     target: Target,
     images: Any,
-    families: Families,
-    untrained: Mapping[int, tuple[Target, Mapping[str, Mapping[str, Reconstruct]]]],
+    inverses: Inverses,
+    maps: Maps,
     mean_image: Tensor,
-    moments: Moments,
-    distance: int = 2,
+    inverse: str,
+    family: str,
     seed: int = 0,
     batch_size: int = 50,
-    trained_images: int | None = None,
 ) -> None:
-    """The cross-application of every family, with its nulls.
+    """Add stitch_r2 of every two taps of a stack, of every tap by its own inverse, and their stitch_slope.
 
-    families, untrained: of `families_by_seed` and `untrained_by_seed`; mean_image: (3, H, W) of the training images;
-    moments: of `tap_moments`; distance: the largest layer distance that the slopes use, so that targets of other
-    depths are compared over the same distances; trained_images: families other than that of the nulls are crossed on
-    the first so many images, since a chain takes far longer than a linear map. Measures: cross_psnr and
-    cross_psnr_standardised (each pair), cross_loss and cross_loss_standardised (each group and distance), and for each
-    group decay_slope and decay_slope_standardised (see SLOPES). The nulls are of the linear family where it is there:
-    null_shuffled, null_untrained; null_mean at every tap.
+    images: ImageSource or (N, 3, H, W); mean_image: (3, H, W) of the training images; inverse: the family, or
+    "null_shuffled" (another image's representation is mapped and read) or "null_untrained" (the target, maps and
+    inverses are those of random weights), of which `family` are then the inverses.
+
+    stitch_r2 (source_tap, target_tap; both the same: the tap's own inverse, no map): 1 − squared error / that of the
+    mean image. Pictures worse than the mean image, over all images, count as the mean image: 0.
+
+    stitch_slope: the share of what tap i's own inverse shows that does not come through tap j's, 1 − R²(i, j) /
+    R²(i, i), a step of 1 in relative depth, which is the whole stack: a weighted least-squares line through the origin
+    over all pairs, which count by R²(i, i), what there is to lose. The share is a sound unit: with linear inverses no
+    way reads tap i better than its own one does, so that it lies in [0, 1]; and it is not owed to what the deeper tap
+    has lost, since what comes through tap j is written by tap i (it may show more than tap j's own pictures do). Taps
+    whose own inverse is not above the mean image have nothing to lose and are left out; pairs: of those that remain.
+    endpoints: "with", or "without" the first and the last tap of each stack. stitch_slope_r2: the same in R² lost.
     """
-    names = list(next(iter(families.values())))
-    reference = "linear" if "linear" in names else names[0]
-    of_reference = {s: of_seed[reference] for s, of_seed in families.items()}
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    tables: list[tuple[str, str, Scores, Sequence[int]]] = []
-    for family in names:
-        of_family = {s: of_seed[family] for s, of_seed in families.items()}
-        judged = images if family == reference or trained_images is None else tensor(images, trained_images)
-        tables.append((family, "", cross_application(target, judged, of_family, **options), list(families)))
-    scaled = cross_application(target, images, of_reference, feed="standardised", moments=moments, **options)
-    tables.append((reference, "_standardised", scaled, list(families)))
-    other = cross_application(target, images, of_reference, feed="shuffled", **options)
-    tables.append(("null_shuffled", "", other, list(families)))
-    if untrained and all(reference in of_seed for _, of_seed in untrained.values()):
-        parts = [
-            cross_application(null, images, {s: of_seed[reference]}, **options)
-            for s, (null, of_seed) in untrained.items()
-        ]
-        null_scores = {pair: np.concatenate([part[pair] for part in parts]) for pair in parts[0]}
-        tables.append(("null_untrained", "", null_scores, list(untrained)))
-    for inverse, suffix, scores, seeds in tables:
-        about: dict[str, Any] = {"inverse": inverse, "family": reference if inverse.startswith("null_") else inverse}
-        for pair, numbers in scores.items():
-            by_seed = dict(zip(seeds, numbers, strict=True))
-            values.add(f"cross_psnr{suffix}", by_seed, **about, **placed(target, pair))
-        if inverse != "null_shuffled":
-            _add_decay(values, target, scores, seeds, distance, suffix, about)
-    flat = torch.cat([psnr(batch, mean_image.expand_as(batch)) for batch in batches(images, batch_size)])
-    for tap in dict.fromkeys(source for source, _ in tables[0][2]):
-        values.add("cross_psnr", flat, inverse="null_mean", family="", **placed(target, (tap, tap)))
-
-
-def _add_decay(
-    values: Values,
-    target: Target,
-    scores: Scores,
-    seeds: Sequence[int],
-    largest: int,
-    suffix: str,
-    about: Mapping[str, Any],
-) -> None:
-    """What each image loses with the distance, and its slope, in every group."""
-    for group, distances in decay_pairs(target, scores).items():
-        common: dict[str, Any] = {**about, "group": group, "component": "block"}
-        for step in sorted(set(distances.values())):
-            at = [loss(scores, pair) for pair, apart in distances.items() if apart == step]
-            by_seed = dict(zip(seeds, np.mean(at, axis=0), strict=True))
-            values.add(f"cross_loss{suffix}", by_seed, **common, distance=step, pairs=len(at))
-        if near := {pair: apart for pair, apart in distances.items() if apart <= largest}:
-            slope = slope_through_origin([loss(scores, pair) for pair in near], list(near.values()))
-            by_seed = dict(zip(seeds, slope, strict=True))
-            values.add(f"decay_slope{suffix}", by_seed, **common, distance=max(near.values()), pairs=len(near))
-
-
-# ------------------------------------------------------------------------------------------------------- similarity
-
-
-@torch.no_grad()
-def add_similarity(
-    values: Values,
-    target: Target,
-    images: Any,
-    taps: Sequence[str],
-    steps: Sequence[Step] = (),
-    distance: int = 2,
-    seed: int = 0,
-    null: bool = False,
-    batch_size: int = 50,
-) -> None:
-    """How alike the taps of a target are: cka, procrustes, token_cosine, residual_update, cka_slope.
-
-    taps: of the matrices, every two that hold the same tokens or queries, both ways; steps: further pairs, next to
-    each other (`half_steps`), with their component. null: the target is the untrained one (inverse="null_untrained");
-    else inverse is "features", and beside cka and procrustes stand values inverse="null_shuffled", where every image
-    meets another one's tokens at the same places. No training seed is behind these numbers.
-    """
-    named = ends_of(target, taps, steps)
-    first = probe(target, images, named)
-    components: dict[tuple[str, str], Component] = {pair: "block" for pair in aligned_pairs(_only(first, taps))}
-    wanted = [(*pair, component) for pair, component in components.items()]
-    wanted += [(step.before, step.after, step.component) for step in steps if step.component != "block"]
-    sample = TokenSample(seed=seed)
-    cosines: dict[Pair, list[Tensor]] = {}
-    updates: dict[Step, list[Tensor]] = {}
-    for batch in batches(images, batch_size):
-        recorded = target.record(batch.to(target.device), named)
-        sample.add(recorded)
-        for i, j in dict.fromkeys((i, j) for i, j, _ in wanted):
-            if recorded[i].values.shape == recorded[j].values.shape:
-                cosines.setdefault((i, j), []).append(token_cosine(recorded[i], recorded[j]).cpu())
-        for step in steps:
-            if recorded[step.before].form == recorded[step.after].form:
-                update = residual_update(recorded[step.before], recorded[step.after])
-                updates.setdefault(step, []).append(update.cpu())
-    about: dict[str, Any] = {"family": "", "inverse": "null_untrained" if null else "features"}
-    for i, j, component in wanted:
-        if (i, j) in cosines:
-            for way in _ways((i, j), component):
-                values.add("token_cosine", torch.cat(cosines[i, j]), **about, **placed(target, way, component))
-    for step, parts in updates.items():
-        at = placed(target, (step.before, step.after), step.component) | {"tap": step.after}
-        values.add("residual_update", torch.cat(parts), **about, **at)
-    features, size = sample.minibatches(), sample.images_in_minibatch()
-    for name in (about["inverse"],) if null else (about["inverse"], "null_shuffled"):
-        for members in _aligned_sets(first, wanted):
-            own = [features[tap] for tap in members]
-            if name == "null_shuffled":
-                own += [shuffled_rows(minibatches, size) for minibatches in own]
-            _add_similar(values, target, own, members, wanted, size, {"family": "", "inverse": name})
-    _add_cka_slope(values, target, features, first, taps, distance, size, about)
-
-
-def _only(recorded: Mapping[str, Representation], taps: Sequence[str]) -> dict[str, Representation]:
-    return {tap: recorded[tap] for tap in recorded if tap in taps}
-
-
-def _aligned_sets(recorded: Mapping[str, Representation], wanted: Sequence[tuple[str, str, Any]]) -> list[list[str]]:
-    """The taps that hold the same tokens, as lists."""
-    used = {tap for i, j, _ in wanted for tap in (i, j)}
-    sets: dict[tuple[Any, ...], list[str]] = {}
-    for tap, representation in recorded.items():
-        if tap in used:
-            sets.setdefault(place_of(representation), []).append(tap)
-    return list(sets.values())
-
-
-def _add_similar(
-    values: Values,
-    target: Target,
-    features: Sequence[Tensor],
-    members: Sequence[str],
-    wanted: Sequence[tuple[str, str, Component]],
-    size: int,
-    about: Mapping[str, Any],
-) -> None:
-    """cka and procrustes of the pairs within one set of aligned taps; features: of the members, and behind them, for a
-    null, the shuffled ones."""
-    place = {tap: number for number, tap in enumerate(members)}
-    pairs = [(i, j, component) for i, j, component in wanted if i in place and j in place]
-    shift = len(features) - len(members)
-    numbers = [(place[i], place[j] + shift) for i, j, _ in pairs]
-    first, second = np.array(numbers).reshape(-1, 2).T
-    products = cka_products(features)
-    rotated, count = procrustes_pairs(features, numbers)
-    for measure, (of_images, minibatch) in {
-        "cka": influence_of_groups(lambda kept: cka_from_products(products[kept])[first, second], count, size),
-        "procrustes": influence_of_groups(rotated, count, size),
-    }.items():
-        for number, (i, j, component) in enumerate(pairs):
-            for way in _ways((i, j), component):
-                at = placed(target, way, component)
-                values.add(measure, of_images[:, number], clusters=minibatch, **about, **at)
-
-
-def _ways(pair: Pair, component: Component) -> list[Pair]:
-    """A symmetric measure is said of (i, j) and, in a matrix of blocks, of (j, i)."""
-    return [pair, pair[::-1]] if component == "block" else [pair]
-
-
-def _add_cka_slope(
-    values: Values,
-    target: Target,
-    features: Mapping[str, Tensor],
-    recorded: Mapping[str, Representation],
-    taps: Sequence[str],
-    largest: int,
-    size: int,
-    about: Mapping[str, Any],
-) -> None:
-    pairs = aligned_pairs(_only(recorded, taps))
-    for group, distances in decay_pairs(target, pairs).items():
-        near = {pair: apart for pair, apart in distances.items() if apart <= largest}
-        if not near:
-            continue
-        sets = _aligned_sets(recorded, [(*pair, "block") for pair in near])
-        products = [cka_products([features[tap] for tap in members]) for members in sets]
-        places = [
-            (number, members.index(i), members.index(j))
-            for i, j in near
-            for number, members in enumerate(sets)
-            if i in members
-        ]
-        steps = list(near.values())
-
-        def slope(kept: np.ndarray, products: Any = products, places: Any = places, steps: Any = steps) -> Any:
-            alike = [cka_from_products(of_set[kept]) for of_set in products]
-            return slope_through_origin([1 - alike[number][i, j] for number, i, j in places], steps)
-
-        of_images, minibatch = influence_of_groups(slope, len(products[0]), size)  # as many minibatches at every grid
-        common: dict[str, Any] = {**about, "group": group, "component": "block"}
-        values.add("cka_slope", of_images, clusters=minibatch, **common, distance=max(steps), pairs=len(near))
-
-
-# --------------------------------------------------------------------------------------------------- predictability
-
-
-def fit_predictors(
-    target: Target, images: Mapping[int, Any], taps: Sequence[str], steps: Sequence[Step] = ()
-) -> dict[int, dict[Pair, LinearInverse]]:
-    """{training seed: {(from, to): linear map}} between all taps where one is defined, in one pass a seed.
-
-    images: {training seed: training images}; steps: further pairs, from before a step to after it.
-    """
-    named = ends_of(target, taps, steps)
-    first = probe(target, next(iter(images.values())), named)
-    possible = predictable_pairs(first)
-    pairs = [pair for pair in possible if set(pair) <= set(taps)]
-    pairs += [(step.before, step.after) for step in steps if (step.before, step.after) in possible]
-    pairs = list(dict.fromkeys(pairs))
-    return {s: fit_linear_pairs(target, each, pairs, seed=s, progress=False) for s, each in images.items()}
-
-
-@torch.no_grad()
-def prediction_errors(
-    target: Target,
-    images: Any,
-    predictors: Mapping[int, Mapping[Pair, LinearInverse]],
-    shuffle: bool = False,
-    seed: int = 0,
-    batch_size: int = 50,
-) -> dict[Pair, tuple[np.ndarray, np.ndarray]]:
-    """{(from, to): ((S, N) squared errors of an image, (S, N) those of the training mean)} on held-out images.
-
-    shuffle: predict from another image's features, the null.
-    """
-    pairs = list(next(iter(predictors.values())))
-    taps = list(dict.fromkeys(tap for pair in pairs for tap in pair))
-    parts: dict[Pair, list[Tensor]] = {pair: [] for pair in pairs}
-    generator = torch.Generator().manual_seed(seed)
-    for batch in no_single(images, batch_size):
-        recorded = target.record(batch.to(target.device), taps)
-        state = generator.get_state()
-        given: dict[str, Any] = dict(recorded)
-        if shuffle:
-            given = {tap: shuffled_alike(each, generator, state) for tap, each in recorded.items()}
+    shuffle = inverse == "null_shuffled"
+    members = [tap for stack in stacks(target).values() for tap in stack if all(tap in of for of in inverses.values())]
+    pairs = [(tap, tap) for tap in members] + [pair for pair in stack_pairs(target) if {*pair} <= {*members}]
+    errors: dict[Pair, list[Tensor]] = {pair: [] for pair in pairs}
+    totals = []
+    for batch, _, given in _recordings(target, images, errors, shuffle, seed, batch_size):
+        totals.append((batch - mean_image.to(batch)).square().flatten(1).sum(1).cpu())
         for i, j in pairs:
-            errors = [torch.stack(image_errors(each[i, j], given[i], recorded[j])) for each in predictors.values()]
-            parts[i, j].append(torch.stack(errors, dim=1))
-    joined = {pair: torch.cat(each, dim=2).double().numpy() for pair, each in parts.items()}
-    return {pair: (each[0], each[1]) for pair, each in joined.items()}
+            read = {s: given[i] if i == j else maps[s][i, j](given[i]) for s in inverses}
+            pictures = torch.stack([inverses[s][j](representation).clamp(0, 1) for s, representation in read.items()])
+            errors[i, j].append((batch - pictures).square().flatten(2).sum(2).cpu())
+    total = torch.cat(totals).double().numpy()
+    lost = {pair: torch.cat(parts, dim=1).double().numpy() for pair, parts in errors.items()}  # (S, N)
+    lost = {pair: np.where(each.sum(1, keepdims=True) > total.sum(), total, each) for pair, each in lost.items()}
+    about: dict[str, Any] = {"inverse": inverse, "family": family}
+    for pair, each in lost.items():
+        r2 = dict(zip(inverses, 1 - each / total, strict=True))
+        values.add("stitch_r2", r2, weight=total, **about, **between(target, pair))
+    if not shuffle:
+        _add_slopes(values, target, lost, total, list(inverses), about)
 
 
+def _add_slopes(
+    values: Values, target: Target, errors: Mapping[Pair, np.ndarray], total: np.ndarray, seeds: list[int], about: Any
+) -> None:
+    """errors: {pair: (S, N)}, floored; total: (N,) of the mean image."""
+    ends = {whole_stack(target, stack)[place] for stack in stacks(target) for place in (0, -1)}
+    readable = {i for i, j in errors if i == j and errors[i, i].sum() < total.sum() * len(seeds)}
+    for endpoints, taps in {"with": readable, "without": readable - ends}.items():
+        pairs = [pair for pair in errors if pair[0] != pair[1] and {*pair} <= taps]
+        if not pairs:
+            continue
+        apart = [between(target, pair)["relative"] for pair in pairs]
+        above = sum(d * (errors[i, j] - errors[i, i]) for d, (i, j) in zip(apart, pairs, strict=True))
+        below = sum(d * d * (total - errors[i, i]) for d, (i, _) in zip(apart, pairs, strict=True))
+        scales = {"stitch_slope": below, "stitch_slope_r2": np.square(apart).sum() * total + 0 * below}
+        for measure, scale in scales.items():
+            slopes = {
+                s: influence(lambda weights, a=a, b=b: weights @ a / (weights @ b), len(total))
+                for s, a, b in zip(seeds, above, scale, strict=True)
+            }
+            values.add(measure, slopes, **about, endpoints=endpoints, pairs=len(pairs))
+
+
+@torch.no_grad()
 def add_predictability(
     values: Values,
     target: Target,
-    errors: Mapping[Pair, tuple[np.ndarray, np.ndarray]],
-    inverse: str = "linear",
-    taps: Sequence[str] = (),
-    steps: Sequence[Step] = (),
-    distance: int = 2,
-    seeds: Sequence[int] = (0,),
-) -> None:
-    """predictability_r2 of pairs and steps, and r2_slope of each group, from `prediction_errors`.
-
-    R² is 1 minus the squared error over that of the training mean, over all values of the tap. inverse: "linear" or
-    the name of a null; seeds: of the predictors.
-    """
-    about = {"inverse": inverse, "family": "linear"}
-    components: list[tuple[Pair, Component]] = [(pair, "block") for pair in errors if set(pair) <= set(taps)]
-    half = [step for step in steps if step.component != "block"]
-    components += [((s.before, s.after), s.component) for s in half if (s.before, s.after) in errors]
-    for pair, component in components:
-        at = placed(target, pair, component)
-        for seed, error, total in zip(seeds, *errors[pair], strict=True):
-            if total.sum() > 0:
-                values.add("predictability_r2", {seed: 1 - error / total}, weight=total, **about, **at)
-    if inverse == "null_shuffled":
-        return
-    for group, distances in decay_pairs(target, [pair for pair in errors if set(pair) <= set(taps)]).items():
-        near = {p: apart for p, apart in distances.items() if apart <= distance and errors[p][1].sum() > 0}
-        if not near:
-            continue
-        # A weighted sum of ratios as one ratio: every pair's errors in units of its own mean total.
-        apart = list(near.values())
-        scaled = [np.stack(errors[pair]) / errors[pair][1].mean() for pair in near]
-        above, below = slope_through_origin(scaled, apart)  # (S, N) each
-        below = below / (sum(apart) / np.square(apart).sum())
-        common: dict[str, Any] = {**about, "group": group, "component": "block", "distance": max(apart)}
-        for seed, error, total in zip(seeds, above, below, strict=True):
-            values.add("r2_slope", {seed: error / total}, weight=total, **common, pairs=len(near))
-
-
-# ------------------------------------------------------------------------------------------------------- half-steps
-
-
-def add_half_steps(
-    values: Values,
-    target: Target,
     images: Any,
-    inverses: Mapping[int, Mapping[str, Reconstruct]],
-    steps: Sequence[Step],
+    maps: Maps,
+    inverse: str = "linear",
     seed: int = 0,
     batch_size: int = 50,
 ) -> None:
-    """cross_psnr and step_loss of single half-steps: what one attention or MLP step changes for a linear inverse.
+    """Add predictability_r2: how much of tap j the map from tap i says, over all values of the tap.
 
-    inverses: {training seed: {tap: reconstruct}} of the half-steps' taps. cross_psnr: the representation after the
-    step in the inverse made before it (source_tap after, target_tap before). step_loss: dB below its own inverse.
-    Steps without both inverses are left out.
+    R² is 1 − squared error / that of the training mean. inverse: "linear", or the name of a null as of `add_stitching`.
     """
-    readable = [
-        step
-        for step in steps
-        if inverses and all(step.before in of_seed and step.after in of_seed for of_seed in inverses.values())
-    ]
-    if not readable:
-        return
-    pairs = [(step.after, step.before) for step in readable]
-    pairs += list(dict.fromkeys((step.after, step.after) for step in readable))
-    scores = cross_application(target, images, inverses, pairs, seed=seed, batch_size=batch_size)
-    for step in readable:
-        pair = (step.after, step.before)
-        at = {"inverse": "linear", "family": "linear", **placed(target, pair, step.component)}
-        for measure, numbers in (("cross_psnr", scores[pair]), ("step_loss", loss(scores, pair))):
-            values.add(measure, dict(zip(inverses, numbers, strict=True)), **at)
+    known = next(iter(maps.values()))
+    errors: dict[Pair, list[Tensor]] = {pair: [] for pair in known}
+    for _, recorded, given in _recordings(target, images, known, inverse == "null_shuffled", seed, batch_size):
+        for i, j in known:
+            of_seeds = [torch.stack(image_errors(of_seed[i, j], given[i], recorded[j])) for of_seed in maps.values()]
+            errors[i, j].append(torch.stack(of_seeds))
+    for pair, parts in errors.items():
+        for train_seed, (error, total) in zip(maps, torch.cat(parts, dim=2).double(), strict=True):
+            if total.sum() > 0:
+                about: dict[str, Any] = {"inverse": inverse, "family": "linear", **between(target, pair)}
+                values.add("predictability_r2", {train_seed: 1 - error / total}, weight=total, **about)
+
+
+@torch.no_grad()
+def cross_pictures(
+    target: Target, images: Tensor, inverses: Mapping[str, Reconstruct], maps: Mapping[Pair, Any] | None = None
+) -> dict[Pair, Tensor]:
+    """{(i, j): (B, 3, H, W)}: what the inverse made for tap j makes of tap i, raw or put into its words by `maps`.
+
+    Raw it reads only taps of its own form.
+    """
+    pairs = [(tap, tap) for tap in inverses] + [pair for pair in stack_pairs(target) if {*pair} <= {*inverses}]
+    recorded = target.record(images.to(target.device), [tap for tap in target.available_taps if tap in inverses])
+    pictures = {}
+    for i, j in pairs:
+        given = recorded[i] if i == j or maps is None else maps[i, j](recorded[i])
+        if given.form == recorded[j].form:
+            pictures[i, j] = inverses[j](recorded[j].replace(given.values)).clamp(0, 1).cpu()
+    return pictures

@@ -17,7 +17,7 @@ TRAINING = "02_train_inverse"  # one seed a run
 SCORES = (
     *("psnr", "ssim", "r2", "mse", "psnr_objects", "psnr_boundary", "psnr_background", "perceptual", "edge_f1"),
     *("mask_iou", "texture_accuracy", "hue_error", "retrieval_top1", "retrieval_rank", "factor_score", "cross_psnr"),
-    *("hue_error_shown", "reversion_index"),
+    *("hue_error_shown", "reversion_index", "stitch_r2"),
 )
 
 

@@ -6,9 +6,6 @@ SHUFFLED_FAMILIES = ("modular", "linear", "direct")
 MAP, EXACT, STEADIED = "map", "exact", "steadied"
 NULL_MEAN, NULL_SHUFFLED, NULL_CONSTANT = "null_mean", "null_shuffled", "null_constant"
 
-# 04_cross_layer: in dB, dB of standardised channels, 1 - CKA and 1 - R² lost a layer.
-SLOPES = ("decay_slope", "decay_slope_standardised", "cka_slope", "r2_slope")
-
 # 10_tradeoff: inverses, what a change is measured against, the end of a score on hues that say nothing of the class.
 FRESH, JOINT, OF_START = "linear", "linear_joint", "linear_of_start"
 START, TASK_ONLY = "start", "t = 0"

@@ -20,7 +20,7 @@ LEVEL_Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t counts where it is the wider one
 # What is another one of another target, tap or inverse, and not part of what a pair has in common.
 DIFFER = {
-    "target": ("weights", "tap", "depth"),
+    "target": ("weights", "tap", "depth", "pairs"),
     "tap": ("depth",),
     "inverse": ("family", "flops", "seconds", "parameters"),
 }
