@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
@@ -86,14 +85,6 @@ def drawn(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The indices of batch `step` of an endless shuffled stream: a function of (seed, step) only."""
     epoch, place = divmod(step, count // batch)
     return np.random.default_rng([seed, epoch]).permutation(count)[place * batch : (place + 1) * batch]
-
-
-def patch_shares(scenes: SceneTensors, patch: int) -> Tensor:
-    """Share of each patch that each class (and the background, last) covers: (B, N, classes + 1)."""
-    lookup = torch.cat([torch.full_like(scenes.labels[:, :1], BACKGROUND), scenes.labels], 1)
-    classes = lookup.gather(1, scenes.objects.long().flatten(1)).view_as(scenes.objects)
-    one_hot = F.one_hot(classes, BACKGROUND + 1).float().permute(0, 3, 1, 2)
-    return F.avg_pool2d(one_hot, patch).flatten(2).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- COCO layout on disk

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError, nearest
 from backsight.scenes.card import write_card
-from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, SceneTensors, drawn, patch_shares, scene_tensors
+from backsight.scenes.dataset import BACKGROUND, MEAN, SIZE, STD, SceneTensors, drawn, scene_tensors
 from backsight.scenes.detectors import DeformableDetrTraining, DetrTraining
 from backsight.scenes.render import CLASS_NAMES
 from backsight.scenes.score import evaluate
@@ -117,8 +117,13 @@ class SwinTraining(VitTraining):
 
 
 def share_loss(logits: Tensor, scenes: SceneTensors, patch: int) -> Tensor:
-    """Cross-entropy of the tokens' predictions (B, N, classes + 1) against the shares of the classes in each patch."""
-    return F.cross_entropy(logits.flatten(0, 1), patch_shares(scenes, patch).flatten(0, 1))
+    """Cross-entropy of the tokens' predictions (B, N, classes + 1) against the share of each patch that each class (and
+    the background, last) covers."""
+    lookup = torch.cat([torch.full_like(scenes.labels[:, :1], BACKGROUND), scenes.labels], 1)
+    classes = lookup.gather(1, scenes.objects.long().flatten(1)).view_as(scenes.objects)
+    one_hot = F.one_hot(classes, BACKGROUND + 1).float().permute(0, 3, 1, 2)
+    shares = F.avg_pool2d(one_hot, patch).flatten(2).transpose(1, 2)
+    return F.cross_entropy(logits.flatten(0, 1), shares.flatten(0, 1))
 
 
 @dataclass(frozen=True)
