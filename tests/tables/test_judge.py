@@ -143,16 +143,17 @@ def test_intervals_hold_the_truth(images: int, seeds: int) -> None:
 
 
 def test_shares_of_all_or_none_have_a_length() -> None:
-    value, low, high = interval(np.ones((1, 20)), np.ones((1, 20)), share=True)
+    value, low, high = interval(np.ones((1, 20)), np.ones((1, 20)), cases=True)
     assert value == 1.0
     assert 0.8 < low < 0.9 < high <= 1.0
 
 
 @pytest.mark.parametrize(
-    ("measure", "share"), [("top1", True), ("edge_f1", False), ("reverted_above_deals", False), ("top1 differs", False)]
+    ("measure", "share"), [("top1", True), ("edge_f1", False), ("reverted_above_deals", True), ("top1 differs", True)]
 )
 def test_only_declared_shares_are_of_trials(measure: str, share: bool) -> None:
-    """Once any values that were all ones or zeros had Wilson's interval: differences, correlations, excesses."""
+    """Any values that were all ones or zeros once had Wilson's interval, and then equal differences had none: none of
+    67 objects that revert says that few do, and nothing of a correlation."""
     values = Values(Target(), "scenes", "test", range(20))  # type: ignore[arg-type]
     for inverse, number in (("linear", 1.0), ("direct", 0.0)):
         values.add(measure.removesuffix(" differs"), np.full(20, number), "blocks.0", inverse)
@@ -160,8 +161,10 @@ def test_only_declared_shares_are_of_trials(measure: str, share: bool) -> None:
     row = pool(values.table(), against=against).iloc[0]
     assert row.value == 1
     assert (row.high - row.low > 0) == share
-    if against:
-        assert not pool(differences(values.table(), against)).eval("high > low").any()
+    if measure == "top1":
+        assert row.high == 1
+    elif share:  # as many of 20 as may be otherwise, each by 1 at most
+        assert row.low == pytest.approx(1 - 1.96**2 / (20 + 1.96**2), abs=1e-3)
 
 
 def test_false_verdicts_are_rare() -> None:

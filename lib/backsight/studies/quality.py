@@ -74,9 +74,9 @@ def evaluate_quality(
     photographs: (N,) what each image was cut from, where several are of one.
 
     Measures: psnr (dB), ssim, r2 (against the mean image), psnr_objects (dB, inside the masks), and what `measures`
-    give for the first `measured` images (default all); of the nulls these see only the first seed. maps_of: a family of
-    which `patch_r2` is made as well, R² of each of CELLS x CELLS parts of the picture (columns row, column). Raises
-    BacksightError for fewer than two images.
+    give for the first `measured` images (default all); of untrained targets these see only the first seed. maps_of: a
+    family of which `patch_r2` is made as well, R² of each of CELLS x CELLS parts of the picture (columns row, column).
+    Raises BacksightError for fewer than two images.
     """
     if len(images) < 2:
         raise BacksightError("quality needs at least two images: shuffled features come from another image")
@@ -102,7 +102,7 @@ def evaluate_quality(
             others = {tap: shuffled(recorded[tap], generator) for tap in taps} if len(ids) > 1 else {}
             for null, pictures, detailed in (
                 ("", reconstructions(recorded, families), set(families)),
-                ("null_shuffled", reconstructions(others, of_others), {first}),
+                ("null_shuffled", reconstructions(others, of_others), set(families)),
                 ("null_untrained", of_untrained(judged.images, untrained or {}), set(list(untrained or {})[:1])),
             ):
                 for family, tap, train_seed, made in pictures:

@@ -151,7 +151,7 @@ def _verdict(row: Mapping[Any, Any]) -> tuple[str, str]:
     if row["few"]:
         return UNDECIDED, f"{row['seeds']} training seed{'s' * (row['seeds'] > 1)}, {LEAST_SEEDS} are needed"
     if row["p"] > 1 - LEVEL:
-        return UNDECIDED, f"interval holds {row['border']}"
+        return UNDECIDED, f"corrected for the number of rows, the interval holds {row['border']}"
     side = "on the claim's side of" if row["agrees"] else "on the other side of"
     return AGREED if row["agrees"] else DISAGREED, f"interval {side} {row['border']}"
 

@@ -93,19 +93,22 @@ def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
     above, below = np.zeros((2, len(seeds), len(names)))
     np.add.at(above, (by_seed, by_photograph), weight * group["value"].to_numpy(float))
     np.add.at(below, (by_seed, by_photograph), weight)
-    whole = "against" not in group and group["value"].isin((0.0, 1.0)).all()  # no differences, an image is one case
-    share = bool(whole and set(group["measure"]) <= SHARES)
+    shares = set(group["measure"]) <= SHARES
+    cases = "against" not in group and group["value"].isin((0.0, 1.0)).all()  # no differences, an image is one case
     counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
-    return dict(zip(TOLD, interval(above, below, seed, share), strict=False)) | counts
+    return dict(zip(TOLD, interval(above, below, seed, shares, shares and cases), strict=False)) | counts
 
 
-def interval(above: np.ndarray, below: np.ndarray, seed: int = 0, share: bool = False) -> tuple[float, float, float]:
+def interval(
+    above: np.ndarray, below: np.ndarray, seed: int = 0, shares: bool = False, cases: bool = False
+) -> tuple[float, float, float]:
     """(value, low, high) of the ratio sum(above) / sum(below), both (S, C): of S training seeds and C photographs.
 
     A crossed bootstrap: each draw takes S seeds and C photographs with replacement, the same photographs for all
     seeds. Quantiles lie as much further out as Student's t for C lies beyond the normal law (else intervals of few are
-    too short). With 2 to FEW_SEEDS seeds the t interval of the seeds' own values counts where it is wider; share: of
-    ones and zeros, Wilson's interval of C trials likewise, since equal values cannot vary in a bootstrap.
+    too short). With 2 to FEW_SEEDS seeds the t interval of the seeds' own values counts where it is wider. Equal values
+    cannot vary in a bootstrap: of cases, ones and zeros, Wilson's interval of C trials counts likewise; where shares or
+    their differences are all the same, as many of C as Wilson's bound of none allows may lie up to 1 beside them.
     Sources: Davison & Hinkley, Bootstrap Methods, 3.8; Hesterberg, The American Statistician 69, 2015, 5.2.
     """
     total = below.sum()
@@ -122,11 +125,13 @@ def interval(above: np.ndarray, below: np.ndarray, seed: int = 0, share: bool = 
     if 2 <= seeds <= FEW_SEEDS:
         half = stats.sem(above.sum(1) / below.sum(1)) * stats.t.ppf((1 + LEVEL) / 2, seeds - 1)
         bounds.append((value - half, value + half))
-    if share:
-        z = LEVEL_Z
+    z = LEVEL_Z
+    if cases:
         centre, scale = value + z * z / (2 * units), 1 + z * z / units
         half = z * np.sqrt(value * (1 - value) / units + z * z / (4 * units * units))
         bounds.append(((centre - half) / scale, (centre + half) / scale))
+    elif shares and units > 1 and np.ptp(above[below > 0] / below[below > 0]) == 0:
+        bounds.append((value - z * z / (units + z * z), value + z * z / (units + z * z)))
     if not bounds:
         return value, np.nan, np.nan  # one image by one seed says nothing of how much it would vary
     lows, highs = np.transpose(bounds)
