@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.exact.inverse import ExactInverse
-from backsight.exact.map import SIDE, pixel_forward
+from backsight.exact.map import SIDE, Forward, pixel_forward
 from backsight.exact.solver import Linearised, factored, gmres
 from backsight.exact.starts import DENSE
 from backsight.exact.steps import ExactModel, NotInvertibleError, Step
@@ -60,10 +60,14 @@ def measure_recoverable(
     for tap in taps:
         scale = float(target.record(images, [tap])[tap].values.std())
         forward = pixel_forward(target, tap, (down, across), grid)
-        here = Linearised(lambda w, forward=forward: forward(points + w @ factor.T), torch.zeros_like(points))
-        density = [part.view(probes, len(images), -1) for part in spectrum(here, steps, seed)]
+
+        def whitened(w: Tensor, forward: Forward = forward) -> Tensor:
+            return forward(points + w @ factor.T)
+
+        density = spectrum(Linearised(whitened, torch.zeros_like(points)), steps, seed)
+        eigenvalues, weights = (part.view(probes, len(images), -1) for part in density)
         for sigma in sigmas:
-            share = recoverable(*density, at[0].numel(), sigma * scale) / at[0].numel()
+            share = recoverable(eigenvalues, weights, at[0].numel(), sigma * scale) / at[0].numel()
             values.add("recoverable", share, tap, noise=f"gaussian {sigma:g}", sigma=sigma)
 
 

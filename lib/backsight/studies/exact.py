@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ class Case:
         first, target = inverse.reached, inverse.model.target
         if first == inverse.source:
             raise BacksightError(f"No exact step leads back from {first}: choose a later tap.")
-        stream: Tokens = concatenate([target.record(part.double(), [first])[first] for part in images.split(64)])
+        stream: Any = concatenate([target.record(part.double(), [first])[first] for part in images.split(64)])
         streams = {first: stream}
         with torch.no_grad():
             for step in inverse.steps:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +67,19 @@ class FoundRoots:
         """Values of the study "roots", means over an image's tokens: negative_determinant, several_roots, complete
         (signs sum to 1: no root is known to be missing; shares), roots (number), and of each `rule` tokens_right
         (share)."""
-        count, step = self.x[..., 0].isfinite().sum(1), {"step": self.step.destination, "to": self.step.source}
-        measures = {"roots": count, "several_roots": count > 1, "complete": self.sign.sum(1) == 1}
-        tokens = [(measure, {}, of) for measure, of in (measures | {"negative_determinant": self.negative}).items()]
-        tokens += [("tokens_right", {"rule": rule}, right) for rule, right in self.right.items()]
-        for measure, rule, of_token in tokens:
-            by_image = {train_seed: of_token.double().view(self.images, -1).mean(1)}
-            values.add(measure, by_image, self.step.destination, EXACT, study="roots", **step, **rule)
+        step, count = self.step, self.x[..., 0].isfinite().sum(1)
+
+        def add(measure: str, tokens: Tensor, rule: str | None = None) -> None:
+            by_image = {train_seed: tokens.double().view(self.images, -1).mean(1)}
+            place: dict[str, Any] = {"step": step.destination, "to": step.source, "rule": rule}
+            values.add(measure, by_image, step.destination, EXACT, study="roots", **place)
+
+        add("roots", count)
+        add("several_roots", count > 1)
+        add("complete", self.sign.sum(1) == 1)
+        add("negative_determinant", self.negative)
+        for rule, right in self.right.items():
+            add("tokens_right", right, rule)
 
     def other(self) -> tuple[Tensor, Tensor, Tensor]:
         """(T, c) the nearest other root of each token, (T,) its distance, and whether there is one."""
@@ -251,7 +258,7 @@ def second_root_pictures(
         pictures[name] = picture.cpu(), reached.cpu()
         if name != TRUE_STREAM:
             score = psnr(pictures[TRUE_STREAM][0], picture.cpu()).where(reached.cpu(), torch.nan)
-            place = {"step": step.destination, "to": step.source, "picture": name}
+            place: dict[str, Any] = {"step": step.destination, "to": step.source, "picture": name}
             values.add("psnr_between", score, tap, family, study="second_root", **place)
     return pictures
 
