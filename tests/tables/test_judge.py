@@ -182,3 +182,12 @@ def test_false_verdicts_are_rare() -> None:
 
 def test_holm() -> None:
     np.testing.assert_allclose(holm(pd.Series([0.01, 0.04, 0.03, 0.5])), [0.04, 0.09, 0.09, 0.5])
+
+
+def test_the_interval_of_a_share_is_of_shares() -> None:
+    """Student's t of three seeds once gave shares below 0."""
+    values = Values(Target(), "scenes", "test", range(20))  # type: ignore[arg-type]
+    values.add("share_grey", {s: np.full(20, x) for s, x in enumerate((0.0, 0.02, 0.2))}, "blocks.0", "linear")
+    row = pool(values.table()).iloc[0]
+    assert row.low == 0
+    assert 0.2 < row.high < 1

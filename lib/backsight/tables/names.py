@@ -20,12 +20,11 @@ CHAIN_FATES = (BACK, ANOTHER_ROOT, NEARBY, LOST)
 NEAR = 1e-2  # relative error of the first stream: such a picture is the same to the eye
 TRUE_STREAM, ONE_TOKEN, ALL_TOKENS, RANDOM_MOVE = "true stream", "one token", "all tokens", "null: random direction"
 
-# Measures that are shares of cases, or differences of shares. Where each image is one case, a one or a zero, their
-# interval is Wilson's at least.
+# Measures that are shares of cases. Where each image is one case, a one or a zero, their interval is Wilson's at least.
 SHARES = {
     *("top1", f"top1_{RANDOM_HUES}", "probe_top1", "top1_agreement", "retrieval_top1", "factor_score"),
     *("texture_accuracy", "texture_accuracy_ceiling", "share_keep", "share_revert", "share_grey", "share_other"),
-    "reverted_above_deals",
     *(*FATES, *CHAIN_FATES, "survived", *(f"lost_{fate}" for fate in FATES), "reached", "tokens_right"),
     *("several_roots", "complete", "negative_determinant", "truth_found"),
 }
+DIFFERENCES_OF_SHARES = {"reverted_above_deals"}

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from backsight.errors import BacksightError
-from backsight.tables.names import SHARES
+from backsight.tables.names import DIFFERENCES_OF_SHARES, SHARES
 from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
 
 DRAWS = 1000
@@ -93,10 +93,14 @@ def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
     above, below = np.zeros((2, len(seeds), len(names)))
     np.add.at(above, (by_seed, by_photograph), weight * group["value"].to_numpy(float))
     np.add.at(below, (by_seed, by_photograph), weight)
-    shares = set(group["measure"]) <= SHARES
-    cases = "against" not in group and group["value"].isin((0.0, 1.0)).all()  # no differences, an image is one case
+    measures = set(group["measure"])
+    shares = measures <= SHARES and "against" not in group
+    differences_of_shares = not shares and measures <= SHARES | DIFFERENCES_OF_SHARES
+    cases = shares and group["value"].isin((0.0, 1.0)).all()
     counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
-    return dict(zip(TOLD, interval(above, below, seed, shares, shares and cases), strict=False)) | counts
+    value, *bounds = interval(above, below, seed, shares or differences_of_shares, cases)
+    low, high = np.clip(bounds, 0, 1) if shares else bounds
+    return {"value": value, "low": low, "high": high, **counts}
 
 
 def interval(
