@@ -1,6 +1,7 @@
 """Runs with the values of each study, made up so that the answer to every claim is known."""
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def cross_layer(study: Study) -> None:
     """A step of depth costs the DETR more, which has fewer pairs of taps; by modular inverses it does not."""
     slope, pairs = (0.5, 2) if study.name == "scenes-detr" else (0.2, 6)
     for inverse, value in (("linear", slope), ("modular", 0.2), ("null_untrained", 0.2)):
-        for endpoints in ("with", "without"):
-            study.add("stitch_slope", value, None, inverse, 0.05, endpoints=endpoints, pairs=pairs, family="linear")
+        for measure, endpoints in product(("stitch_slope", "stitch_slope_r2"), ("with", "without")):
+            study.add(measure, value, None, inverse, 0.05, endpoints=endpoints, pairs=pairs, family="linear")
 
 
 def efficiency(study: Study) -> None:

@@ -29,7 +29,8 @@ SHADE, GRAIN = 0.3, 0.06  # brightness across an image that a leaf's slope makes
 BLUR = 0.6  # pixels at most
 GREY = 0.45
 OF_IMAGE, OF_LEAF = (0.2, 0.08, 0.04), (0.42, 0.11, 0.05)  # deviations along AXES
-AXES = np.array([[1, 1, 1], [0.5, 0.5, -1], [1, -1, 0]]) / np.sqrt([[3], [1.5], [2]])  # light, yellow-blue, red-green
+# Unit vectors of light, of yellow against blue, and of red against green.
+AXES = np.array([[1, 1, 1], [0.5, 0.5, -1], [1, -1, 0]]) / np.sqrt(np.array([[3], [1.5], [2]]))
 CORNERS = 24  # of a leaf's outline
 TILE = 512  # side of a texture, which repeats
 

@@ -103,9 +103,9 @@ def _precision_rows(outputs: list[Predictions], data: SceneTensors) -> list[dict
     blocks = [average_precision(predictions.index(chosen), data.take(chosen)).stack() for chosen in places]
     spread = 1.96 / math.sqrt(BLOCKS) * pd.concat(blocks, axis=1).std(axis=1).unstack()
     values = average_precision(predictions, data)
-    for measure in values:
-        for group, value in values[measure].items():
-            half = spread[measure][group]
+    for measure in ("ap50", "ap"):
+        for group in _GROUPS:
+            value, half = values[measure][group], spread[measure][group]
             interval = {"value": value, "low": value - half, "high": value + half}
             rows.append({"measure": measure, "classes": group, **interval})
     return rows

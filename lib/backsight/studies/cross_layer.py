@@ -11,6 +11,7 @@ the `Values` of a run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,10 +125,13 @@ def _add_slopes(
         scales = {"stitch_slope": below, "stitch_slope_r2": np.square(apart).sum() * total + 0 * below}
         for measure, scale in scales.items():
             slopes = {
-                s: influence(lambda weights, a=a, b=b: weights @ a / (weights @ b), len(total))
-                for s, a, b in zip(seeds, above, scale, strict=True)
+                s: influence(partial(_ratio, a, b), len(total)) for s, a, b in zip(seeds, above, scale, strict=True)
             }
             values.add(measure, slopes, **about, endpoints=endpoints, pairs=len(pairs))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return weights @ above / (weights @ below)
 
 
 @torch.no_grad()

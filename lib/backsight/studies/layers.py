@@ -143,7 +143,7 @@ def add_similarity(
         for way in (pair, pair[::-1]):
             values.add("token_cosine", torch.cat(parts), **about, **between(target, way))
     for step, parts in updates.items():
-        at = {"tap": step.after, "group": stack_of(target, step.after), "component": step.component}
+        at: dict[str, Any] = {"tap": step.after, "group": stack_of(target, step.after), "component": step.component}
         values.add("residual_update", torch.cat(parts), **about, **at)
     features, size = sample.minibatches(), sample.images_in_minibatch()
     for taps in sets:
@@ -156,10 +156,10 @@ def add_similarity(
                 return cka_from_products(products[kept])[:, start:]
 
             of_images, minibatch = influence_of_groups(cka, len(products), size)
-            for i, j in combinations(range(len(taps)), 2):
-                for way in ((taps[i], taps[j]), (taps[j], taps[i])):
-                    place = {"inverse": inverse, "family": ""} | between(target, way)
-                    values.add("cka", of_images[:, i, j], clusters=minibatch, **place)
+            for first, second in combinations(range(len(taps)), 2):
+                for way in ((taps[first], taps[second]), (taps[second], taps[first])):
+                    place: dict[str, Any] = {**about, "inverse": inverse, **between(target, way)}
+                    values.add("cka", of_images[:, first, second], clusters=minibatch, **place)
 
 
 def _same_tokens(target: Target, recorded: dict[str, Representation], taps: Sequence[str]) -> list[list[str]]:

@@ -96,10 +96,10 @@ def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
     measures = set(group["measure"])
     shares = measures <= SHARES and "against" not in group
     differences_of_shares = not shares and measures <= SHARES | DIFFERENCES_OF_SHARES
-    cases = shares and group["value"].isin((0.0, 1.0)).all()
+    cases = shares and bool(group["value"].isin((0.0, 1.0)).all())
     counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
     value, *bounds = interval(above, below, seed, shares or differences_of_shares, cases)
-    low, high = np.clip(bounds, 0, 1) if shares else bounds
+    low, high = np.clip(bounds, 0, 1) if shares and group["value"].between(0, 1).all() else bounds
     return {"value": value, "low": low, "high": high, **counts}
 
 

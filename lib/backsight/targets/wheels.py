@@ -139,8 +139,8 @@ def dinov2_of_onnx(path: Path) -> dict[str, Tensor]:
             state[name] = tensor
     for block in range(12):
         for kind in ("weight", "bias"):
-            theirs = [f"backbone.encoder.layer.{block}.attention.attention.{part}.{kind}" for part in DINOV2_PARTS]
-            state[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([tensors[name] for name in theirs])
+            parts = [f"backbone.encoder.layer.{block}.attention.attention.{part}.{kind}" for part in DINOV2_PARTS]
+            state[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat([tensors[part] for part in parts])
     return state
 
 
