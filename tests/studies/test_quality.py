@@ -151,14 +151,14 @@ def test_training_seeds_are_pooled_into_one_row(by_seed, target):
     assert set(values.train_seed) == {4, 7, NO_SEED}
 
 
-def test_further_measures_see_the_first_images_and_of_the_nulls_the_first_seed(by_seed):
+def test_further_measures_see_the_first_images_and_of_untrained_targets_the_first_seed(by_seed):
     rows = metrics(by_seed.values.table()).query("measure == 'place'")
     assert (rows.n == 10).all()
     assert (rows.value == 4.5).all()  # the mean place of ten
     assert (rows.further == "x").all()
-    ours = ~rows.inverse.str.startswith("null_")
-    assert (rows[ours].seeds == 2).all()
-    assert (rows[~ours & (rows.inverse != "null_mean")].seeds == 1).all()
+    one_seed = rows.inverse.isin(["null_untrained", "null_mean"])
+    assert (rows[~one_seed].seeds == 2).all()
+    assert (rows[rows.inverse == "null_untrained"].seeds == 1).all()
 
 
 def test_maps_are_the_picture_in_parts(by_seed, target):

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageDraw
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, SourceError
 from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS, photograph
 
 Array = np.ndarray
@@ -184,7 +184,7 @@ def render(split: str, index: int, seed: int = 0, size: int = 64, options: Scene
     Raises BacksightError for an unknown split or a size below 16 pixels.
     """
     if split not in SPLIT_PHOTOGRAPHS:
-        raise BacksightError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
+        raise SourceError(f"scenes have no split {split!r}; choose one of {', '.join(SPLIT_PHOTOGRAPHS)}")
     if size < 16:
         raise BacksightError(f"scenes of {size} pixels cannot show their silhouettes; choose a size of 16 or more")
     place = [VERSION, seed, _SPLIT_CODE[split], index]
