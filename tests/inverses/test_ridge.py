@@ -54,6 +54,22 @@ def test_the_best_strength_is_that_of_the_rows_and_so_is_its_error(monkeypatch) 
     assert errors[ALPHAS.index(best(training, accumulated(x[40:], signal[40:]), ALPHAS).alpha)] < 1.03 * min(errors)
 
 
+def test_the_best_strength_of_several_minima() -> None:
+    """Large directions say one half, small ones nothing, the smallest the rest: both ends beat what is between."""
+    known = normal(440, 22) * torch.tensor([1.0, *[0.1] * 20, 1e-3])
+    x = known @ torch.linalg.qr(normal(22, 22, seed=1))[0]
+    y = known[:, :1] + known[:, -1:] * 1e3
+    training, validation = accumulated(x[:40], y[:40]), accumulated(x[40:], y[40:])
+    errors = []
+    for alpha in ALPHAS:
+        weight, bias = training.solve(alpha)
+        errors.append(float((x[40:] @ weight + bias - y[40:]).square().mean()))
+    lowest = int(np.argmin(errors))
+    assert lowest < 3
+    assert max(errors[3:12]) > 1.2 * errors[16] > 1.2 * errors[lowest]
+    assert best(training, validation, ALPHAS).alpha == ALPHAS[lowest]
+
+
 def test_accumulators_add() -> None:
     x, y = normal(90, 5) + 3, normal(90, 4, seed=1)
     whole = accumulated(x, y, pieces=1)
