@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from backsight.errors import BacksightError
 from backsight.inverses import linear as fitting
-from backsight.inverses.linear import LinearInverse, Request, fit_linear, fit_linear_pairs
+from backsight.inverses.files import load, save
+from backsight.inverses.linear import LinearInverse, Request, fit_linear, fit_linear_pairs, side_by_side
 from backsight.inverses.ridge import RidgeAccumulator
 from backsight.inverses.rows import (
     Layout,
@@ -128,6 +130,25 @@ def test_one_pass_for_all_taps_and_the_third_argument_is_the_validation() -> Non
     fitted = fit_linear_pairs(target, images, requests, batch_size=32, progress=False)
     assert (target.passes, list(fitted)) == ([32, 32, 26], requests)
     assert fitted[requests[1]].maps["cells"].alpha >= 1e-2 > fitted[requests[2]].maps["cells"].alpha
+
+
+def test_taps_that_each_hold_a_half_are_read_together(tmp_path: Path) -> None:
+    """Neither half says more than itself, both side by side say all, and the file comes back."""
+    images = pictures(216)
+    whole, rest = mixed(images), images[156:]
+    halves = {tap: whole.replace(whole.values[..., part::2]) for part, tap in enumerate(("even", "odd"))}
+    target = Recorded(**halves, coarse=tokens_of(torch.zeros(216, 8, 1, 3)))
+    name = "even+odd"
+    inverses = fit_linear(target, images[:156], rest, together=["even", "odd"], progress=False)
+    assert list(inverses) == [name]
+    held = {tap: half.index(torch.arange(156, 216)) for tap, half in halves.items()}
+    assert r2(inverses[name], side_by_side(held, name), rest) > 1 - 1e-6
+    save(inverses, tmp_path)
+    loaded = load(tmp_path, target)["linear"]
+    torch.testing.assert_close(loaded[name](side_by_side(held, name)), rest, atol=1e-3, rtol=0)
+    target.done = 0
+    with pytest.raises(BacksightError, match=r"even .*2 x 3 .* coarse .*1 x 3"):
+        fit_linear(target, images[:156], together=["even", "coarse"], progress=False)
 
 
 def test_an_invertible_tap_is_inverted_and_an_unrelated_one_is_not() -> None:

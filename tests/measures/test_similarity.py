@@ -9,6 +9,7 @@ from backsight.measures.similarity import (
     TokenSample,
     cka_from_products,
     cka_products,
+    frechet_distance,
     residual_update,
     shuffled_rows,
     token_cosine,
@@ -124,3 +125,26 @@ def test_shuffled_rows_keep_places_and_change_images():
     assert (moved != rows).all()
     assert torch.equal(moved.sort(1).values, rows)
     assert (shuffled_rows(rows, 1) != rows).all()
+
+
+def test_the_frechet_distance_of_known_sets():
+    """Of axis-aligned Gaussians it is the squared distance of the means and of the deviations."""
+    ortho = torch.linalg.qr(torch.cat([torch.ones(40, 1, dtype=torch.float64), normal(40, 3)], 1)).Q[:, 1:]
+    unit = ortho * 39**0.5  # mean 0 and covariance 1, exactly
+    deviation, moved = torch.tensor([2.0, 3.0, 0.5]).double(), torch.tensor([1.0, -2.0, 0.0]).double()
+    assert frechet_distance(unit, unit @ torch.linalg.qr(normal(3, 3, seed=1)).Q) == pytest.approx(0, abs=1e-9)
+    expected = float((deviation - 1).square().sum() + moved.square().sum())
+    assert frechet_distance(unit, unit * deviation + moved) == pytest.approx(expected)
+    assert frechet_distance(unit * deviation + moved, unit) == pytest.approx(expected)
+
+
+def test_the_frechet_distance_is_that_of_the_covariances_also_of_fewer_images_than_channels():
+    for count in (50, 8):
+        first, second = normal(count, 12), normal(count + 5, 12, seed=1) * torch.linspace(0.5, 2, 12) + 0.3
+        covariances = [np.cov(rows.numpy().T) for rows in (first, second)]
+        product = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)
+        spread = sum(np.trace(matrix) for matrix in covariances) - 2 * np.sqrt(product).sum()
+        expected = float((first.mean(0) - second.mean(0)).square().sum()) + spread
+        assert frechet_distance(first.float(), second.float()) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(BacksightError, match="one width"):
+        frechet_distance(normal(1, 12), normal(9, 12))

@@ -51,8 +51,8 @@ def study(vit, images):
 class Model:
     """A stack of four taps; `codes` makes of images (B, 3, H, W) the tokens of each, one a picture."""
 
-    name, weights, device, taps = "model", "none", torch.device("cpu"), TAPS
-    available_taps = TAPS
+    name, weights, weights_hash, device = "model", "none", "0", torch.device("cpu")
+    taps, available_taps, reduction = TAPS, TAPS, None
 
     def __init__(self, codes):
         self.codes = codes
@@ -223,3 +223,17 @@ def test_pictures_are_those_that_are_scored(vit, images):
         assert rows[(*pair, "stitch_r2")] == pytest.approx(float(r2), abs=1e-4)
     raw = cross_layer.cross_pictures(vit, test, inverses)
     assert torch.equal(raw["blocks.0", "blocks.1"], inverses["blocks.1"](vit.record(test)["blocks.0"]).clamp(0, 1))
+
+
+def test_a_layer_adds_what_deeper_ones_do_not_hold():
+    """Of 48 values of a picture the deepest tap holds 20, the middle one 10 of these, the first one the others."""
+    shown = torch.rand(300, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    parts = {"blocks.0": slice(20, 48), "blocks.1": slice(0, 10), "blocks.2": slice(0, 20)}
+    model = Model({tap: lambda x, part=part: x.replace(x.values[..., part]) for tap, part in parts.items()})
+    values = Values(model, "noise", "test", range(50))
+    layers.add_marginal_gain(values, model, shown[:200], shown[250:], list(parts), shown[200:250])
+    by = ["tap", "inverse", "measure"]
+    gains = pool(values.table(), by, against={"inverse": "linear_deeper"}).set_index("tap")["value"]
+    assert list(gains.index) == ["blocks.0", "blocks.1"]
+    assert gains["blocks.0"] > 20
+    assert abs(gains["blocks.1"]) < 0.2

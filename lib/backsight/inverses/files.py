@@ -130,9 +130,11 @@ def load(folder: Path | str, target: Target, seed: int | None = None) -> dict[st
     if len(seeds) > 1 and seed not in seeds:
         raise BacksightError(f"{folder} holds inverses of the seeds {seeds}: choose one of them as `seed`")
     families: dict[str, dict[str, nn.Module]] = {}
-    depth = {tap: place for place, tap in enumerate(target.available_taps)}
-    ordered = sorted(headers.items(), key=lambda item: (ORDER.index(item[1].family), depth[item[1].source]))
-    for path, header in ordered:
+
+    def order(header: InverseHeader) -> tuple[int, int]:
+        return ORDER.index(header.family), target.available_taps.index(header.source.rpartition("+")[2])
+
+    for path, header in sorted(headers.items(), key=lambda item: order(item[1])):
         if len(seeds) > 1 and header.seed != seed:
             continue
         modules = families.setdefault(header.family, {})

@@ -139,17 +139,34 @@ def fit_linear(
     validation: Images | None = None,
     *,
     taps: Sequence[str] | str | None = None,
+    together: Sequence[str] | str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Inverses:
     """The linear inverse of every tap to pixels, in one pass over the images.
 
-    taps: as `load_target` takes them, default the target's own. For the rest see `fit_linear_pairs`.
+    taps: as `load_target` takes them, default the target's own; together: taps, instead, that one inverse reads side by
+    side, see `side_by_side`: its name, and key, is "a+b". For the rest see `fit_linear_pairs`.
     """
-    pairs = [(tap, PIXELS) for tap in (target.taps if taps is None else target.resolve_taps(taps))]
+    names = target.taps if taps is None and together is None else target.resolve_taps(together or taps)
+    pairs = [(tap, PIXELS) for tap in (names if together is None else ["+".join(names)])]
     fitted = fit_linear_pairs(target, images, pairs, validation, seed=seed, batch_size=batch_size, progress=progress)
     return Inverses({tap: inverse for (tap, _), inverse in fitted.items()})
+
+
+def side_by_side(recorded: Mapping[str, Any], name: str) -> Representation:
+    """What the taps of a name "a+b" hold as one: tokens (B, N, C_a + C_b) without prefix; of a single tap its own.
+
+    Raises BacksightError where they do not hold tokens on the same grids.
+    """
+    parts = [recorded[tap] for tap in name.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    if len({getattr(part, "grids", number) for number, part in enumerate(parts)}) > 1:
+        forms = ", ".join(f"{tap} {part.form}" for tap, part in zip(name.split("+"), parts, strict=True))
+        raise BacksightError(f"Taps that are read together hold tokens on the same grids, and not {forms}.")
+    return Tokens(torch.cat([part.patches for part in parts], dim=2), parts[0].grids, padding=parts[0].padding)
 
 
 def fit_linear_pairs(
@@ -168,10 +185,11 @@ def fit_linear_pairs(
     Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same.
     Memory does not depend on the number of images.
 
-    images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, destination tap or "pixels"), or a `Request`;
-    validation: images of another split, on which the ridge strength is chosen from their moments alone (default: every
-    fifth image of `images` is held out of the fit); seed: of the rows that are drawn; maximum_inputs: see
-    `plan_layout`. Under `accelerate launch` every process reads its share of the images, and all return the same maps.
+    images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, or several as "a+b", destination tap or
+    "pixels"), or a `Request`; validation: images of another split, on which the ridge strength is chosen from their
+    moments alone (default: every fifth image of `images` is held out of the fit); seed: of the rows that are drawn;
+    maximum_inputs: see `plan_layout`. Under `accelerate launch` every process reads its share of the images, and all
+    return the same maps.
 
     Returns {pair: LinearInverse}. Raises BacksightError on an unknown tap, on ends between which no map is defined, and
     on too few images.
@@ -187,12 +205,13 @@ def fit_linear_pairs(
             "A linear fit needs at least 5 images, or images both to fit and to validate on: "
             "give a larger `images`, or a `validation` that is not empty."
         )
-    taps = list(dict.fromkeys(tap for request in requests.values() for tap in request[:2] if tap != PIXELS))
+    ends = dict.fromkeys(end for request in requests.values() for end in request[:2] if end != PIXELS)
+    taps = list(dict.fromkeys(tap for end in ends for tap in end.split("+")))
     inverses: dict[Request, LinearInverse] = {}
     groups: dict[tuple[str, Block], _Group] = {}
     passes = held_out_passes(target, images, validation, taps, batch_size, progress)
     for number, (batch, recorded, held_out) in enumerate(passes):
-        held: dict[str, Any] = {PIXELS: batch, **recorded}
+        held: dict[str, Any] = {PIXELS: batch, **{end: side_by_side(recorded, end) for end in ends}}
         for request in () if groups else dict.fromkeys(requests.values()):
             source, end = held[request.source], held[request.destination]
             forms = form_of(source), form_of(end)

@@ -1,4 +1,7 @@
-"""How alike two layers are: debiased linear CKA, cosine of tokens, size of a residual update.
+"""How alike two layers are: debiased linear CKA, cosine of tokens, size of a residual update; and two sets of images.
+
+A pretrained model may be the eye: `token_cosine` of one of its layers for an image and its reconstruction, and
+`frechet_distance` of its class tokens for images and reconstructions as two sets.
 
 Rows are tokens of different images, the same tokens at both layers. They come in minibatches (M, R, C): M disjoint
 sets of images, R rows of each, C channels. Minibatches are the units that intervals are taken over, so that tokens of
@@ -56,6 +59,28 @@ def token_cosine(first: Representation, second: Representation) -> Tensor:
             f"{tuple(first.values.shape)} and {tuple(second.values.shape)}."
         )
     return _over_tokens(F.cosine_similarity(first.values, second.values, dim=-1), first)
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """The squared Fréchet distance of the Gaussians of two sets of features (N, C), (M, C); in units of the features².
+
+    |m₁ − m₂|² + Tr(S₁ + S₂ − 2 (S₁ S₂)^½). Of the class tokens of DINOv2 it is FD-DINOv2. Small sets look farther apart
+    than they are, so that only numbers of equally many images compare. Raises BacksightError where a set has no spread
+    (one image), or the features are of different widths.
+    Source: Dowson & Landau 1982; Heusel et al. 2017 (FID); Stein et al. 2023 (FD-DINOv2, of ViT-L/14).
+    """
+    if first.ndim != 2 or first.shape[1:] != second.shape[1:] or min(len(first), len(second)) < 2:
+        raise BacksightError(
+            "A Fréchet distance needs two sets of at least 2 features of one width, (N, C) and (M, C), not "
+            f"{tuple(first.shape)} and {tuple(second.shape)}."
+        )
+    means = [rows.double().mean(0) for rows in (first, second)]
+    pairs = zip((first, second), means, strict=True)
+    # S = RᵀR, and Tr (S₁ S₂)^½ is the sum of the singular values of R₁ R₂ᵀ, also where S has no full rank.
+    roots = [torch.linalg.qr((rows - mean) / (len(rows) - 1) ** 0.5, mode="r").R for rows, mean in pairs]
+    overlap = torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
+    spread = sum(root.square().sum() for root in roots)
+    return float((means[0] - means[1]).square().sum() + spread - 2 * overlap)
 
 
 def residual_update(before: Representation, after: Representation) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from backsight.data.images import batches
 from backsight.errors import BacksightError
+from backsight.inverses.linear import fit_linear_pairs, side_by_side
+from backsight.measures.pixels import psnr
 from backsight.measures.similarity import (
     TokenSample,
     cka_from_products,
@@ -160,6 +162,30 @@ def add_similarity(
                 for way in ((taps[first], taps[second]), (taps[second], taps[first])):
                     place: dict[str, Any] = {**about, "inverse": inverse, **between(target, way)}
                     values.add("cka", of_images[:, first, second], clusters=minibatch, **place)
+
+
+@torch.no_grad()
+def add_marginal_gain(
+    values: Values, target: Target, images: Any, judged: Any, taps: Sequence[str], validation: Any = None, seed: int = 0
+) -> None:
+    """Add what every tap but the deepest says beside all deeper ones of these taps, which lie on one grid.
+
+    psnr of the linear inverse that reads the tap together with the deeper ones (inverse="linear_with"), and of them
+    alone ("linear_deeper"): their paired difference is the tap's gain. images, validation: of the fit; judged: the
+    images of `values`. Raises BacksightError on taps of different grids.
+    """
+    names = ["+".join(taps[place:]) for place in range(len(taps))]
+    pairs = [(name, PIXELS) for name in names]
+    fitted = fit_linear_pairs(target, images, pairs, validation, seed=seed, progress=False)
+    scores: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in batches(judged, 50):
+        recorded = target.record(batch.to(target.device), taps)
+        for name, pair in zip(names, pairs, strict=True):
+            made = fitted[pair](side_by_side(recorded, name)).cpu()
+            scores[name].append(psnr(batch.cpu(), made))
+    for tap, with_tap, deeper in zip(taps, names, names[1:], strict=False):
+        for inverse, name in (("linear_with", with_tap), ("linear_deeper", deeper)):
+            values.add("psnr", torch.cat(scores[name]), tap, inverse, family="linear")
 
 
 def _same_tokens(target: Target, recorded: dict[str, Representation], taps: Sequence[str]) -> list[list[str]]:
