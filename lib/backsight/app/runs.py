@@ -156,12 +156,9 @@ class Run:
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
         from backsight.tables.pooling import metrics
+        from backsight.tables.values import write_values
 
-        values = values.astype({"value": "float32", "weight": "float32"})  # half the file, and what is pooled is kept
-        write_atomically(
-            self.folder / PARTIAL_VALUES, lambda path: values.to_parquet(path, index=False, compression="zstd")
-        )
-        return self.save_metrics(metrics(values, seed))
+        return self.save_metrics(metrics(write_values(self.folder / PARTIAL_VALUES, values), seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
         """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""
