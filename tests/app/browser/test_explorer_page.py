@@ -40,6 +40,7 @@ VERSION = """(title) => {
 }"""
 ALL = {"Input", "Reconstruction", "Difference", "Error by patch"}
 ONLY_MADE = ALL - {"Input"}
+SCENE = "&target=scenes-vit&picture=scene+0"
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def patch(page: Page, row: int, column: int) -> None:
 
 def test_every_control_changes_the_right_pictures(open_page: Any, address: str, shot: Any) -> None:
     """Every control once, from a fresh view on: exactly the right pictures change."""
-    page = opened(open_page, address, height=1500)
+    page = opened(open_page, address + SCENE, height=1500)
     shot(page, "explorer-light-1280")
 
     def press(label: str, key: str = "ArrowRight") -> None:
@@ -149,12 +150,12 @@ def test_every_control_changes_the_right_pictures(open_page: Any, address: str, 
     )
     assert pictures(page)["Reconstruction"] != before["Reconstruction"]
 
-    view = "&tap=blocks.2&picture=chelsea&erased=21&shuffled=0,63&swapped=36&swap_picture=scene+3"
+    view = "&target=scenes-vit&tap=blocks.2&picture=chelsea&erased=21&shuffled=0,63&swapped=36&swap_picture=scene+3"
     shot(opened(open_page, address + view, height=1500), "explorer-changed")
 
 
 def test_files_are_taken_or_answered_with_a_sentence(open_page: Any, address: str, tmp_path: Path) -> None:
-    page = opened(open_page, address)
+    page = opened(open_page, address + SCENE)
     upload = page.locator(".backsight-drop input")
 
     def give(name: str, content: bytes) -> None:
@@ -190,7 +191,7 @@ def test_files_are_taken_or_answered_with_a_sentence(open_page: Any, address: st
 
 
 def test_the_keyboard_reaches_everything(open_page: Any, address: str) -> None:
-    page = opened(open_page, f"{address}&target=scenes-detr&tap=decoder.layers.0")
+    page = opened(open_page, f"{address}&target=scenes-detr&tap=decoder.layers.0&picture=scene+0")
     reached: dict[str, str] = {}
     page.locator("body").click(position={"x": 2, "y": 2})
     for _ in range(80):
@@ -227,9 +228,13 @@ def test_the_keyboard_reaches_everything(open_page: Any, address: str) -> None:
 
 def test_narrow_dark_and_two_sessions(open_page: Any, address: str, shot: Any) -> None:
     first = opened(
-        open_page, f"{address}&target=scenes-detr&tap=encoder.layers.2", width=800, height=1400, scheme="dark"
+        open_page,
+        f"{address}&target=scenes-detr&tap=encoder.layers.2&picture=scene+0",
+        width=800,
+        height=1400,
+        scheme="dark",
     )
-    second = opened(open_page, address, width=420, height=900)
+    second = opened(open_page, address + SCENE, width=420, height=900)
     for page, width in ((first, 800), (second, 420)):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator(".backsight-page").evaluate("(e) => e.scrollWidth <= e.clientWidth + 1")
@@ -257,7 +262,9 @@ def luminance(colour: str) -> float:
 def test_the_exported_python_reproduces_the_exported_png(
     open_page: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = opened(open_page, f"{address}&tap=blocks.3&hue_shift=75&erased=10,11&noise=0.5&picture=scene+4")
+    page = opened(
+        open_page, f"{address}&target=scenes-vit&tap=blocks.3&hue_shift=75&erased=10,11&noise=0.5&picture=scene+4"
+    )
     with page.expect_download() as awaited:
         page.get_by_role("button", name="Export PNG").click()
     awaited.value.save_as(tmp_path / "exported.png")
@@ -281,6 +288,9 @@ def test_the_page_in_jupyterlab(open_page: Any, tmp_path: Path, shot: Any) -> No
         place for place, cell in enumerate(notebook.cells) if "explore(" in cell.source and cell.cell_type == "code"
     )
     notebook.cells = notebook.cells[: last + 1]
+    notebook.cells[last].source = notebook.cells[last].source.replace(
+        "explore(query", f"explore({SCENE[1:]!r} or query"
+    )
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

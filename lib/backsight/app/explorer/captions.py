@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import Tensor
 
-from backsight.app.explorer.workbench import Seen
+from backsight.app.explorer.workbench import Depths, Seen
 from backsight.measures.hue import hue_of, object_chroma
 
 HUES = tuple(range(-180, 180, 45))  # degrees all round the circle, over which the loss of hue is judged
@@ -41,16 +40,16 @@ def measures_table(seen: Seen) -> str:
     return html().measures(seen, colours)
 
 
-def mean_errors(depths: Mapping[str, tuple[Tensor, Mapping[str, np.ndarray]]]) -> dict[str, float]:
+def mean_errors(turned: Sequence[Depths]) -> dict[str, float]:
     """{tap: mean hue error in degrees, of what comes back with a hue; NaN where most comes back grey}.
 
-    depths: of `Workbench.depths`. Nothing where the picture has no hue.
+    turned: of `Workbench.depths`, of one picture in several hues. Nothing where the picture has no hue.
     """
     means = {}
-    for tap, (_, scores) in depths.items():
-        grey = scores["share_grey"][~np.isnan(scores["share_grey"])]
-        if len(grey):
-            means[tap] = math.nan if grey.mean() > 0.5 else float(np.nanmean(scores["hue_error"]))
+    for tap in turned[0]:
+        errors, grey = ([float(depths[tap][1][name][0]) for depths in turned] for name in ("hue_error", "share_grey"))
+        if not np.isnan(grey).all():
+            means[tap] = math.nan if np.nanmean(grey) > 0.5 else float(np.nanmean(errors))
     return means
 
 

@@ -9,6 +9,7 @@ hues follow while it has nothing else to do. ipywidgets keeps only the newest va
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,9 +38,17 @@ from backsight.plots.style import colour_of
 from backsight.project import results_root, shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS
 from backsight.targets import SHIPPED
+from backsight.targets.wheels import WHEELS
 
+TARGETS = (*WHEELS, *SHIPPED)
+AT_HAND = View("scenes-vit", picture="scene 0")  # what is looked at where nothing else can be
+STRIP = 128  # pixels a side, at most, of a picture in the strip of all depths
 ERROR_RANGE = 0.5  # RMS error, of the range of a pixel, at the end of the error map's colours
-OFFERED = (*(f"scene {number}" for number in range(12)), *PHOTOGRAPHS)
+OFFERED = (
+    "chelsea",
+    *(name for name in PHOTOGRAPHS if name != "chelsea"),
+    *(f"scene {number}" for number in range(12)),
+)
 # The controls in two columns of groups: where the page is narrow, the pictures stand between them.
 GROUPS = {
     "first": {
@@ -55,23 +64,26 @@ GROUPS = {
 }
 
 
-def explore(query: str = "", fit_images: int = 2000) -> Page:
-    """The explorer's page, at the view of a link's query ("": a fresh one); fit_images: see `Workbench`.
+def explore(query: str = "") -> Page:
+    """The explorer's page, at the view of a link's query ("": a fresh one).
 
-    A query that cannot be read is answered with a sentence in the page.
+    Where that cannot be read, or its target's weights cannot be had, the page says so and shows a scene.
     """
-    page = Page(Workbench(fit_images))
-    page.look(View())
+    page = Page()
     with page.refusals():
         page.look(from_query(query))
+    if not page.view.tap:  # nothing is shown yet
+        reason = page.message.value
+        page.look(AT_HAND)
+        page.message.value = reason
     return page
 
 
 class Page:
     """The page. Its `view` is what it looks at; `look(view)` changes it from Python; `box` is the widget to show."""
 
-    def __init__(self, workbench: Workbench | None = None) -> None:
-        self.workbench = workbench or Workbench()
+    def __init__(self) -> None:
+        self.workbench = Workbench()
         self.view = View()
         self._is_setting = False  # the controls, which then ask for no new view
         self._rest: asyncio.Task[None] | None = None
@@ -85,7 +97,7 @@ class Page:
         self.mode = widgets.ToggleButtons(options={"erase": "erased", "shuffle": "shuffled", "swap": "swapped"})
         self.export = widgets.Button(description="Export PNG", tooltip="the pictures, with this view in the file")
         self.controls: dict[str, Any] = {  # of one field of the view each
-            "target": widgets.Dropdown(description="Target", options=SHIPPED),
+            "target": widgets.Dropdown(description="Target", options=TARGETS),
             "family": widgets.Dropdown(description="Inverse"),
             "tap": widgets.SelectionSlider(description="Depth", options=[""], readout=False),
             "inverse_tap": widgets.Dropdown(description="read with"),
@@ -154,9 +166,9 @@ class Page:
         with self.refusals():
             if carry and view.target != self.view.target:
                 view = self._carried(view.target)
-            families = self.workbench.bench(view.target).families
+            self.workbench.bench(view.target)
             start = time.perf_counter()
-            seen = self.workbench.see(view if view.family in families else replace(view, family=next(iter(families))))
+            seen = self.workbench.see(view)
             self.view = seen.view
             self._show(seen)
             self._show_status(f"Computed in {1000 * (time.perf_counter() - start):.0f} ms.")
@@ -178,7 +190,8 @@ class Page:
         share = before.taps.index(self.view.tap) / max(1, len(before.taps) - 1)
         tap = after.taps[round(share * (len(after.taps) - 1))]
         cells: dict[str, Any] = {name: carried(getattr(self.view, name), before.grid, after.grid) for name in CELLS}
-        return replace(self.view, target=target, tap=tap, inverse_tap="", removed=(), **cells)
+        family = self.view.family if self.view.family in after.families else ""
+        return replace(self.view, target=target, family=family, tap=tap, inverse_tap="", removed=(), **cells)
 
     def _heard(self, _element: Any, message: Mapping[str, Any], buffers: Sequence[bytes]) -> None:
         """A message from an element of the browser."""
@@ -199,7 +212,7 @@ class Page:
         view, bench = self.view, self.workbench.bench(self.view.target)
         place, pictures = bench.taps.index(view.tap), self.controls["picture"].options
         options = {
-            "target": [*SHIPPED, view.target],
+            "target": [*TARGETS, view.target],
             "family": bench.families,
             "tap": bench.taps,
             "inverse_tap": [("(its own)", ""), *((tap, tap) for tap in bench.taps)],
@@ -263,13 +276,16 @@ class Page:
             self.strip.depths = [
                 {
                     "tap": tap,
-                    "png": data_address(as_png(made[0])),
+                    "png": data_address(as_png(F.avg_pool2d(made, math.ceil(made.shape[3] / STRIP))[0], STRIP)),
                     "text": f"{float(psnr(seen.image, made)):.1f} dB\n{_hue(scores)}".rstrip(),
                 }
-                for tap, (made, scores) in self.workbench.depths(seen.view, seen.view.hue_shift).items()
+                for tap, (made, scores) in self.workbench.depths(seen.view).items()
             ]
-            await asyncio.sleep(0.15)
-            errors = mean_errors(self.workbench.depths(seen.view, *HUES))
+            turned = []
+            for hue in HUES:
+                await asyncio.sleep(0.02)
+                turned.append(self.workbench.depths(replace(seen.view, hue_shift=hue)))
+            errors = mean_errors(turned)
             self.sentence.value = html().sentence(hue_in_words(errors))
             self.hues.value = html().chart(errors, seen.view.tap, colour_of(seen.view.family)) if errors else ""
             self.status.remove_class("backsight-busy")

@@ -24,7 +24,7 @@ CELLS = ("erased", "shuffled", "swapped")  # the fields that hold patches
 class View:
     """One picture, changed; one tap's representation of it, changed; one inverse.
 
-    target, family, tap: whose representation, and the inverse that reads it; tap "": the first one.
+    target, family, tap: whose representation, and the inverse that reads it; "": the target's last, its first.
     picture: a name as `app.pictures` takes it. hue_shift: degrees; saturation: factor; region: of the scene's largest
     "object" or of the whole "image".
     erased, shuffled: patches of the picture (row-major, of the target's grid) painted in the colour that the target
@@ -34,10 +34,10 @@ class View:
     mean over scenes (predictions: to "no object"). Raises ValidationError on values that no view has.
     """
 
-    target: str = "scenes-vit"
-    family: str = "modular"
+    target: str = "dinov2-small"
+    family: str = ""
     tap: str = ""
-    picture: str = "scene 0"
+    picture: str = "chelsea"
     hue_shift: Annotated[float, Field(ge=-180, le=180)] = 0.0
     saturation: Annotated[float, Field(ge=0, le=2)] = 1.0
     region: Literal["object", "image"] = "object"
@@ -45,7 +45,7 @@ class View:
     shuffled: Cells = ()
     noise: Annotated[float, Field(ge=0, le=3)] = 0.0
     swapped: Cells = ()
-    swap_picture: str = "scene 1"
+    swap_picture: str = "china"
     inverse_tap: str = ""
     removed: Cells = ()
 
@@ -64,7 +64,8 @@ class View:
         inside = "".join(f"    {name}={value!r},\n" for name, value in self.changed.items())
         return (
             "from pathlib import Path\n\n"
-            "from backsight.app.explorer import View, Workbench\n\n"
+            "from backsight.app.explorer.view import View\n"
+            "from backsight.app.explorer.workbench import Workbench\n\n"
             f"view = View(\n{inside})\n"
             "workbench = Workbench()\n"
             "seen = workbench.see(view)  # seen.image, seen.reconstruction: (1, 3, H, W) in [0, 1]\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,18 +17,20 @@ from torch import Tensor
 import backsight
 from backsight.app.explorer.view import View
 from backsight.app.pictures import Picture, as_png, open_picture
-from backsight.data.images import batches, open_images
+from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import Reconstruct, kept_inverses
+from backsight.inverses.families import kept_inverses
+from backsight.inverses.module import Inverses
 from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr, ssim
 from backsight.representation import Grid, Predictions, Representation, Tokens
 from backsight.studies.recolour import recoloured
 from backsight.targets import Target, load_target
 
-REFERENCE_IMAGES = 64  # scenes that tell a representation's usual spread and mean
+REFERENCE_IMAGES = 16  # scenes that tell a representation's usual spread and mean
 CERTAIN = 0.5  # probability from which a query's box is drawn
 ENLARGED = 256  # pixels a side of a picture that is sent or exported: enough that it is of use outside the page
+Depths = dict[str, tuple[Tensor, dict[str, np.ndarray]]]  # {tap: (reconstruction (1, 3, H, W), its `hue_scores` (1,))}
 
 
 class Answer(NamedTuple):
@@ -70,12 +72,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Bench:
-    """A target and its inverses {family: {tap: inverse}}; each tap's standard deviation and mean over scenes."""
+    """A target and its inverses by family."""
 
     target: Target
-    families: Mapping[str, Mapping[str, Reconstruct]]
-    spread: Mapping[str, Tensor]
-    mean: Mapping[str, Tensor]
+    families: Mapping[str, Inverses]
+
+    @cached_property
+    def usual(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{tap: each channel's standard deviation, the mean representation} over scenes, when it is first asked for."""
+        scenes = tensor(open_images("scenes", "validation", self.target, REFERENCE_IMAGES))
+        return {
+            tap: (held.values[:, getattr(held, "prefix", 0) :].flatten(0, 1).std(0), held.values.mean(0, keepdim=True))
+            for tap, held in self.target.record(scenes).items()
+        }
 
     @property
     def taps(self) -> list[str]:
@@ -90,68 +99,56 @@ class Bench:
 
 
 class Workbench:
-    """Targets and inverses that are loaded once, and views of them.
+    """Targets and inverses that are loaded once, and views of them."""
 
-    fit_images: scenes that linear inverses are fitted on where a target has none.
-    """
-
-    def __init__(self, fit_images: int = 2000) -> None:
-        self.fit_images = fit_images
+    def __init__(self) -> None:
         self.bench = lru_cache(4)(self._bench)
         self._recorded = lru_cache(32)(self._record)
-        self._depths = lru_cache(32)(self._every_depth)
+        self._depths = lru_cache(16)(self._every_depth)
 
     def _bench(self, name: str) -> Bench:
-        target, spread, mean = load_target(name), {}, {}
-        scenes = open_images("scenes", "validation", target, REFERENCE_IMAGES)
-        for tap, representation in target.record(torch.cat(list(batches(scenes, REFERENCE_IMAGES)))).items():
-            spread[tap] = representation.values[:, getattr(representation, "prefix", 0) :].flatten(0, 1).std(0)
-            mean[tap] = representation.values.mean(0, keepdim=True)
-        return Bench(target, kept_inverses(target, "scenes", self.fit_images), spread, mean)
+        return Bench(target := load_target(name), kept_inverses(target))
 
     def _record(self, view: View) -> tuple[Picture, Mapping[str, Representation]]:
         bench = self.bench(view.target)
         picture = given(view, bench.target.image_size, bench.grid, bench.target.preprocessing.mean)
         return picture, bench.target.record(picture.image)
 
-    def see(self, view: View) -> Seen:
-        """Compute the view. Raises BacksightError where it names what is not there or does not fit."""
+    def completed(self, view: View) -> View:
+        """The view with its family and tap named. Raises BacksightError where it names what is not there."""
         bench = self.bench(view.target)
-        view = replace(view, tap=view.tap or bench.taps[0])
+        view = replace(view, tap=view.tap or bench.taps[0], family=view.family or [*bench.families][-1])
         reader, inverses = view.inverse_tap or view.tap, bench.families.get(view.family, {})
         for name, known in ((view.tap, bench.taps), (view.family, bench.families), (reader, inverses)):
             if name not in known:
                 raise BacksightError(f"{view.target} has no {name!r} with an inverse; {nearest(name, list(known))}.")
+        return view
+
+    def see(self, view: View) -> Seen:
+        """Compute the view. Raises BacksightError where it names what is not there or does not fit."""
+        view, target = self.completed(view), self.bench(view.target).target
         # The latest pictures' passes are kept, so that a move in depth computes none.
         picture, recorded = self._recorded(_of_picture(view))
         representation, remarks = self._changed(view, recorded[view.tap])
         with torch.no_grad():
-            made = inverses[reader](representation)
-            answers = answer(bench.target, picture.image), answer(bench.target, made)
+            made = self.bench(view.target).families[view.family][view.inverse_tap or view.tap](representation)
         colours = (object_chroma(image, picture.mask) for image in (picture.image, made))
         scores: dict[str, Any] = {"psnr": psnr(picture.image, made), "ssim": ssim(picture.image, made)}
         scores |= hue_scores(*colours)
         measures = {name: float(value[0]) for name, value in scores.items()}
-        return Seen(view, picture, made, answers, measures, remarks)
+        return Seen(view, picture, made, (answer(target, picture.image), answer(target, made)), measures, remarks)
 
-    def depths(self, view: View, *hues: float) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
-        """{tap: (reconstructions (B, 3, H, W), their `hue_scores` (B,))}, of the view turned by B hues.
+    def depths(self, view: View) -> Depths:
+        """What comes back from every tap, read by its own inverse of the view's family."""
+        return self._depths(replace(self.completed(view), tap="", inverse_tap=""))
 
-        Each tap is read by its own inverse. One hue alone tells little: an inverse that always paints the usual colour
-        is right whenever it is met.
-        """
-        return self._depths(replace(view, tap="", inverse_tap="", hue_shift=0.0), hues)
-
-    def _every_depth(self, view: View, hues: tuple[float, ...]) -> dict[str, tuple[Tensor, dict[str, np.ndarray]]]:
-        bench = self.bench(view.target)
-        turned = [self._recorded(_of_picture(replace(view, hue_shift=hue)))[0] for hue in hues]
-        images, masks = (torch.cat(parts) for parts in ([one.image for one in turned], [one.mask for one in turned]))
-        recorded, colours, depths = bench.target.record(images), object_chroma(images, masks), {}
-        inverses = bench.families[view.family]
-        for tap in (tap for tap in bench.taps if tap in inverses):
+    def _every_depth(self, view: View) -> Depths:
+        (picture, recorded), inverses = self._recorded(_of_picture(view)), self.bench(view.target).families[view.family]
+        colours, depths = object_chroma(picture.image, picture.mask), {}
+        for tap in (tap for tap in recorded if tap in inverses):
             with torch.no_grad():
                 made = inverses[tap](self._changed(replace(view, tap=tap), recorded[tap])[0])
-            depths[tap] = made, hue_scores(colours, object_chroma(made, masks))
+            depths[tap] = made, hue_scores(colours, object_chroma(made, picture.mask))
         return depths
 
     def _changed(self, view: View, representation: Representation) -> tuple[Representation, list[str]]:
@@ -168,7 +165,7 @@ class Workbench:
         if view.removed and isinstance(representation, Tokens):
             remarks.append(f"{view.tap} comes before the object queries: removing one changes later layers only.")
         elif view.removed:
-            neutral = bench.mean[view.tap].clone()
+            neutral = bench.usual[view.tap][1].clone()
             if isinstance(representation, Predictions):  # the mean box, and no class
                 neutral[..., : representation.logits.shape[2]] = 0
                 if representation.activation == "softmax":
@@ -177,7 +174,7 @@ class Workbench:
             values[:, removed] = neutral[:, removed]
         if view.noise:
             generator = torch.Generator().manual_seed(0)
-            values = values + view.noise * bench.spread[view.tap] * torch.randn(values.shape, generator=generator)
+            values = values + view.noise * bench.usual[view.tap][0] * torch.randn(values.shape, generator=generator)
             values = values.clamp(0, 1) if isinstance(representation, Predictions) else values
         return representation.replace(values), remarks
 
@@ -230,6 +227,8 @@ def given(view: View, size: tuple[int, int], grid: Grid, zero: Sequence[float]) 
 
 def answer(target: Target, image: Tensor) -> Answer:
     """The target's answer to one picture (1, 3, H, W)."""
+    if not target.answers:
+        return Answer("nothing: it has no classes")
     output, classes = target(image), target.classes or ()
 
     def named(index: int, probability: float) -> str:
@@ -244,8 +243,6 @@ def answer(target: Target, image: Tensor) -> Answer:
             for query in queries[best > CERTAIN][:20].tolist()
         ]
         return Answer(", ".join(box["label"] for box in boxes) or "no object", boxes)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        return Answer("nothing: it has no classes")
     values, indices = output[0].softmax(0).topk(min(5, output.shape[1]))
     return Answer(", ".join(map(named, indices.tolist(), values.tolist())))
 
