@@ -418,6 +418,26 @@ def test_seconds_of_a_resumed_run_are_summed(tmp_path: Path) -> None:
     assert seconds["total"] >= seconds["interrupted"] == pytest.approx(200, abs=10)
 
 
+def test_a_result_made_anew_is_no_modified_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make study` had remade of the committed results was said to be other code than that of the commit."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "backsight"\n')
+    for place in ("lib/code.py", "results/run/metrics.csv"):
+        write_atomically(tmp_path / place, lambda file: file.write_text("before"))
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+
+    def recorded() -> object:
+        start_run(tmp_path / "new", {"notebook": "tiny", "parameters": {}})
+        return (read_json(tmp_path / "new" / "started.json") or {})["modified"]
+
+    (tmp_path / "results/run/metrics.csv").write_text("after")
+    assert recorded() is False
+    (tmp_path / "lib/code.py").write_text("after")
+    assert recorded() is True
+
+
 def wait_until(condition: object, seconds: float = 180) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds

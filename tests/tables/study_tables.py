@@ -10,7 +10,7 @@ import pandas as pd
 
 from backsight.project import write_json
 from backsight.tables.pooling import metrics
-from backsight.tables.values import Values
+from backsight.tables.values import Values, write_values
 
 VIT_TAPS = ("patch_embed", "blocks.0", "blocks.1", "norm")
 DETR_TAPS = ("backbone", "encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1")
@@ -132,7 +132,7 @@ def write_study(folder: Path, notebooks: tuple[str, ...] = tuple(STUDIES)) -> Pa
 
 def write_run(folder: Path, notebook: str, values: pd.DataFrame) -> None:
     folder.mkdir(parents=True)
-    values.to_parquet(folder / "values.parquet", index=False)
+    write_values(folder / "values.parquet", values)
     metrics(values).to_csv(folder / "metrics.csv", index=False)
     write_json(folder / "run.json", {"notebook": notebook, "status": "complete"})
 

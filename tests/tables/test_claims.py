@@ -57,6 +57,7 @@ def test_all_claims_have_a_source_a_caution_and_one_border() -> None:
 
 def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     """The number of a row of the page by other means: a table of images and seeds, and its mean."""
+    values = values.astype({"value": float})  # they are stored as float32
     rows = values[(values["notebook"] == claim.notebook) & (values["tap"] != "predictions")]
     rows = rows.dropna(axis="columns", how="all").assign(tap=rows["tap"], depth=rows["depth"])
     for column, value in claim.rows.items():

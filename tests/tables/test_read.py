@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from study_tables import DETR_TAPS, VIT_TAPS, tables, write_run, write_study
 
@@ -12,7 +13,7 @@ from backsight.plots.scheme import method_scheme
 from backsight.project import write_json
 from backsight.studies.figures import modular_minus_direct, quality_of_targets
 from backsight.tables.read import QUALITY, Study, read_study, study_folder
-from backsight.tables.values import METRIC_COLUMNS
+from backsight.tables.values import METRIC_COLUMNS, write_values
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def pictures(count: int = 2) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_values_come_back_as_they_were_pooled_from_a_small_file(tmp_path: Path) -> None:
+    values = next(tables((QUALITY,)))[2]
+    written = write_values(tmp_path / "values.parquet", values)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "values.parquet"), written)
+    values.to_parquet(tmp_path / "plain.parquet", index=False, compression="zstd")
+    assert (tmp_path / "values.parquet").stat().st_size < 0.7 * (tmp_path / "plain.parquet").stat().st_size
 
 
 def test_every_run_is_read_with_its_notebook(study: Study) -> None:

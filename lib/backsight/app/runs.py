@@ -57,6 +57,8 @@ OF_A_RUN = (
     *("{notebook}.ipynb", "{notebook}.partial.ipynb", "frames/*/*--*.png", "inverses/**/*--*.safetensors"),
     *("checkpoints/direct.safetensors", "checkpoints/modular*.safetensors", "checkpoints/.*.partial"),
 )
+# Of the project's files, those that make a result; results, which runs make anew, are under git as well.
+WHAT_RUNS = ("lib", "notebooks", "data", "Snakefile", "pyproject.toml", "requirements.lock")
 # What can change a number.
 RECORDED_PACKAGES = (
     *("backsight", "torch", "torchvision", "timm", "transformers", "accelerate"),
@@ -89,13 +91,17 @@ def _hardware() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """The project's commit and whether tracked files differ from it; None where git or a commit is absent."""
-    command = ["git", "-C", str(project_root()), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    """The project's commit and whether WHAT_RUNS differs from it; None where git or a commit is absent."""
+    git = ["git", "-C", str(project_root())]
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", *WHAT_RUNS]
     try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        commit, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for command in commands
+        )
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
-    return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}
+    return {"commit": commit, "modified": bool(changed)}
 
 
 @cache
@@ -156,12 +162,9 @@ class Run:
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
         """Save what was measured, a row an image (`tables.values`), pool it, save and return that as the tidy table."""
         from backsight.tables.pooling import metrics
+        from backsight.tables.values import write_values
 
-        values = values.astype({"value": "float32", "weight": "float32"})  # half the file, and what is pooled is kept
-        write_atomically(
-            self.folder / PARTIAL_VALUES, lambda path: values.to_parquet(path, index=False, compression="zstd")
-        )
-        return self.save_metrics(metrics(values, seed))
+        return self.save_metrics(metrics(write_values(self.folder / PARTIAL_VALUES, values), seed))
 
     def save_figure(self, name: str, figure: "Figure") -> Path:
         """Save figures/<name>.png, 200 dots per inch, without the writer's name: equal figures are equal files."""

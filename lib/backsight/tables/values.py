@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from backsight.errors import BacksightError
+from backsight.project import write_atomically
 
 # Of the tidy table of every run, in this order; a study adds columns of its own behind them.
 METRIC_COLUMNS = (
@@ -22,6 +24,7 @@ COLUMNS = (
     *("target", "weights", "dataset", "split", "image", "photograph"),
     *("tap", "depth", "inverse", "train_seed", "measure", "value"),
 )
+MEASURED = ("value", "weight")
 NO_SEED = -1  # train_seed of what was not trained
 Numbers = Tensor | np.ndarray | Sequence[float]
 
@@ -99,3 +102,13 @@ def _numbers(values: Numbers) -> np.ndarray:
     if array.ndim != 1:
         raise BacksightError(f"One value an image is needed, not an array of shape {array.shape}.")
     return array
+
+
+def write_values(path: Path, values: pd.DataFrame) -> pd.DataFrame:
+    """Write a table of values as Parquet, packed well, and return it as it is there: its numbers are float32."""
+    values = values.astype(dict.fromkeys(MEASURED, "float32"))
+    names = [name for name in values if name not in MEASURED]
+    packing = {"compression": "zstd", "compression_level": 15, "use_dictionary": names}
+    split = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT")  # numbers, byte by byte of all: what repeats stands together
+    write_atomically(path, lambda file: values.to_parquet(file, index=False, column_encoding=split, **packing))
+    return values
