@@ -1,10 +1,12 @@
 """The skeleton: requirements held in step, commands that exist, imports that touch nothing."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +31,21 @@ def test_every_requirement_is_pinned_by_the_lock(root: Path, project: dict) -> N
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement} is not in requirements.lock: compile it again"
         assert requirement.specifier.contains(pin, prereleases=True), f"requirements.lock has {pin} for {requirement}"
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"), [(["lib"], []), (["tests", "benchmarks"], ["dev"])], ids=["lib", "tests and benchmarks"]
+)
+def test_every_import_is_a_requirement(root: Path, project: dict, folders: list[str], extras: list[str]) -> None:
+    """And does not merely come with another one, which may do without it tomorrow."""
+    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_bytes()))]
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    distributions = packages_distributions()
+    imported = {canonicalize_name(own) for name in names for own in distributions.get(name.partition(".")[0], ())}
+    wanted = chain(project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras))
+    assert not imported - {"backsight"} - {canonicalize_name(Requirement(text).name) for text in wanted}
 
 
 def test_the_lock_is_hashed_and_names_no_host(root: Path) -> None:

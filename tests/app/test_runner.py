@@ -524,7 +524,7 @@ def test_sigterm_is_an_interruption(write_notebook: NotebookWriter, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 130
-    assert errors == "backsight: stopped; the same command resumes.\n"
+    assert errors == "backsight: stopped; the same command resumes a run or a fit.\n"
     assert not (out / "run.json").exists()
 
 

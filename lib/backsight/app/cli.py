@@ -1,116 +1,72 @@
-"""The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input."""
+"""The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input; 130: stopped."""
 
-import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from typer import Argument, Exit, Option, Typer
 
 from backsight.errors import BacksightError, nearest
 
-PRESET: dict[str, Any] = {"metavar": "PRESET", "help": "quick, smoke, reference, paper or a YAML file"}
+PRESETS = "quick, smoke, reference, paper or a YAML file"
+TARGETS = "a name that `backsight targets` lists, or another that load_target takes"
+Runs = Annotated[Path, Argument(metavar="FOLDER", help="holds the folders of runs, such as results/reference")]
+Taps = Annotated[str, Option(help="blocks, components, fine, or names with commas")]
+
+app = Typer(
+    help="What a vision transformer still knows, layer by layer.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that a user can mend are one sentence on stderr."""
-    options = vars(_parser().parse_args(arguments))
     try:
-        return options.pop("command")(**options) or 0
-    except BrokenPipeError:  # whoever read the output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        app(arguments, prog_name="backsight")
     except (BacksightError, OSError) as error:  # OSError: of a path that is too long, a folder, not to be written
         print(f"backsight: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("backsight: stopped; the same command resumes.", file=sys.stderr)
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="backsight", description="What a vision transformer still knows, layer by layer."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function: Callable[..., int | None], text: str) -> Callable[..., argparse.Action]:
-        """A sub-command of the function's name, whose arguments are the function's: what adds one."""
-        added = commands.add_parser(function.__name__.strip("_"), help=text)
-        added.set_defaults(command=function)
-        return added.add_argument
-
-    run = command(_run, "run one notebook, strictly")
-    run("notebook", metavar="NOTEBOOK", type=Path)
-    run("-f", dest="preset", **PRESET)
-    lists = "one parameter; lists as in -p 'families=[linear, direct]'"
-    run("-p", dest="assignments", metavar="name=value", action="append", default=[], help=lists)
-    run("--out", metavar="DIR", type=Path, help="the run's folder (default: results/<notebook>)")
-    run("-v", "--verbose", action="store_true", help="print what the cells print")
-
-    look = command(_look, "turn every layer of a model back into a picture, as one figure")
-    look("picture", metavar="PICTURE", help="an image file, or chelsea, china, coffee, …")
-    look("--target", default="dinov2-small", help="anything that load_target takes (default: dinov2-small)")
-    look("--taps", default="blocks", help="blocks, components, fine, or names with commas")
-    look("--out", metavar="FILE", type=Path, help="default: PICTURE-TARGET.png in the working folder")
-
-    plan = command(_plan, "list the runs of a preset, with the seconds that they took")
-    plan("preset", **PRESET)
-    plan("--record", action="store_true", help="first record the seconds of those that are finished here")
-
-    fit = command(_fit, "fit inverses without a notebook, also under `accelerate launch`")
-    fit("target", metavar="TARGET", help="anything that load_target takes")
-    fit("images", metavar="IMAGES", help="scenes, a folder, a COCO or ImageNet root")
-    fit("out", metavar="OUT", type=Path, help="where the inverses go; 03_quality takes it as `inverses`")
-    fit("--taps", default="blocks", help="blocks, components, fine, or names with commas")
-    fit("--families", default="linear,modular", help="names with commas")
-    fit("--steps", type=_from(1), default=400, help="of training")
-    fit("--batch-size", type=_from(1), default=16, help="images of a step, of all processes together")
-    fit("--train-images", type=_from(1), help="at most so many (default: all)")
-    fit("--validation-images", type=_from(1), help="at most so many (default: all)")
-    fit("--features", default="auto", choices=("auto", "always", "never"), help="record them on disk")
-    fit("--seed", type=_from(0), default=0)
-    fit("--random-weights", action="store_true", help="of the target, for a control")
-
-    explore = command(_explore, "open the explorer alone in a browser (loopback only)")
-    explore("--port", type=int, default=0, help="default: any free one")
-    explore("--no-browser", dest="browser", action="store_false", help="only say the address")
-
-    command(_targets, "list what can be inverted here and now")
-    command(_doctor, "check the installation")
-    command(_report, "write index.html over the runs in a folder")("folder", metavar="FOLDER", type=Path)
-
-    findings = command(_findings, "write what the runs in a folder say of the paper's claims")
-    findings("folder", metavar="FOLDER", type=Path, help="holds the runs, such as results/reference")
-    findings("page", metavar="PAGE", type=Path, help="the Markdown file to write, such as FINDINGS.md")
-    return parser
-
-
-def _from(least: int) -> Callable[[str], int]:
-    """The type of a whole number that is not below `least`, nor too large for a seed."""
-
-    def number(text: str) -> int:
-        if not least <= (value := int(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is no number from {least}")
-        return value
-
-    return number
-
-
-def _run(notebook: Path, preset: str | None, assignments: Sequence[str], out: Path | None, verbose: bool) -> int | None:
-    from backsight.app.runner import NotebookError, plan_run, run_plan
-
-    plan = plan_run(notebook, preset, assignments, out)
-    try:
-        run_plan(plan, verbose)
-    except NotebookError as error:
-        print(f"backsight: {error}", file=sys.stderr)
-        return 1
+    except SystemExit as ended:
+        if ended.code == 130:
+            print("backsight: stopped; the same command resumes a run or a fit.", file=sys.stderr)
+        return int(ended.code or 0)
     return 0
 
 
-def _look(picture: str, target: str, taps: str, out: Path | None) -> None:
+@app.command()
+def run(
+    notebook: Annotated[Path, Argument(metavar="NOTEBOOK", help="such as notebooks/03_quality.ipynb")],
+    preset: Annotated[str | None, Option("-f", metavar="PRESET", help=PRESETS)] = None,
+    assignments: Annotated[
+        list[str] | None, Option("-p", metavar="NAME=VALUE", help="a parameter; lists as in -p 'seeds=[0, 1]'")
+    ] = None,
+    out: Annotated[Path | None, Option(metavar="DIR", help="the run's folder (default: results/<notebook>)")] = None,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="print what the cells print")] = False,
+) -> None:
+    """Run one notebook, strictly."""
+    from backsight.app.runner import NotebookError, plan_run, run_plan
+
+    try:
+        run_plan(plan_run(notebook, preset, assignments or (), out), verbose)
+    except NotebookError as error:
+        print(f"backsight: {error}", file=sys.stderr)
+        raise Exit(1) from error
+
+
+@app.command()
+def look(
+    picture: Annotated[str, Argument(metavar="PICTURE", help="an image file, or chelsea, china, coffee, …")],
+    target: Annotated[str, Option(help=TARGETS)] = "dinov2-small",
+    taps: Taps = "blocks",
+    out: Annotated[Path | None, Option(metavar="FILE", help="(default: PICTURE-TARGET.png)")] = None,
+) -> None:
+    """Turn every layer of a model back into a picture, as one figure."""
     from backsight.app.look import look, save_look
     from backsight.app.runs import file_name
 
@@ -118,13 +74,33 @@ def _look(picture: str, target: str, taps: str, out: Path | None) -> None:
     print(save_look(look(picture, target, taps), out or Path(name)))
 
 
-def _plan(preset: str, record: bool) -> None:
+@app.command()
+def plan(
+    preset: Annotated[str, Argument(metavar="PRESET", help=PRESETS)],
+    record: Annotated[bool, Option("--record", help="first record the seconds of those finished here")] = False,
+) -> None:
+    """List the runs of a preset, with the seconds that they took."""
     from backsight.app.plan import plan_preset
 
     print(plan_preset(preset, record))
 
 
-def _fit(target: str, images: str, out: Path, taps: str, families: str, random_weights: bool, **training: Any) -> None:
+@app.command()
+def fit(
+    target: Annotated[str, Argument(metavar="TARGET", help=TARGETS)],
+    images: Annotated[str, Argument(metavar="IMAGES", help="scenes, leaves, a folder, a COCO or ImageNet root")],
+    out: Annotated[Path, Argument(metavar="OUT", help="where the inverses go; 03_quality takes it as `inverses`")],
+    taps: Taps = "blocks",
+    families: Annotated[str, Option(help="names with commas")] = "linear,modular",
+    steps: Annotated[int, Option(min=1, help="of training")] = 400,
+    batch_size: Annotated[int, Option(min=1, help="images of a step, of all processes together")] = 16,
+    train_images: Annotated[int | None, Option(min=1, help="at most so many (default: all)")] = None,
+    validation_images: Annotated[int | None, Option(min=1, help="at most so many (default: all)")] = None,
+    features: Annotated[Literal["auto", "always", "never"], Option(help="record them on disk")] = "auto",
+    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="of weights, order and images")] = 0,
+    random_weights: Annotated[bool, Option("--random-weights", help="of the target, for a control")] = False,
+) -> None:
+    """Fit inverses without a notebook, also under `accelerate launch`."""
     from backsight.app.runner import in_charge_of
     from backsight.data.distributed import processes
     from backsight.inverses.families import FAMILIES, fit_and_save
@@ -136,43 +112,67 @@ def _fit(target: str, images: str, out: Path, taps: str, families: str, random_w
     for family in chosen:  # before the first of them is fitted
         if family not in FAMILIES:
             raise BacksightError(f"no inverse family {family!r}; {nearest(family, list(FAMILIES))}.")
-    loaded = load_target(target, taps=taps, pretrained=not random_weights, seed=training["seed"])
+    loaded = load_target(target, taps=taps, pretrained=not random_weights, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     with in_charge_of(out) if first else nullcontext():
-        files = fit_and_save(loaded, images, chosen, out, **training)
+        files = fit_and_save(
+            *(loaded, images, chosen, out),
+            train_images=train_images,
+            validation_images=validation_images,
+            steps=steps,
+            batch_size=batch_size,
+            features=features,
+            seed=seed,
+        )
     if first:
         print(f"{len(files)} inverses in {shown(out)}")
 
 
-def _explore(port: int, browser: bool) -> None:
+@app.command()
+def explore(
+    port: Annotated[int, Option(help="0: any free one")] = 0,
+    browser: Annotated[bool, Option("--browser/--no-browser", help="open it, or only say the address")] = True,
+) -> None:
+    """Open the explorer alone in a browser (loopback only)."""
     from backsight.app.explorer.serve import serve
 
     serve(port, browser)
 
 
-def _targets() -> None:
+@app.command()
+def targets() -> None:
+    """List what can be inverted here and now."""
     from backsight.targets import list_targets
 
     for row in list_targets():
         print(f"{row['name']:<44}{row['kind']:<12}{row['status']:<9}{row['needs']}".rstrip())
 
 
-def _doctor() -> int:
+@app.command()
+def doctor() -> None:
+    """Check the installation."""
     from backsight.app.doctor import examine
 
     findings = examine()
     for verdict, subject, text in findings:
         print(f"{verdict:<5} {subject}: {text}")
-    return int(any(verdict == "FAIL" for verdict, *_ in findings))
+    raise Exit(int(any(verdict == "FAIL" for verdict, *_ in findings)))
 
 
-def _report(folder: Path) -> None:
+@app.command()
+def report(folder: Runs) -> None:
+    """Write index.html over the runs in a folder."""
     from backsight.app.report import write_report
 
     print(write_report(folder))
 
 
-def _findings(folder: Path, page: Path) -> None:
+@app.command()
+def findings(
+    folder: Runs,
+    page: Annotated[Path, Argument(metavar="PAGE", help="the Markdown file to write, such as FINDINGS.md")],
+) -> None:
+    """Write what the runs in a folder say of the paper's claims."""
     from backsight.project import shown
     from backsight.tables.claims import write_findings
 
