@@ -32,12 +32,12 @@ def execute(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    from backsight.app.runner import _tidy
+    from backsight.app.runner import tidy
 
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(path.resolve().parent)}}
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place, record_timing=False).execute()
-    _tidy(notebook)
+    tidy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]

@@ -1,8 +1,10 @@
 """The command as a stranger meets it."""
 
 import re
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
 from backsight.app.cli import app, main
@@ -30,3 +32,17 @@ def test_what_is_mistyped_is_refused_with_what_was_meant(capsys: pytest.CaptureF
     }.items():
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_file_of_the_user_is_left_alone(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.md"
+    mine.write_text("mine")
+    assert main(["findings", str(root / "results" / "reference"), str(mine)]) == 2
+    assert "mine.md is not of backsight" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    picture = tmp_path / "cat.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    before = picture.read_bytes()
+    assert main(["look", str(picture), "--target", "scenes-vit", "--out", str(picture)]) == 2
+    assert "would replace" in capsys.readouterr().err
+    assert picture.read_bytes() == before

@@ -60,7 +60,7 @@ run.finish()
 print(mean)
 """
 # What says when and how long, and nothing of the result.
-OF_THE_MOMENT = ("files_digest", "started", "seconds", "resumed", "hardware")
+OF_THE_MOMENT = ("files_digest", "started", "seconds", "hardware")
 
 
 def run_snakemake(arguments: list[str], folder: str, log: str) -> None:

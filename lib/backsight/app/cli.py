@@ -1,5 +1,6 @@
 """The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input; 130: stopped."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ app = Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors that a user can mend are one sentence on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         app(arguments, prog_name="backsight")
     except (BacksightError, OSError) as error:  # OSError: of a path that is too long, a folder, not to be written
@@ -70,8 +72,10 @@ def look(
     from backsight.app.look import look, save_look
     from backsight.app.runs import file_name
 
-    name = f"{file_name(Path(picture).stem)}-{file_name(target)}.png"
-    print(save_look(look(picture, target, taps), out or Path(name)))
+    place = out or Path(f"{file_name(Path(picture).stem)}-{file_name(target)}.png")
+    if place.exists() and Path(picture).exists() and place.samefile(picture):
+        raise BacksightError(f"the figure would replace {picture} itself: give another file by --out.")
+    print(save_look(look(picture, target, taps), place))
 
 
 @app.command()
@@ -173,9 +177,11 @@ def findings(
     page: Annotated[Path, Argument(metavar="PAGE", help="the Markdown file to write, such as FINDINGS.md")],
 ) -> None:
     """Write what the runs in a folder say of the paper's claims."""
+    from backsight.app.runs import check_file
     from backsight.project import shown
     from backsight.tables.claims import write_findings
 
+    check_file(page, "Made by `backsight findings ")
     print(shown(write_findings(folder, page)))
 
 

@@ -10,6 +10,7 @@ parameters are. All of this happens before a kernel is started.
 
 import ast
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from backsight.errors import BacksightError, nearest
-from backsight.project import project_root, shown
+from backsight.project import project_root
 
 # Sections of a preset that belong to no single notebook: values for all, and the run graph (app.plan).
 SHARED_SECTIONS = ("common", "graph")
@@ -77,18 +78,17 @@ class Notebook:
 
 def read_notebook(path: str | Path) -> Notebook:
     """Read a notebook and its parameters. Raises BacksightError where it is absent or not a notebook."""
-    path = Path(path)
+    path, defaults = Path(path), {}
     if not path.is_file():
-        known = sorted(shown(file) for file in _notebooks().glob("*.ipynb"))
-        raise BacksightError(f"no notebook {path}; {nearest(f'notebooks/{path.name}', known)}.")
+        known = nearest(path.name, sorted(file.name for file in _notebooks().glob("*.ipynb")))
+        raise BacksightError(f"no notebook {path}; in {os.path.relpath(_notebooks())}, {known}.")
     try:
         text = path.read_text(encoding="utf-8")
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
         code = ["".join(cell["source"]) for cell in cells]
+        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BacksightError(f"{path} is not a notebook that can be read ({type(error).__name__}).") from error
-    defaults = {}
     try:
         for statement in ast.parse("\n".join(tagged)).body:
             match statement:
@@ -136,10 +136,11 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
     try:
         sections = yaml.load(path.read_text(encoding="utf-8"), _Once) or {}
         return {str(section): dict(values or {}) for section, values in sections.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BacksightError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}.") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise BacksightError(f"{path} must hold one mapping of parameters for each notebook's name.") from error
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise BacksightError(
+            f"{path} is not YAML with one mapping of values for each notebook's name: {said}."
+        ) from error
 
 
 def preset_values(notebook: Notebook, preset: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 RUN_VARIABLE = "BACKSIGHT_RUN"
 # What a folder may hold that no run made: traces of the run graph, and of an explorer that was used before.
-BESIDE_RUNS = (".lock", "log.txt", "exports", "pictures")
+BESIDE_RUNS = ("log.txt", "exports", "pictures")
 # What a run makes, besides the figures that its record names: removed before another one starts in its folder, since
 # results must not be mixed. What else lies there is the user's.
 OF_A_RUN = (
-    *(FINISHED, STARTED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES),
+    *(FINISHED, METRICS, PARTIAL_METRICS, VALUES, PARTIAL_VALUES),
     *("{notebook}.ipynb", "{notebook}.partial.ipynb", "frames/*/*--*.png", "inverses/**/*--*.safetensors"),
-    *("checkpoints/direct.safetensors", "checkpoints/modular*.safetensors", "checkpoints/.*.partial"),
+    *("checkpoints/direct.safetensors", "checkpoints/modular*.safetensors"),
 )
 # Of the project's files, those that make a result; results, which runs make anew, are under git as well.
 WHAT_RUNS = ("lib", "notebooks", "data", "Snakefile", "pyproject.toml", "requirements.lock")
@@ -85,7 +85,6 @@ def _hardware() -> dict[str, Any]:
         "processor": processor[1] if processor else platform.machine(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
         "gpu": torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None,
     }
 
@@ -104,13 +103,18 @@ def _commit() -> dict[str, Any]:
     return {"commit": commit, "modified": bool(changed)}
 
 
+def digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 @cache
 def code_digest() -> str:
     """Of the package's source, less comments: results made by other code are never taken for this code's."""
     package = Path(__file__).resolve().parent.parent
-    sources = {path.relative_to(package).as_posix(): ast.parse(path.read_bytes()) for path in package.rglob("*.py")}
-    text = "\0".join(f"{name}\0{ast.dump(source)}" for name, source in sorted(sources.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(
+        f"{path.relative_to(package)} {ast.dump(ast.parse(path.read_bytes()))}"
+        for path in sorted(package.rglob("*.py"))
+    )
 
 
 @dataclass(frozen=True)
@@ -143,19 +147,14 @@ class Run:
         with self._record() as record:
             record["weights"][target.name] = {"weights": target.weights, "hash": target.weights_hash}
 
-    def save_metrics(self, frame: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
-        """Save the run's tidy table (as metrics.partial.csv until the run is complete) and return it.
-
-        frame: rows with at least METRIC_COLUMNS. Raises BacksightError where one is absent.
-        """
+    def save_metrics(self, rows: "pd.DataFrame | list[dict[str, Any]]") -> "pd.DataFrame":
+        """Save the run's tidy table (as metrics.partial.csv until the run is complete), METRIC_COLUMNS first, and
+        return it. Raises KeyError where it lacks one of them."""
         import pandas as pd
 
         from backsight.tables.values import METRIC_COLUMNS  # late: torch takes seconds, and a wrong parameter none
 
-        table = pd.DataFrame(frame)
-        if missing := [column for column in METRIC_COLUMNS if column not in table.columns]:
-            raise BacksightError(f"the table lacks the columns {', '.join(missing)}.")
-        table = table[[*METRIC_COLUMNS, *(c for c in table.columns if c not in METRIC_COLUMNS)]]
+        table = pd.DataFrame(rows).set_index(list(METRIC_COLUMNS)).reset_index()
         write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return table
 
@@ -208,7 +207,7 @@ def open_run(notebook: str, parameters: Mapping[str, Any] | None = None) -> Run:
     """Open the folder of a notebook's run: what its parameter `out` says, or results/<notebook>.
 
     notebook: its file name without suffix; parameters: its parameters by name, by default as they are in the kernel.
-    Under `backsight run` the runner's folder and record are joined.
+    Under `backsight run` the runner's folder and record are joined; else a run with other parameters makes room.
     """
     if joined := os.environ.get(RUN_VARIABLE):
         return Run(Path(joined))
@@ -223,53 +222,69 @@ def open_run(notebook: str, parameters: Mapping[str, Any] | None = None) -> Run:
     return Run(folder)
 
 
+def check_file(path: Path, mark: str) -> None:
+    """Raise BacksightError where a file is there that backsight did not write: it lacks the mark."""
+    if path.exists() and not (path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")):
+        raise BacksightError(f"{path} is not of backsight: move it away, or name another place.")
+
+
 def check_folder(folder: Path, notebook: str) -> None:
     """Raise BacksightError where a folder holds a run of another notebook, or files that no run made."""
-    record = read_json(folder / FINISHED) or read_json(folder / STARTED)
-    if record is not None and record.get("notebook") != notebook:
-        raise BacksightError(f"{shown(folder)} holds a run of {record.get('notebook')}. Give another folder by --out.")
-    inside = folder.iterdir() if record is None and folder.is_dir() else ()
-    if others := sorted(path.name for path in inside if path.name not in BESIDE_RUNS):
+    held = (read_json(folder / FINISHED) or read_json(folder / STARTED) or {}).get("notebook")
+    inside = sorted(path.name for path in folder.glob("[!.]*") if path.name not in BESIDE_RUNS)
+    if held not in (None, notebook):
+        raise BacksightError(f"{shown(folder)} holds a run of {held}. Give another folder by --out.")
+    if held is None and inside:
         raise BacksightError(
-            f"{shown(folder)} is no run's folder: it holds {', '.join(others[:3])}. Give an empty one by --out."
+            f"{shown(folder)} is no run's folder: it holds {', '.join(inside[:3])}. Give an empty one by --out."
         )
 
 
-def clear_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Remove what an earlier run made, and nothing else."""
-    figures = [f"figures/{Path(name).name}" for name in record.get("figures", [])]
-    for pattern in (*OF_A_RUN, *figures):
-        for path in list(folder.glob(pattern.format(notebook=record["notebook"]))):
-            path.unlink()
+def is_of(record: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a run's record is one of the run with this identity."""
+    return all(record.get(key) == value for key, value in identity.items())
 
 
-def start_run(folder: Path, identity: Mapping[str, Any], resumed: bool = False) -> None:
-    """Write started.json and withdraw an earlier run.json: from here on the folder is unfinished.
+def start_run(folder: Path, identity: Mapping[str, Any]) -> str:
+    """Write started.json and withdraw run.json: from here on the folder is unfinished.
 
-    identity: what must be equal for an earlier run to be reused or resumed, "notebook" and "parameters" among it.
-    resumed: whether an interrupted run of the same identity goes on: what it took until it stopped (as far as its files
-    tell) counts among the seconds, as "interrupted".
+    identity: what must be equal for an earlier run to be resumed, "notebook" and "parameters" among it. What another
+    run made in the folder is removed, and nothing else. Of the same one, interrupted, the seconds until it stopped (as
+    far as its files tell) are kept as "interrupted". Returns what became of an earlier run, in words.
     """
-    before = (read_json(folder / STARTED) or {}) if resumed else {}
-    spent = before.get("seconds", {}).get("interrupted", 0.0)
-    if resumed:
-        stopped = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-        spent += max(0.0, stopped - datetime.fromisoformat(before["started"]).timestamp())
+    finished, started = (read_json(folder / name) or {} for name in (FINISHED, STARTED))
+    words, seconds, figures = "", {}, []
+    if is_of(started, identity):
+        figures = started["figures"]
+        if not finished:
+            stopped = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+            spent = max(0.0, stopped - datetime.fromisoformat(started["started"]).timestamp())
+            seconds = {"interrupted": round(spent + started["seconds"].get("interrupted", 0.0), 3)}
+            words = "resuming the interrupted run"
+    elif held := finished or started:
+        before, now = held.get("parameters") or {}, identity["parameters"]
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        words = f"other {', '.join(changed)}" if changed else "other code or files"
+        words = f"starting afresh: an earlier run, of {words}, is removed"
+        write_json(folder / STARTED, held)  # a kill before all is gone leaves the folder of a run
+        for pattern in (*OF_A_RUN, *(f"figures/{Path(name).name}" for name in held.get("figures", []))):
+            for path in list(folder.glob(pattern.format(notebook=held["notebook"]))):
+                path.unlink()
     record = {
         **identity,
         "seed": identity["parameters"].get("seed"),
-        "resumed": resumed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         **_commit(),
         "hardware": _hardware(),
         "weights": {},
-        "seconds": {"interrupted": round(spent, 3)} if resumed else {},
-        "figures": before.get("figures", []),
+        "seconds": seconds,
+        "figures": figures,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
     write_json(folder / STARTED, record)
+    return words
 
 
 def complete_run(folder: Path) -> Path:
