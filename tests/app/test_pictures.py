@@ -1,7 +1,10 @@
 """Pictures by name, the same ones on the page, in 00_quickstart and in the explorer."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 from backsight.app.pictures import open_picture
 from backsight.errors import BacksightError
@@ -32,3 +35,12 @@ def test_pictures_by_name() -> None:
         with pytest.raises(BacksightError, match=message):
             open_picture(wrong, (32, 32))
     assert open_picture("scene 0", (32, 48)).image.shape == (1, 3, 32, 48)
+
+
+def test_files_are_cropped_at_their_centre(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
+    image, mask, words = open_picture(str(tmp_path / "red.png"), (8, 8))
+    assert torch.equal(image[0, :, 3, 3], torch.tensor([1.0, 0.0, 0.0]))
+    assert mask.shape == (1, 8, 8)
+    assert mask.all()
+    assert words == "the image red.png"

@@ -16,7 +16,6 @@ from backsight.studies.quality import (
     KEPT,
     evaluate_quality,
     gallery_images,
-    picture,
     quality_images,
 )
 from backsight.tables.pooling import metrics, pool
@@ -225,18 +224,6 @@ def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, 
         load(tmp_path / "seeds", target, seed=7)
     with pytest.raises(BacksightError, match="not a folder"):
         load(tmp_path / "absent", target)
-
-
-def test_pictures_come_from_names_and_files(tmp_path):
-    from PIL import Image
-
-    image = picture("chelsea", (32, 48))
-    assert image.shape == (1, 3, 32, 48)
-    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
-    red = picture(str(tmp_path / "red.png"), (8, 8))
-    assert torch.equal(red[0, :, 3, 3], torch.tensor([1.0, 0.0, 0.0]))
-    with pytest.raises(BacksightError, match="neither a file nor a built-in photograph"):
-        picture("chelsey", (8, 8))
 
 
 def test_quality_images_are_never_training_images():

@@ -1,8 +1,6 @@
 """Does this installation work? Each finding is OK or FAIL, its subject, and what to do."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import distributions
@@ -11,31 +9,28 @@ from pathlib import Path
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
-from backsight.project import project_root, results_root, shown
+from backsight.project import project_root
 
-FREE_DISK_GIB = 2
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)\s*(?:;([^\\]+))?", flags=re.MULTILINE)
 
 
 def examine() -> list[tuple[str, str, str]]:
     """(verdict, subject, text) of every check, in the order in which trouble is best mended."""
-    free, results = shutil.disk_usage(project_root()).free / 2**30, results_root()
-    place = next(folder for folder in (results, *results.parents) if folder.exists())
-    writable = place.is_dir() and os.access(place, os.W_OK)
-    return [
-        _tried("packages", _packages),
-        _tried("torch", _torch),
-        _tried("kernel", _kernel),
-        *shipped(),
-        ("OK" if free >= FREE_DISK_GIB else "FAIL", "disk", f"{free:.0f} GiB free (a run needs {FREE_DISK_GIB})"),
-        ("OK" if writable else "FAIL", "results", f"{shown(results)} can{'' if writable else 'not'} be written"),
-    ]
+    checks = {"packages": _packages, "torch": _torch, "kernel": _kernel}
+    return [*(_tried(subject, check) for subject, check in checks.items()), *shipped()]
 
 
-def _tried(subject: str, check: Callable[[], object], shipped: bool = False) -> tuple[str, str, str]:
+def shipped() -> list[tuple[str, str, str]]:
+    """The findings on the targets that come with backsight."""
+    from backsight.targets import SHIPPED, load_target
+
+    return [_tried(name, partial(load_target, name, device="cpu"), "shipped") for name in SHIPPED]
+
+
+def _tried(subject: str, check: Callable[[], object], text: str = "") -> tuple[str, str, str]:
     try:
-        text = check()
-        return "OK", subject, "shipped" if shipped else str(text)
+        said = check()
+        return "OK", subject, text or str(said)
     except Exception as error:  # torch of another build, kernel specs and damaged files fail in many ways
         return "FAIL", subject, f"{type(error).__name__}: {error}"
 
@@ -48,9 +43,10 @@ def locked_versions(lock: Path) -> dict[str, str]:
 
 def _packages() -> str:
     pins = locked_versions(project_root() / "requirements.lock")
-    own = dict.fromkeys(pins, "absent")
-    own |= {canonicalize_name(package.name): package.version.partition("+")[0] for package in distributions()}
-    if differing := [f"{name} {own[name]} instead of {pin}" for name, pin in pins.items() if own[name] != pin]:
+    own = {canonicalize_name(package.name): package.version.partition("+")[0] for package in distributions()}
+    if differing := [
+        f"{name} {own.get(name, 'absent')} instead of {pin}" for name, pin in pins.items() if own.get(name) != pin
+    ]:
         raise RuntimeError(f"{', '.join(differing)}; run `make clean-venv install`.")
     return "as in requirements.lock"
 
@@ -74,13 +70,3 @@ def _kernel() -> str:
     client.stop_channels()
     manager.shutdown_kernel(now=True)
     return f"{KERNEL} starts"
-
-
-def shipped() -> list[tuple[str, str, str]]:
-    """The findings on the targets and photographs that come with backsight."""
-    from backsight.scenes.photographs import PHOTOGRAPHS, photograph_path
-    from backsight.targets import SHIPPED, load_target
-
-    checks: dict[str, Callable[[], object]] = {name: partial(load_target, name, device="cpu") for name in SHIPPED}
-    checks |= {name: partial(photograph_path, name) for name in PHOTOGRAPHS}
-    return [_tried(name, check, shipped=True) for name, check in checks.items()]

@@ -58,8 +58,8 @@ def save_frames(
             for at, name in enumerate(names):
                 file = save(pictures[at], kinds[at], family, tap)
                 place = {"dataset": name, "tap": tap, "depth": target.depth(tap), "inverse": family}
-                told = {"low": math.nan, "high": math.nan, "file": file, "input": inputs[at], "shows": shows[at]}
-                rows += [{**whole, **place, "measure": name, "value": scores[name][at], **told} for name in scores]
+                shown = {"low": math.nan, "high": math.nan, "file": file, "input": inputs[at], "shows": shows[at]}
+                rows += [{**whole, **place, "measure": name, "value": scores[name][at], **shown} for name in scores]
     return rows
 
 
@@ -74,7 +74,7 @@ def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], l
     key = ["dataset", "target", "inverse"]
     rows = metrics[metrics["file"].notna()]
     rows = rows[rows["run"] == rows.groupby(key)["run"].transform("max")]
-    told, problems = [], []
+    playable, problems = [], []
     for names, part in rows.groupby(key, sort=False):
         run, first = folder / part["run"].iloc[0], part.iloc[0]
         scores = part.pivot(index=["depth", "tap", "file"], columns="measure", values="value")
@@ -85,10 +85,10 @@ def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], l
                 {**_embedded(run, file), "tap": tap, "psnr": f"{psnr:.1f}", "ssim": f"{ssim:.3f}"}
                 for (_, tap, file), psnr, ssim in scores[["psnr", "ssim"]].itertuples()
             ]
-            told.append(strip)
+            playable.append(strip)
         except (OSError, ValueError) as error:
             problems.append(f"{run.name}: {error}")
-    return told, problems
+    return playable, problems
 
 
 def _embedded(run: Path, file: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from backsight.data.decode import read_rgb
 from backsight.errors import BacksightError
-from backsight.scenes.photographs import PHOTOGRAPHS
+from backsight.scenes.photographs import PHOTOGRAPHS, photograph
 from backsight.scenes.render import CLASS_NAMES, DEFAULT_OPTIONS, render
 
 if TYPE_CHECKING:
@@ -39,30 +40,29 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
     """
     import torch
 
-    from backsight.studies.quality import picture
-
-    if (scene_name := _SCENE.fullmatch(name)) is None:
-        if name not in PHOTOGRAPHS and not os.path.isfile(name):  # also of a name that can be no path
-            raise BacksightError(
-                f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or "
-                f"one of {', '.join(PHOTOGRAPHS)}."
-            )
+    if match := _SCENE.fullmatch(name):
+        number, hue = match.groups()
+        set_hue = None if hue is None else float(hue)
+        options = replace(DEFAULT_OPTIONS, set_hue=set_hue, hue_shift=hue_shift, recolour="dominant")
+        scene = render("test", int(number), 0, max(size), options)  # the split that no shipped target was trained on
+        image, mask, objects = scene.image, scene.masks[0], [CLASS_NAMES[label] for label in scene.labels]
+        words = f"test scene {number}: {', '.join(objects)} in front of a crop of {scene.background}"
+        words += f", the {objects[0]} recoloured to a hue of {hue}°" if hue else ""
+    elif name in PHOTOGRAPHS or os.path.isfile(name):  # also of a name that can be no path
+        image = photograph(name) if name in PHOTOGRAPHS else read_rgb(name)
+        mask = np.ones(image.shape[:2], bool)
         words = f"the photograph {name}" if name in PHOTOGRAPHS else f"the image {Path(name).name}"
-        return Picture(picture(name, size), torch.ones(1, *size, dtype=torch.bool), words)
-    number, hue = scene_name.groups()
-    set_hue = None if hue is None else float(hue)
-    options = replace(DEFAULT_OPTIONS, set_hue=set_hue, hue_shift=hue_shift, recolour="dominant")
-    scene = render("test", int(number), 0, max(size), options)  # the split that no shipped target was trained on
-    objects = [CLASS_NAMES[label] for label in scene.labels]
-    words = f"test scene {number}: {', '.join(objects)} in front of a crop of {scene.background}"
-    if hue is not None:
-        words += f", the {objects[0]} recoloured to a hue of {hue}°"
+    else:
+        raise BacksightError(
+            f"no picture {name!r}: give 'scene 22', 'scene 22 hue 240' (0 to 359), the path of an image file, or one "
+            f"of {', '.join(PHOTOGRAPHS)}."
+        )
 
     def fitted(pixels: np.ndarray, resampling: Image.Resampling) -> Tensor:
         return torch.from_numpy(np.array(ImageOps.fit(Image.fromarray(pixels), (size[1], size[0]), resampling)))
 
-    image = fitted(scene.image, Image.Resampling.BICUBIC).permute(2, 0, 1)[None].float() / 255
-    return Picture(image, fitted(scene.masks[0], Image.Resampling.NEAREST)[None], words)
+    pixels = fitted(image, Image.Resampling.BICUBIC).permute(2, 0, 1)[None].float() / 255
+    return Picture(pixels, fitted(mask, Image.Resampling.NEAREST)[None], words)
 
 
 def as_png(image: Tensor, side: int = 0, **options: Any) -> bytes:

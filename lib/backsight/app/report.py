@@ -20,7 +20,7 @@ from pydantic import ConfigDict
 
 from backsight.app.frames import strips
 from backsight.app.pictures import data_address
-from backsight.app.runs import file_name
+from backsight.app.runs import check_file, file_name
 from backsight.errors import BacksightError
 from backsight.plots import depth
 from backsight.plots.style import (
@@ -29,7 +29,6 @@ from backsight.plots.style import (
     inverse_order,
     is_null,
     look_of,
-    png_bytes,
     taps_in_order,
     with_nulls_of,
 )
@@ -42,20 +41,7 @@ from backsight.tables.values import METRIC_COLUMNS
 PAGE = "index.html"
 NO_ROWS = pd.DataFrame(columns=METRIC_COLUMNS)
 DIFFERENCE_GAIN = 2  # of the difference of input and reconstruction: more would be white all over for deep layers
-# Notebooks in the order in which their figures are shown, and what each is about.
-STUDIES: Mapping[str, str] = {
-    "00_quickstart": "Single pictures",
-    "03_quality": "Shape and detail",
-    "04_cross_layer": "Do layers speak the same code?",
-    "05_colour": "Colour",
-    "08_explorer": "Where the hue is lost",
-    "06_modular_vs_direct": "Modular against direct inverses",
-    "11_exact": "Is the picture the only one?",
-    "12_noise": "Lost, or only hidden?",
-    "10_tradeoff": "Trained to be invertible",
-    "02_train_inverse": "Training of the inverses",
-    "18_targets": "Classes and training",
-}
+TRAINING, FIGURES = "02_train_inverse", "07_figures"  # shown last; drawn again of what other runs show
 TABLE_MEASURES: Mapping[str, int] = {"psnr": 1, "psnr_objects": 1, "ssim": 3, "r2": 3}  # by depth; decimals
 
 
@@ -80,6 +66,12 @@ class PageRun(Record):
         return list(dict.fromkeys([*names, *self.weights, *self.table["target"].dropna()]))
 
     @property
+    def question(self) -> str:
+        """The title of the run's notebook."""
+        cells = (read_json(self.folder / f"{self.notebook}.ipynb") or {}).get("cells") or [{}]
+        return "".join(cells[0].get("source", "")).partition("\n")[0].removeprefix("# ") or self.notebook
+
+    @property
     def images(self) -> str:
         """The images that the run is about, where they are of one kind."""
         measured = self.table["dataset"].dropna().unique()
@@ -101,9 +93,8 @@ def write_report(folder: str | Path) -> Path:
     are not of backsight.
     """
     folder = Path(folder)
-    for file, mark in ((PAGE, "<title>backsight: "), (METRICS, ",".join(METRIC_COLUMNS))):
-        if (folder / file).is_file() and mark not in (folder / file).read_text(encoding="utf-8", errors="replace"):
-            raise BacksightError(f"{folder / file} is not of backsight: move it away, or name another folder.")
+    check_file(folder / PAGE, "<title>backsight: ")
+    check_file(folder / METRICS, ",".join(METRIC_COLUMNS))
     study = read_study(folder)
     runs = [
         PageRun.model_validate(record | {"folder": place, "table": study.tables.get(place.name, NO_ROWS)})
@@ -121,13 +112,11 @@ def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> s
     """The page's HTML; the same runs give the same text."""
     runs = sorted(runs, key=lambda run: (run.notebook, run.folder.name))
     names = list(dict.fromkeys(name for run in runs for name in run.targets))  # the quickstart names them all
-    order = {notebook: place for place, notebook in enumerate(STUDIES)}
-    shown = sorted(runs, key=lambda run: order.get(run.notebook, len(order)))
+    shown = sorted(runs, key=lambda run: run.notebook == TRAINING)
     pictures = [picture for run in shown for picture in _pictures(run, names)]
     by_depth = {name: [rows for run in runs if len(rows := _depth_rows(run, name))] for name in names}
     tables = pd.concat([rows for name in names for rows in by_depth[name]] or [NO_ROWS])
     frames, unplayable = strips(study.folder, metrics)
-    played = {key: list(dict.fromkeys(strip[key] for strip in frames)) for key in ("picture", "target", "family")}
     versions = pd.DataFrame([run.versions for run in runs])
     environment = Environment(
         loader=PackageLoader("backsight.app", "."),
@@ -136,12 +125,10 @@ def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"look": look_of, "number": number, "gain": DIFFERENCE_GAIN}
+    environment.globals |= {"look": look_of, "number": number, "in_order": inverse_order, "gain": DIFFERENCE_GAIN}
     return environment.get_template("report.html.jinja").render(
         name=study.folder.resolve().name,
         frames=frames,
-        played=played | {"family": inverse_order(played["family"])},
-        shows={strip["picture"]: strip["shows"] for strip in frames},
         unplayable=unplayable,
         targets=[_target(name, runs, pictures, by_depth[name]) for name in names],
         curves=_curves(tables[tables["measure"] == "psnr"]),
@@ -159,17 +146,16 @@ def _rendered(study: Study, runs: Sequence[PageRun], metrics: pd.DataFrame) -> s
 
 def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of a run with the captions that they carry; what is no PNG is left out."""
-    pictures = []
+    pictures, question = [], run.question
     only = run.targets[0] if len(run.targets) == 1 else ""
     for path in sorted((run.folder / "figures").glob("*.png")):
         target = max((target for target in targets if file_name(target) in path.stem), key=len, default=only)
-        of_pictures = path.stem.startswith("pictures")
-        # Drawn again of single targets, or the pictures of a training, which 03_quality shows.
-        if {"02_train_inverse": of_pictures, "07_figures": of_pictures or target}.get(run.notebook):
+        of_pictures = path.stem.startswith("pictures")  # which the runs of 03_quality show
+        if {TRAINING: of_pictures, FIGURES: of_pictures or target}.get(run.notebook):
             continue
         try:
             with Image.open(path, formats=("PNG",)) as image:
-                (width, height), told = image.size, image.info
+                (width, height), texts = image.size, image.info
         except OSError:
             continue
         title = _title(path.stem.replace(file_name(target), "") if target else path.stem, run)
@@ -177,11 +163,11 @@ def _pictures(run: PageRun, targets: Sequence[str]) -> list[dict[str, Any]]:
             {
                 "link": run.link(path),
                 "table": run.link(METRICS) if len(run.table) else "",
-                "study": STUDIES.get(run.notebook, run.notebook),
+                "study": question,
                 "target": target,
                 "title": title,
-                "caption": told.get("Title", ""),
-                "alt": told.get("Description", title),
+                "caption": texts.get("Title", ""),
+                "alt": texts.get("Description", title),
                 "width": width,
                 "height": height,
             }
@@ -271,9 +257,8 @@ def _curves(rows: pd.DataFrame) -> dict[str, Any] | None:
     if rows.empty:
         return None
     figure = depth.by_depth(rows, "psnr", "PSNR by depth", columns=2)
-    width, height = (round(side * 200) for side in figure.get_size_inches())
-    source = data_address(png_bytes(figure, dpi=200))
-    return {"source": source, "width": width, "height": height, "caption": figure.caption, "alt": figure.description}
+    png, size = figure._repr_png_()
+    return {"source": data_address(png), **size, "caption": figure.caption, "alt": figure.description}
 
 
 def _hardware(hardware: Mapping[str, Any]) -> str:

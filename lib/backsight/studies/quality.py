@@ -13,17 +13,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.decode import read_rgb
 from backsight.data.images import ImageSource, Preprocessed, open_images, tensor, unit_floats
 from backsight.errors import BacksightError
 from backsight.measures.agreement import Matches, average_precision
 from backsight.measures.pixels import psnr, region_psnr, ssim
 from backsight.measures.structure import Judged, Key, Measure, Ratio
-from backsight.scenes.photographs import PHOTOGRAPHS, crops
+from backsight.scenes.photographs import crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
 from backsight.studies.nulls import BySeed, Untrained, of_untrained, read_taps, reconstructions, shuffled
 from backsight.tables.names import SHUFFLED_FAMILIES
@@ -222,18 +220,3 @@ def gallery_images(
     for image in own:
         unlike.pop((image * 255).round().byte().numpy().tobytes(), None)
     return torch.cat([own, *(image[None] for image in unlike.values())])[: max(count, len(own))]
-
-
-def picture(name: str, size: tuple[int, int]) -> Tensor:
-    """(1, 3, H, W) in [0, 1]: the largest centred crop of a built-in photograph, or of the image file `name`."""
-    if name in PHOTOGRAPHS:
-        pixels = crops((name,), 1, size)[0][0]
-    elif Path(name).is_file():
-        image = Image.fromarray(read_rgb(name))
-        placed = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-        pixels = np.asarray(placed)
-    else:
-        raise BacksightError(
-            f"{name!r} is neither a file nor a built-in photograph: give a path, or one of {', '.join(PHOTOGRAPHS)}"
-        )
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
