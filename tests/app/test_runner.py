@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import NotebookWriter
+from safetensors.numpy import save_file
 
 from backsight.app.cli import main
 from backsight.app.parameters import command_line_values, preset_values, read_notebook
@@ -382,6 +384,24 @@ def test_a_run_on_other_files_of_the_same_name_is_another_run(
     assert identity() == first  # what the run itself writes there is no input
     write_atomically(path, lambda temporary: temporary.write_text("two"))
     assert identity() != first
+
+
+def test_inverses_of_another_target_do_not_make_another_run(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    """Their training may end while a study is interrupted, which then resumes."""
+
+    def trained(target: str, tap: str) -> None:
+        path = tmp_path / "runs" / target / "inverses" / f"linear--{tap}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = json.dumps({"header": {"target": target}})
+        save_file({"weight": np.zeros(1)}, path, metadata={"backsight": header})
+
+    notebook = write_notebook(f"target = 'scenes-vit'\ninverses = {str(tmp_path / 'runs')!r}")
+    trained("scenes-vit", "blocks.0")
+    before = plan_run(notebook, out=tmp_path / "out").identity
+    trained("scenes-detr", "backbone")
+    assert plan_run(notebook, out=tmp_path / "out").identity == before
+    trained("scenes-vit", "blocks.1")
+    assert plan_run(notebook, out=tmp_path / "out").identity != before
 
 
 def test_a_killed_run_is_resumed(write_notebook: NotebookWriter, tmp_path: Path) -> None:

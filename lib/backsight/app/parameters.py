@@ -123,10 +123,8 @@ class _Once(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
-            )
+        if len({*keys}) < len(keys):
+            raise ValueError(f"{max(keys, key=keys.count)!r} is given twice")
         return super().construct_mapping(node, deep)
 
 

@@ -5,6 +5,7 @@ when it is killed. Here a wrong name or type is a BacksightError before anything
 NotebookError, with the partial notebook kept; a run is complete only after every code cell has been seen to have run.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from backsight.app.parameters import Notebook, command_line_values, preset_values, read_notebook
-from backsight.app.runs import (
-    RUN_VARIABLE,
-    check_folder,
-    code_digest,
-    complete_run,
-    digest,
-    is_of,
-    run_folder,
-    start_run,
-)
+from backsight.app.runs import RUN_VARIABLE, check_folder, code_digest, complete_run, digest, run_folder, start_run
 from backsight.errors import BacksightError
 from backsight.project import FINISHED, project_root, read_json, shown
 
@@ -69,16 +61,30 @@ class Plan:
         for name in PATHS:
             given = self.values.get(name) or []
             texts = [given] if isinstance(given, str) else given
-            for word in {word for text in texts for word in (text, *text.split("@")) if word}:
-                for root in (place / word for place in places):
-                    for file in [root] if root.is_file() else root.glob(READ.get(name, "**/[!.]*")):
-                        if file.is_file() and self.folder not in file.parents:
-                            states.add(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
+            words = {word for text in texts for word in (text, *text.split("@")) if word}
+            for root in [place / word for word in words for place in places]:
+                files = [root] if root.is_file() else list(root.glob(READ.get(name, "**/[!.]*")))
+                if name == "inverses":  # those of other targets may be in the making
+                    files = [file for file in files if _target_of(file) in ("", self.values.get("target"))] or files
+                for file in files:
+                    if file.is_file() and self.folder not in file.parents:
+                        states.add(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
         return states
 
     @property
     def partial(self) -> Path:
         return self.folder / f"{self.notebook.name}.partial.ipynb"
+
+
+def _target_of(file: Path) -> str:
+    """The name of the target that an inverse was fitted to, read without torch; "" where the file does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as inverse:
+            return json.loads((inverse.metadata() or {})["backsight"])["header"]["target"]
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return ""
 
 
 def plan_run(
@@ -130,7 +136,7 @@ def run_plan(plan: Plan, verbose: bool = False) -> None:
     with in_charge_of(plan.folder):
         finished = read_json(plan.folder / FINISHED) or {}
         files = [f"{plan.notebook.name}.ipynb", *finished.get("files", [])]
-        if is_of(finished, plan.identity) and all((plan.folder / file).is_file() for file in files):
+        if plan.identity.items() <= finished.items() and all((plan.folder / file).is_file() for file in files):
             print(f"{name}: reused, {place} is a complete run with these parameters")
             return
         start = time.perf_counter()

@@ -240,11 +240,6 @@ def check_folder(folder: Path, notebook: str) -> None:
         )
 
 
-def is_of(record: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a run's record is one of the run with this identity."""
-    return all(record.get(key) == value for key, value in identity.items())
-
-
 def start_run(folder: Path, identity: Mapping[str, Any]) -> str:
     """Write started.json and withdraw run.json: from here on the folder is unfinished.
 
@@ -254,7 +249,7 @@ def start_run(folder: Path, identity: Mapping[str, Any]) -> str:
     """
     finished, started = (read_json(folder / name) or {} for name in (FINISHED, STARTED))
     words, seconds, figures = "", {}, []
-    if is_of(started, identity):
+    if identity.items() <= started.items():
         figures = started["figures"]
         if not finished:
             stopped = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
