@@ -26,7 +26,7 @@ ALLOWED["studies"] = {*ALLOWED}
 ALLOWED["app"] = {*ALLOWED}
 # What several studies share, and instruments in files of their own: no other module of the studies may be imported by
 # one.
-SHARED_BY_STUDIES = {"by_seed", "exact", "joint", "layers", "nulls", "recolour", "tuning"}
+SHARED_BY_STUDIES = {"by_seed", "exact", "joint", "layers", "nulls", "objects", "recolour", "tuning"}
 # Arrows that still lead back: none is to be added, and every one is to go.
 OWED: set[tuple[str, str]] = set()
 

@@ -315,9 +315,9 @@ class Answering(EyesOnly):
         self.asked += len(images)
         grey = np.abs(object_chroma(images, self.objects.masks[rows])) < 0.03  # a rim of the picture around it
         if self.kind == "classifier":
-            named = torch.where(torch.from_numpy(grey), 0, torch.from_numpy(self.objects.labels)[rows] + 1)
+            named = torch.where(torch.from_numpy(grey), 0, self.objects.labels[rows, 0] + 1)
             return torch.nn.functional.one_hot(named, len(self.classes)).float()
-        labels, boxes = self.objects.present[rows], self.objects.boxes[rows]
+        labels, boxes = self.objects.labels[rows], self.objects.boxes[rows]
         named = torch.where((labels >= 0) & ~torch.from_numpy(grey)[:, None], labels + 1, len(self.classes))
         logits = 9.0 * torch.nn.functional.one_hot(named, len(self.classes) + 1)
         half = (boxes[..., 2:] - boxes[..., :2]) / 2

@@ -154,7 +154,7 @@ def test_taps_are_compared_within_their_stack():
         "decoder": ["decoder.layers.0", "decoder.layers.1", "decoder.layers.2"],
     }
     row = layers.between(detector, ("encoder.layers.2", "encoder.layers.0"))
-    assert [row[name] for name in ("group", "distance", "relative")] == ["encoder", 2, pytest.approx(2 / 3)]
+    assert [row[name] for name in ("distance", "relative")] == [2, pytest.approx(2 / 3)]
     with pytest.raises(BacksightError, match="in one stack"):
         layers.stack_pairs(detector.select(["backbone", "projection", "decoder.layers.1"]))
 

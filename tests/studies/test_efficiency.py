@@ -37,7 +37,6 @@ def test_every_training_is_scored_and_costs_what_its_steps_cost(target):
         [1, 3],
         starts=["paper"],
         batch_size=4,
-        progress=False,
     )
     assert len(made) == 3 * 2
     costs = {(one.method, one.steps): one.flops for one in made}

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from backsight.exact.steps import Step
-from backsight.studies.joint import JointSettings, solve_joint, through
+from backsight.studies.joint import solve_joint, through
 
-DOUBLE = JointSettings(precision=torch.float64)
 SQUARE = [
     Step("a", "b", Tensor.square, tokenwise=True, jacobian=lambda x: torch.diag_embed(2 * x))
 ]  # two roots to every value
@@ -27,18 +26,18 @@ def test_through_gives_the_last_stream() -> None:
 def test_the_start_decides_between_roots_and_known_tokens_stay(sign: float) -> None:
     truth = normal(2, 3, 4).abs() + 1
     start = sign * truth * 1.05
-    solution = solve_joint(SQUARE, SQUARE, truth.square(), start, 0, DOUBLE)
+    solution = solve_joint(SQUARE, SQUARE, truth.square(), start, precision=torch.float64)
     assert bool(solution.solved.all())
     assert torch.allclose(solution.x, sign * truth, atol=1e-8)
     start[:, :1] = truth[:, :1]
-    held = solve_joint(SQUARE, SQUARE, truth.square(), start, 1, DOUBLE)
+    held = solve_joint(SQUARE, SQUARE, truth.square(), start, 1, precision=torch.float64)
     assert torch.equal(held.x[:, :1], truth[:, :1])
 
 
 def test_what_cannot_be_reached_is_not_called_solved() -> None:
     y = -normal(2, 3, 4).abs()  # no square
-    settings, start = JointSettings(iterations=5), torch.ones_like(y)
-    solution = solve_joint(SQUARE, SQUARE, y, start, 0, settings)
+    start = torch.ones_like(y)
+    solution = solve_joint(SQUARE, SQUARE, y, start, iterations=5)
     assert not bool(solution.solved.any())
     assert bool((solution.residual > 0.1).all())
     assert bool((solution.residual <= (y - start).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).all())

@@ -235,8 +235,6 @@ def test_quality_images_are_never_training_images():
     assert torch.equal(crops[:2], again[:2])
 
 
-def test_one_image_and_foreign_inverses_are_refused(target, images):
+def test_one_image_is_refused(target, images):
     with pytest.raises(BacksightError, match="at least two"):
         evaluate_quality(target, images[:1], {0: {}}, images.mean(0))
-    with pytest.raises(BacksightError, match="no taps"):
-        evaluate_quality(target, images[:4], {0: {"linear": {"blocks.99": torch.nn.Identity()}}}, images.mean(0))

@@ -86,23 +86,22 @@ def test_scenes_show_exact_counterfactuals(objects):
     for perturbation in [*hue_shifts(3)[1:], Perturbation("grey")]:
         exact, pixelwise = objects.perturbed(perturbation), replace(objects, rendered=None).perturbed(perturbation)
         outside = ~grown[:, None].expand_as(exact)
-        assert torch.equal(exact[outside], objects.images[outside])
+        assert torch.equal(exact[outside], objects.perturbed(NONE)[outside])
         inside = inner[:, None].expand_as(exact)
         # hues of 8-bit pixels are rounded, more so the darker and paler they are
         assert (exact - pixelwise).abs()[inside].max() < 6 / 255
-    assert torch.equal(objects.perturbed(hue_shifts(3)[0]), objects.images)
-    assert torch.equal(objects.perturbed(NONE), objects.images)
+    assert torch.equal(objects.perturbed(NONE) * 255, objects.images.float())
+    assert torch.equal(objects.perturbed(hue_shifts(3)[0]), objects.perturbed(NONE))
 
 
 def test_objects_know_their_classes_hues_and_controls(objects):
-    for label, hue, canonical in zip(objects.labels, objects.hues, objects.canonical, strict=True):
+    for label, hue, canonical in zip(objects.labels[:, 0], objects.hues, objects.canonical, strict=True):
         own = CLASSES[label].hue
         assert canonical == (own is not None)
         assert hue == own or (own is None and hue not in UNOWNED_HUES)
     assert sum(members.sum() for members in objects.categories.values()) == len(objects)
-    assert objects.present[:, 0].tolist() == objects.labels.tolist()
-    assert objects.boxes.shape == (*objects.present.shape, 4)
-    known = objects.boxes[objects.present >= 0]
+    assert objects.boxes.shape == (*objects.labels.shape, 4)
+    known = objects.boxes[objects.labels >= 0]
     assert ((known[:, 2:] > known[:, :2]) & (known[:, 2:] <= 1)).all()
 
 
@@ -152,4 +151,4 @@ def test_coco_objects_come_with_masks_and_prototypes(tmp_path):
     assert len(found) == 10
     shifted = found.perturbed(Perturbation("hue_shift", "object", 120.0))
     outside = ~found.masks[:, None].expand_as(shifted)
-    assert torch.equal(shifted[outside], found.images[outside])
+    assert torch.equal(shifted[outside], found.perturbed(NONE)[outside])

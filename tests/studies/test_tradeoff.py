@@ -1,16 +1,20 @@
 """Trade-off: copies are tuned, never the caller's target; t reaches what it should; every number has its null."""
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from targets.examples import small_detector, small_timm
 from torch.nn.functional import interpolate, one_hot
+from torchvision.ops import box_convert
 
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Tokens
 from backsight.scenes.render import CLASS_NAMES
+from backsight.studies import tuning
+from backsight.studies.objects import Objects
 from backsight.studies.tradeoff import (
     JOINT,
     OF_START,
@@ -21,7 +25,7 @@ from backsight.studies.tradeoff import (
     read_model,
 )
 from backsight.studies.tuning import (
-    LabelledImages,
+    batch_of,
     check_grid,
     fine_tune,
     fit_inverses,
@@ -37,15 +41,15 @@ from backsight.targets.base import hash_of
 STEPS = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}
 
 
-def made_up(count: int, side: int) -> LabelledImages:
+def made_up(count: int, side: int) -> Objects:
     """Smooth random pictures with a square "object" of one of two classes in each."""
     generator = torch.Generator().manual_seed(0)
     pictures = interpolate(torch.rand(count, 3, 4, 4, generator=generator), size=side, mode="bilinear")
     labels = torch.stack([torch.arange(count) % 2, torch.full((count,), -1)], 1)
-    boxes = torch.tensor([0.5, 0.5, 0.5, 0.5]).expand(count, 2, 4).clone()
+    boxes = torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(count, 2, 4).clone()
     objects = torch.zeros(count, side, side, dtype=torch.bool)
     objects[:, side // 4 : -side // 4, side // 4 : -side // 4] = True
-    return LabelledImages((pictures * 255).byte(), labels, boxes, objects, "made up", "train")
+    return Objects("made up", "train", (), (pictures * 255).byte(), objects, objects, labels, boxes)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def result(request):
         target = small_detector(id2label=dict(enumerate(CLASS_NAMES))).select(["encoder.layers.1", "decoder.layers.1"])
     target.classes = CLASS_NAMES
     sizes = {"n": 24, "train_images": 24, "fit_images": 60, "set_inputs": 32}
-    return target, measure_tradeoff(target, [1.0, 0.0], [0, 1], **sizes, **STEPS, progress=False)
+    return target, measure_tradeoff(target, [1.0, 0.0], [0, 1], **sizes, **STEPS)
 
 
 def state(inverses):
@@ -140,19 +144,15 @@ def test_the_same_seed_gives_the_same_weights(problem):
 
 
 def test_a_detectors_loss_is_that_of_its_own_model(detr, data):
-    images = data[64]
-    pixels = detr.preprocessing.normalise(images.images[:6].float() / 255)
-    truth = [
-        {"class_labels": labels[labels >= 0], "boxes": boxes[labels >= 0]}
-        for labels, boxes in zip(images.labels[:6], images.boxes[:6], strict=True)
-    ]
+    images, *truth = batch_of(data[64], slice(6))
+    known = [{"class_labels": k[k >= 0], "boxes": boxes[k >= 0]} for k, boxes in zip(*truth, strict=True)]
     with torch.no_grad():
-        own = detr.model(pixel_values=pixels, labels=truth).loss
-    ours = task_loss(detr(images.images[:6].float() / 255), images.labels[:6], images.boxes[:6])
+        own = detr.model(pixel_values=detr.preprocessing.normalise(images), labels=known).loss
+    ours = task_loss(detr(images), *truth)
     assert float(ours) == pytest.approx(float(own), rel=1e-5)
 
 
-def test_what_cannot_be_tuned_is_refused(vit, data):
+def test_what_cannot_be_tuned_is_refused(vit, data, monkeypatch):
     inverses = fit_inverses(vit, data[32].images, ["norm"], 64)
     with pytest.raises(BacksightError, match=r"t = 1.5 is outside \[0, 1\]"):
         fine_tune(vit, inverses, data[32], 1.5)
@@ -168,8 +168,9 @@ def test_what_cannot_be_tuned_is_refused(vit, data):
     with pytest.raises(BacksightError, match="too few"):
         measure_tradeoff(vit, [0.0], [0], n=3)
     broken = {"task": float("nan"), "reconstruction": 1.0, "variance": 1.0}
+    monkeypatch.setattr(tuning, "starting_units", lambda *_: broken)
     with pytest.raises(BacksightError, match="became nan"):
-        fine_tune(vit, inverses, data[32], 0.5, units=broken, **STEPS)
+        fine_tune(vit, inverses, data[32], 0.5, **STEPS)
 
 
 def test_images_without_classes_are_refused_for_tuning_only(vit, tmp_path):
@@ -196,7 +197,7 @@ def test_class_folders_are_taken_in_their_order(vit, tmp_path):
     found = labelled_images(str(tmp_path), "test", vit, 4)
     red = found.images[:, 0].float().mean((1, 2)) > 100
     assert found.labels[:, 0].tolist() == red.long().tolist()
-    assert not found.objects.any()
+    assert not found.masks.any()
 
 
 def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
@@ -230,11 +231,10 @@ def test_a_target_is_like_itself(problem):
 
 def test_perfect_boxes_score_one_and_those_of_other_images_less(data):
     images = data[64]
-    boxes = images.boxes[:, :1].clone()
     # Another place in every image, so that the boxes of another image do not fit.
-    boxes[:, 0, :2] = torch.stack([torch.linspace(0.1, 0.9, len(images)), torch.full((len(images),), 0.5)], 1)
-    boxes[:, 0, 2:] = 0.02
-    truth = LabelledImages(images.images, images.labels[:, :1], boxes, images.objects, "made up", "test")
+    across = torch.linspace(0.1, 0.9, len(images))[:, None]
+    boxes = torch.cat([across, *[torch.full_like(across, size) for size in (0.5, 0.02, 0.02)]], 1)[:, None]
+    truth = replace(images, labels=images.labels[:, :1], boxes=box_convert(boxes, "cxcywh", "xyxy"))
     logits = 20.0 * one_hot(images.labels[:, :1], 3).float()
     scores = answer_scores([Predictions(logits, boxes)], truth, "", 0)
     assert scores["ap50", None, None][0] == pytest.approx(1)

@@ -10,7 +10,6 @@ from torch import Tensor
 from backsight.errors import BacksightError
 from backsight.exact.map import MapSettings
 from backsight.inverses.linear import fit_linear
-from backsight.studies.joint import JointSettings
 from backsight.studies.whole_chain import whole_chains
 from backsight.tables.names import BACK
 from backsight.tables.names import CHAIN_FATES as FATES
@@ -44,7 +43,7 @@ def test_the_fates_of_all_images_sum_to_one_and_the_null_is_judged_alike(vit: Ta
     values = Values(vit, "noise", "test", range(5))
     shown = whole_chains(
         values, vit, {"linear": linear}, ["blocks.0"], pictures(vit, 5, seed=3), pictures(vit, 16, seed=4),
-        MapSettings(stages=(1.0, 1e-3, 1e-5), steps=2, products=15), JointSettings(iterations=8),
+        MapSettings(stages=(1.0, 1e-3, 1e-5), steps=2, products=15), iterations=8,
     )  # fmt: skip
     table = values.table().pivot_table(index=["inverse", "image"], columns="measure", values="value")
     for inverse, count in (("exact", 5), ("null_shuffled", 2)):

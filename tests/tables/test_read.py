@@ -11,7 +11,7 @@ from study_tables import DETR_TAPS, VIT_TAPS, tables, write_run, write_study
 from backsight.errors import BacksightError
 from backsight.plots.scheme import method_scheme
 from backsight.project import write_json
-from backsight.studies.figures import modular_minus_direct, quality_of_targets
+from backsight.tables.pooling import pool
 from backsight.tables.read import QUALITY, Study, read_study, study_folder
 from backsight.tables.values import METRIC_COLUMNS, write_values
 
@@ -93,20 +93,10 @@ def test_the_reference_is_the_default() -> None:
 # ------------------------------------------------------------------------------------------- what several runs show
 
 
-def test_targets_are_compared_by_one_family_along_their_relative_depth(study: Study) -> None:
-    rows = quality_of_targets(study)
-    assert set(rows["inverse"]) == {"modular"}
-    assert set(rows["target"]) == {"scenes-vit", "scenes-detr"}
-    for _, of in rows[rows["measure"] == "psnr"].groupby("target"):
-        assert list(of["place"]) == sorted(of["place"])
-        assert (of["place"].min(), of["place"].max()) == (0, 1)
-        assert of["mean"].nunique() == 1
-    with pytest.raises(BacksightError, match="run it on photographs"):
-        quality_of_targets(study, "photographs")
-
-
 def test_the_chain_is_held_against_the_direct_decoder_image_by_image(study: Study) -> None:
-    gains = modular_minus_direct(study).set_index(["target", "tap"])
+    values = study.values([QUALITY])
+    values = values[(values["measure"] == "psnr") & values["inverse"].isin(["modular", "direct"])]
+    gains = pool(values, ["target", "tap"], {"inverse": "direct"}).set_index(["target", "tap"])
     assert set(gains.index.get_level_values("tap")) == {*VIT_TAPS, *DETR_TAPS}
     np.testing.assert_allclose(gains["value"], 1.0, atol=0.2)
     assert (gains["high"] - gains["low"]).max() < 0.8  # images alone vary by 2 dB

@@ -10,11 +10,10 @@ from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.files import ORDER, headers_for, inverse_files, load, read_header, shipped_inverses
 from backsight.inverses.linear import fit_linear
+from backsight.studies.nulls import Families
 from backsight.tables.names import LEADING_FAMILIES
 from backsight.targets import load_target
 from backsight.targets.base import Target
-
-Families = dict[str, Mapping[str, Reconstruct]]  # {family: {tap: reconstruction}}
 
 
 def fit_or_load(
@@ -31,11 +30,7 @@ def fit_or_load(
 
 
 def families_by_seed(
-    target: Target,
-    folder: str | Path = "",
-    seeds: Sequence[int] = (0, 1, 2),
-    count: int = 2000,
-    trained_on: str = "scenes",
+    target: Target, folder: str | Path, seeds: Sequence[int], count: int = 2000, trained_on: str = "scenes"
 ) -> dict[int, Families]:
     """{training seed: those of the target's taps}, of the families that every seed has.
 
@@ -48,10 +43,10 @@ def families_by_seed(
     own = {header.seed for header in headers_for(shipped, target).values()} if shipped else set()
     if not folder and shipped and own & set(seeds):
         folder, seeds = shipped, [seed for seed in seeds if seed in own]
-    by_seed: dict[int, Families] = {}
-    for seed in _distinct(seeds):
-        found = load(folder, target, seed) if folder else linear_family(target, count, seed, trained_on)
-        by_seed[seed] = _at_taps(target, found)
+    by_seed = {
+        seed: _at_taps(target, load(folder, target, seed) if folder else linear_family(target, count, seed, trained_on))
+        for seed in _distinct(seeds)
+    }
     named = {family for families in by_seed.values() for family in families}
     for seed in own & by_seed.keys():
         if shipped and named - by_seed[seed].keys():
@@ -66,18 +61,14 @@ def families_by_seed(
     return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
 
 
-def _at_taps(target: Target, families: Mapping[str, Mapping[str, Reconstruct]]) -> Families:
+def _at_taps(target: Target, families: Families) -> dict[str, Mapping[str, Reconstruct]]:
     """The families that read any of the target's taps, at these."""
     chosen = {f: {tap: taps[tap] for tap in target.taps if tap in taps} for f, taps in families.items()}
     return {family: taps for family, taps in chosen.items() if taps}
 
 
 def untrained_by_seed(
-    target: Target,
-    folder: str | Path = "",
-    seeds: Sequence[int] = (0, 1, 2),
-    count: int = 2000,
-    trained_on: str = "scenes",
+    target: Target, folder: str | Path, seeds: Sequence[int], count: int = 2000, trained_on: str = "scenes"
 ) -> dict[int, tuple[Target, Families]]:
     """{seed: (the architecture with random weights drawn anew, its families)}: the null models.
 
@@ -89,13 +80,11 @@ def untrained_by_seed(
     nulls: dict[int, tuple[Target, Families]] = {}
     for seed in _distinct(seeds):
         untrained = target.untrained(seed)
-        families: Families = {}
-        if seed in trained:
-            if not headers_for(folder, untrained):  # 02_train_inverse builds the model anew
-                untrained = load_target(target.name, target.taps, pretrained=False, seed=seed)
-            families = dict(load(folder, untrained, seed))
+        if seed in trained and not headers_for(folder, untrained):  # 02_train_inverse builds the model anew
+            untrained = load_target(target.name, target.taps, pretrained=False, seed=seed)
+        families: Families = load(folder, untrained, seed) if seed in trained else {}
         if "linear" not in families:
-            families = linear_family(untrained, count, seed, trained_on) | families
+            families = linear_family(untrained, count, seed, trained_on) | {**families}
         nulls[seed] = untrained, families
     return nulls
 
@@ -106,12 +95,12 @@ def _distinct(seeds: Sequence[int]) -> Sequence[int]:
     return seeds
 
 
-def linear_family(target: Target, count: int, seed: int, trained_on: str) -> Families:
+def linear_family(target: Target, count: int, seed: int, trained_on: str) -> dict[str, Mapping[str, Reconstruct]]:
     """{"linear": {tap: reconstruct}}, fitted here on `count` training images, others for every seed."""
     images = open_images(trained_on, "train", target, count, seed)
     return {"linear": fit_linear(target, images, seed=seed, progress=False)}
 
 
-def map_base(families: Mapping[str, Mapping[str, Reconstruct]], tap: str) -> Reconstruct:
+def map_base(families: Families, tap: str) -> Reconstruct:
     """The inverse that a MAP inverse of this tap starts from: of a leading family, else of any other."""
     return next(families[f][tap] for f in (*LEADING_FAMILIES, *families) if tap in families.get(f, {}))

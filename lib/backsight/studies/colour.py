@@ -30,7 +30,7 @@ from backsight.measures.hue import (
 from backsight.representation import Predictions, concatenate
 from backsight.scenes.dataset import cached
 from backsight.scenes.render import SceneOptions
-from backsight.studies.nulls import BySeed, Untrained, of_untrained, read_taps, reconstructions, shuffled
+from backsight.studies.nulls import BySeed, Untrained, another, read_taps, with_nulls
 from backsight.studies.recolour import NONE, JudgedObjects, Perturbation, Region, hue_shifts
 from backsight.tables.pooling import influence
 from backsight.tables.values import NO_SEED, Values
@@ -78,28 +78,21 @@ def _colours(
     taps, count = read_taps(target, families), len(objects)
     usual = {s: {f: of[f] for f in of if not f.endswith("_uniform")} for s, of in families.items()}
     shown = np.zeros((len(turns), count), complex)
-    made: dict[Place, dict[int, np.ndarray]] = {}
+    returned: dict[Place, dict[int, np.ndarray]] = {}
     parts = torch.arange(count).tensor_split(-(-count // batch_size))
     for number, turn in enumerate(tqdm(turns, f"colours of {target.name}", leave=False)):
         pictures = objects.perturbed(turn)
         for part in parts:
             shown[number, part] = object_chroma(pictures[part], objects.masks[part])
             recorded = target.record(pictures[part], taps)
-            others = {
-                tap: shuffled(representation, torch.Generator().manual_seed(seed))
-                for tap, representation in recorded.items()
-                if len(part) > 1
-            }
-            for null, reconstructed in (
-                ("", reconstructions(recorded, families)),
-                ("null_shuffled", reconstructions(others, usual)),
-                ("null_untrained", of_untrained(pictures[part], untrained)),
-            ):
-                for family, tap, train_seed, images in reconstructed:
-                    of_place = made.setdefault((null or family, family, tap), {})
-                    table = of_place.setdefault(train_seed, np.full(shown.shape, np.nan, complex))
-                    table[number, part] = object_chroma(images.clamp(0, 1), objects.masks[part])
-    return shown, made
+            order = another(len(part), torch.Generator().manual_seed(seed))
+            others = {tap: held.index(order) for tap, held in recorded.items() if len(part) > 1}
+            several = with_nulls(recorded, families, others, usual, pictures[part], untrained)
+            for inverse, family, tap, train_seed, images in several:
+                colours = returned.setdefault((inverse, family, tap), {})
+                table = colours.setdefault(train_seed, np.full(shown.shape, np.nan, complex))
+                table[number, part] = object_chroma(images.clamp(0, 1), objects.masks[part])
+    return shown, returned
 
 
 def colour_values(
@@ -124,41 +117,41 @@ def colour_values(
     the share that comes back in a hue of another class), the reversion_index, and reverted_p, one number of all objects
     and seeds: p of `permutation_p`, with DEALS deals of the hues to the classes.
     """
-    perturbations, canonical = hue_shifts(turns), objects.canonical
-    shown, made_at = _colours(target, objects, perturbations, families, untrained, seed, batch_size)
+    perturbations, canonical, labels = hue_shifts(turns), objects.canonical, objects.labels[:, 0].numpy()
+    shown, returned_at = _colours(target, objects, perturbations, families, untrained, seed, batch_size)
     painted = np.where(canonical, np.abs(shown) * np.exp(1j * np.radians(objects.hues)), shown)
     mean = object_chroma(mean_image.expand_as(objects.images), objects.masks)
     for name, colours in (("painter", painted), ("null_mean", np.broadcast_to(mean, shown.shape))):
-        made_at[name, name, PIXELS] = {NO_SEED: colours}
+        returned_at[name, name, PIXELS] = {NO_SEED: colours}
     values = Values(target, objects.name, objects.split, range(len(objects)))
     hues, own = np.unique(objects.hues[canonical], return_inverse=True)
-    for (inverse, family, tap), by_seed in made_at.items():
+    for (inverse, family, tap), by_seed in returned_at.items():
         common: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": family}
         hits = []  # of each seed (M, H): share of M canonical objects' turns that come back in each of H hues
-        for train_seed, made in by_seed.items():
-            of_turns = hue_scores(shown, made)["hue_error"]
-            means = {"hue_error_shown": of_turns, **shares(shown, made, objects.hues)}
+        for train_seed, returned in by_seed.items():
+            of_turns = hue_scores(shown, returned)["hue_error"]
+            means = {"hue_error_shown": of_turns, **shares(shown, returned, objects.hues)}
             numbers = {name: _mean(table) for name, table in means.items()}
             if canonical.any():
-                hits.append(_mean(reverted(shown[:, canonical, None], made[:, canonical, None], hues)))
+                hits.append(_mean(reverted(shown[:, canonical, None], returned[:, canonical, None], hues)))
                 is_own = np.arange(len(hues)) == own[:, None]
                 numbers["reverted_above_deals"] = np.full(len(objects), np.nan)
                 excess = hits[-1][is_own] - _mean(np.where(is_own, np.nan, hits[-1]).T)
                 numbers["reverted_above_deals"][canonical] = excess
-            response = respond(shown, made)
+            response = respond(shown, returned)
             for category, members in objects.categories.items():
-                told = common | {"category": category}
+                columns = common | {"category": category}
                 for name, mean in numbers.items():
-                    values.add(name, {train_seed: np.where(members, mean, np.nan)}, **told, **ALL_HUES)
-                index = reversion_index(response, objects.hues, objects.labels, canonical, members)
+                    values.add(name, {train_seed: np.where(members, mean, np.nan)}, **columns, **ALL_HUES)
+                index = reversion_index(response, objects.hues, labels, canonical, members)
                 if index is not None:
-                    values.add("reversion_index", {train_seed: influence(index, len(objects))}, **told, **ALL_HUES)
+                    values.add("reversion_index", {train_seed: influence(index, len(objects))}, **columns, **ALL_HUES)
                 if inverse == family != "painter" and not inverse.startswith("null_"):
                     for turn, errors in zip(perturbations, of_turns, strict=True):
                         of_turn = {train_seed: np.where(members, errors, np.nan)}
-                        values.add("hue_error_shown", of_turn, **told, **turn._asdict())
+                        values.add("hue_error_shown", of_turn, **columns, **turn._asdict())
         if hits:
-            p = permutation_p(np.mean(hits, 0), own, objects.labels[canonical], DEALS, seed)
+            p = permutation_p(np.mean(hits, 0), own, labels[canonical], DEALS, seed)
             values.add("reverted_p", [p], **common, category="canonical", **ALL_HUES)
     return values.table()
 
@@ -201,9 +194,9 @@ def accuracy_values(
     """
     if refusal := answer_refusal(target, objects):
         raise BacksightError(refusal)
-    number = torch.tensor([(target.classes or ()).index(name) for name in objects.classes])
-    labels, count = number[torch.from_numpy(objects.labels)].numpy(), len(objects)
-    present = torch.where(objects.present >= 0, number[objects.present.clamp(min=0)], -1)
+    number = torch.tensor([*((target.classes or ()).index(name) for name in objects.classes), -1])
+    present, count = number[objects.labels], len(objects)  # -1: none
+    labels = present[:, 0].numpy()
     categories = {"all": np.ones(count, bool), **objects.categories}
 
     def judged(change: Perturbation) -> np.ndarray | Matches:
@@ -222,9 +215,9 @@ def accuracy_values(
             if isinstance(hits, np.ndarray):
                 table.append([weights @ (hits * own) / (weights @ own) for own in categories.values()])
                 continue
-            found = class_precisions(hits, weights)
-            kinds = [found.keys() & set(labels[own]) for own in categories.values()]
-            table.append([np.nanmean([found[kind] for kind in of], axis=0) for of in kinds])
+            precisions = class_precisions(hits, weights)
+            kinds = [precisions.keys() & set(labels[own]) for own in categories.values()]
+            table.append([np.nanmean([precisions[kind] for kind in of], axis=0) for of in kinds])
         scores = np.array(table).transpose(2, 0, 1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.stack([scores, scores / scores[:, :1]], -1)

@@ -23,11 +23,12 @@ from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs, image_errors
 from backsight.representation import Representation
 from backsight.studies.layers import Pair, between, stack_pairs, stacks, whole_stack
-from backsight.studies.nulls import shuffled
+from backsight.studies.nulls import another
 from backsight.tables.pooling import influence
 from backsight.tables.values import Values
 from backsight.targets import Target
 
+BATCH = 50  # images
 Maps = Mapping[int, Mapping[Pair, Any]]  # {training seed: {(tap i, tap j): the map of their representations}}
 Inverses = Mapping[int, Mapping[str, Reconstruct]]  # {training seed: {tap: reconstruction}}
 
@@ -38,22 +39,22 @@ def fit_maps(target: Target, images: Mapping[int, Any]) -> dict[int, dict[Pair, 
     Raises BacksightError where no two of the target's taps lie in one stack.
     """
     pairs = stack_pairs(target)
-    return {seed: fit_linear_pairs(target, each, pairs, seed=seed, progress=False) for seed, each in images.items()}
+    return {s: fit_linear_pairs(target, sample, pairs, seed=s, progress=False) for s, sample in images.items()}
 
 
 def _recordings(
-    target: Target, images: Any, pairs: Mapping[Pair, Any], shuffle: bool, seed: int, batch_size: int
+    target: Target, images: Any, pairs: Mapping[Pair, Any], shuffle: bool, seed: int
 ) -> Iterator[tuple[Tensor, Mapping[str, Representation], Mapping[str, Representation]]]:
     """Batches, what is recorded of them, and what is read: the same or, for a null, that of other images."""
     taps = [tap for tap in target.available_taps if any(tap in pair for pair in pairs)]
-    for number, batch in enumerate(batches(images, batch_size)):
-        batch = batch.to(target.device)
-        given = recorded = target.record(batch, taps)
+    for number, batch in enumerate(batches(images, BATCH)):
         if shuffle and len(batch) == 1:
             continue  # a last image alone: there is no other one
-        if shuffle:  # every tap gets the same permutation
-            drawn = {tap: torch.Generator().manual_seed(seed + number) for tap in taps}
-            given = {tap: shuffled(recorded[tap], drawn[tap]) for tap in taps}
+        batch = batch.to(target.device)
+        given = recorded = target.record(batch, taps)
+        if shuffle:
+            order = another(len(batch), torch.Generator().manual_seed(seed + number))
+            given = {tap: recorded[tap].index(order) for tap in taps}
         yield batch, recorded, given
 
 
@@ -68,7 +69,6 @@ def add_stitching(
     inverse: str,
     family: str,
     seed: int = 0,
-    batch_size: int = 50,
 ) -> None:
     """Add stitch_r2 of every two taps of a stack, of every tap by its own inverse, and their stitch_slope.
 
@@ -92,7 +92,7 @@ def add_stitching(
     pairs = [(tap, tap) for tap in members] + [pair for pair in stack_pairs(target) if {*pair} <= {*members}]
     errors: dict[Pair, list[Tensor]] = {pair: [] for pair in pairs}
     totals = []
-    for batch, _, given in _recordings(target, images, errors, shuffle, seed, batch_size):
+    for batch, _, given in _recordings(target, images, errors, shuffle, seed):
         totals.append((batch - mean_image.to(batch)).square().flatten(1).sum(1).cpu())
         for i, j in pairs:
             read = {s: given[i] if i == j else maps[s][i, j](given[i]) for s in inverses}
@@ -100,10 +100,10 @@ def add_stitching(
             errors[i, j].append((batch - pictures).square().flatten(2).sum(2).cpu())
     total = torch.cat(totals).double().numpy()
     lost = {pair: torch.cat(parts, dim=1).double().numpy() for pair, parts in errors.items()}  # (S, N)
-    lost = {pair: np.where(each.sum(1, keepdims=True) > total.sum(), total, each) for pair, each in lost.items()}
+    lost = {pair: np.where(error.sum(1, keepdims=True) > total.sum(), total, error) for pair, error in lost.items()}
     about: dict[str, Any] = {"inverse": inverse, "family": family}
-    for pair, each in lost.items():
-        r2 = dict(zip(inverses, 1 - each / total, strict=True))
+    for pair, error in lost.items():
+        r2 = dict(zip(inverses, 1 - error / total, strict=True))
         values.add("stitch_r2", r2, weight=total, **about, **between(target, pair))
     if not shuffle:
         _add_slopes(values, target, lost, total, list(inverses), about)
@@ -136,13 +136,7 @@ def _ratio(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndar
 
 @torch.no_grad()
 def add_predictability(
-    values: Values,
-    target: Target,
-    images: Any,
-    maps: Maps,
-    inverse: str = "linear",
-    seed: int = 0,
-    batch_size: int = 50,
+    values: Values, target: Target, images: Any, maps: Maps, inverse: str = "linear", seed: int = 0
 ) -> None:
     """Add predictability_r2: how much of tap j the map from tap i says, over all values of the tap.
 
@@ -150,7 +144,7 @@ def add_predictability(
     """
     known = next(iter(maps.values()))
     errors: dict[Pair, list[Tensor]] = {pair: [] for pair in known}
-    for _, recorded, given in _recordings(target, images, known, inverse == "null_shuffled", seed, batch_size):
+    for _, recorded, given in _recordings(target, images, known, inverse == "null_shuffled", seed):
         for i, j in known:
             of_seeds = [torch.stack(image_errors(of_seed[i, j], given[i], recorded[j])) for of_seed in maps.values()]
             errors[i, j].append(torch.stack(of_seeds))

@@ -45,8 +45,8 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
         true, early, answer = seen(judged.images)
 
-        def measured(made: Tensor) -> Scores:
-            again, early_again, other = seen(made)
+        def measured(reconstruction: Tensor) -> Scores:
+            again, early_again, other = seen(reconstruction)
             values: dict[Key, Any] = {
                 ("cycle_cosine", (("cycle_tap", tap),)): token_cosine(true[tap], again[tap]) for tap in taps
             }

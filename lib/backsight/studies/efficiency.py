@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,12 +32,11 @@ from backsight.data.images import ImageSource, batches
 from backsight.errors import BacksightError
 from backsight.inverses.module import Inverses
 from backsight.measures.pixels import psnr
-from backsight.tables.values import Values
+from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
 from backsight.training.fit import fit_direct, fit_modular
 
 METHODS: dict[str, Any] = {"direct": fit_direct, "modular": fit_modular, "modular_components": fit_modular}
-Start = Literal["ours", "paper"]
 PAPER = {fit_direct: {"ridge_images": 0}, fit_modular: {"ridge_images": 0, "chain_fraction": 0, "image_share": 0}}
 COSTS = ("flops", "seconds")
 
@@ -46,7 +45,7 @@ class Training(NamedTuple):
     """One training. flops, seconds: with its start."""
 
     method: str
-    start: Start
+    start: str
     steps: int
     seed: int
     inverses: Inverses
@@ -83,9 +82,8 @@ def train_all(
     validation: ImageSource | Tensor,
     steps: Sequence[int],
     seeds: Sequence[int] = (0,),
-    starts: Sequence[Start] = ("ours", "paper"),
+    starts: Sequence[str] = ("ours", "paper"),
     batch_size: int = 16,
-    progress: bool = True,
 ) -> list[Training]:
     """Every method from every start for every length and seed; train: the training images of a seed.
 
@@ -94,15 +92,14 @@ def train_all(
     """
     ways = list(product(starts, METHODS, seeds))
     trainings = []
-    for start, method, seed in tqdm(ways, "trainings", leave=False, disable=not progress):
+    for start, method, seed in tqdm(ways, "trainings", leave=False):
         options = {"taps": taps.chain if method == "modular" else taps.judged, "seed": seed, "batch_size": batch_size}
         options |= PAPER[METHODS[method]] if start == "paper" else {}
         fit = partial(METHODS[method], target, train(seed), validation, progress=False, **options)
         began = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
-            begun = fit(steps=0)
+            modules = fit(steps=0).modules.items()
         preparation, start_flops = time.perf_counter() - began, counter.get_total_flops()
-        modules = begun.modules.items()
         fit = partial(fit, starts={(tap, it.destination): it.linear for tap, it in modules if it.linear is not None})
         none, one = (count_flops(partial(fit, steps=length)) for length in (0, 1))
         for length in sorted(steps):
@@ -129,27 +126,22 @@ def add_scores(
     taps: Taps,
     images: ImageSource | Tensor,
     mean_image: Tensor,
-    batch_size: int = 64,
 ) -> None:
     """PSNR of every training at the judged taps, with the columns start, steps, flops and seconds (means over training
     seeds); and of the mean training image (3, H, W), the `null_mean`."""
     scores: dict[tuple[str, int], list[Tensor]] = {}
-    for batch in batches(images, batch_size):
+    for batch in batches(images, 64):
         recorded = target.record(batch, list(taps.judged))
         for tap in taps.judged:
             pictures = [one.inverses[tap](recorded[tap]).clamp(0, 1) for one in trainings]
-            for place, made in enumerate([*pictures, mean_image.expand_as(batch)]):
-                scores.setdefault((tap, place), []).append(psnr(batch, made))
-    about = pd.DataFrame(trainings).drop(columns="inverses")
-    about[list(COSTS)] = about.groupby(["method", "start", "steps"])[list(COSTS)].transform("mean")
-    known = about.to_dict("records")
+            for place, picture in enumerate([*pictures, mean_image.expand_as(batch)]):
+                scores.setdefault((tap, place), []).append(psnr(batch, picture))
+    about = pd.DataFrame(trainings).drop(columns="inverses").rename(columns={"method": "inverse"})
+    about[list(COSTS)] = about.groupby(["inverse", "start", "steps"])[list(COSTS)].transform("mean")
+    known: list[Any] = [*about.to_dict("records"), {"inverse": "null_mean", "seed": NO_SEED}]
     for (tap, place), parts in scores.items():
-        if place < len(trainings):
-            columns: dict[Any, Any] = dict(known[place])
-            seed, method = columns.pop("seed"), columns.pop("method")
-            values.add("psnr", {seed: torch.cat(parts)}, tap, method, **columns)
-        else:
-            values.add("psnr", torch.cat(parts), tap, "null_mean")
+        columns = dict(known[place])
+        values.add("psnr", {columns.pop("seed"): torch.cat(parts)}, tap, **columns)
 
 
 def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:

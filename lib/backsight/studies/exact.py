@@ -44,12 +44,11 @@ def where_exactness_ends(target: Target) -> pd.DataFrame:
     """
     model, rows = walk(target), []
     for tap in target.taps:
-        steps: tuple[Step, ...] = ()
         try:
             steps, reached = model.back_from(tap)
             why = _end(model, reached)
         except NotInvertibleError as error:
-            reached, why = "", str(error)
+            steps, reached, why = (), "", str(error)
         norms = [step.norm.module.normalized_shape[0] for step in steps if step.norm and step.lossy]
         lost = sum(model.sizes[tap] // channels for channels in norms)
         exact_to = reached if why else PIXELS
@@ -105,7 +104,7 @@ class Case:
 
 
 def half_steps(values: Values, case: Case, train_seed: int = NO_SEED) -> None:
-    """Every half-step by itself, from the true stream behind it (`step`) to the one before (`to`).
+    """Every half-step by itself, from the true stream behind it (`step`) to the one before.
 
     Where a block has no tap between its halves, both together. Measures, of the study "half_step": the four FATES
     (0 or 1).
@@ -113,7 +112,7 @@ def half_steps(values: Values, case: Case, train_seed: int = NO_SEED) -> None:
     for tap, before in tqdm(case.spans(), desc="half-steps", leave=False):
         fates, _ = taken_back(case, tap, before, case.streams[tap])
         for fate in FATES:
-            values.add(fate, {train_seed: fates == fate}, tap, EXACT, study="half_step", step=tap, to=before)
+            values.add(fate, {train_seed: fates == fate}, tap, EXACT, study="half_step", step=tap)
 
 
 def chain(values: Values, case: Case, train_seed: int = NO_SEED) -> None:
@@ -132,7 +131,7 @@ def chain(values: Values, case: Case, train_seed: int = NO_SEED) -> None:
             alive = alive[right]
             tokens = case.streams[before].index(torch.tensor(alive)).replace(x[torch.tensor(right)])
         for fate in FATES[1:]:
-            values.add(f"lost_{fate}", {train_seed: here == fate}, source, EXACT, study="chain", step=tap, to=before)
+            values.add(f"lost_{fate}", {train_seed: here == fate}, source, EXACT, study="chain", step=tap)
         fates = np.where(here == BACK, fates, here)
     for fate in FATES:
         values.add(fate, {train_seed: fates == fate}, source, EXACT, study="chain")

@@ -13,6 +13,7 @@ cannot read may be there all the same, in a form that is not linear or finer tha
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -72,10 +73,8 @@ def scene_truth(split: str, count: int, seed: int, size: tuple[int, int]) -> Tru
         "position": [(scene.boxes[0, :2] + scene.boxes[0, 2:] / 2) / side for scene in scenes],
     }
     images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
-    return Truth(
-        center_crop(images, size),
-        {factor: torch.from_numpy(np.array(values, float)) for factor, values in known.items()},
-    )
+    outputs = {factor: torch.from_numpy(np.array(values, float)) for factor, values in known.items()}
+    return Truth(center_crop(images, size), outputs)
 
 
 # ------------------------------------------------------------------------------------------------------ summaries
@@ -90,7 +89,7 @@ def summary_of(representation: Representation) -> Summary:
     register tokens give 2 * POOLED numbers. Several grids share these numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    parts = [_summarised(*like, generator) for like in _maps(representation)]
+    parts = [_summarised(*maps, generator) for maps in _maps(representation)]
 
     def summary(representation: Representation) -> Tensor:
         maps = zip(parts, _maps(representation), strict=True)
@@ -172,20 +171,21 @@ def fit_probes(
     moments = RidgeAccumulator()
     moments.update(features["train"], outputs["train"])
     fits = [moments.solve(strength) for strength in STRENGTHS]
-    made = {name: [values.double() @ weight + bias for weight, bias in fits] for name, values in features.items()}
+    predictions = {
+        name: [values.double() @ weight + bias for weight, bias in fits] for name, values in features.items()
+    }
     eigenvalues = torch.linalg.eigvalsh(moments.standardised()[0])
     left = [moments.count - 1 - float((eigenvalues / (eigenvalues + strength)).sum()) for strength in STRENGTHS]
     judged, start = {}, 0
     for factor, unit in UNITS.items():
         columns = slice(start, start := start + scenes["train"].outputs[factor].shape[1])
         chooser, place = ("train", "background") if factor == "background" else ("validation", "test")
-        errors = [(each - outputs[chooser])[:, columns] for each in made[chooser]]
-        losses = np.array([float(error.square().sum()) for error in errors])
+        losses = np.array([float((of - outputs[chooser])[:, columns].square().sum()) for of in predictions[chooser]])
         if chooser == "train":
             losses /= np.maximum(left, 1e-9) ** 2
-        predicted, truth = made[place][int(losses.argmin())][:, columns], outputs[place][:, columns]
+        predicted, truth = predictions[place][int(losses.argmin())][:, columns], outputs[place][:, columns]
         mean = moments.output_mean[columns]
-        judged[factor] = [_scores(unit, each, truth, mean) for each in (predicted, predicted[order])]
+        judged[factor] = [_scores(unit, of, truth, mean) for of in (predicted, predicted[order])]
     return judged
 
 
@@ -227,27 +227,24 @@ def factor_table(target: Target, train_count: int, test_count: int, seeds: Seque
     names = {split: [f"{split} {number}" for number in range(test_count)] for split in ("train", "test")}
     by_split = {split: Values(target, "scenes", split, images) for split, images in names.items()}
     order = another(test_count, torch.Generator().manual_seed(0))
-
-    def note(inverses: Sequence[str], tap: str, train_seed: int, features: Mapping[str, Tensor]) -> None:
-        judged = fit_probes(scenes, features, order)
-        for factor, unit in UNITS.items():
-            values = by_split["train" if factor == "background" else "test"]
-            said: dict[str, Any] = {"factor": factor, "unit": unit, "chance": CHANCE[factor]}
-            for inverse, (scores, weight) in zip(inverses, judged[factor], strict=False):
-                values.add("factor_score", {train_seed: scores}, tap, inverse, weight=weight, **said)
-
     summaries = _summaries(target, standard)
     seen = _features(target, held, summaries)
     for train_seed, train in draws.items():
-        scenes = held | {"train": train}
-        model = target.untrained(train_seed)
-        features = seen | _features(target, {"train": train}, summaries)
-        untrained = _features(model, scenes, _summaries(model, standard))
+        scenes, model = held | {"train": train}, target.untrained(train_seed)
         colours = {name: colour_summary(truth.images / 255) for name, truth in scenes.items()}
-        for tap in target.taps:
-            note(["probe", "null_shuffled"], tap, train_seed, {name: of[tap] for name, of in features.items()})
-            note(["null_untrained"], tap, train_seed, {name: of[tap] for name, of in untrained.items()})
-            note(["null_colour_position"], tap, train_seed, colours)
+        features = {
+            "probe": seen | _features(target, {"train": train}, summaries),
+            "null_untrained": _features(model, scenes, _summaries(model, standard)),
+            "null_colour_position": {name: dict.fromkeys(target.taps, of) for name, of in colours.items()},
+        }
+        for (inverse, by_name), tap in product(features.items(), target.taps):
+            judged = fit_probes(scenes, {name: by_tap[tap] for name, by_tap in by_name.items()}, order)
+            inverses = [inverse, "null_shuffled"] if inverse == "probe" else [inverse]
+            for factor, unit in UNITS.items():
+                values = by_split["train" if factor == "background" else "test"]
+                about: dict[str, Any] = {"factor": factor, "unit": unit, "chance": CHANCE[factor]}
+                for name, (scores, weight) in zip(inverses, judged[factor], strict=False):
+                    values.add("factor_score", {train_seed: scores}, tap, name, weight=weight, **about)
     return pd.concat([values.table() for values in by_split.values()], ignore_index=True)
 
 

@@ -14,8 +14,8 @@ GMRES: a preconditioner that is itself a few steps of a solver).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 
@@ -35,14 +35,6 @@ SHORTEST = 0.15  # least length of a step
 LEAST = 0.995  # share of the residual that five steps may keep before a sample is given up
 
 
-@dataclass(frozen=True)
-class JointSettings:
-    """iterations: Gauss–Newton steps; precision: of the directions (the residuals keep y's)."""
-
-    iterations: int = 30
-    precision: torch.dtype = torch.float32
-
-
 def through(steps: Sequence[Step], x: Tensor) -> Tensor:
     """The last stream of a chain, x the first."""
     return reduce(lambda stream, step: step(stream), steps, x)
@@ -55,50 +47,48 @@ def solve_joint(
     y: Tensor,
     start: Tensor,
     known: int = 0,
-    settings: JointSettings | None = None,
+    iterations: int = 30,
+    precision: torch.dtype = torch.float32,
 ) -> Solution:
     """x with T(x) = y from a start, T the steps one after the other; none may have a norm behind it.
 
-    steps: in y's precision; singles: the same in `settings.precision`; y, start: (B, n, c); known: prefix tokens of the
-    start that stay as they are. Steps are taken only where they lower the residual.
+    steps: in y's precision; singles: the same in `precision`, that of the directions; y, start: (B, n, c); known:
+    prefix tokens of the start that stay as they are; iterations: Gauss–Newton steps, taken only where they lower the
+    residual.
     """
-    settings = settings or JointSettings()
-    effort, start = Settings(GOAL, END, settings.iterations), start.to(y)
-    directions = _Directions(steps, singles, y, start, known, settings.precision)
+    directions = _directions(steps, singles, y, start := start.to(y), known, precision)
+    effort = Settings(GOAL, END, iterations)
     x, residual = newton(lambda x, _: through(steps, x), y, start, directions, effort, LEAST, SHORTEST)
     return Solution(x, residual, residual <= GOAL)
 
 
-class _Directions:
+def _directions(
+    steps: Sequence[Step], singles: Sequence[Step], y: Tensor, start: Tensor, known: int, precision: torch.dtype
+) -> Callable[..., list[Tensor]]:
     """Gauss–Newton steps in the span of several directions, one a damping, for `newton`."""
+    last, past = start.clone(), deque[Tensor](maxlen=MEMORY)
 
-    def __init__(
-        self, steps: Sequence[Step], singles: Sequence[Step], y: Tensor, x: Tensor, known: int, precision: torch.dtype
-    ) -> None:
-        self.steps, self.singles, self.y, self.known, self.precision = steps, singles, y, known, precision
-        self.last = x.clone()
-        self.past: list[Tensor] = []
-
-    def __call__(self, x: Tensor, residual: Tensor, _ratio: Tensor, which: Tensor) -> list[Tensor]:
-        move = torch.zeros_like(self.y)
-        move[which] = x - self.last[which]
-        self.past = [*self.past, move][-MEMORY:] if bool(move.any()) else self.past
-        self.last[which] = x
-        streams = list(accumulate(self.steps, lambda stream, step: step(stream), initial=x))
+    def propose(x: Tensor, residual: Tensor, _ratio: Tensor, which: Tensor) -> list[Tensor]:
+        move = torch.zeros_like(y)
+        move[which] = x - last[which]
+        if bool(move.any()):
+            past.append(move)
+        last[which] = x
+        streams = list(accumulate(steps, lambda stream, step: step(stream), initial=x))
         # In units of y, so that float32 holds it however small it is.
-        scale = (self.y[which].flatten(1).norm(dim=1) * residual)[:, None, None]
-        right = ((self.y[which] - streams[-1]) / scale).to(self.precision)
-        streams = [stream.to(self.precision) for stream in streams]
-        chain = Linearised(lambda value: through(self.singles, value), streams[0])
-        inverses = [_inverse(step, stream) for step, stream in zip(self.singles, streams, strict=False)]
-        new = [chain.transposed(right), *(past[which].to(self.precision) for past in self.past)]
+        scale = (y[which].flatten(1).norm(dim=1) * residual)[:, None, None]
+        right = ((y[which] - streams[-1]) / scale).to(precision)
+        streams = [stream.to(precision) for stream in streams]
+        chain = Linearised(lambda value: through(singles, value), streams[0])
+        inverses = [_inverse(step, stream) for step, stream in zip(singles, streams, strict=False)]
+        new = [chain.transposed(right), *(move[which].to(precision) for move in past)]
         basis = pushed = right.new_zeros(len(x), right[0].numel(), 0)
         left, flat = right, right.double().flatten(1)[:, :, None]
         for _ in range(CYCLES):
             back = left.repeat(len(DAMPED), 1, 1)
             for inverse in reversed(inverses):
                 back = inverse(back)
-            basis, fresh = _extended(basis, [*new, *back.nan_to_num(0.0, 0.0, 0.0).split(len(right))], self.known)
+            basis, fresh = _extended(basis, [*new, *back.nan_to_num(0.0, 0.0, 0.0).split(len(right))], known)
             images = [chain.product(column.reshape(x.shape)).flatten(1) for column in fresh.unbind(2)]
             pushed = torch.cat([pushed, torch.stack(images, dim=2)], dim=2)
             u, values, v = torch.linalg.svd(pushed.double(), full_matrices=False)
@@ -109,6 +99,8 @@ class _Directions:
             shares = values / (values.square() + (damping * values.amax(1, keepdim=True)).square()).clamp(min=1e-300)
             directions.append(scale * (basis.to(x) @ (v.mT @ (shares[:, :, None] * along)).to(x)).view_as(x))
         return directions
+
+    return propose
 
 
 def _inverse(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:

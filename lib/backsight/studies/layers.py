@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,29 +23,26 @@ from backsight.measures.similarity import (
     token_cosine,
 )
 from backsight.representation import Representation, Tokens
-from backsight.tables.pooling import influence_of_groups
+from backsight.tables.pooling import influence
 from backsight.tables.values import Values
 from backsight.targets import PIXELS, Target
 
+BATCH = 50  # images
 Pair = tuple[str, str]
-Component = Literal["block", "attention", "cross_attention", "mlp"]
-_STACK_OF_KIND = {
+STACKS = ("blocks", "encoder", "decoder")
+_IN_FRONT = {
     "patch_embedding": "blocks",
-    "blocks": "blocks",
     "convolution": "blocks",
     "projection": "encoder",
-    "encoder": "encoder",
-    "decoder": "decoder",
-}
+}  # kinds of a stack's layer 0
 
 
-@dataclass(frozen=True)
-class Step:
-    """Two taps next to each other in one stack, and what lies between them."""
+class Step(NamedTuple):
+    """Two taps next to each other in one stack, and what lies between: block, attention, cross_attention or mlp."""
 
     before: str
     after: str
-    component: Component
+    component: str
 
 
 def stack_of(target: Target, tap: str) -> str:
@@ -56,7 +52,8 @@ def stack_of(target: Target, tap: str) -> str:
     """
     taps = target.available_taps
     place = taps.index(tap)
-    return _STACK_OF_KIND.get(target.stage(tap, taps[place - 1] if place else PIXELS).kind, "")
+    kind = target.stage(tap, taps[place - 1] if place else PIXELS).kind
+    return kind if kind in STACKS else _IN_FRONT.get(kind, "")
 
 
 def stacks(target: Target) -> dict[str, list[str]]:
@@ -89,11 +86,11 @@ def between(target: Target, pair: Pair) -> dict[str, Any]:
     distance: layers between them; relative: as a share of the whole stack (0 at its first tap, 1 at its last),
     whichever of its taps were chosen.
     """
-    stack = stack_of(target, pair[0])
-    depths = [target.depth(tap) for tap in whole_stack(target, stack)]
-    distance = abs(target.depth(pair[0]) - target.depth(pair[1]))
-    about = {"tap": pair[0], "source_tap": pair[0], "target_tap": pair[1], "group": stack}
-    return about | {"distance": distance, "relative": distance / max(1, depths[-1] - depths[0])}
+    source, end = pair
+    depths = [target.depth(tap) for tap in whole_stack(target, stack_of(target, source))]
+    distance = abs(target.depth(source) - target.depth(end))
+    relative = distance / max(1, depths[-1] - depths[0])
+    return {"tap": source, "source_tap": source, "target_tap": end, "distance": distance, "relative": relative}
 
 
 def steps(target: Target) -> list[Step]:
@@ -104,19 +101,15 @@ def steps(target: Target) -> list[Step]:
     whole = [Step(*pair, "block") for members in stacks(target).values() for pair in pairwise(members)]
     blocks, halves = set(target.tap_set("blocks")), []
     for before, after in pairwise(target.tap_set("fine")):
-        suffix = after.rpartition(".")[2]
-        component: Component | None = {"attn": "attention", "cross_attn": "cross_attention"}.get(suffix)  # type: ignore[assignment]
-        if component is None and before not in blocks:
-            component = "mlp"
-        if component is not None and stack_of(target, before) == stack_of(target, after) != "":
+        known = {"attn": "attention", "cross_attn": "cross_attention"}
+        component = known.get(after.rpartition(".")[2], "" if before in blocks else "mlp")
+        if component and stack_of(target, before) == stack_of(target, after) != "":
             halves.append(Step(before, after, component))
     return whole + halves
 
 
 @torch.no_grad()
-def add_similarity(
-    values: Values, target: Target, images: Any, null: bool = False, seed: int = 0, batch_size: int = 50
-) -> None:
+def add_similarity(values: Values, target: Target, images: Any, null: bool = False, seed: int = 0) -> None:
     """Add cka and token_cosine of every two taps of a stack that hold the same tokens, and residual_update of `steps`.
 
     null: the target is the untrained one (inverse="null_untrained"); else inverse is "features", and beside cka stand
@@ -130,7 +123,7 @@ def add_similarity(
     sample, alike = TokenSample(seed=seed), [tap for tap in target.available_taps if tap in named]
     cosines: dict[Pair, list[Tensor]] = {}
     updates: dict[Step, list[Tensor]] = {}
-    for batch in batches(images, batch_size):
+    for batch in batches(images, BATCH):
         recorded = target.record(batch.to(target.device), alike)
         sample.add({tap: recorded[tap] for tap in members})
         sets = _same_tokens(target, recorded, members)
@@ -145,23 +138,28 @@ def add_similarity(
         for way in (pair, pair[::-1]):
             values.add("token_cosine", torch.cat(parts), **about, **between(target, way))
     for step, parts in updates.items():
-        at: dict[str, Any] = {"tap": step.after, "group": stack_of(target, step.after), "component": step.component}
-        values.add("residual_update", torch.cat(parts), **about, **at)
+        values.add("residual_update", torch.cat(parts), step.after, component=step.component, **about)
     features, size = sample.minibatches(), sample.images_in_minibatch()
     for taps in sets:
         own = [features[tap] for tap in taps]
         for inverse in (about["inverse"],) if null else (about["inverse"], "null_shuffled"):
             other = [shuffled_rows(rows, size) for rows in own] if inverse == "null_shuffled" else []
-            products, start = cka_products([*own, *other]), len(other)
-
-            def cka(kept: np.ndarray, products: np.ndarray = products, start: int = start) -> np.ndarray:
-                return cka_from_products(products[kept])[:, start:]
-
-            of_images, minibatch = influence_of_groups(cka, len(products), size)
+            of_images, minibatch = cka_of_images([*own, *other], size)
             for first, second in combinations(range(len(taps)), 2):
                 for way in ((taps[first], taps[second]), (taps[second], taps[first])):
                     place: dict[str, Any] = {**about, "inverse": inverse, **between(target, way)}
-                    values.add("cka", of_images[:, first, second], clusters=minibatch, **place)
+                    values.add("cka", of_images[:, first, len(other) + second], clusters=minibatch, **place)
+
+
+def cka_of_images(features: Sequence[Any], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """((N, K, K), (N,)) what every image contributes to the CKA of K features, in minibatches of `size` images, and
+    which minibatch it is in. features: of `TokenSample.minibatches`."""
+    products = cka_products(features)
+
+    def cka(weights: np.ndarray) -> np.ndarray:
+        return np.stack([cka_from_products(products[kept > 0]) for kept in weights])
+
+    return np.repeat(influence(cka, len(products)), size, axis=0), np.repeat(np.arange(len(products)), size)
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
 
     def of(weights: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            said, true = (np.sqrt(weights @ squares / (weights @ sums[0])) for squares in sums[1:])
-        return np.stack([np.nanmean(np.abs(true - one) / one, axis=1) for one in (said, constant)], axis=1)
+            expected, true = (np.sqrt(weights @ squares / (weights @ sums[0])) for squares in sums[1:])
+        return np.stack([np.nanmean(np.abs(true - one) / one, axis=1) for one in (expected, constant)], axis=1)
 
     return influence(of, sums.shape[1]).T

@@ -7,7 +7,6 @@ recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +22,8 @@ from backsight.measures.pixels import psnr, region_psnr, ssim
 from backsight.measures.structure import Judged, Key, Measure, Ratio
 from backsight.scenes.photographs import crops
 from backsight.scenes.render import SPLIT_PHOTOGRAPHS
-from backsight.studies.nulls import BySeed, Untrained, of_untrained, read_taps, reconstructions, shuffled
+from backsight.studies.nulls import BySeed, Untrained, another, read_taps, with_nulls
+from backsight.studies.objects import has_objects, objects_of
 from backsight.tables.names import SHUFFLED_FAMILIES
 from backsight.tables.pooling import influence
 from backsight.tables.values import NO_SEED, Values
@@ -80,6 +80,7 @@ def evaluate_quality(
         raise BacksightError("quality needs at least two images: shuffled features come from another image")
     if isinstance(images, ImageSource):
         dataset, split = dataset or images.name, split or images.split
+    untrained = untrained or {}
     names = {family for of_seed in families.values() for family in of_seed}
     mixed = [f for f in SHUFFLED_FAMILIES if f in names][:1] if shuffled_families is None else shuffled_families
     of_others = {s: {f: of_seed[f] for f in mixed if f in of_seed} for s, of_seed in families.items()}
@@ -97,16 +98,13 @@ def evaluate_quality(
             for tap in taps:
                 scores.note(("null_mean", None, tap), NO_SEED, mean_image.expand_as(judged.images), True)
             recorded = target.record(judged.images, taps)
-            others = {tap: shuffled(recorded[tap], generator) for tap in taps} if len(ids) > 1 else {}
-            for null, pictures, detailed in (
-                ("", reconstructions(recorded, families), set(families)),
-                ("null_shuffled", reconstructions(others, of_others), set(families)),
-                ("null_untrained", of_untrained(judged.images, untrained or {}), set(list(untrained or {})[:1])),
-            ):
-                for family, tap, train_seed, made in pictures:
-                    scores.note((null or family, family, tap), train_seed, made, train_seed in detailed)
-                    if room and not null and train_seed == first:
-                        kept.setdefault(family, {}).setdefault(tap, []).append(made[:room].clamp(0, 1))
+            others = {tap: recorded[tap].index(another(len(ids), generator)) for tap in taps if len(ids) > 1}
+            several = with_nulls(recorded, families, others, of_others, judged.images, untrained)
+            for inverse, family, tap, train_seed, pictures in several:
+                detailed = inverse != "null_untrained" or train_seed == next(iter(untrained))
+                scores.note((inverse, family, tap), train_seed, pictures, detailed)
+                if room and inverse == family and train_seed == first:
+                    kept.setdefault(family, {}).setdefault(tap, []).append(pictures[:room].clamp(0, 1))
             bar.update(len(ids))
     values = Values(target, dataset or "images", split or "test", image_names, photographs)
     scores.add_to(values)
@@ -154,8 +152,7 @@ class _Scores:
         for ((inverse, family, tap), key, train_seed), parts in self.collected.items():
             measure, further = (key, {}) if isinstance(key, str) else (key[0], dict(key[1]))
             numbers, weight = _joined(parts)
-            at: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": family, **further}
-            values.add(measure, {train_seed: numbers}, weight=weight, **at)
+            values.add(measure, {train_seed: numbers}, tap, inverse, weight=weight, family=family, **further)
 
 
 def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
@@ -165,8 +162,7 @@ def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
         ratio = torch.cat([part.part for part in parts]) / whole
         return (1 - ratio if parts[0].complement else ratio), whole
     if isinstance(parts[0], Matches):
-        names = ("scores", "classes", "hits", "truth")
-        matches = Matches(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        matches = Matches(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
         return influence(lambda weights: average_precision(matches, weights), len(matches.scores)), None
     return torch.cat(list(parts)), None
 
@@ -176,11 +172,9 @@ def _judged(images: ImageSource | Tensor, batch_size: int) -> Iterator[tuple[Jud
     count = 0
     items = ({"image": image, "id": n} for n, image in enumerate(images)) if torch.is_tensor(images) else iter(images)
     while batch := list(islice(items, batch_size)):
-        pictures, union, largest = unit_floats(torch.stack([item["image"] for item in batch])), None, None
-        if "masks" in batch[0]:
-            every = [torch.cat([item["masks"].bool(), torch.zeros(1, *pictures.shape[2:]).bool()]) for item in batch]
-            union = torch.stack([masks.any(0) for masks in every])
-            largest = torch.stack([masks[masks.flatten(1).sum(1).argmax()] for masks in every])
+        pictures = unit_floats(torch.stack([item["image"] for item in batch]))
+        known = zip(*(objects_of(item)[:2] for item in batch), strict=True) if "masks" in batch[0] else ()
+        largest, union = map(torch.stack, known) if known else (None, None)
         places = torch.arange(count, count + len(batch))
         yield Judged(pictures, union, largest, places), [str(item["id"]) for item in batch]
         count += len(batch)
@@ -198,17 +192,12 @@ def quality_images(
         size = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
         pictures, cut_from = crops(SPLIT_PHOTOGRAPHS["test"], n, size, seed)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, "photographs", "test", cut_from
-    masked = source == "scenes" or (Path(source) / "annotations").is_dir()
-    images = open_images(source, None, target_or_size, n, seed, masks=masked)
+    images = open_images(source, None, target_or_size, n, seed, masks=has_objects(source))
     return images, images.name, images.split, None
 
 
 def gallery_images(
-    source: str,
-    target_or_size: Preprocessed | tuple[int, int],
-    judged: ImageSource | Tensor,
-    count: int,
-    seed: int = 0,
+    source: str, target_or_size: Preprocessed | tuple[int, int], judged: ImageSource | Tensor, count: int, seed: int = 0
 ) -> Tensor:
     """(M, 3, H, W) in [0, 1]: the judged images first, then others of the same split, all different.
 
@@ -216,7 +205,6 @@ def gallery_images(
     """
     own = tensor(judged)
     more = tensor(quality_images(source, target_or_size, count, seed)[0]) if len(own) < count else own[:0]
-    unlike = {(image * 255).round().byte().numpy().tobytes(): image for image in more}
-    for image in own:
-        unlike.pop((image * 255).round().byte().numpy().tobytes(), None)
-    return torch.cat([own, *(image[None] for image in unlike.values())])[: max(count, len(own))]
+    every = torch.cat([own, more])
+    _, first = np.unique((every * 255).round().byte().flatten(1).numpy(), axis=0, return_index=True)
+    return every[sorted({*range(len(own)), *first.tolist()})][: max(count, len(own))]

@@ -6,23 +6,23 @@ other source, is changed pixel by pixel inside the mask.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
-from pathlib import Path
+from itertools import cycle
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from scipy.stats import circmean, circvar
 from skimage.color import hsv2rgb, rgb2hsv
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from backsight.data.images import ImageSource, Preprocessed, open_images
+from backsight.data.images import ImageSource, Preprocessed, open_images, unit_floats
 from backsight.errors import BacksightError
 from backsight.measures.hue import hue_of, object_chroma
 from backsight.scenes.dataset import cached
 from backsight.scenes.render import CLASSES, Scene, SceneOptions, render_many
+from backsight.studies.objects import Objects, has_objects
 
 Region = Literal["object", "objects", "image"]
 CONCENTRATION = 0.5  # mean length of a class's hue vectors (0: any hue, 1: one hue) from which it has a prototype
@@ -66,36 +66,17 @@ def recoloured(images: Tensor, where: Tensor, hue_shift: float = 0.0, saturation
 
 
 @dataclass(frozen=True)
-class JudgedObjects:
-    """One object in each image, and what is known about it.
+class JudgedObjects(Objects):
+    """Objects of whose classes the colour is known, the largest of each image being judged.
 
-    images: (N, 3, H, W) sRGB in [0, 1]; masks: (N, H, W) bool, of the object, and every: of all objects; labels: (N,)
-    into `classes`, -1 where there are none;
     hues: (N,) degrees, the canonical hue of the object's class; for a class without one a hue that it does not own
     (the placebo: how often is a hue met by chance?); NaN where nothing is known. canonical: (N,) bool, whether the
-    class has a hue of its own. present: (N, T) the labels of all objects of each image, -1 = none, and boxes: (N, T, 4)
-    theirs, x, y, x, y as shares of the image. rendered: seed and options of the scenes, else None.
+    class has a hue of its own. rendered: seed and options of the scenes, else None.
     """
 
-    name: str
-    split: str
-    images: Tensor
-    masks: Tensor
-    every: Tensor
-    labels: np.ndarray
-    classes: tuple[str, ...]
     hues: np.ndarray
     canonical: np.ndarray
-    present: Tensor
-    boxes: Tensor
     rendered: tuple[int, SceneOptions] | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def labelled(self) -> bool:
-        return bool((self.labels >= 0).all())
 
     @property
     def categories(self) -> dict[str, np.ndarray]:
@@ -106,13 +87,13 @@ class JudgedObjects:
         return {name: members for name, members in both.items() if members.any()}
 
     def perturbed(self, change: Perturbation) -> Tensor:
-        """(N, 3, H, W): the images under the perturbation, rendered anew where scenes can show it exactly."""
+        """(N, 3, H, W) in [0, 1]: the images under the perturbation, rendered anew where scenes can show it exactly."""
         if change == NONE:
-            return self.images
+            return unit_floats(self.images)
         turn, grey = (0.0, True) if change.perturbation == "grey" else (change.hue_shift, False)
         if self.rendered is None or change.region == "image":
             regions = {"object": self.masks, "objects": self.every, "image": torch.ones_like(self.masks)}
-            return recoloured(self.images, regions[change.region], turn, 0.0 if grey else 1.0)
+            return recoloured(unit_floats(self.images), regions[change.region], turn, 0.0 if grey else 1.0)
         seed, options = self.rendered
         which: Any = "all" if change.region == "objects" else "dominant"
         options = replace(options, recolour=which, hue_shift=turn, grey=grey)
@@ -129,56 +110,26 @@ def open_objects(
     without masks (the whole image is the object, nothing is known of it).
     Raises BacksightError where no image has such an object.
     """
+    rendered, prototypes = None, dict[str, float | None]()
     if source == "scenes":
         height, width = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
         if height != width:
             raise BacksightError(f"scenes are square; {height} x {width} needs photographs: give a COCO root as images")
-        options = SceneOptions(minimum_area=minimum_area)
-        images = open_images(cached("test", n, seed, width, options), "all", width, masks=True)
-        known = _judged(images, {kind.name: kind.hue for kind in CLASSES}, n, minimum_area)
-        return replace(known, name="scenes", split="test", rendered=(seed, options))
-    if (Path(source) / "annotations").is_dir():
-        images = open_images(source, "test", target_or_size, seed=seed, masks=True)
+        rendered = seed, SceneOptions(minimum_area=minimum_area)
+        images = open_images(cached("test", n, seed, width, rendered[1]), "all", width, masks=True)
+        objects = replace(Objects.read(images, n, minimum_area), name="scenes", split="test")
+        prototypes = {kind.name: kind.hue for kind in CLASSES}
+    elif has_objects(source):
+        objects = Objects.read(open_images(source, "test", target_or_size, seed=seed, masks=True), n, minimum_area)
         prototypes = class_hues(open_images(source, "train", target_or_size, 20 * n, seed, masks=True))
-        return _judged(images, prototypes, n, minimum_area)
-    images = open_images(source, "test" if source == "photographs" else None, target_or_size, n, seed)
-    return _judged(images, {}, n, 0.0)
-
-
-def _judged(images: ImageSource, prototypes: Mapping[str, float | None], n: int, minimum_area: float) -> JudgedObjects:
-    rows = list(islice(_large_objects(images, minimum_area), n))
-    if not rows:
-        raise BacksightError(f"no image of {images.name} has an object of {minimum_area:.0%} of it: lower minimum_area")
-    pictures, masks, every, chosen, present, boxes = (list(parts) for parts in zip(*rows, strict=True))
-    hues, canonical = known_hues(prototypes, images.classes)
-    own = torch.stack(chosen).numpy()
-    return JudgedObjects(
-        *(images.name, images.split, torch.stack(pictures), torch.stack(masks), torch.stack(every)),
-        labels=own,
-        classes=images.classes,
-        hues=np.append(hues, np.nan)[own],
-        canonical=np.append(canonical, False)[own],
-        present=pad_sequence(present, True, -1),
-        boxes=pad_sequence(boxes, True),
-    )
-
-
-def _large_objects(images: ImageSource, minimum_area: float) -> Iterator[tuple[Tensor, ...]]:
-    """Of each image with a large object: the image, the object's mask and that of all, its label and the labels and
-    boxes of all, crowds left out. An image without annotations is all one object, of no known class."""
-    height, width = images.size
-    whole = {"masks": torch.ones(1, height, width).bool(), "boxes": torch.tensor([[0.0, 0.0, width, height]])}
-    whole |= {"labels": torch.tensor([-1]), "crowd": torch.tensor([False])}
-    for item in images:
-        masks, boxes, labels, crowd = ((whole | item)[name] for name in whole)
-        areas = masks.flatten(1).float().mean(1).masked_fill(crowd, 0)
-        if len(areas) and float(areas.max()) >= minimum_area:
-            largest = int(areas.argmax())
-            counted = ~crowd
-            counted[largest] = True
-            shares = boxes[counted] / torch.tensor([width, height, width, height])
-            mask, every = masks[largest], masks[counted].any(0)
-            yield item["image"].float() / 255, mask, every, labels[largest], labels[counted], shares
+    else:
+        objects = Objects.read(open_images(source, None, target_or_size, n, seed))
+        whole = torch.ones_like(objects.masks)
+        objects = replace(objects, masks=whole, every=whole, labels=torch.full_like(objects.labels, -1))
+    hues, canonical = known_hues(prototypes, objects.classes)
+    own = objects.labels[:, 0].numpy()
+    known = {"hues": np.append(hues, np.nan)[own], "canonical": np.append(canonical, False)[own]}
+    return JudgedObjects(**vars(objects), **known, rendered=rendered)
 
 
 def class_hues(images: ImageSource) -> dict[str, float | None]:
@@ -187,16 +138,15 @@ def class_hues(images: ImageSource) -> dict[str, float | None]:
     The hue is the direction of the mean of the objects' unit hue vectors. A class has one where that mean is at least
     CONCENTRATION long and at least FEWEST_EXAMPLES objects have a hue at all. Source: Mardia & Jupp, 2.2.
     """
-    vectors: dict[str, list[complex]] = {name: [] for name in images.classes}
+    hues: dict[str, list[float]] = {name: [] for name in images.classes}
     for item in images:
         picture = item["image"].float()[None].expand(len(item["masks"]), -1, -1, -1) / 255
-        hues = hue_of(object_chroma(picture, item["masks"]))
-        for label, hue in zip(item["labels"].tolist(), hues.tolist(), strict=True):
-            if not math.isnan(hue):
-                vectors[images.classes[label]].append(complex(np.exp(1j * math.radians(hue))))
-    means = {name: complex(np.mean(own)) for name, own in vectors.items() if len(own) >= FEWEST_EXAMPLES}
-    clear = {name: mean for name, mean in means.items() if abs(mean) >= CONCENTRATION}
-    return {name: math.degrees(np.angle(clear[name])) % 360 if name in clear else None for name in images.classes}
+        shown = hue_of(object_chroma(picture, item["masks"]))
+        for label, hue in zip(item["labels"].tolist(), shown.tolist(), strict=True):
+            hues[images.classes[label]] += [] if math.isnan(hue) else [hue]
+    enough = {name: of for name, of in hues.items() if len(of) >= FEWEST_EXAMPLES}
+    clear = {name for name, of in enough.items() if 1 - circvar(of, high=360) >= CONCENTRATION}
+    return {name: circmean(hues[name], high=360) if name in clear else None for name in images.classes}
 
 
 def known_hues(prototypes: Mapping[str, float | None], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

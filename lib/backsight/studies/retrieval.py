@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +67,8 @@ def ranks(reconstructions: Tensor, among: Gallery, truth: Tensor) -> Tensor:
     return ((likeness > own).sum(1) + ((likeness == own).sum(1) - 1) / 2).float()
 
 
-def _scores(made: Tensor, among: Gallery, truth: Tensor) -> dict[str, Tensor]:
-    place = ranks(made, among, truth)
+def _scores(pictures: Tensor, among: Gallery, truth: Tensor) -> dict[str, Tensor]:
+    place = ranks(pictures, among, truth)
     return {"retrieval_top1": (place == 0).float(), "retrieval_rank": place / (len(among) - 1)}
 
 
@@ -80,7 +79,7 @@ def retrieval(among: Gallery) -> Measure:
     """
 
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
-        return lambda made: {(name, CLEAN): of for name, of in _scores(made, among, judged.places).items()}
+        return lambda pictures: {(name, CLEAN): of for name, of in _scores(pictures, among, judged.places).items()}
 
     return prepared
 
@@ -118,7 +117,6 @@ def retrieval_under_noise(
     for recorded_tap, clean in target.record(images, target.taps).items():
         for amount in noises:
             recorded = {recorded_tap: noised(clean, amount, generator)}
-            for family, tap, train_seed, made in reconstructions(recorded, families):
-                at: dict[str, Any] = {"tap": tap, "inverse": family, "family": family, "noise": float(amount)}
-                for measure, numbers in _scores(made.clamp(0, 1), among, truth).items():
-                    values.add(measure, {train_seed: numbers}, **at)
+            for family, tap, train_seed, pictures in reconstructions(recorded, families):
+                for measure, numbers in _scores(pictures.clamp(0, 1), among, truth).items():
+                    values.add(measure, {train_seed: numbers}, tap, family, family=family, noise=float(amount))

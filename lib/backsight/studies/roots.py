@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +70,7 @@ class FoundRoots:
 
         def add(measure: str, tokens: Tensor, rule: str | None = None) -> None:
             by_image = {train_seed: tokens.double().view(self.images, -1).mean(1)}
-            place: dict[str, Any] = {"step": step.destination, "to": step.source, "rule": rule}
-            values.add(measure, by_image, step.destination, EXACT, study="roots", **place)
+            values.add(measure, by_image, step.destination, EXACT, study="roots", step=step.destination, rule=rule)
 
         add("roots", count)
         add("several_roots", count > 1)
@@ -146,8 +144,8 @@ def token_roots(step: Step, y: Tensor, starts: Sequence[Tensor], curves: bool = 
 def _distinct(step: Step, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """(x, sign) of what Newton's method finds from starts (T, R, c), NaN: none; of roots that are one, the first."""
     x, at = torch.full_like(starts, math.nan), starts[..., 0].isfinite().nonzero().unbind(1)
-    found, residual = polished(step, y[at[0]], starts[at])
-    x[at] = found.where((residual <= ROOT.tolerance)[:, None], math.nan)
+    ended, residual = polished(step, y[at[0]], starts[at])
+    x[at] = ended.where((residual <= ROOT.tolerance)[:, None], math.nan)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     x[(distance <= APART * x.norm(dim=2)[..., None]).tril(-1).any(2)] = math.nan
     none = x[..., 0].isnan()
@@ -227,7 +225,7 @@ def _corrected(step: Step, y: Tensor, flat: Tensor, guess: Tensor, tangent: Tens
 
 
 def second_root_pictures(
-    values: Values, case: Case, found: FoundRoots, decoders: Mapping[str, Reconstruct], family: str, seed: int = 0
+    values: Values, case: Case, roots: FoundRoots, decoders: Mapping[str, Reconstruct], family: str, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Whether a second root looks different: the true stream decoded, and streams with other roots in its place.
 
@@ -240,7 +238,7 @@ def second_root_pictures(
     Values of the study "second_root", by `picture`: psnr_between (to the picture of the true stream, dB). Raises
     BacksightError without a decoder.
     """
-    inverse, step, pictures = case.inverse, found.step, {}
+    inverse, step, pictures = case.inverse, roots.step, {}
     sources = [step.source for step in inverse.steps]
     last = sources.index(step.source)
     first = max((place for place, tap in enumerate(sources[: last + 1]) if tap in decoders), default=None)
@@ -248,7 +246,7 @@ def second_root_pictures(
         raise BacksightError(f"No tap between {inverse.reached} and {step.source} is decoded by {family} inverses.")
     tap, between = sources[first], [inverse.fitted()[name] for name in sources[first + 1 : last + 1]]
     stream = case.streams[step.source]
-    for name, x in ({TRUE_STREAM: stream.values} | _replaced(found, stream, seed)).items():
+    for name, x in ({TRUE_STREAM: stream.values} | _replaced(roots, stream, seed)).items():
         reached = (x != stream.values).flatten(1).any(1) | (name == TRUE_STREAM)
         with torch.no_grad():
             for half in reversed(between):
@@ -258,18 +256,17 @@ def second_root_pictures(
         pictures[name] = picture.cpu(), reached.cpu()
         if name != TRUE_STREAM:
             score = psnr(pictures[TRUE_STREAM][0], picture.cpu()).where(reached.cpu(), torch.nan)
-            place: dict[str, Any] = {"step": step.destination, "to": step.source, "picture": name}
-            values.add("psnr_between", score, tap, family, study="second_root", **place)
+            values.add("psnr_between", score, tap, family, study="second_root", step=step.destination, picture=name)
     return pictures
 
 
-def _replaced(found: FoundRoots, stream: Tokens, seed: int) -> dict[str, Tensor]:
+def _replaced(roots: FoundRoots, stream: Tokens, seed: int) -> dict[str, Tensor]:
     """{picture: (N, n, c)} with other roots in place of tokens, and the null that moves as far."""
-    shape, (every, distance, has) = stream.values.shape, found.other()
+    shape, (every, distance, has) = stream.values.shape, roots.other()
     moves = (distance * has).view(shape[:2]).clone()
     moves[:, : stream.prefix] = 0  # prefix tokens stand for no place of the picture
     farthest = F.one_hot(moves.argmax(1), shape[1]).bool() & (moves > 0)
     drawn = torch.randn(every.shape, generator=torch.Generator().manual_seed(seed)).to(every)
-    null = found.truth + F.normalize(drawn) * distance[:, None]
-    one = every.where(farthest.view(-1, 1), found.truth)
+    null = roots.truth + F.normalize(drawn) * distance[:, None]
+    one = every.where(farthest.view(-1, 1), roots.truth)
     return {ONE_TOKEN: one.view(shape), ALL_TOKENS: every.view(shape), RANDOM_MOVE: null.view(shape)}

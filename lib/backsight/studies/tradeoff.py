@@ -15,37 +15,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
+from backsight.data.images import unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.measures.agreement import average_precision, match_objects
 from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr
-from backsight.measures.similarity import TokenSample, cka_from_products, cka_products, token_cosine
+from backsight.measures.similarity import TokenSample, token_cosine
 from backsight.representation import Predictions, concatenate
 from backsight.studies.by_seed import families_by_seed
-from backsight.studies.nulls import null_mean, shuffled
+from backsight.studies.layers import cka_of_images
+from backsight.studies.nulls import another, null_mean
+from backsight.studies.objects import Objects
 from backsight.studies.tuning import (
-    LabelledImages,
     answer_of,
     check_grid,
     fine_tune,
     fit_inverses,
     labelled_images,
-    starting_units,
 )
 from backsight.tables.names import FRESH, JOINT, NULL_MEAN, NULL_SHUFFLED, OF_START, RANDOM_HUES, START, TASK_ONLY
-from backsight.tables.pooling import influence, influence_of_groups, pool
-from backsight.tables.values import NO_SEED, Values
+from backsight.tables.pooling import influence, pool
+from backsight.tables.values import Values
 from backsight.targets import Target
 from backsight.targets.detection import PREDICTIONS
 
@@ -65,10 +65,10 @@ Reading = dict[tuple[str, str | None, str | None], tuple[Any, np.ndarray | None]
 @torch.no_grad()
 def read_model(
     target: Target,
-    judged: LabelledImages,
+    judged: Objects,
     inverses: Readers,
     start: Target | None = None,
-    recoloured: LabelledImages | None = None,
+    recoloured: Objects | None = None,
     seed: int = 0,
 ) -> Reading:
     """What a target's taps and answers show on images that trained nothing.
@@ -83,8 +83,7 @@ def read_model(
     sample = TokenSample(images=len(judged), seed=seed)
     collected: dict[Any, list[Tensor]] = {}
     answers: list[Any] = []
-    for chosen in judged.batches():
-        images = judged.batch(chosen)[0]
+    for chosen, images in _batches(judged):
         recorded, answer = answer_of(target, images, taps)
         answers.append(answer)
         if start is not None:
@@ -93,11 +92,11 @@ def read_model(
         for tap, following in zip_longest(taps, taps[1:]):
             representation: Any = recorded[tap]
             shown = {name: of[tap](representation) for name, of in inverses.items() if tap in of}
-            shown[NULL_SHUFFLED] = inverses[first][tap](shuffled(representation, generator))
+            shown[NULL_SHUFFLED] = inverses[first][tap](representation.index(another(len(images), generator)))
             scores: dict[Any, Tensor] = {
                 (measure, tap, name): values
                 for name, pictures in shown.items()
-                for measure, values in picture_scores(images, pictures, judged.objects[chosen]).items()
+                for measure, values in picture_scores(images, pictures, judged.masks[chosen]).items()
             }
             if following and recorded[following].form == representation.form:
                 crossed = inverses[first][tap](recorded[following]).cpu().clamp(0, 1)
@@ -109,29 +108,31 @@ def read_model(
     if start is not None:
         tokens, size = sample.minibatches(MINIBATCH), sample.images_in_minibatch(MINIBATCH)
         for tap in taps:
-            products = cka_products([tokens[tap], tokens[f"{START} {tap}"]])
-            reading["cka_to_start", tap, None] = influence_of_groups(partial(_cka, products), len(products), size)
+            alike, minibatch = cka_of_images([tokens[tap], tokens[f"{START} {tap}"]], size)
+            reading["cka_to_start", tap, None] = alike[:, 0, 1], minibatch
     if judged.labelled:
         reading |= answer_scores(answers, judged, "", seed)
     if recoloured is not None and recoloured.labelled:
-        given = [target(recoloured.batch(chosen)[0]) for chosen in recoloured.batches()]
+        given = [target(batch) for _, batch in _batches(recoloured)]
         reading |= answer_scores(given, recoloured, f"_{RANDOM_HUES}", seed)
     return reading
 
 
-def _cka(products: np.ndarray, kept: np.ndarray) -> float:
-    return cka_from_products(products[kept])[0, 1]
+def _batches(data: Objects, size: int = 50) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places and images of batches of about `size`, none of a single one, which has no other to be shuffled with."""
+    for chosen in torch.arange(len(data)).tensor_split(max(1, len(data) // size)):
+        yield chosen, unit_floats(data.images[chosen])
 
 
-def picture_scores(images: Tensor, made: Tensor, objects: Tensor) -> dict[str, Tensor]:
+def picture_scores(images: Tensor, pictures: Tensor, objects: Tensor) -> dict[str, Tensor]:
     """{measure: (B,)}: psnr; inside the largest object psnr_objects, hue_error and share_grey, NaN where none is."""
-    made = made.cpu().clamp(0, 1)
-    colours = hue_scores(object_chroma(images, objects), object_chroma(made, objects))
-    scores = {"psnr": psnr(images, made), "psnr_objects": psnr(images, made, objects)}
+    pictures = pictures.cpu().clamp(0, 1)
+    colours = hue_scores(object_chroma(images, objects), object_chroma(pictures, objects))
+    scores = {"psnr": psnr(images, pictures), "psnr_objects": psnr(images, pictures, objects)}
     return scores | {measure: torch.from_numpy(values).float() for measure, values in colours.items()}
 
 
-def answer_scores(answers: Sequence[Any], data: LabelledImages, ending: str, seed: int) -> Reading:
+def answer_scores(answers: Sequence[Any], data: Objects, ending: str, seed: int) -> Reading:
     """top1, whether the largest logit names the largest object's class; or ap50, what each image contributes to it.
 
     And the same of another image's answers (`null_shuffled`).
@@ -139,8 +140,8 @@ def answer_scores(answers: Sequence[Any], data: LabelledImages, ending: str, see
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     scores: list[Any]
     if isinstance(answers[0], Predictions):
-        given, corners = concatenate([part.to("cpu") for part in answers]), box_convert(data.boxes, "cxcywh", "xyxy")
-        matches = [match_objects(of, data.labels, corners) for of in (given, given.index(order))]
+        given = concatenate([part.to("cpu") for part in answers])
+        matches = [match_objects(of, data.labels, data.boxes) for of in (given, given.index(order))]
         measure, scores = "ap50", [influence(partial(average_precision, of), len(data)) for of in matches]
     else:
         guesses = torch.cat(list(answers)).cpu().argmax(1)
@@ -149,7 +150,7 @@ def answer_scores(answers: Sequence[Any], data: LabelledImages, ending: str, see
 
 
 @torch.no_grad()
-def probe_hits(target: Target, tap: str, fitting: LabelledImages, judged: LabelledImages) -> Tensor:
+def probe_hits(target: Target, tap: str, fitting: Objects, judged: Objects) -> Tensor:
     """(N,) whether a linear probe, fitted anew at a tap, names the class of the largest object.
 
     It reads the prefix tokens (if there are any), and mean and maximum over the other tokens; ridge regression on the
@@ -166,11 +167,11 @@ def probe_hits(target: Target, tap: str, fitting: LabelledImages, judged: Labell
     return (torch.from_numpy(guesses) == judged.labels[:, 0]).float()
 
 
-def _pooled(target: Target, tap: str, data: LabelledImages) -> Tensor:
+def _pooled(target: Target, tap: str, data: Objects) -> Tensor:
     """(N, features): prefix tokens, mean and maximum over the other tokens."""
     rows = []
-    for chosen in data.batches(100):
-        representation = target.record(data.batch(chosen)[0], [tap])[tap]
+    for _, images in _batches(data, 100):
+        representation = target.record(images, [tap])[tap]
         prefix, values = getattr(representation, "prefix", 0), representation.values
         tokens = values[:, prefix:]
         rows.append(torch.cat([values[:, :prefix].flatten(1), tokens.mean(1), tokens.amax(1)], 1).cpu())
@@ -201,7 +202,6 @@ def measure_tradeoff(
     fit_images: int = 800,
     set_inputs: int = 512,
     seed: int = 0,
-    progress: bool = True,
     **tuning: Any,
 ) -> Tradeoff:
     """Fine-tune copies of the target for every t and training seed, and measure them on images that trained nothing.
@@ -218,54 +218,49 @@ def measure_tradeoff(
     if n < 20:
         raise BacksightError(f"n = {n} judged images are too few for an interval of a CKA: give 20 or more.")
     judged = labelled_images(images, "test", target, n, seed, required=False)
-    scenes = images == "scenes"
-    recoloured = labelled_images(images, "test", target, n, seed, required=False, random_hues=True) if scenes else None
+    recoloured = None
+    if images == "scenes":
+        recoloured = labelled_images(images, "test", target, n, seed, required=False, random_hues=True)
     others = families_by_seed(target, inverses, seeds, fit_images, trained_on) if inverses else {}
     values = Values(target, judged.name, judged.split, range(len(judged)))
-    shown, last = judged.images[:SHOWN].float() / 255, [tap for tap in taps if tap != PREDICTIONS][-1]
+    shown, last = unit_floats(judged.images[:SHOWN]), [tap for tap in taps if tap != PREDICTIONS][-1]
     pictures: dict[str, dict[str, Tensor]] = {}
     histories: list[pd.DataFrame] = []
 
-    def models(
-        train_seed: int, tuned_on: LabelledImages, fitting: LabelledImages
-    ) -> Iterator[tuple[float, Target, Readers]]:
+    def models(train_seed: int, tuned_on: Objects, fitting: Objects) -> Iterator[tuple[float, Target, Readers]]:
         """(t, target, inverses): untouched, of random weights, and tuned for every t."""
         fit = partial(fit_inverses, images=fitting.images, taps=taps, set_inputs=set_inputs, seed=train_seed)
         of_start = {f"{name}_of_start": of for name, of in others.get(train_seed, {}).items() if name != FRESH}
         closed, random = fit(target), target.untrained(train_seed)
         yield math.nan, target, {FRESH: closed, **of_start}
         yield math.nan, random, {UNTRAINED: fit(random)}
-        units = starting_units(target, closed, tuned_on)
         for t in ts:
-            tuned, along, history = fine_tune(target, closed, tuned_on, t, seed=train_seed, units=units, **tuning)
+            tuned, along, history = fine_tune(target, closed, tuned_on, t, seed=train_seed, **tuning)
             histories.append(history.assign(t=t, seed=train_seed))
             yield t, tuned, {FRESH: fit(tuned), JOINT: along, OF_START: closed, **of_start}
 
-    bar = tqdm(total=len(seeds) * (len(ts) + 2), desc=f"trade-off of {target.name}", leave=False, disable=not progress)
-    with bar:
-        for train_seed in seeds:
-            tuned_on = labelled_images(trained_on, "train", target, train_images, TUNING_SEEDS + train_seed)
-            fitting = labelled_images(trained_on, "train", target, fit_images, FITTING_SEEDS + train_seed)
-            for t, model, readers in models(train_seed, tuned_on, fitting):
-                random = UNTRAINED in readers
-                reading = read_model(model, judged, readers, None if math.isnan(t) else target, recoloured, seed)
-                if judged.labelled:
-                    reading["probe_top1", last, PROBE] = probe_hits(model, last, fitting, judged), None
-                for (measure, tap, inverse), (numbers, clusters) in reading.items():
-                    if not random or inverse in (UNTRAINED, PROBE):
-                        name = UNTRAINED if random else inverse
-                        values.add(measure, {train_seed: numbers}, tap, name, clusters=clusters, t=t)
-                if train_seed == seeds[0] and not random:
-                    recorded, fresh = model.record(shown, taps), readers[FRESH]
-                    made = {tap: fresh[tap](recorded[tap]).cpu().clamp(0, 1) for tap in taps}
-                    pictures[START if math.isnan(t) else f"t = {t:g}"] = made
-                bar.update()
-            if train_seed == seeds[0]:
-                every = judged.images.float() / 255
-                scores = picture_scores(every, null_mean(fitting.images).expand_as(every), judged.objects)
-                for measure, of_mean in scores.items():
-                    for tap in taps:
-                        values.add(measure, {NO_SEED: of_mean}, tap, NULL_MEAN, t=math.nan)
+    for train_seed in seeds:
+        tuned_on = labelled_images(trained_on, "train", target, train_images, TUNING_SEEDS + train_seed)
+        fitting = labelled_images(trained_on, "train", target, fit_images, FITTING_SEEDS + train_seed)
+        several = tqdm(models(train_seed, tuned_on, fitting), f"trade-off of {target.name}", len(ts) + 2, leave=False)
+        for t, model, readers in several:
+            random = UNTRAINED in readers
+            reading = read_model(model, judged, readers, None if math.isnan(t) else target, recoloured, seed)
+            if judged.labelled:
+                reading["probe_top1", last, PROBE] = probe_hits(model, last, fitting, judged), None
+            for (measure, tap, inverse), (numbers, clusters) in reading.items():
+                if not random or inverse in (UNTRAINED, PROBE):
+                    name = UNTRAINED if random else inverse
+                    values.add(measure, {train_seed: numbers}, tap, name, clusters=clusters, t=t)
+            if train_seed == seeds[0] and not random:
+                recorded, fresh = model.record(shown, taps), readers[FRESH]
+                of_taps = {tap: fresh[tap](recorded[tap]).cpu().clamp(0, 1) for tap in taps}
+                pictures[START if math.isnan(t) else f"t = {t:g}"] = of_taps
+        if train_seed == seeds[0]:
+            every = unit_floats(judged.images)
+            scores = picture_scores(every, null_mean(fitting.images).expand_as(every), judged.masks)
+            for (measure, of_mean), tap in product(scores.items(), taps):
+                values.add(measure, of_mean, tap, NULL_MEAN, t=math.nan)
     return Tradeoff(values.table(), pd.concat(histories), shown, pictures)
 
 
@@ -274,5 +269,5 @@ def changes(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     image and training seed, for pictures by inverses fitted anew and for the score of the task."""
     pictures = values["measure"].isin(PICTURE_MEASURES) & (values["inverse"] == FRESH)
     answered = values["measure"].isin(TASK_MEASURES) & ~values["inverse"].astype(str).str.startswith("null_")
-    told = pool(values[(pictures | answered) & values["t"].notna()], None, {"t": 0.0}, seed)
-    return told.assign(measure=told["measure"] + "_change", against=TASK_ONLY, seed=seed)
+    rows = pool(values[(pictures | answered) & values["t"].notna()], None, {"t": 0.0}, seed)
+    return rows.assign(measure=rows["measure"] + "_change", against=TASK_ONLY, seed=seed)

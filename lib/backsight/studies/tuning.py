@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
@@ -16,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from backsight.data.images import open_images
+from backsight.data.images import open_images, unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs
 from backsight.representation import Predictions, Representation
 from backsight.scenes.dataset import cached, drawn
 from backsight.scenes.render import SceneOptions
+from backsight.studies.objects import Objects, has_objects
 from backsight.targets import PIXELS, Target
 from backsight.targets.detection import PREDICTIONS
 from backsight.targets.hooks import Place, recording
@@ -32,80 +32,39 @@ UNIT_IMAGES = 256  # training images that give the two losses at the start, thei
 WARMUP = 0.1  # share of the steps
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images with what the task asks of them.
-
-    images: (N, 3, H, W) uint8; labels: (N, M) int64, the target's classes, the largest object first, -1 = none;
-    boxes: (N, M, 4) centre x, centre y, width, height in [0, 1]; objects: (N, H, W) bool, the largest object.
-    name, split: of the data set.
-    """
-
-    images: Tensor
-    labels: Tensor
-    boxes: Tensor
-    objects: Tensor
-    name: str
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the task can be scored on them."""
-        return bool((self.labels[:, 0] >= 0).all())
-
-    def batch(self, chosen: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) in [0, 1], labels and boxes."""
-        return self.images[chosen].float() / 255, self.labels[chosen], self.boxes[chosen]
-
-    def batches(self, size: int = 50) -> tuple[Tensor, ...]:
-        """The places of batches of about `size`, none of a single image, which has no other to be shuffled with."""
-        return torch.arange(len(self)).tensor_split(max(1, len(self) // size))
+def batch_of(data: Objects, chosen: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, 3, H, W) in [0, 1], labels, and boxes as centre x, centre y, width, height."""
+    boxes = box_convert(data.boxes[chosen], "xyxy", "cxcywh")
+    return unit_floats(data.images[chosen]), data.labels[chosen], boxes
 
 
 def labelled_images(
     source: str, split: str, target: Target, count: int, seed: int = 0, required: bool = True, random_hues: bool = False
-) -> LabelledImages:
-    """Images of one split with the truth of the target's task.
+) -> Objects:
+    """Images of one split with the truth of the target's task: labels into its classes.
 
     source: "scenes", a COCO root with the target's classes, or class folders. required: refuse a source that does not
     tell the truth of the task; else its labels are -1. random_hues: of scenes, with hues that say nothing of the class.
     """
-    root, size = Path(source), target.image_size
-    masked = source == "scenes" or any((*root.glob("annotations/instances_*"), *root.glob("*/_annotations.coco.json")))
+    masked, size = has_objects(source), target.image_size
     if random_hues:
-        folder = cached(split, count, seed, max(size), SceneOptions(rule="uniform"))
-        images = open_images(folder, "all", size, masks=True)
+        source = str(cached(split, count, seed, max(size), SceneOptions(rule="uniform")))
+        images = open_images(source, "all", size, masks=True)
     else:
         images = open_images(source, split, target, count, seed, masks=masked)
     # Class folders are in the order of the target's classes where it has no names, or others, as ImageNet's.
     own, known = images.classes, target.classes or ()
     if (target.classes is None and not masked) or (len(own) == len(known) and not {*own} & {*known}):
         known = own
-    numbers = torch.tensor([known.index(name) for name in own] if {*own} <= {*known} else [-1] * len(own))
-    items = list(images)
-    most = max([1, *(len(item.get("labels", ())) for item in items)])
-    labels, boxes = torch.full((len(items), most), -1), torch.zeros(len(items), most, 4)
-    objects = torch.zeros(len(items), *size, dtype=torch.bool)
-    for row, item in enumerate(items):
-        if "label" in item:
-            labels[row, 0] = numbers[item["label"]]
-        if number := len(item.get("labels", ())):
-            largest = int(item["masks"].flatten(1).sum(1).argmax())
-            order = [largest, *(place for place in range(number) if place != largest)]
-            labels[row, :number] = numbers[item["labels"][order]]
-            boxes[row, :number] = box_convert(item["boxes"][order], "xyxy", "cxcywh") / torch.tensor([*size[::-1]] * 2)
-            objects[row] = item["masks"][largest]
-    pictures = torch.stack([item["image"] for item in items])
-    found = LabelledImages(pictures, labels, boxes, objects, images.name, images.split)
-    if required and not found.labelled:
+    numbers = torch.tensor([*(known.index(name) if {*own} <= {*known} else -1 for name in own), -1])  # -1: none
+    objects = Objects.read(images)
+    objects = replace(objects, labels=numbers[objects.labels])
+    if required and not objects.labelled:
         raise BacksightError(
             f"{source} does not say which classes of {target.name} its images show: a trade-off with the task needs "
             "scenes, a COCO root or class folders, of classes that the target was trained on."
         )
-    return found
+    return objects
 
 
 def task_loss(output: Tensor | Predictions, labels: Tensor, boxes: Tensor) -> Tensor:
@@ -147,20 +106,20 @@ def losses_of(
     recorded, output = answer_of(target, images, list(inverses), gradient)
     losses = {"task": task_loss(output, labels, boxes)} if t < 1 else {}
     if t > 0:
-        pictures: Any = [inverse.raw(recorded[tap]) for tap, inverse in inverses.items()]
-        losses["reconstruction"] = torch.stack([(images - made).square().mean() for made in pictures]).mean() / variance
+        errors = [(images - inverse.raw(recorded[tap])).square().mean() for tap, inverse in inverses.items()]
+        losses["reconstruction"] = torch.stack(errors).mean() / variance
     return losses
 
 
 @torch.no_grad()
-def starting_units(target: Target, inverses: Mapping[str, LinearInverse], data: LabelledImages) -> dict[str, float]:
+def starting_units(target: Target, inverses: Mapping[str, LinearInverse], data: Objects) -> dict[str, float]:
     """{"task", "reconstruction"}: both losses of the untouched target and its closed-form inverses on the first
     UNIT_IMAGES, by which they are divided; "variance" of these images about their mean."""
     count = min(len(data), UNIT_IMAGES)
     variance = float((data.images[:count].float() / 255).var(0, unbiased=False).mean())
     totals = {"task": 0.0, "reconstruction": 0.0}
     for chosen in torch.arange(count).tensor_split(max(1, count // 64)):
-        for name, loss in losses_of(target, inverses, data.batch(chosen), variance).items():
+        for name, loss in losses_of(target, inverses, batch_of(data, chosen), variance).items():
             totals[name] += float(loss) * len(chosen) / count
     return {name: max(total, 1e-6) for name, total in totals.items()} | {"variance": variance}
 
@@ -189,21 +148,19 @@ class Tuned(NamedTuple):
 def fine_tune(
     target: Target,
     inverses: Mapping[str, LinearInverse],
-    data: LabelledImages,
+    data: Objects,
     t: float,
     *,
     steps: int = 60,
     batch_size: int = 32,
     learning_rate: float = 3e-4,
     seed: int = 0,
-    units: Mapping[str, float] | None = None,
 ) -> Tuned:
     """Train a copy of the target, and of its inverses, on (1 - t) · task + t · reconstruction.
 
-    inverses: {tap: linear inverse to pixels}, where the joint training starts; units: both losses at the start
-    (computed here where not given); seed: order of the batches. Adam without weight decay, so that a weight that no
-    loss reaches (the head at t = 1, the inverses at t = 0) stays as it was; 10 % warm-up, then a cosine. The same seed
-    gives the same batches for every t. The target and the inverses that are given stay as they are.
+    inverses: {tap: linear inverse to pixels}, where the joint training starts; seed: order of the batches, the same for
+    every t. Adam without weight decay, so that a weight that no loss reaches (the head at t = 1, the inverses at t = 0)
+    stays as it was; 10 % warm-up, then a cosine. The target and the inverses that are given stay as they are.
     Raises BacksightError for a t outside [0, 1], a target without a task, and a loss that is no longer a number.
     """
     check_grid([t])
@@ -214,7 +171,7 @@ def fine_tune(
             f"steps = {steps} and batch_size = {batch_size} with {len(data)} images: give at least one step, and a "
             "batch of at least one and at most all images."
         )
-    units = units or starting_units(target, inverses, data)
+    units = starting_units(target, inverses, data)
     tuned, along = copy.deepcopy(target), {tap: copy.deepcopy(inverse) for tap, inverse in inverses.items()}
     tuned.model.requires_grad_(True)
     history: list[dict[str, float]] = []
@@ -231,7 +188,7 @@ def fine_tune(
     train(
         {title: both},
         losses,
-        lambda step: data.batch(torch.from_numpy(drawn(len(data), batch_size, seed, step))),
+        lambda step: batch_of(data, torch.from_numpy(drawn(len(data), batch_size, seed, step))),
         steps=steps,
         learning_rate=learning_rate,
         warmup=WARMUP,

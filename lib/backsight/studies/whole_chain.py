@@ -26,7 +26,7 @@ from backsight.inverses.rows import patchify
 from backsight.measures.pixels import psnr
 from backsight.studies.by_seed import map_base
 from backsight.studies.exact import relative_error
-from backsight.studies.joint import JointSettings, solve_joint
+from backsight.studies.joint import solve_joint
 from backsight.tables.names import ANOTHER_ROOT, BACK, CHAIN_FATES, EXACT, LOST, MAP, NEAR, NEARBY, NULL_SHUFFLED, RIGHT
 from backsight.tables.values import Values
 from backsight.targets.base import Target
@@ -44,13 +44,14 @@ def whole_chains(
     images: Tensor,
     held_out: Tensor,
     map_settings: MapSettings | None = None,
-    settings: JointSettings | None = None,
+    iterations: int = 30,
 ) -> dict[str, dict[str, Tensor]]:
     """Every image of every tap through all half-steps to the embedding, from the start that a MAP inverse gives.
 
     families: with an inverse of every tap, and "linear" at the first one, which completes what the patch embedding
-    drops; held_out: images that fit the MAP inverse of each tap. Of NULL_IMAGES the search is also started from the
-    picture of the next image (inverse null_shuffled). Returns {tap: {inverse: (N, 3, H, W)}}.
+    drops; held_out: images that fit the MAP inverse of each tap; iterations: of `solve_joint`. Of NULL_IMAGES the
+    search is also started from the picture of the next image (inverse null_shuffled). Returns {tap: {inverse: (N, 3, H,
+    W)}}.
 
     Values of the study "whole": back, another_root, near, lost (0 or 1) and log10_error (relative) of the inverse
     exact; psnr of the families, map, exact, embedding (the true first stream, decoded alike).
@@ -74,27 +75,23 @@ def whole_chains(
         start = torch.cat([fit.pictures(fit.solve(given.index(part))[1].z) for part in every.split(BATCH)])
         searches, ends = {EXACT: (every, start), NULL_SHUFFLED: (every[:NULL_IMAGES], start.roll(1, 0))}, {}
         for name, (which, pictures) in list(searches.items())[: len(images)]:  # one image alone has no other's picture
-            found, begun = [], embedded(embedding, pictures[which])
+            patches = patchify(pictures[which].to(embedding.matrix), embedding.patch) @ embedding.matrix
+            prefix = embedding.prefix.expand(len(which), -1, -1)
+            solutions, begun = [], torch.cat([prefix, patches + embedding.bias], dim=1)
             for part in which.split(BATCH):
                 ways, y = (inverse.steps, single.between(tap, first)), truth[tap].index(part).values
-                found.append(solve_joint(*ways, y, begun[part], len(embedding.prefix), settings))
-            ends[name] = torch.cat([one.x for one in found])
+                solutions.append(solve_joint(*ways, y, begun[part], len(embedding.prefix), iterations))
+            ends[name] = torch.cat([one.x for one in solutions])
             error = relative_error(ends[name], truth[first].index(which).values).cpu().numpy()
-            solved = torch.cat([one.solved for one in found]).cpu().numpy()
+            solved = torch.cat([one.solved for one in solutions]).cpu().numpy()
             fates = np.select([error <= RIGHT, solved, error <= NEAR], [BACK, ANOTHER_ROOT, NEARBY], LOST)
             for fate in CHAIN_FATES:
                 values.add(fate, fates == fate, tap, name, study="whole")
             values.add("log10_error", np.log10(error.clip(min=1e-17)), tap, name, study="whole")
         decoded = inverse.at(first)
-        made = {name: taps[tap](given) for name, taps in families.items() if tap in taps} | {MAP: start.clamp(0, 1)}
-        made |= {EXACT: decoded(truth[first].replace(ends[EXACT])), EMBEDDING: decoded(truth[first])}
-        shown[tap] = {name: pictures.to(images) for name, pictures in made.items()}
+        returned = {name: taps[tap](given) for name, taps in families.items() if tap in taps} | {MAP: start.clamp(0, 1)}
+        returned |= {EXACT: decoded(truth[first].replace(ends[EXACT])), EMBEDDING: decoded(truth[first])}
+        shown[tap] = {name: pictures.to(images) for name, pictures in returned.items()}
         for name, pictures in shown[tap].items():
             values.add("psnr", psnr(images, pictures), tap, name, study="whole")
     return shown
-
-
-def embedded(embedding: Embedding, images: Tensor) -> Tensor:
-    """(B, P + n, C), the first stream of images that may leave [0, 1]."""
-    patches = patchify(images.to(embedding.matrix), embedding.patch) @ embedding.matrix + embedding.bias
-    return torch.cat([embedding.prefix.expand(len(images), -1, -1), patches], dim=1)

@@ -164,14 +164,3 @@ def influence(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> np.n
     with np.errstate(invalid="ignore"):
         mean = np.where(known, without, 0).sum(0) / known.sum(0)
     return whole + (count - 1) * (mean - without)
-
-
-def influence_of_groups(statistic: Callable[[np.ndarray], Any], count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """((N, …), (N,)) what each of `count` groups of `size` images contributes to a statistic of the indices of the
-    groups that are kept, such as a CKA, said of each image; and the group of each, which is what is drawn (`clusters`
-    of `Values.add`)."""
-
-    def of_weights(weights: np.ndarray) -> np.ndarray:
-        return np.stack([np.asarray(statistic(np.flatnonzero(row))) for row in weights])
-
-    return np.repeat(influence(of_weights, count), size, axis=0), np.repeat(np.arange(count), size)
