@@ -154,7 +154,8 @@ class Run:
 
         from backsight.tables.values import METRIC_COLUMNS  # late: torch takes seconds, and a wrong parameter none
 
-        table = pd.DataFrame(rows).set_index(list(METRIC_COLUMNS)).reset_index()
+        table = pd.DataFrame(rows)
+        table = table[[*METRIC_COLUMNS, *table.columns.difference(METRIC_COLUMNS, sort=False)]]
         write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return table
 
