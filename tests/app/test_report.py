@@ -285,3 +285,18 @@ def test_a_run_without_a_table_is_on_the_page(folder: Path, tmp_path: Path) -> N
     save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT))
     save_run(tmp_path / "targets", "18_targets", {})
     assert "18_targets.ipynb" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("notebook", "heading"),
+    [
+        ('{"cells": [{"source": ["# How much?\\n", "By this."]}]}', "How much?"),
+        ("{", "03_quality"),
+        ("{}", "03_quality"),
+    ],
+)
+def test_a_section_is_called_by_the_question_of_its_notebook(tmp_path: Path, notebook: str, heading: str) -> None:
+    run = save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT), {"psnr": ""})
+    (run / "03_quality.ipynb").write_text(notebook)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert f'<h3 id="target-{VIT}-study-1">{heading}</h3>' in page

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(arguments, prog_name="backsight")
     except (BacksightError, OSError) as error:  # OSError: of a path that is too long, a folder, not to be written
         print(f"backsight: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except SystemExit as ended:
         if ended.code == 130:
             print("backsight: stopped; the same command resumes a run or a fit.", file=sys.stderr)
@@ -52,13 +52,9 @@ def run(
     verbose: Annotated[bool, Option("--verbose", "-v", help="print what the cells print")] = False,
 ) -> None:
     """Run one notebook, strictly."""
-    from backsight.app.runner import NotebookError, plan_run, run_plan
+    from backsight.app.runner import plan_run, run_plan
 
-    try:
-        run_plan(plan_run(notebook, preset, assignments or (), out), verbose)
-    except NotebookError as error:
-        print(f"backsight: {error}", file=sys.stderr)
-        raise Exit(1) from error
+    run_plan(plan_run(notebook, preset, assignments or (), out), verbose)
 
 
 @app.command()

@@ -32,8 +32,10 @@ READ = {"inverses": "**/[!.]*--*.safetensors", "results": f"*/{FINISHED}"}
 NAMED = ("scenes", "photographs", "leaves", "dinov2-small")  # no paths, whatever lies where the command is given
 
 
-class NotebookError(Exception):
+class NotebookError(BacksightError):
     """A cell failed, or the kernel died: one sentence with the cell, the error and the partial notebook."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
