@@ -32,9 +32,9 @@ from backsight.plots.style import (
     taps_in_order,
     with_nulls_of,
 )
-from backsight.project import FINISHED, METRICS, read_json, write_atomically
+from backsight.project import FINISHED, METRICS, read_json
 from backsight.tables.claims import findings
-from backsight.tables.read import QUALITY, Record, Study, read_study, span, study_folder, write_text
+from backsight.tables.read import QUALITY, Record, Study, read_study, save_table, span, study_folder, write_text
 from backsight.tables.sentences import number
 from backsight.tables.values import METRIC_COLUMNS
 
@@ -104,7 +104,7 @@ def write_report(folder: str | Path) -> Path:
     metrics = pd.concat(list(study.tables.values()), ignore_index=True)
     metrics["run"] = metrics.pop("run")  # the last column
     page = _rendered(study, runs, metrics)
-    write_atomically(folder / METRICS, lambda temporary: metrics.to_csv(temporary, index=False))
+    save_table(folder / METRICS, metrics)
     return write_text(folder / PAGE, page)
 
 

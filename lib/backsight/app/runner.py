@@ -73,10 +73,6 @@ class Plan:
                         states.add(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
         return states
 
-    @property
-    def partial(self) -> Path:
-        return self.folder / f"{self.notebook.name}.partial.ipynb"
-
 
 def _target_of(file: Path) -> str:
     """The name of the target that an inverse was fitted to, read without torch; "" where the file does not say."""
@@ -146,7 +142,6 @@ def run_plan(plan: Plan, verbose: bool = False) -> None:
             print(f"{name}: {before}")
         print(f"{name} -> {place}")
         _execute(plan, verbose)
-        os.replace(plan.partial, plan.folder / f"{plan.notebook.name}.ipynb")
         print(f"{name}: complete in {time.perf_counter() - start:.0f} s, {shown(complete_run(plan.folder))}")
 
 
@@ -163,21 +158,21 @@ def in_charge_of(folder: Path) -> Iterator[None]:
 
 
 def _execute(plan: Plan, verbose: bool) -> None:
-    """Run the notebook into <notebook>.partial.ipynb, and take out what is noise. Raises NotebookError where a cell
-    failed or, as after SystemExit, which passes for success, never ran."""
+    """Run the notebook as <notebook>.partial.ipynb, take out what is noise, and give it its name. Raises NotebookError
+    where a cell failed or, as after SystemExit, which passes for success, never ran."""
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    name, where = plan.notebook.path.name, f"(the partial notebook is {shown(plan.partial)})"
-    environment = dict(os.environ)
+    name, partial = plan.notebook.path.name, plan.folder / f"{plan.notebook.name}.partial.ipynb"
+    where, environment = f"(the partial notebook is {shown(partial)})", dict(os.environ)
     os.environ[RUN_VARIABLE] = str(plan.folder)
     os.environ.pop("MPLBACKEND", None)  # which would take the figures away
     try:
         executed = papermill.execute_notebook(
             nbformat.reads(plan.notebook.text, as_version=4),
-            str(plan.partial).replace("{", "{{").replace("}", "}}"),  # papermill fills in {parameters}
+            str(partial).replace("{", "{{").replace("}", "}}"),  # papermill fills in {parameters}
             parameters=plan.notebook.injected(plan.values),
             kernel_name=KERNEL,
             language="python",
@@ -201,7 +196,8 @@ def _execute(plan: Plan, verbose: bool) -> None:
         if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
             raise NotebookError(f"{name} stopped early: code in cell {index} never ran {where}")
     tidy(executed)
-    nbformat.write(executed, plan.partial)
+    nbformat.write(executed, partial)
+    os.replace(partial, plan.folder / f"{plan.notebook.name}.ipynb")
 
 
 def tidy(executed: Any) -> None:
