@@ -58,7 +58,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# SIZE=full: real sizes, and the whole timm zoo; hours.
+# SIZE=real: real.py at 384 and 768 channels; SIZE=full: real sizes, and the whole timm zoo; hours.
 bench: $(INSTALLED)
 	for benchmark in $(sort $(filter-out %/table.py $(if $(filter full,$(SIZE)),,%/zoo.py),$(wildcard benchmarks/[a-z]*.py))); do \
 		SIZE=$(SIZE) $(BIN)/python $$benchmark; done

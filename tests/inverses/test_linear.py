@@ -132,6 +132,18 @@ def test_one_pass_for_all_taps_and_the_third_argument_is_the_validation() -> Non
     assert fitted[requests[1]].maps["cells"].alpha >= 1e-2 > fitted[requests[2]].maps["cells"].alpha
 
 
+def test_a_few_tokens_of_many_images_are_enough(monkeypatch) -> None:
+    """Rows are drawn before they are laid out, for each value that a row reads, and the map is nearly the same."""
+    maps, kernel = normal(400, 5, 6, 7).float(), normal(4, 5, 3, 3, seed=1).float()
+    target = Recorded(late=tokens_of(maps), early=tokens_of(nn.functional.conv2d(maps, kernel, padding=1)))
+    pair, rows = Request("late", "early", 3), []
+    original = RidgeAccumulator.update
+    monkeypatch.setattr(RidgeAccumulator, "update", lambda self, *x: rows.append(len(x[0])) or original(self, *x))
+    fitted = fit_linear_pairs(target, pictures(400), [pair], rows_per_input=40, progress=False)[pair]
+    assert sum(rows) == 400 * -(-40 * 45 // 400)
+    assert r2(fitted, target.every["late"], target.every["early"]) > 1 - 1e-5
+
+
 def test_taps_that_each_hold_a_half_are_read_together(tmp_path: Path) -> None:
     """Neither half says more than itself, both side by side say all, and the file comes back."""
     images = pictures(216)

@@ -39,6 +39,7 @@ SHORTEST = 0.06  # length of a step below which a search gives up
 FLOOR = 1e-6  # of a covariance's mean variance: directions that never move get this, not an infinite weight
 SIDE = 8  # of the pixel patches of the prior, where the target's tokens cover larger ones
 STRENGTHS = tuple(10.0**exponent for exponent in range(-6, 3))
+SMALL = 64 * 64  # pixels of a picture; of larger ones, which have more patches, fewer are measured and solved
 GAINS = 16  # groups of neighbouring directions that share a gain
 
 
@@ -268,9 +269,10 @@ def fit_map(
     kept = [tap for tap in names if tap not in refused]
     given = {**(linear or {}), **(modules or {})}
     bases = completed(given, kept, target, images, validation, seed=seed, progress=progress)
-    inverses = {}
+    inverses, share = {}, max(1, target.image_size[0] * target.image_size[1] // SMALL)
+    effort = {"count": max(32, 128 // share), "checked": max(2, 8 // share)}
     for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
-        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation)
+        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation, **effort)
         inverses[tap].header = header_for(target, "map", tap, PIXELS, images, seed)
     return Inverses(inverses)
 

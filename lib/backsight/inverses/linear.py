@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 ALPHAS: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-16, 5))
 RANK = 128  # of the maps that read a whole set of queries
 MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they are drawn anew for every batch
-CONTEXT_ROWS, LEAST_ROWS = 2**16, 64  # about so many rows are enough for maps with a context; at least of one image
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 
 
@@ -178,12 +177,14 @@ def fit_linear_pairs(
     seed: int = 0,
     batch_size: int = 64,
     maximum_inputs: int = MAXIMUM_INPUTS,
+    rows_per_input: int | None = None,
     progress: bool = True,
 ) -> dict[AnyPair, LinearInverse]:
     """Linear maps between many pairs of taps, in one pass over the images.
 
-    Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same.
-    Memory does not depend on the number of images.
+    Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same; or
+    fewer, where `rows_per_input` rows for each of the values that a row reads are enough. Memory does not depend on the
+    number of images.
 
     images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, or several as "a+b", destination tap or
     "pixels"), or a `Request`; validation: images of another split, on which the ridge strength is chosen from their
@@ -220,8 +221,9 @@ def fit_linear_pairs(
             inverses[request] = LinearInverse(header, layout, {}, getattr(end, "position", None))
             for name, block in layout.blocks.items():
                 key = request.source, block._replace(gives=())
-                group = groups[key] if key in groups else groups.setdefault(key, _Group(source, block, len(images)))
-                group.members.append((request, layout, name))
+                if key not in groups:
+                    groups[key] = _Group(source, block, len(images), rows_per_input)
+                groups[key].members.append((request, layout, name))
         for group in groups.values():
             group.update(held, held_out, seed + number)
     for key in list(groups):
@@ -235,14 +237,15 @@ def fit_linear_pairs(
 class _Group:
     """Maps that read the same rows: one Gram matrix. The directions of what it reads are those of the first batch."""
 
-    def __init__(self, representation: Representation, block: Block, images: int) -> None:
+    def __init__(self, representation: Representation, block: Block, images: int, rows_per_input: int | None) -> None:
         self.block = block
         self.members: list[tuple[Request, Layout, str]] = []
         self.widths: list[int] = []  # of the members' outputs
         self.training, self.validation = RidgeAccumulator(), RidgeAccumulator()
-        enough = max(LEAST_ROWS, CONTEXT_ROWS // images) if block.context > 1 else MAXIMUM_ROWS
-        self.rows = min(MAXIMUM_ROWS, enough)  # of one image
         self.projections = _projections(representation, block) if block.directions else {}
+        inputs = pack_source(representation.index(0), block, **self.projections).shape[1]
+        enough = MAXIMUM_ROWS if rows_per_input is None else -(-rows_per_input * inputs // images)
+        self.rows = min(MAXIMUM_ROWS, enough)  # of one image
 
     def update(self, held: Mapping[str, Any], held_out: bool, seed: int) -> None:
         """Add a batch; held: {tap: representation}, and the images under "pixels"."""
@@ -254,14 +257,14 @@ class _Group:
         if count > self.rows:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             drawn = order[: self.rows].sort().values.to(ends.device)
+        ends = ends.unflatten(0, (batch, count))[:, drawn]
         read = self.block.context**2 * area(self.block.gathered)
         size = max(1, PACKED_VALUES // (count * read * given.channels))
         for start in range(0, batch, size):
             part = given if size >= batch else given.index(slice(start, start + size))
-            rows = pack_source(part, self.block, **self.projections), ends[start * count : (start + part.batch) * count]
-            inputs, outputs = (each.unflatten(0, (part.batch, count))[:, drawn] for each in rows)
             moments = self.validation if held_out else self.training
-            moments.update(inputs.flatten(0, 1), outputs.flatten(0, 1))
+            inputs = pack_source(part, self.block, drawn=drawn, **self.projections)
+            moments.update(inputs, ends[start : start + part.batch].flatten(0, 1))
 
     def solved(self) -> Iterator[tuple[Request, str, AffineMap]]:
         """(request, name of the map, the map), of the strengths that the validation chooses."""

@@ -44,7 +44,7 @@ class RidgeAccumulator:
             x, y = (rows[start : start + step].to(device, torch.float64) for rows in (inputs, outputs))
             part.count, part.input_mean, part.output_mean = len(x), x.mean(0), y.mean(0)
             x, y = x - part.input_mean, y - part.output_mean
-            part.gram, part.cross = x.T @ x, x.T @ y
+            part.gram, part.cross = _gram(x), x.T @ y
             self._add(part)
 
     def _add(self, other: RidgeAccumulator) -> None:
@@ -148,6 +148,11 @@ def best(
     weight = _solved(correlation, alphas[number], cross)
     left, *right = (weight,) if rank is None else _low_rank(correlation, weight, rank)
     return Solution(alphas[number], center, bias, (scale[:, None] * left, *right))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rowsᵀ rows; NumPy sees that both are one, and computes a half."""
+    return torch.from_numpy(rows.numpy().T @ rows.numpy()) if rows.device.type == "cpu" else rows.T @ rows
 
 
 def _solved(correlation: Tensor, alpha: float, cross: Tensor) -> Tensor:

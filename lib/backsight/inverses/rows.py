@@ -212,40 +212,43 @@ def pack_source(
     block: Block,
     projection: Tensor | None = None,
     prefix_projection: Tensor | None = None,
+    drawn: Tensor | slice = slice(None),
 ) -> Tensor:
     """The input rows (M, inputs): images in order, rows of an image together.
 
-    projection: (C, directions), prefix_projection: (P, C, directions), where the reading has directions.
+    projection: (C, directions), prefix_projection: (P, C, directions), where the reading has directions; drawn: which
+    rows of every image.
     """
     what, values = block.what, representation.values
     if what == "set":
         return (values if projection is None else values @ projection).flatten(1)
     if not isinstance(representation, Tokens):
-        return values.flatten(0, 1)
+        return values[:, drawn].flatten(0, 1)
     prefix = representation.prefix_values
     if what in ("prefix", "prefixes"):
-        return prefix[:, block.level] if what == "prefix" else prefix.flatten(0, 1)
+        return prefix[:, block.level] if what == "prefix" else prefix[:, drawn].flatten(0, 1)
     if what == "mean":
         return values.mean(1)
     maps, cells = representation.maps(), block.cells(representation.grids)
-    parts, projected = [maps[block.level].flatten(2).transpose(1, 2)], maps[block.level]
+    parts, projected = [maps[block.level].flatten(2)[:, :, drawn].transpose(1, 2)], maps[block.level]
     if projection is not None:
         projected = torch.einsum("bchw,cd->bdhw", projected, projection)
     if block.gathered != (1, 1):
-        parts = [patchify(projected, block.gathered)]
+        parts = [patchify(projected, block.gathered)[:, drawn]]
     elif block.context > 1:
-        around = F.unfold(projected, block.context, padding=block.context // 2).transpose(1, 2)
+        around = F.unfold(projected, block.context, padding=block.context // 2)[:, :, drawn].transpose(1, 2)
         if projection is None:
             parts = [around]
         else:  # the own token stands before its neighbours, with all of its channels
             square, centre = around.unflatten(2, (-1, block.context**2)), block.context**2 // 2
             parts.append(torch.cat([square[..., :centre], square[..., centre + 1 :]], dim=3).flatten(2))
     for level in block.coarser:
-        parts.append(F.interpolate(maps[level], cells, mode="nearest-exact").flatten(2).transpose(1, 2))
+        coarse = F.interpolate(maps[level], cells, mode="nearest-exact").flatten(2)
+        parts.append(coarse[:, :, drawn].transpose(1, 2))
     if block.context > 1 and representation.prefix:
         if prefix_projection is not None:
             prefix = torch.einsum("bpc,pcd->bpd", prefix, prefix_projection)
-        parts.append(prefix.flatten(1)[:, None].expand(-1, area(cells), -1))
+        parts.append(prefix.flatten(1)[:, None].expand(-1, parts[0].shape[1], -1))
     return torch.cat(parts, dim=2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
 
 

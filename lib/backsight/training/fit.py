@@ -26,7 +26,7 @@ from backsight.data.distributed import average, processes, share
 from backsight.data.features import FeatureStore, images_digest
 from backsight.data.images import batches, index_batches
 from backsight.errors import BacksightError
-from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
+from backsight.inverses.linear import LinearInverse, Request
 from backsight.inverses.module import Chain, Inverses, TrainedInverse, header_for
 from backsight.inverses.networks import design_for
 from backsight.inverses.passes import Images, recorded_batches
@@ -34,7 +34,7 @@ from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, concatenate
 from backsight.targets.base import Target, seeded
 from backsight.training.loop import gpu_autocast, train
-from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, measured, start_requests
+from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, closed_form, measured, start_requests
 
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES = 128
@@ -176,7 +176,7 @@ def fit_starts(
     forms = {name: form_of(held) for name, held in {PIXELS: shown, **recorded}.items()}
     wanted = {f: start_requests(target, target.taps, forms, f) for f in families if f in ("direct", "modular")}
     requests = [request for pairs in wanted.values() for request in pairs.values() if request]
-    fitted = fit_linear_pairs(target, sample, requests, held_out, seed=seed, progress=progress) if requests else {}
+    fitted = closed_form(target, sample, requests, held_out, seed=seed, progress=progress) if requests else {}
     return {f: {pair: fitted[request] for pair, request in pairs.items() if request} for f, pairs in wanted.items()}
 
 
@@ -260,7 +260,7 @@ class _Fit:
         missing = {pair: request for pair, request in wanted.items() if closed and request and pair not in starts}
         fitted, requests = {}, [*missing.values(), *views.values()]
         if requests:
-            fitted = fit_linear_pairs(target, sample, requests, self.held_out, seed=seed, progress=self.progress)
+            fitted = closed_form(target, sample, requests, self.held_out, seed=seed, progress=self.progress)
         known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
         inverses = {}
         for source, end in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backsight.data.features import FeatureStore
-from backsight.inverses.linear import LinearInverse, Request
+from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
 from backsight.inverses.module import Moments
 from backsight.inverses.passes import recorded_batches
 from backsight.inverses.rows import PIXELS, Pair, area, is_mappable
@@ -24,6 +25,7 @@ MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 # Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
 STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
+closed_form = partial(fit_linear_pairs, rows_per_input=40)  # of a few tokens an image, where images are many
 
 
 def start_requests(
