@@ -20,3 +20,8 @@ def test_damaged_shipped_targets_are_named(tmp_path: Path, monkeypatch: pytest.M
     verdicts = {subject: verdict for verdict, subject, _ in doctor.shipped()}
     assert [verdicts[name.name] for name in (vit, swin, detr)] == ["FAIL"] * 3
     assert [verdicts[name.name] for name in (deit, deformable)] == ["OK"] * 2
+
+
+def test_the_kernel_starts_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    assert doctor._kernel() == "python3 starts"
+    assert capfd.readouterr().err == ""

@@ -64,7 +64,7 @@ def _kernel() -> str:
 
     from backsight.app.runner import KERNEL, KERNEL_START_SECONDS
 
-    manager, client = start_new_kernel(KERNEL_START_SECONDS, KERNEL)
+    manager, client = start_new_kernel(KERNEL_START_SECONDS, KERNEL, extra_arguments=["--log-level=50"])
     client.stop_channels()
     manager.shutdown_kernel(now=True)
     return f"{KERNEL} starts"
