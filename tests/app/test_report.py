@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from report_runs import DETR, VIT, made_up_frames, rows, save_png, save_results, save_run
+from report_runs import DETR, VIT, FrameTarget, made_up_frames, rows, save_png, save_results, save_run
 
 from backsight.app import report
-from backsight.app.frames import strips
+from backsight.app.frames import save_frames, strips
 from backsight.app.report import write_report
 from backsight.errors import BacksightError
 
@@ -116,6 +116,14 @@ def test_frames_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert [(strip["target"], strip["family"], len(strip["steps"])) for strip in told[:1]] == [(VIT, "linear", 3)]
     assert {strip["picture"] for strip in told} == {"chelsea", "scene 22 hue 240"}
     assert len({step["image"] for strip in told for step in strip["steps"]}) == 2 * 3  # two families, and two targets
+
+
+def test_frames_of_a_large_target_are_made_smaller(tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 300, 400)
+    rows = save_frames(tmp_path, FrameTarget(VIT), ["chelsea"], images, {"linear": {"norm": images}}, seed=0)  # type: ignore[arg-type]
+    sizes = [Image.open(path).size for path in tmp_path.rglob("*.png")]
+    assert sizes == [(256, 192)] * 2
+    assert rows[0]["value"] == 100  # dB, the most there is: of the reconstruction itself
 
 
 def test_no_path_leads_out_of_the_runs_folder(tmp_path: Path) -> None:

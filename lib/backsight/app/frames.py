@@ -1,10 +1,9 @@
 """Frames: one small picture for every tap, so that a page without a server can leaf through the depths of a model.
 
-A run keeps them as <run>/frames/*/*.png, at the target's own size, and its metrics.csv tells them: beside the PSNR and
-SSIM of each reconstruction stand `file` and `input`, the paths of both pictures, and `shows`, the picture in words.
+A run keeps them as <run>/frames/*/*.png, and its metrics.csv tells them: beside the PSNR and SSIM of each
+reconstruction stand `file` and `input`, the paths of both pictures, and `shows`, the picture in words.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from backsight.targets import Target
 
 FRAMES = "frames"
-LARGEST_SIDE = 256  # pixels of a frame inside the page; larger ones are shown reduced
+LARGEST_SIDE = 256  # pixels of a frame, all of which are inside the page
 PIXELATED_BELOW = 129  # pixels; larger frames are smoothed when the browser scales them
 
 
@@ -38,11 +37,15 @@ def save_frames(
     """Write the B pictures as they go into a target and come back from it; returns their tidy rows, one image each.
 
     names: of the pictures, as `app.pictures` has them; images: (B, 3, H, W) in [0, 1]; reconstructions: {family: {tap:
-    (B, 3, H, W)}}. PSNR and SSIM are of the reconstructions themselves, before they are rounded to 8 bits.
+    (B, 3, H, W)}}. PSNR and SSIM are of the reconstructions themselves, before they are rounded or made smaller.
     """
+    from torch.nn.functional import interpolate
+
     from backsight.measures.pixels import psnr, ssim
 
     def save(image: "Tensor", *words: str) -> str:
+        if (scale := LARGEST_SIDE / max(image.shape)) < 1:
+            image = interpolate(image[None], scale_factor=scale, mode="bilinear", antialias=True)[0]
         file = "/".join((FRAMES, file_name(target.name), f"{'--'.join(map(file_name, words))}.png"))
         write_atomically(folder / file, lambda path: path.write_bytes(as_png(image, optimize=True)))
         return file
@@ -80,9 +83,11 @@ def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], l
         scores = part.pivot(index=["depth", "tap", "file"], columns="measure", values="value")
         strip = dict(zip(("picture", "target", "family"), names, strict=True)) | {"shows": first["shows"]}
         try:
-            strip |= _embedded(run, first["input"])
+            strip["image"] = _address(run, first["input"])
+            with Image.open(run / first["input"], formats=("PNG",)) as image:
+                strip |= {"width": image.width, "height": image.height, "pixelated": max(image.size) < PIXELATED_BELOW}
             strip["steps"] = [
-                {**_embedded(run, file), "tap": tap, "psnr": f"{psnr:.1f}", "ssim": f"{ssim:.3f}"}
+                {"image": _address(run, file), "tap": tap, "psnr": f"{psnr:.1f}", "ssim": f"{ssim:.3f}"}
                 for (_, tap, file), psnr, ssim in scores[["psnr", "ssim"]].itertuples()
             ]
             playable.append(strip)
@@ -91,18 +96,9 @@ def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], l
     return playable, problems
 
 
-def _embedded(run: Path, file: str) -> dict[str, Any]:
-    """A frame as data URI, its width and height in pixels, whether these are to be seen as squares, and whether it was
-    made smaller. Raises OSError, ValueError on a file that is no PNG of the run's own folder."""
+def _address(run: Path, file: str) -> str:
+    """The address inside a page of a file of the run's own folder. Raises OSError, ValueError where it is none."""
     path = (run / file).resolve()
     if not path.is_relative_to(run.resolve()):
         raise ValueError(f"{file!r} is not below the run's folder")
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if is_reduced := max(image.size) > LARGEST_SIDE:
-            image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG", optimize=True)
-            data = buffer.getvalue()
-        shape = {"width": image.width, "height": image.height, "pixelated": max(image.size) < PIXELATED_BELOW}
-        return {"image": data_address(data), "reduced": is_reduced, **shape}
+    return data_address(path.read_bytes())
