@@ -11,8 +11,11 @@ from sklearn.linear_model import RidgeClassifierCV
 from torch import Tensor
 
 import backsight
-from backsight.data.images import batches, open_images
+from backsight.app.pictures import open_picture
+from backsight.data.images import batches, open_images, tensor
 from backsight.errors import BacksightError
+from backsight.inverses.files import load, shipped_inverses
+from backsight.measures.pixels import psnr
 from backsight.targets import wheels
 from backsight.targets.base import Target
 from backsight.targets.wheels import WHEELS, from_index
@@ -106,3 +109,16 @@ def test_it_tells_classes_of_scenes_that_its_untrained_twin_does_not(folder: Pat
         return float(probe.score(tokens[1], labels[1]))
 
     assert share_told(pretrained) > share_told(pretrained.untrained(0)) + 0.2
+
+
+def test_its_shipped_inverses_read_a_photograph_better_than_the_mean_image(folder: Path) -> None:
+    target = backsight.load_target("dinov2-small")
+    shipped = shipped_inverses(target)
+    assert shipped is not None
+    inverses = load(shipped, target)["linear"]
+    image = open_picture("china", target.image_size).image
+    mean_image = tensor(open_images("leaves", "train", target, 16)).mean(0, keepdim=True)
+    recorded = target.record(image)
+    scores = [float(psnr(image, inverses[tap](recorded[tap]).clamp(0, 1))) for tap in target.taps]
+    assert min(scores) > float(psnr(image, mean_image)) + 1
+    assert scores[0] > 30

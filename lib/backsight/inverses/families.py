@@ -13,6 +13,7 @@ from torch import Tensor
 from backsight.data.distributed import processes
 from backsight.data.features import FeatureStore, record_features
 from backsight.data.images import open_images
+from backsight.data.leaves import VERSION
 from backsight.errors import BacksightError, nearest
 from backsight.inverses.files import headers_for, load, read_header, save, shipped_inverses
 from backsight.inverses.module import Inverses, header_for, named
@@ -119,20 +120,20 @@ def fit_and_save(
     return files
 
 
-def kept_inverses(target: Target, source: str = "leaves", count: int = 400) -> dict[str, Inverses]:
+def kept_inverses(target: Target, count: int = 400) -> dict[str, Inverses]:
     """{family: Inverses} at the target's taps: shipped ones, else linear ones kept in the cache, else fitted and kept.
 
-    source, count: of the training images of such a fit. Raises BacksightError as `fit` does.
+    count: of the leaves of such a fit. Raises BacksightError as `fit` does.
     """
     shipped, size = shipped_inverses(target), "x".join(map(str, target.image_size))
     families = load(shipped, target) if shipped else {}
     known = {tap for inverses in families.values() for tap in inverses.modules}
     if lacking := [tap for tap in target.taps if tap not in known]:
-        folder = cache_folder() / "inverses" / f"{target.weights_hash}-{source}-{count}-{size}"
+        folder = cache_folder() / "inverses" / f"{target.weights_hash}-leaves-{VERSION}-{count}-{size}"
         kept = {header.source for header in headers_for(folder, target).values()}
         if new := [tap for tap in lacking if tap not in kept]:
             part = target.select(new)
-            save(fit("linear", part, open_images(source, "train", part, count)), folder)
+            save(fit("linear", part, open_images("leaves", "train", part, count)), folder)
         own = dict(families["linear"].modules) if shipped else {}
         families["linear"] = Inverses(own | dict(load(folder, target)["linear"].modules))
     return families
