@@ -87,7 +87,7 @@ def test_a_number_of_the_page_is_the_mean_of_stored_values(study: Study, judged:
     rows = judged[judged["claim"] == claim.claim]
     for row in rows.itertuples():
         expected = recomputed(study.values([claim.notebook]), claim, row.target)
-        assert row.value == pytest.approx(expected, abs=1e-9)
+        np.testing.assert_allclose(row.value, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_image_counts_once_a_turn_of_its_hue(study: Study, judged: pd.DataFrame) -> None:
