@@ -18,7 +18,7 @@ from backsight.plots.bars import bars
 from backsight.plots.depth import by_depth, curves
 from backsight.plots.grids import broken, family_grid, merged_order, picture_table, reconstruction_grid
 from backsight.plots.matrix import matrices
-from backsight.plots.style import ShownFigure, colour_of, inverse_order, look_of, png_bytes, short_tap
+from backsight.plots.style import ShownFigure, inverse_order, look_of, png_bytes, short_tap
 
 TAPS = ("backbone", "encoder.layers.0", "decoder.layernorm", "predictions")
 FAMILIES = ("linear", "direct", "modular", "modular_polished")
@@ -153,8 +153,8 @@ def test_every_png_says_what_it_shows(drawn: dict[str, Figure]) -> None:
 def test_curves_show_the_values_in_forward_order_and_name_each_line_once() -> None:
     axes = by_depth(tidy(), "psnr").axes[0]
     lines = {colors.to_hex(line.get_color()): line for line in axes.lines if line.get_marker() != "None"}
-    assert set(lines) == {colour_of(name) for name in FAMILIES}
-    np.testing.assert_allclose(lines[colour_of("direct")].get_ydata(), [29.0, 26.0, 23.0, 20.0])
+    assert set(lines) == {look_of(name).colour for name in FAMILIES}
+    np.testing.assert_allclose(lines[look_of("direct").colour].get_ydata(), [29.0, 26.0, 23.0, 20.0])
     dashed = [line for line in axes.lines if line.get_marker() == "None"]
     assert len(dashed) == len(NULLS)
     assert all(line.is_dashed() for line in dashed)
@@ -264,10 +264,10 @@ def test_pictures_of_another_kind_are_refused(images: np.ndarray, made: dict, me
 
 
 def test_colours_mean_one_thing() -> None:
-    inverses = {colour_of(name) for name in FAMILIES}
-    assert not inverses & {colour_of(name) for name in ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr")}
-    assert colour_of("vit_base_patch16_224") == colour_of("vit_base_patch16_224")
-    assert colour_of("vit_base_patch16_224") not in inverses
+    inverses = {look_of(name).colour for name in FAMILIES}
+    assert not inverses & {look_of(name).colour for name in ("scenes-vit", "scenes-deit", "scenes-swin", "scenes-detr")}
+    assert look_of("vit_base_patch16_224").colour == look_of("vit_base_patch16_224").colour
+    assert look_of("vit_base_patch16_224").colour not in inverses
     assert inverse_order(["null_mean", "modular", "own", "linear"]) == ["linear", "modular", "own", "null_mean"]
 
 

@@ -103,7 +103,6 @@ MEASURE_NAMES = {
     "psnr_background": "PSNR of the background (dB)",
     "ssim": "SSIM (1 = identical)",
     "r2": "R² (share of variance)",
-    "mse": "mean squared error (range²)",
     "cycle_cosine": "cosine of features (1 = equal)",
     "perceptual": "distance in early features",
     "hue_error": "hue error of the object (°)",
@@ -115,8 +114,6 @@ MEASURE_NAMES = {
     "retrieval_top1": "own image found first (share)",
     "retrieval_rank": "rank of own image (share)",
     "band_error": "error power / image power",
-    "patch_r2": "R² of each part of the picture",
-    "factor_score": "score of a probe (accuracy or R²)",
     "top1_agreement": "top-1 agreement (share)",
     "map50": "mAP50 (0 to 1)",
     "top1": "top-1 accuracy (share)",
@@ -124,25 +121,14 @@ MEASURE_NAMES = {
     "probe_top1": "top-1, probe fitted anew",
     "ap50": "AP50 (0 to 1)",
     f"ap50_{RANDOM_HUES}": "AP50, random hues",
-    "ap": "AP (0 to 1)",
     "cross_psnr": "PSNR of another tap (dB)",
-    "residual_update": "update ‖f(x)‖ / ‖x‖",
-    "stitch_r2": "R² through another tap",
-    "cka": "CKA (debiased)",
     "token_cosine": "cosine of tokens",
-    "predictability_r2": "R², linear",
     "cka_to_start": "CKA to the untouched target",
     "hue_error_shown": "angle to the hue shown (°)",
     "share_grey": "comes back grey (share)",
     "reverted_above_deals": "reverts, above chance (share)",
-    "accuracy_kept": "accuracy kept (share)",
     "reversion_index": "reversion index (1: painter)",
     "recoverable": "directions shown (share)",
-    "negative_determinant": "det < 0: it folds (share)",
-    "several_roots": "several roots (share)",
-    "complete": "signs sum to 1: all found",
-    "roots": "roots found of a token, mean",
-    "tokens_right": "picked rightly (share)",
 }
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -176,11 +162,6 @@ def look_of(name: str) -> Look:
     if name.startswith("null_"):
         return Look(name.removeprefix("null_").replace("_", " "), dashes=(4, 1, 1, 1))
     return Look(name.replace("_", " "), _OTHER_COLOURS[crc32(name.encode()) % len(_OTHER_COLOURS)], "v")
-
-
-def colour_of(name: str) -> str:
-    """The colour of an inverse or a target, the same in every figure."""
-    return look_of(name).colour
 
 
 def name_of(value: Any) -> str:

@@ -34,7 +34,7 @@ from backsight.app.runs import file_name
 from backsight.data.decode import ImageError, decode
 from backsight.errors import BacksightError
 from backsight.measures.pixels import psnr
-from backsight.plots.style import colour_of
+from backsight.plots.style import look_of
 from backsight.project import results_root, shown, write_atomically
 from backsight.scenes.photographs import PHOTOGRAPHS
 from backsight.targets import SHIPPED
@@ -287,7 +287,7 @@ class Page:
                 turned.append(self.workbench.depths(replace(seen.view, hue_shift=hue)))
             errors = mean_errors(turned)
             self.sentence.value = html().sentence(hue_in_words(errors))
-            self.hues.value = html().chart(errors, seen.view.tap, colour_of(seen.view.family)) if errors else ""
+            self.hues.value = html().chart(errors, seen.view.tap, look_of(seen.view.family).colour) if errors else ""
             self.status.remove_class("backsight-busy")
 
     # ---------------------------------------------------------------------------------------------------- what is said
