@@ -78,34 +78,30 @@ def score_target(target: Any, count: int = 5000, seed: int = 0) -> pd.DataFrame:
         raise BacksightError(f"{target.name} does not know the classes of scenes: score it on its own data set")
     if count < 500:
         raise BacksightError(f"{count} images are too few for an interval: score on 500 or more")
-    rows: list[dict[str, Any]] = []
+    tables = []
     for rule in ("mixed", "uniform"):
         data = scene_tensors("test", count, seed, rule)
         outputs = [target(images.float() / 255) for images in data.images.split(BATCH)]
-        scored = _top1_rows(outputs, data) if target.kind == "classifier" else _precision_rows(outputs, data)
-        rows += [{"rule": rule, **row, "n": row.get("n", count)} for row in scored]
-    return pd.DataFrame(rows)
+        scores = _top1(outputs, data) if target.kind == "classifier" else _precision(outputs, data)
+        tables.append(scores.assign(rule=rule))
+    return pd.concat(tables, ignore_index=True)[["rule", "measure", "classes", "value", "low", "high", "n"]]
 
 
-def _top1_rows(logits: list[Tensor], data: SceneTensors) -> list[dict[str, Any]]:
+def _top1(logits: list[Tensor], data: SceneTensors) -> pd.DataFrame:
     hits = pd.Series(_hits([part.cpu() for part in logits], data), np.array(CLASS_NAMES)[data.labels[:, 0]])
     rows = []
     for group, names in _GROUPS.items():
         own = hits[hits.index.isin(names)]
         low, high = binomtest(int(own.sum()), len(own)).proportion_ci(method="wilson")
-        rows.append({"measure": "top1", "classes": group, "value": own.mean(), "low": low, "high": high, "n": len(own)})
-    return rows
+        rows.append({"classes": group, "value": own.mean(), "low": low, "high": high, "n": len(own)})
+    return pd.DataFrame(rows).assign(measure="top1")
 
 
-def _precision_rows(outputs: list[Predictions], data: SceneTensors) -> list[dict[str, Any]]:
-    predictions, rows = concatenate(outputs).to("cpu"), []
+def _precision(outputs: list[Predictions], data: SceneTensors) -> pd.DataFrame:
+    predictions = concatenate(outputs).to("cpu")
     places = [torch.arange(start, len(data), BLOCKS) for start in range(BLOCKS)]
-    blocks = [average_precision(predictions.index(chosen), data.take(chosen)).stack() for chosen in places]
-    spread = 1.96 / math.sqrt(BLOCKS) * pd.concat(blocks, axis=1).std(axis=1).unstack()
-    values = average_precision(predictions, data)
-    for measure in ("ap50", "ap"):
-        for group in _GROUPS:
-            value, half = values[measure][group], spread[measure][group]
-            interval = {"value": value, "low": value - half, "high": value + half}
-            rows.append({"measure": measure, "classes": group, **interval})
-    return rows
+    blocks = [average_precision(predictions.index(chosen), data.take(chosen)).T.stack() for chosen in places]
+    half = 1.96 / math.sqrt(BLOCKS) * pd.concat(blocks, axis=1).std(axis=1)
+    value = average_precision(predictions, data).T.stack()
+    table = pd.DataFrame({"value": value, "low": value - half, "high": value + half, "n": len(data)})
+    return table.rename_axis(["measure", "classes"]).reset_index()

@@ -33,12 +33,6 @@ from backsight.training.loop import train
 from backsight.training.muon import Group
 
 _ARGUMENTS: dict[str, Any] = {"img_size": SIZE, "mlp_ratio": 2, "num_classes": len(CLASS_NAMES)}
-VIT_ARGUMENTS = {**_ARGUMENTS, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-SWIN_ARGUMENTS = {
-    **_ARGUMENTS,
-    **{"patch_size": 4, "window_size": 4, "embed_dim": 64, "depths": [2, 2, 2], "num_heads": [2, 4, 8]},
-    "drop_path_rate": 0.0,
-}
 
 
 class VitTraining(nn.Module):
@@ -46,7 +40,7 @@ class VitTraining(nn.Module):
 
     slow: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str] = "vit_tiny_patch16_224"
-    arguments: ClassVar[dict[str, Any]] = VIT_ARGUMENTS
+    arguments: ClassVar[dict[str, Any]] = _ARGUMENTS | {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
     model: Any
 
     def __init__(self) -> None:
@@ -99,11 +93,14 @@ class SwinTraining(VitTraining):
     """A Swin; the tokens at the end of the second and of the last stage predict the shares."""
 
     architecture = "swin_tiny_patch4_window7_224"
-    arguments = SWIN_ARGUMENTS
+    arguments: ClassVar[dict[str, Any]] = _ARGUMENTS | {
+        **{"patch_size": 4, "window_size": 4, "embed_dim": 64, "depths": [2, 2, 2], "num_heads": [2, 4, 8]},
+        "drop_path_rate": 0.0,
+    }
 
     def __init__(self) -> None:
         super().__init__()
-        width = 2 * SWIN_ARGUMENTS["embed_dim"]
+        width = 2 * self.arguments["embed_dim"]
         self.middle_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, BACKGROUND + 1))
 
     def loss(self, scenes: SceneTensors) -> Tensor:
