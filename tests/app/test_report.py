@@ -210,6 +210,14 @@ def test_nulls_of_several_families_count_once() -> None:
         assert len(shown) == len(table[table.measure != "mse"]) + len(shown_nulls)
 
 
+def test_a_table_says_of_how_many_seeds_the_untrained_target_is() -> None:
+    """The largest number of seeds stood above all columns, and an interval of one seed beside those of three."""
+    table = rows(VIT).query("measure == 'psnr'").assign(seeds=3, run="a")
+    untrained = table[table.inverse == "modular"].assign(inverse="null_untrained", seeds=1)
+    facts = report._depth_table(pd.concat([table[table.inverse == "modular"], untrained]))["facts"]
+    assert "training seeds: 3, of the untrained target: 1, data set" in facts
+
+
 def test_claims_stand_beside_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference run decides; what only one of the two measured is told as such."""
     known = {"claim": ["deep keeps shape"] * 2, "target": VIT, "tap": ["norm", "blocks.0"], "unit": "dB", "seeds": 1}

@@ -54,6 +54,16 @@ def test_each_fault_is_seen(
     assert detail in failed(write_changed(tmp_path, change)).get(check, "")
 
 
+def test_an_inverse_of_random_weights_is_trained_as_often_as_the_others(tmp_path: Path) -> None:
+    """Beside three seeds stood untrained direct decoders of one, and nothing said so."""
+
+    def untrained(table: pd.DataFrame) -> pd.DataFrame:
+        direct = table[table["inverse"] == "direct"].assign(inverse="null_untrained", family="direct", seeds=1)
+        return pd.concat([table, direct])
+
+    assert "direct, untrained target, has 1" in failed(write_changed(tmp_path, untrained))[SEEDS]
+
+
 def test_values_that_could_not_be_measured_need_no_interval(tmp_path: Path) -> None:
     def grey(table: pd.DataFrame) -> pd.DataFrame:
         return table.assign(

@@ -149,11 +149,12 @@ def test_shares_of_all_or_none_have_a_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measure", "share"), [("top1", True), ("edge_f1", False), ("reverted_above_deals", True), ("top1 differs", True)]
+    ("measure", "share"),
+    [("top1", True), ("edge_f1", False), ("roots", False), ("reverted_above_deals", True), ("top1 differs", True)],
 )
 def test_only_declared_shares_are_of_trials(measure: str, share: bool) -> None:
     """Any values that were all ones or zeros once had Wilson's interval, and then equal differences had none: none of
-    67 objects that revert says that few do, and nothing of a correlation."""
+    67 objects that revert says that few do, and nothing of a correlation, or of how many roots a token has."""
     values = Values(Target(), "scenes", "test", range(20))  # type: ignore[arg-type]
     for inverse, number in (("linear", 1.0), ("direct", 0.0)):
         values.add(measure.removesuffix(" differs"), np.full(20, number), "blocks.0", inverse)

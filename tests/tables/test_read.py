@@ -42,9 +42,8 @@ def test_every_run_is_read_with_its_notebook(study: Study) -> None:
     rows = study.rows("05_colour", ["hue_error_shown"])
     assert set(rows["measure"]) == {"hue_error_shown"}
     assert set(METRIC_COLUMNS) <= set(rows)
-    assert "factor" not in rows
     assert set(rows["run"]) == {"colour-scenes-vit", "colour-scenes-detr"}
-    assert len(study.overview()) == len(study.tables) == 12
+    assert study.table["run"].nunique() == 12
     values = study.values([QUALITY, "05_colour"])
     assert set(values["notebook"]) == {QUALITY, "05_colour"}
     assert {"image", "train_seed", "value"} <= set(values)
@@ -70,10 +69,13 @@ def test_unfinished_and_broken_runs_are_left_out_by_name(tmp_path: Path) -> None
     finished(tmp_path, "figures", started={"notebook": "07_figures"})
     finished(tmp_path, "short", run={"notebook": QUALITY})
     finished(tmp_path, "no-run")
+    finished(tmp_path, "half", run={"notebook": QUALITY})
+    (tmp_path / "half" / "values.parquet").write_bytes(b"PAR1")
     (tmp_path / "short" / "metrics.csv").write_text("target,value\nscenes-vit,1\n")
     study = read_study(tmp_path)
-    assert list(study.tables) == ["done"]
-    assert set(study.left_out) == {"running", "short"}
+    assert set(study.table["run"]) == {"done"}
+    assert set(study.left_out) == {"running", "short", "half"}
+    assert "values.parquet cannot be read" in study.left_out["half"]
     assert "did not finish" in study.left_out["running"]
     assert "lacks the columns" in study.left_out["short"]
 

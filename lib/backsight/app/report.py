@@ -25,7 +25,6 @@ from backsight.errors import BacksightError
 from backsight.plots import depth
 from backsight.plots.style import (
     MEASURE_NAMES,
-    colour_of,
     inverse_order,
     is_null,
     look_of,
@@ -34,7 +33,7 @@ from backsight.plots.style import (
 )
 from backsight.project import FINISHED, METRICS, read_json
 from backsight.tables.claims import findings
-from backsight.tables.read import QUALITY, Record, Study, read_study, save_table, span, study_folder, write_text
+from backsight.tables.read import QUALITY, Record, Study, read_study, span, study_folder, write_text
 from backsight.tables.sentences import number
 from backsight.tables.values import METRIC_COLUMNS
 
@@ -97,14 +96,14 @@ def write_report(folder: str | Path) -> Path:
     check_file(folder / METRICS, ",".join(METRIC_COLUMNS))
     study = read_study(folder)
     runs = [
-        PageRun.model_validate(record | {"folder": place, "table": study.tables.get(place.name, NO_ROWS)})
+        PageRun.model_validate(record | {"folder": place, "table": study.table[study.table["run"] == place.name]})
         for place in sorted(folder.iterdir())
         if place.name not in study.left_out and (record := read_json(place / FINISHED) or {}).get("notebook")
     ]
-    metrics = pd.concat(list(study.tables.values()), ignore_index=True)
+    metrics = study.table.drop(columns="notebook")
     metrics["run"] = metrics.pop("run")  # the last column
     page = _rendered(study, runs, metrics)
-    save_table(folder / METRICS, metrics)
+    write_text(folder / METRICS, metrics.to_csv(index=False))
     return write_text(folder / PAGE, page)
 
 
@@ -204,11 +203,13 @@ def _depth_table(rows: pd.DataFrame) -> dict[str, Any]:
     shares = ((values - floor) / (ceiling - floor)).clip(0, 1) if ceiling > floor else math.nan
     cells = rows.assign(share=shares, best=values.groupby(rows["tap"]).transform("max"))
     first = rows.iloc[0]
+    shown = {"training seeds": ~is_null(rows), "of the untrained target": rows["inverse"] == "null_untrained"}
+    trained = ", ".join(f"{name}: {span(rows[of]['seeds'])}" for name, of in shown.items() if of.any())
     source = f"data set {first['dataset']}, split {first['split']}, {first['weights']} weights"
     return {
         "title": MEASURE_NAMES.get(first["measure"], first["measure"]),
         "decimals": TABLE_MEASURES[first["measure"]],
-        "facts": f"n = {span(rows['n'])}, training seeds: {rows['seeds'].max()}, {source}",
+        "facts": f"n = {span(rows['n'])}, {trained}, {source}",
         "run": first["run"],
         "inverses": inverse_order(list(rows["inverse"])),
         "taps": taps_in_order(rows),
@@ -229,7 +230,7 @@ def _target(
     return {
         "name": name,
         "anchor": f"target-{file_name(name).lower()}",
-        "colour": colour_of(name),
+        "colour": look_of(name).colour,
         "facts": [(key, weights[key]) for key in ("weights", "hash") if key in weights],
         "studies": [(study, list(drawn)) for study, drawn in groupby(own, itemgetter("study"))],
         "groups": groups,

@@ -15,8 +15,8 @@ TRAINED_FAMILIES = ("direct", "modular", "steadied", "map")  # by gradient desce
 TRAINING = "02_train_inverse"  # one seed a run
 # What says how well a reconstruction or a probe does; costs, controls and properties of a target have no null.
 SCORES = (
-    *("psnr", "ssim", "r2", "mse", "psnr_objects", "psnr_boundary", "psnr_background", "perceptual", "edge_f1"),
-    *("mask_iou", "texture_accuracy", "hue_error", "retrieval_top1", "retrieval_rank", "factor_score", "cross_psnr"),
+    *("psnr", "ssim", "r2", "psnr_objects", "psnr_boundary", "psnr_background", "perceptual", "edge_f1", "mask_iou"),
+    *("texture_accuracy", "hue_error", "retrieval_top1", "retrieval_rank", "factor_score", "cross_psnr"),
     *("hue_error_shown", "reversion_index", "stitch_r2"),
 )
 
@@ -24,9 +24,9 @@ SCORES = (
 def checklist(study: Study) -> pd.DataFrame:
     """Every check on every run: columns run, check, holds, detail (what is wrong, or what holds)."""
     rows = []
-    for run, table in sorted(study.tables.items()):
-        for check, faults in _faults(table.reset_index(drop=True)).items():
-            if check.endswith("seeds") and study.notebooks[run] == TRAINING:
+    for (run, notebook), table in study.table.groupby(["run", "notebook"]):
+        for check, faults in _faults(table).items():
+            if check.endswith("seeds") and notebook == TRAINING:
                 continue
             wrong = [f"{fault} ({count:,} rows)" for fault, count in faults.value_counts().sort_index().items()]
             detail = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -36,7 +36,7 @@ def checklist(study: Study) -> pd.DataFrame:
 
 def _faults(table: pd.DataFrame) -> dict[str, pd.Series]:
     """{check: what is wrong with each row for which it does not hold}."""
-    texts = ("target", "dataset", "split", "tap", "inverse", "measure", "factor")
+    texts = ("target", "dataset", "split", "tap", "inverse", "family", "measure", "factor")
     row = table.assign(**table.reindex(columns=texts).astype(object).fillna("").astype(str))
     # Another data set is "all" where it is a folder of photographs, none of which trained anything. Which photograph a
     # picture lies on is asked of the training split, for no photograph is in two (factors.py).
@@ -57,11 +57,13 @@ def _faults(table: pd.DataFrame) -> dict[str, pd.Series]:
     outside = (row["low"] > row["value"] + room) | (row["high"] < row["value"] - room)
     fault = outside.map({True: "value outside its interval: ", False: "no interval: "}) + row["measure"]
 
-    trained = row["inverse"].isin(TRAINED_FAMILIES) & row["measure"].isin(SCORES) & row["value"].notna()
-    seeds = row["inverse"] + " has " + row["seeds"].astype(str)
+    # Of random weights, too, an inverse is trained, whose name then is the null's family.
+    inverse = row["inverse"].where(row["inverse"] != "null_untrained", row["family"])
+    few = inverse.isin(TRAINED_FAMILIES) & score & row["value"].notna() & (row["seeds"] < LEAST_SEEDS)
+    of = inverse + null.map({True: ", untrained target,", False: ""}) + " has " + row["seeds"].astype(str)
     return {
         "the split reported is test": ("of split " + row["split"].replace("", "none"))[~tested],
         "nulls stand beside every score": place[lacking],
         "every number has an interval": fault[known & (outside | row[["low", "high"]].isna().any(axis=1))],
-        f"at least {LEAST_SEEDS} training seeds": seeds[trained & (row["seeds"] < LEAST_SEEDS)],
+        f"at least {LEAST_SEEDS} training seeds": of[few],
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from backsight.project import shown
 from backsight.tables.judge import LEAST_SEEDS, Claim, judge
 from backsight.tables.read import Study, read_study, write_text
 from backsight.tables.sentences import number
@@ -46,9 +47,9 @@ def findings(study: Study) -> pd.DataFrame:
 
 def render_findings(study: Study) -> str:
     """The page FINDINGS.md as Markdown: all verdicts, then each claim with its numbers and its caution."""
-    table = findings(study)
-    source = f"Made by `backsight findings {study.name} FINDINGS.md` from the runs in `{study.name}`."
-    lines = ["# Findings", "", source, RULES]
+    table, name = findings(study), shown(study.folder)
+    name = study.folder.name if Path(name).is_absolute() else name  # the same on every machine
+    lines = ["# Findings", "", f"Made by `backsight findings {name} FINDINGS.md` from the runs in `{name}`.", RULES]
     lines += ["", "| claim | source | verdicts |", "| --- | --- | --- |"]
     for claim, rows in table.groupby("claim", sort=False):
         verdicts = [f"{row.target}: **{row.verdict}**" for row in rows.itertuples() if row.verdict != UNMEASURED]
@@ -65,14 +66,13 @@ def render_findings(study: Study) -> str:
 
 
 def _numbers(rows: pd.DataFrame) -> list[str]:
-    first = rows.iloc[0]
-    lines = [f"Measured by `{first['notebook']}`: {first['unit']}.", ""]
+    lines = [f"Measured by `{rows['notebook'].iloc[0]}`: {rows['unit'].iloc[0]}.", ""]
     lines += ["| target | tap | value [95 %] | images / photographs / seeds | border | p | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for row in rows.to_dict("records"):
-        counts = " / ".join(f"{row[name]:.0f}" for name in ("n", "photographs", "seeds"))
-        told = f"{row['border']} | {row['p']:.2g} | **{row['verdict']}** ({row['why']})"
-        lines.append(f"| {row['target']} | {row['tap']} | {number(row, signed=True)} | {counts} | {told} |")
+    for _, row in rows.iterrows():
+        counts = f"{row['n']:.0f} / {row['photographs']:.0f} / {row['seeds']:.0f}"
+        said = f"{row['border']} | {row['p']:.2g} | **{row['verdict']}** ({row['why']})"
+        lines.append(f"| {row['target']} | {row['tap']} | {number(row, signed=True)} | {counts} | {said} |")
     return lines
 
 

@@ -58,8 +58,8 @@ def judge(values: pd.DataFrame, claims: Sequence[Claim], seed: int = 0) -> pd.Da
     rows = []
     for claim in claims:
         own = _chosen(values, {"notebook": claim.notebook}).drop(columns="notebook") if claim.notebook else values
-        targets = np.atleast_1d(claim.rows.get("target", sorted(values["target"].unique())))
-        rows += [row for target in targets for row in _row(claim, own, target, seed)]
+        for target in np.atleast_1d(claim.rows.get("target", sorted(values["target"].unique()))):
+            rows += _row(claim, own, {**claim.rows, "target": target}, seed)
     return decide(pd.DataFrame(rows))
 
 
@@ -69,25 +69,22 @@ def decide(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     rows = rows.assign(p=holm(rows["p"]))
     verdicts = [_verdict(row) for row in rows.to_dict("records")]
-    return rows.assign(verdict=[verdict for verdict, _ in verdicts], why=[why for _, why in verdicts])
+    return rows.assign(**pd.DataFrame(verdicts, rows.index, ["verdict", "why"]))
 
 
-def _row(claim: Claim, values: pd.DataFrame, target: str, seed: int) -> list[dict[Any, Any]]:
+def _row(claim: Claim, values: pd.DataFrame, own: Mapping[str, Any], seed: int) -> list[dict[Any, Any]]:
     """The row of a claim and a target, if what it reads was measured."""
-    own = {**claim.rows, "target": target}
-    compared = _compared(values, own, claim.against, claim.tap)
-    if compared.empty:
+    if (compared := _compared(values, own, claim.against, claim.tap)).empty:
         return []
     (row,) = pool(compared, ["target"], seed=seed).to_dict("records")
     taps = _taps(_chosen(values, own), claim.tap)
     about = {"claim": claim.claim, "tap": taps[0] if len(taps) == 1 else claim.tap}
-    at_floor = False
+    few, at_floor = claim.trained and row["seeds"] < LEAST_SEEDS, False
     if claim.floor:
         beside = _compared(values, own, {"inverse": claim.floor}, claim.floor_tap or claim.tap)
         above = pool(beside, ["target"], seed=seed)
         least = -above["high"] if "error" in str(own["measure"]) else above["low"]
         at_floor = not (least > 0).all()
-    few = claim.trained and row["seeds"] < LEAST_SEEDS
     return [{**about, **row, **compare(claim, row), "floor": at_floor, "few": few}]
 
 
@@ -125,21 +122,19 @@ def _chosen(rows: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
 
 def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
     """agrees: on which side of the border the value lies; p: two-sided, that it does by chance, from the interval."""
-    value, low, high = row["value"], row["low"], row["high"]
 
     def beyond(border: float, side: int) -> float:
         """p of lying above (side 1) or below (-1) of the border by chance; of equal values nobody knows it."""
-        half, distance = (value - low if side > 0 else high - value), side * (value - border)
-        return float(2 * stats.norm.sf(LEVEL_Z * distance / half)) if half > 0 else 1.0
+        half = row["value"] - row["low"] if side > 0 else row["high"] - row["value"]
+        return float(2 * stats.norm.sf(LEVEL_Z * side * (row["value"] - border) / half)) if half > 0 else 1.0
 
+    given = (claim.above, 1), (claim.below, -1)
     if claim.within is not None:
-        inside = max(beyond(-claim.within, 1), beyond(claim.within, -1))
-        outside = min(beyond(-claim.within, -1), beyond(claim.within, 1))
-        border = f"±{claim.within:g}"
-    else:
-        at, side = (claim.below, -1) if claim.above is None else (claim.above, 1)
-        assert at is not None
-        inside, outside, border = beyond(at, side), beyond(at, -side), f"{at:g}"
+        given = (-claim.within, 1), (claim.within, -1)
+    borders = [(at, side) for at, side in given if at is not None]
+    inside = max(beyond(at, side) for at, side in borders)
+    outside = min(beyond(at, -side) for at, side in borders)
+    border = f"{'±' * (claim.within is not None)}{borders[-1][0]:g}"
     return {"agrees": inside <= outside, "p": min(1.0, inside, outside), "border": border}
 
 

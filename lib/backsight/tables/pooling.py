@@ -12,7 +12,7 @@ from scipy import stats
 
 from backsight.errors import BacksightError
 from backsight.tables.names import DIFFERENCES_OF_SHARES, SHARES
-from backsight.tables.values import METRIC_COLUMNS, NO_SEED, UNITS
+from backsight.tables.values import MEASURED, METRIC_COLUMNS, NO_SEED, UNITS
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -22,10 +22,9 @@ FEW_SEEDS = 5  # up to so many, the interval of the seeds' means by Student's t 
 DIFFER = {
     "target": ("weights", "tap", "depth", "pairs"),
     "tap": ("depth",),
-    "inverse": ("family", "flops", "seconds", "parameters"),
+    "inverse": ("family", "flops", "seconds"),
 }
 CEILING = "_ceiling"  # a measure of this ending, of the true images, is the column `ceiling` of the measure
-TOLD = ("value", "low", "high", "n", "seeds", "photographs")
 
 
 def pool(
@@ -33,24 +32,20 @@ def pool(
 ) -> pd.DataFrame:
     """One row a group: the mean over training seeds and images with its 95 % interval.
 
-    values: one value an image and training seed (`Values.table`), NaN where an image has none; `weight`, where the
-    table has it, says how much a value counts. by: columns that make a group, default all but UNITS. against: {column:
-    value} of the rows to compare with, such as {"inverse": "direct"} or {"tap": "blocks.0"}: the rows are then
-    differences to them, of the same image by the same seed (or by none, where a null knows no seed); what has no
-    partner is left out, and so are the partners themselves. seed: of the bootstrap.
+    values: one value an image and training seed (`Values.table`), NaN where an image has none, and its weight. by:
+    columns that make a group, default all but UNITS. against: {column: value} of the rows to compare with, such as
+    {"inverse": "direct"} or {"tap": "blocks.0"}: the rows are then differences to them, of the same image by the same
+    seed (or by none, where a null knows no seed); what has no partner is left out, and so are the partners themselves.
+    seed: of the bootstrap. With one training seed the interval is of images alone: `seeds` says so.
     Columns: by, value, low, high, n (images), seeds, photographs, and with `against` a column of its value(s).
     """
-    extra = {*UNITS, "value", "weight"}
-    by = [name for name in values.columns if name not in extra] if by is None else list(by)
+    by = [name for name in values if name not in (*UNITS, *MEASURED)] if by is None else list(by)
     values = values[values["value"].notna()]
     if against:
-        values = differences(values, against)
-        by = [*by, "against"]
-    rows = [
-        dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True)) | _row(group, seed)
-        for key, group in values.groupby(by, sort=False, dropna=False)
-    ]
-    return pd.DataFrame(rows, columns=[*by, *TOLD])
+        values, by = differences(values, against), [*by, "against"]
+    groups = values.groupby(by, sort=False, dropna=False)
+    rows = [dict(zip(by, key, strict=True)) | _row(group, seed) for key, group in groups]
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "seeds", "photographs"])
 
 
 def metrics(values: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -87,20 +82,19 @@ def differences(values: pd.DataFrame, against: Mapping[str, Any]) -> pd.DataFram
 
 
 def _row(group: pd.DataFrame, seed: int) -> dict[str, Any]:
-    weight = group["weight"].to_numpy(float) if "weight" in group else np.ones(len(group))
+    value, weight = (group[name].to_numpy(float) for name in MEASURED)
     seeds, by_seed = np.unique(group["train_seed"], return_inverse=True)
     names, by_photograph = np.unique(group["photograph"].astype(str), return_inverse=True)
     above, below = np.zeros((2, len(seeds), len(names)))
-    np.add.at(above, (by_seed, by_photograph), weight * group["value"].to_numpy(float))
+    np.add.at(above, (by_seed, by_photograph), weight * value)
     np.add.at(below, (by_seed, by_photograph), weight)
     measures = set(group["measure"])
     shares = measures <= SHARES and "against" not in group
-    differences_of_shares = not shares and measures <= SHARES | DIFFERENCES_OF_SHARES
-    cases = shares and bool(group["value"].isin((0.0, 1.0)).all())
+    cases = shares and bool(np.isin(value, (0.0, 1.0)).all())
+    mean, *bounds = interval(above, below, seed, measures <= SHARES | DIFFERENCES_OF_SHARES, cases)
+    low, high = np.clip(bounds, 0, 1) if shares and (value == value.clip(0, 1)).all() else bounds
     counts = {"n": group["image"].nunique(), "seeds": len(seeds), "photographs": len(names)}
-    value, *bounds = interval(above, below, seed, shares or differences_of_shares, cases)
-    low, high = np.clip(bounds, 0, 1) if shares and group["value"].between(0, 1).all() else bounds
-    return {"value": value, "low": low, "high": high, **counts}
+    return {"value": mean, "low": low, "high": high, **counts}
 
 
 def interval(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow.parquet import read_schema
 from pydantic import BaseModel, ValidationError
 
 from backsight.errors import BacksightError
@@ -29,44 +30,26 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Study:
-    """folder: where the runs lie; tables: {run: its metrics.csv, with the columns `seeds` and `run`}; notebooks:
-    {run: which notebook made it}; left_out: {run: why it is not read}."""
+    """folder: where the runs lie; table: the rows of their metrics.csv, with `seeds`, `run` and `notebook`, which made
+    the run; left_out: {run: why it is not read}."""
 
     folder: Path
-    tables: Mapping[str, pd.DataFrame]
-    notebooks: Mapping[str, str]
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    table: pd.DataFrame
+    left_out: Mapping[str, str]
 
     def rows(self, notebook: str, measures: Sequence[str]) -> pd.DataFrame:
         """The pooled rows of all runs of one notebook and of some measures; `inverse` is "" where a row is of none."""
-        runs = [table for run, table in self.tables.items() if self.notebooks[run] == notebook]
-        rows = pd.concat(runs, ignore_index=True) if runs else pd.DataFrame(columns=[*METRIC_COLUMNS])
-        rows = rows[rows["measure"].isin(measures)].dropna(axis="columns", how="all")
-        return rows.reindex(columns=rows.columns.union([*METRIC_COLUMNS], sort=False)).fillna({"inverse": ""})
+        rows = self.table[(self.table["notebook"] == notebook) & self.table["measure"].isin(measures)]
+        return rows.fillna({"inverse": ""})
 
     def values(self, notebooks: Collection[str]) -> pd.DataFrame:
         """One value an image (`tables.values`) of all runs of these notebooks, with the column `notebook`."""
         parts = [
-            pd.read_parquet(self.folder / run / VALUES).assign(notebook=notebook)
-            for run, notebook in sorted(self.notebooks.items())
-            if notebook in notebooks and (self.folder / run / VALUES).is_file()
+            pd.read_parquet(path).assign(notebook=notebook)
+            for run, notebook in self.table[["run", "notebook"]].drop_duplicates().itertuples(index=False)
+            if notebook in notebooks and (path := self.folder / run / VALUES).is_file()
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["target", "notebook"])
-
-    def overview(self) -> pd.DataFrame:
-        """One row a run: its notebook, targets, rows, and the fewest and most images and training seeds of a row."""
-        lines = []
-        for run, table in self.tables.items():
-            targets = ", ".join(sorted(set(table["target"].dropna())))
-            counts = {"rows": len(table), "n": span(table["n"]), "seeds": span(table["seeds"])}
-            lines.append({"run": run, "notebook": self.notebooks[run], "targets": targets, **counts})
-        return pd.DataFrame(lines).sort_values(["notebook", "run"], ignore_index=True)
-
-    @property
-    def name(self) -> str:
-        """The folder as a text that is the same on every machine: its path in the project, else its name."""
-        text = shown(self.folder)
-        return self.folder.name if Path(text).is_absolute() else text
 
 
 def study_folder(results: str | Path = "") -> Path:
@@ -84,41 +67,41 @@ def read_study(folder: str | Path) -> Study:
     folder = Path(folder)
     if not folder.is_dir():
         raise BacksightError(f"{shown(folder)} is not a folder: give the folder that holds the runs.")
-    tables, notebooks, left_out = {}, {}, {}
+    tables, left_out = [], {}
     for place in sorted(folder.iterdir()):
         record = read_json(place / FINISHED)
         notebook = str((record or read_json(place / STARTED) or {}).get("notebook", ""))
         if not notebook or notebook == FIGURES:
             continue
-        try:
-            if (table := _table(place, record)) is not None:
-                tables[place.name], notebooks[place.name] = table, notebook
-        except BacksightError as error:
-            left_out[place.name] = str(error)
+        table = _table(place, record)
+        if isinstance(table, str):
+            left_out[place.name] = table
+        elif len(table):
+            tables.append(table.assign(run=place.name, notebook=notebook))
     if not tables:
         raise BacksightError(f"{shown(folder)} holds no finished run: make one with `make run` or name another folder.")
-    return Study(folder, tables, notebooks, left_out)
+    return Study(folder, pd.concat(tables, ignore_index=True), left_out)
 
 
-def _table(place: Path, record: dict[str, Any] | None) -> pd.DataFrame | None:
-    """A run's table, None where it has none. Raises BacksightError, why the run is left out."""
+def _table(place: Path, record: dict[str, Any] | None) -> pd.DataFrame | str:
+    """A run's table, empty where it has none, or why the run is left out."""
     if record is None:
-        raise BacksightError("it was started and did not finish")
+        return "it was started and did not finish"
+    file = METRICS
     try:
         Record.model_validate(record)
+        if not (place / METRICS).is_file():
+            return pd.DataFrame()
+        table = pd.read_csv(place / METRICS, low_memory=False, dtype=dict.fromkeys(("value", "low", "high"), float))
+        if (place / (file := VALUES)).is_file():
+            read_schema(place / VALUES)
     except ValidationError as error:
-        at = ".".join(map(str, error.errors()[0]["loc"]))
-        raise BacksightError(f"its {FINISHED} is damaged ({at})") from error
-    if not (place / METRICS).is_file():
-        return None
-    try:
-        numbers = dict.fromkeys(("value", "low", "high"), float)
-        table = pd.read_csv(place / METRICS, low_memory=False, dtype=numbers)
+        return f"its {FINISHED} is damaged ({'.'.join(map(str, error.errors()[0]['loc']))})"
     except (OSError, ValueError) as error:
-        raise BacksightError(f"its {METRICS} cannot be read ({type(error).__name__})") from error
+        return f"its {file} cannot be read ({type(error).__name__})"
     if missing := [column for column in METRIC_COLUMNS if column not in table]:
-        raise BacksightError(f"its {METRICS} lacks the columns {', '.join(missing)}")
-    return table.assign(seeds=table["seeds"].fillna(1).astype(int) if "seeds" in table else 1, run=place.name)
+        return f"its {METRICS} lacks the columns {', '.join(missing)}"
+    return table.assign(seeds=table["seeds"].fillna(1).astype(int) if "seeds" in table else 1)
 
 
 def span(numbers: pd.Series) -> str:
@@ -132,8 +115,3 @@ def span(numbers: pd.Series) -> str:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file atomically, with the same line ends on every machine."""
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
-
-
-def save_table(path: str | Path, table: pd.DataFrame) -> Path:
-    """Write a table as CSV, atomically; returns its path."""
-    return write_text(path, table.to_csv(index=False, lineterminator="\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,28 +39,20 @@ class Described(Protocol):
     def depth(self, tap: str) -> float: ...
 
 
+@dataclass
 class Values:
     """Values in the making: what they have in common is said once.
 
     images: names of the N images, in the order in which values are given; photographs: (N,) what each was made from
-    (crops of one photograph are not independent), default the images themselves; common: further columns of all.
+    (crops of one photograph are not independent), default the images themselves.
     """
 
-    def __init__(
-        self,
-        target: Described,
-        dataset: str,
-        split: str,
-        images: Sequence[Any],
-        photographs: Sequence[Any] | None = None,
-        **common: Any,
-    ) -> None:
-        self.target, self.images = target, list(images)
-        self.photographs = self.images if photographs is None else list(photographs)
-        if len(self.photographs) != len(self.images):
-            raise BacksightError(f"{len(self.images)} images need a photograph each, not {len(self.photographs)}.")
-        self.common = {"target": target.name, "weights": target.weights, "dataset": dataset, "split": split, **common}
-        self._parts: list[tuple[dict[str, Any], np.ndarray, np.ndarray, list[Any]]] = []
+    target: Described
+    dataset: str
+    split: str
+    images: Sequence[Any]
+    photographs: Sequence[Any] | None = None
+    _parts: list[tuple[dict[str, Any], np.ndarray, np.ndarray, list[Any]]] = field(default_factory=list)
 
     def add(
         self,
@@ -78,19 +71,21 @@ class Values:
         total the mean is the R² of all images; with value = hits / trials and weight = trials it is their share.
         clusters: (N',) what is drawn for an interval, in the place of the photographs.
         """
-        depth = None if tap is None else self.target.depth(tap)
-        told = {"tap": tap, "depth": depth, "inverse": inverse, "measure": measure, **self.common, **columns}
+        common = {"target": self.target.name, "weights": self.target.weights}
+        common |= {"dataset": self.dataset, "split": self.split, "tap": tap, "inverse": inverse, "measure": measure}
+        common["depth"] = None if tap is None else self.target.depth(tap)
+        drawn = next(names for names in (clusters, self.photographs, self.images) if names is not None)
         for train_seed, numbers in (values if isinstance(values, Mapping) else {NO_SEED: values}).items():
             array = _numbers(numbers)
             weights = np.ones(len(array)) if weight is None else _numbers(weight)
-            drawn = self.photographs[: len(array)] if clusters is None else list(clusters)
-            self._parts.append(({**told, "train_seed": train_seed}, array, weights, drawn))
+            row = {**common, **columns, "train_seed": train_seed}
+            self._parts.append((row, array, weights, list(drawn[: len(array)])))
 
     def table(self) -> pd.DataFrame:
         """One row a value: COLUMNS, weight, and those of the study; train_seed is NO_SEED where nothing was trained."""
-        columns, arrays, weights, clusters = zip(*self._parts, strict=True)
+        rows, arrays, weights, clusters = zip(*self._parts, strict=True)
         counts = [len(array) for array in arrays]
-        table = pd.DataFrame(list(columns)).loc[np.repeat(np.arange(len(counts)), counts)].reset_index(drop=True)
+        table = pd.DataFrame(list(rows)).loc[np.repeat(np.arange(len(counts)), counts)].reset_index(drop=True)
         table["image"] = [name for count in counts for name in self.images[:count]]
         table["photograph"] = [name for names in clusters for name in names]
         table["value"], table["weight"] = np.concatenate(arrays), np.concatenate(weights)
