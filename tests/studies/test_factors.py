@@ -14,7 +14,6 @@ from backsight.studies.factors import (
     CELLS,
     CHANCE,
     FACTORS,
-    NULLS,
     PLACED,
     POOLED,
     UNITS,
@@ -126,7 +125,7 @@ def test_colours_tell_the_hue_of_scenes_without_any_model(table):
 def test_rows_are_tidy_and_complete(table):
     assert [*METRIC_COLUMNS] == list(table.columns)[: len(METRIC_COLUMNS)]
     assert {"factor", "unit", "chance", "seeds"} <= set(table.columns)
-    assert len(table) == len(FACTORS) * len(TAPS) * (1 + len(NULLS))
+    assert len(table) == len(FACTORS) * len(TAPS) * 4  # the probe and three nulls
     assert not table.duplicated(["factor", "tap", "inverse"]).any()
     assert (table["n"] == COUNTS["test_count"]).all()
     assert (table["seeds"] == 2).all()

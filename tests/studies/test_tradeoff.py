@@ -1,5 +1,6 @@
 """Trade-off: copies are tuned, never the caller's target; t reaches what it should; every number has its null."""
 
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torchvision.ops import box_convert
 
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Tokens
+from backsight.scenes.dataset import write_coco
 from backsight.scenes.render import CLASS_NAMES
 from backsight.studies import tuning
 from backsight.studies.objects import Objects
@@ -161,8 +163,9 @@ def test_what_cannot_be_tuned_is_refused(vit, data, monkeypatch):
     with pytest.raises(BacksightError, match="at least one step"):
         fine_tune(vit, inverses, data[32], 0.5, batch_size=41)
     other = module_target(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8)), ["0"], image_size=(32, 32))
-    with pytest.raises(BacksightError, match="has no task"):
-        fine_tune(other, inverses, data[32], 0.5)
+    for taskless in (other, small_timm("ViT", num_classes=0)):  # features were taken for logits
+        with pytest.raises(BacksightError, match="has no task"):
+            fine_tune(taskless, inverses, data[32], 0.5)
     with pytest.raises(BacksightError, match="does not say which classes"):
         labelled_images("scenes", "train", vit, 2)
     with pytest.raises(BacksightError, match="too few"):
@@ -211,6 +214,22 @@ def test_a_coco_root_tells_classes_and_boxes(coco_sample, vit):
     known = found.labels >= 0
     assert known.any()
     assert bool(((found.boxes[known] >= 0) & (found.boxes[known] <= 1)).all())
+
+
+def test_images_of_a_coco_root_that_show_no_object_are_left_out(vit, tmp_path):
+    """They made it a source that does not tell the classes of its images, and tuning was refused."""
+    write_coco(tmp_path, "train", 3, size=32)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = int(annotation["image_id"] == 2)
+    content["annotations"] = [kept for kept in content["annotations"] if kept["image_id"] > 0]
+    file.write_text(json.dumps(content))
+    target = small_timm("ViT", num_classes=len(CLASS_NAMES))
+    target.classes = CLASS_NAMES
+    known = labelled_images(str(tmp_path), "train", target, 3)
+    assert len(known) == 1
+    assert known.labelled
 
 
 def test_a_damaged_annotation_file_is_no_folder_without_truth(coco_sample, vit, tmp_path):

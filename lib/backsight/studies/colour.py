@@ -107,15 +107,14 @@ def colour_values(
 ) -> pd.DataFrame:
     """The colour of each object in what every inverse makes of every tap, at `turns` hues all round the circle.
 
-    families, untrained: as `families_by_seed` and `untrained_by_seed` give them; mean_image: (3, H, W), the null
-    that knows no image. `null_shuffled` reads another image's representation, under the same turn. `painter` is no
-    inverse: it paints each object in its canonical hue, whatever is shown.
+    families, untrained: as of `by_seed`; mean_image: (3, H, W), the null that knows no image. `null_shuffled` reads
+    another image's representation, under the same turn. `painter` is no inverse: it paints each object in its canonical
+    hue, whatever is shown.
 
     Of each turn hue_error_shown (degrees, of reconstructions that have a hue), of inverses only; of all turns
     (ALL_HUES) the mean of hue_error_shown, of share_keep, share_revert, share_grey and share_other (of the cases whose
     hue shown is `hue.SEPARATION` degrees or more from the canonical one), of reverted_above_deals (share_revert less
-    the share that comes back in a hue of another class), the reversion_index, and reverted_p, one number of all objects
-    and seeds: p of `permutation_p`, with DEALS deals of the hues to the classes.
+    the share that comes back in a hue of another class), the reversion_index, and reverted_p (of all objects).
     """
     perturbations, canonical, labels = hue_shifts(turns), objects.canonical, objects.labels[:, 0].numpy()
     shown, returned_at = _colours(target, objects, perturbations, families, untrained, seed, batch_size)

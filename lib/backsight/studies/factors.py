@@ -1,14 +1,12 @@
 """What of a scene can be read off each tap: background, shape, texture, hue and position, by a linear probe.
 
-Only `scenes` know the truth. Everything fitted is judged on other scenes. Shape, texture, hue and position of the
-dominant object: fitted on training scenes, the ridge strength chosen on validation scenes, judged on test scenes, whose
-photographs the probe has never seen. The background cannot be asked across splits, since no photograph is in two of
-them: the question is which of the six *training* photographs lies behind the scene, judged on scenes of the training
-split with another seed (other crops, other objects), the strength chosen by generalised cross-validation on the scenes
-that it was fitted on.
+Only `scenes` know the truth. Shape, texture, hue and position of the dominant object: fitted on training scenes, the
+ridge strength chosen on validation scenes, judged on test scenes, whose photographs the probe has never seen. No
+photograph is in two splits, so the background is asked otherwise: which of the six *training* photographs lies behind a
+scene of the training split with another seed, the strength chosen by generalised cross-validation.
 
-No reconstruction takes part: what a probe reads is in the representation, whatever an inverse makes of it. What it
-cannot read may be there all the same, in a form that is not linear or finer than the summary.
+What a probe reads is in the representation, whatever an inverse makes of it; what it cannot read may be there all the
+same, in a form that is not linear or finer than the summary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +34,6 @@ UNITS = {"background": "accuracy", "shape": "accuracy", "texture": "accuracy", "
 CHANCE = {"shape": 1 / len(CLASSES), "texture": 1 / len(TEXTURES), "hue": 0.0, "position": 0.0}
 CHANCE["background"] = 1 / len(BACKGROUNDS)
 FACTORS = tuple(UNITS)
-NULLS = ("null_shuffled", "null_untrained", "null_colour_position")
 BACKGROUND_SEED = 9001  # of the training-split scenes on which the background is judged: no target saw them
 STRENGTHS = tuple(10.0**power for power in np.arange(-3, 1.1, 0.5).tolist())
 
@@ -205,14 +202,11 @@ def _scores(unit: str, predicted: Tensor, truth: Tensor, mean: Tensor) -> tuple[
 def factor_table(target: Target, train_count: int, test_count: int, seeds: Sequence[int]) -> pd.DataFrame:
     """How well each factor of a scene can be read off each selected tap, beside its nulls: one value a scene.
 
-    train_count, seeds: scenes that a probe is fitted on, drawn anew with each seed; test_count: judged scenes, the
-    same for all seeds (of the test split; for the background of the training split with the scene seed
-    BACKGROUND_SEED), and as many to choose a strength by.
-    Measure "factor_score", with the columns factor, unit ("accuracy": share of scenes, or "R2": share of variance
-    against the training mean, of cos and sin of the hue, of x and y), chance (uniform guess; 0 for R2). inverse:
-    "probe"; "null_shuffled" (the same probe reads another scene's features), "null_untrained" (the same on the
-    architecture with random weights, drawn anew each seed), "null_colour_position" (`colour_summary` of the image, no
-    model; the same at every tap).
+    train_count, seeds: scenes that a probe is fitted on, drawn anew with each seed; test_count: judged scenes, the same
+    for all seeds, and as many to choose a strength by. Measure "factor_score", with the columns factor, unit
+    ("accuracy", or "R2" against the training mean, of cos and sin of the hue, of x and y), chance (0 for R2). inverse:
+    "probe"; "null_shuffled" (it reads another scene's features), "null_untrained" (random weights, drawn anew each
+    seed), "null_colour_position" (`colour_summary` of the image, the same at every tap).
     Raises BacksightError with the training seed BACKGROUND_SEED, and for fewer than two scenes.
     """
     if BACKGROUND_SEED in seeds:

@@ -64,16 +64,14 @@ def evaluate_quality(
 ) -> Quality:
     """Scores of every inverse on images that no inverse was trained on.
 
-    images: ImageSource (with masks=True where the object regions are to be scored as well) or (N, 3, H, W) in
-    [0, 1]; families: {training seed: {family: {tap: inverse}}}; mean_image: (3, H, W) mean of the *training* images,
-    the `null_mean`; untrained: {seed: (a target of the same architecture with random weights, {family: {tap:
-    inverse}})}, the `null_untrained` of each family. `null_shuffled` is a family fed with another image's
-    representation: shuffled_families, default the first of SHUFFLED_FAMILIES; column `family` says whose null a row is.
-    photographs: (N,) what each image was cut from, where several are of one.
+    images: ImageSource (with masks=True where objects are scored as well) or (N, 3, H, W) in [0, 1]; mean_image: (3, H,
+    W) mean of the *training* images, `null_mean`; families, untrained: as of `by_seed`. `null_shuffled` is a family fed
+    with another image's representation: shuffled_families, default the first of SHUFFLED_FAMILIES; column `family` says
+    whose null a row is. photographs: (N,) what each image was cut from, where several are of one.
 
     Measures: psnr (dB), ssim, r2 (against the mean image), psnr_objects (dB, inside the masks), and what `measures`
     give for the first `measured` images (default all); of untrained targets these see only the first seed. maps_of: a
-    family of which `patch_r2` is made as well, R² of each of CELLS x CELLS parts of the picture (columns row, column).
+    family of which `patch_r2` is made too, R² of CELLS x CELLS parts of the picture (columns row, column).
     Raises BacksightError for fewer than two images.
     """
     if len(images) < 2:
@@ -114,16 +112,13 @@ def evaluate_quality(
 
 @dataclass
 class _Scores:
-    """Collects the values of every reconstruction: {(place, measure, training seed): [values of a batch]}.
-
-    `start` takes a batch and computes what its truth alone decides; `note` then takes reconstructions of it.
-    """
+    """The values of every reconstruction: `start` takes a batch, `note` reconstructions of it."""
 
     mean_image: Tensor
     measured: int
     measures: Sequence[Measure]
     maps_of: str
-    collected: dict[tuple[Place, Key, int], list[Any]] = field(default_factory=dict)
+    collected: dict[tuple[Place, Key, int], list[Any]] = field(default_factory=dict)  # by training seed, of each batch
 
     def start(self, judged: Judged) -> None:
         self.judged = judged

@@ -105,9 +105,8 @@ def open_objects(
 ) -> JudgedObjects:
     """Up to n images of the test split, each with one object that covers at least `minimum_area` of it.
 
-    source: "scenes" (the dominant object; drawn large), a COCO root (the largest object; images without a large one
-    are passed over; prototypical hues are those of the training split, see `class_hues`) or a folder of images
-    without masks (the whole image is the object, nothing is known of it).
+    source: "scenes" (drawn large), a COCO root (images without a large object are passed over; prototypical hues: see
+    `class_hues`) or a folder without masks (the whole image is the object, nothing is known of it).
     Raises BacksightError where no image has such an object.
     """
     rendered, prototypes = None, dict[str, float | None]()

@@ -153,9 +153,8 @@ def answer_scores(answers: Sequence[Any], data: Objects, ending: str, seed: int)
 def probe_hits(target: Target, tap: str, fitting: Objects, judged: Objects) -> Tensor:
     """(N,) whether a linear probe, fitted anew at a tap, names the class of the largest object.
 
-    It reads the prefix tokens (if there are any), and mean and maximum over the other tokens; ridge regression on the
-    classes (scikit-learn), its strength chosen by leaving out one fitting image at a time. It tells a class that is
-    lost from a head that no longer fits what it reads.
+    Ridge regression on the classes (scikit-learn), its strength chosen by leaving out one fitting image at a time. It
+    tells a class that is lost from a head that no longer fits what it reads.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
@@ -207,11 +206,10 @@ def measure_tradeoff(
     """Fine-tune copies of the target for every t and training seed, and measure them on images that trained nothing.
 
     target: its selected taps are inverted, trained for and measured; ts: shares of the reconstruction loss; seeds: of
-    the training images and their order, the same for every t; images: of the test split, to judge on; trained_on:
-    training split with the truth of the task, for the tuning, the inverses and the probe; inverses: a folder of
-    02_train_inverse runs, whose inverses of the untouched target then read the tuned ones too; n: judged images;
-    train_images, fit_images: of a seed, to tune on and to fit inverses and probe on (other images); seed: of the
-    judged images; tuning: steps, batch_size and learning_rate of `fine_tune`; set_inputs: see `fit_inverses`.
+    the training images and their order, the same for every t; images, n, seed: of the test split, judged; trained_on:
+    training split with the truth of the task; inverses: a folder of 02_train_inverse runs, whose inverses of the
+    untouched target then read the tuned ones too; train_images, fit_images: of a seed, to tune on and, others, to fit
+    inverses and probe on; tuning: steps, batch_size, learning_rate of `fine_tune`; set_inputs: see `fit_inverses`.
     Raises BacksightError on settings that cannot be measured.
     """
     ts, taps = check_grid(ts), list(target.taps)

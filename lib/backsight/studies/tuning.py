@@ -43,8 +43,9 @@ def labelled_images(
 ) -> Objects:
     """Images of one split with the truth of the target's task: labels into its classes.
 
-    source: "scenes", a COCO root with the target's classes, or class folders. required: refuse a source that does not
-    tell the truth of the task; else its labels are -1. random_hues: of scenes, with hues that say nothing of the class.
+    source: "scenes", a COCO root with the target's classes (images without objects are left out), or class folders.
+    required: refuse a source that does not tell the truth of the task; else its labels are -1. random_hues: of scenes,
+    with hues that say nothing of the class.
     """
     masked, size = has_objects(source), target.image_size
     if random_hues:
@@ -57,7 +58,7 @@ def labelled_images(
     if (target.classes is None and not masked) or (len(own) == len(known) and not {*own} & {*known}):
         known = own
     numbers = torch.tensor([*(known.index(name) if {*own} <= {*known} else -1 for name in own), -1])  # -1: none
-    objects = Objects.read(images)
+    objects = Objects.read(images, minimum_area=0.0 if masked else None)
     objects = replace(objects, labels=numbers[objects.labels])
     if required and not objects.labelled:
         raise BacksightError(
@@ -164,7 +165,7 @@ def fine_tune(
     Raises BacksightError for a t outside [0, 1], a target without a task, and a loss that is no longer a number.
     """
     check_grid([t])
-    if target.kind not in ("classifier", "detector"):
+    if target.kind == "module" or not target.answers:
         raise BacksightError(f"{target.name} has no task to trade for: choose a classifier or a detector.")
     if steps < 1 or not 1 <= batch_size <= len(data):
         raise BacksightError(

@@ -49,9 +49,8 @@ def whole_chains(
     """Every image of every tap through all half-steps to the embedding, from the start that a MAP inverse gives.
 
     families: with an inverse of every tap, and "linear" at the first one, which completes what the patch embedding
-    drops; held_out: images that fit the MAP inverse of each tap; iterations: of `solve_joint`. Of NULL_IMAGES the
-    search is also started from the picture of the next image (inverse null_shuffled). Returns {tap: {inverse: (N, 3, H,
-    W)}}.
+    drops; held_out: fit the MAP inverse of each tap. Of NULL_IMAGES the search is also started from the picture of the
+    next image (inverse null_shuffled). Returns {tap: {inverse: (N, 3, H, W)}}.
 
     Values of the study "whole": back, another_root, near, lost (0 or 1) and log10_error (relative) of the inverse
     exact; psnr of the families, map, exact, embedding (the true first stream, decoded alike).
