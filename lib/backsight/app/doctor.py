@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def examine() -> list[tuple[str, str, str]]:
 
 def shipped() -> list[tuple[str, str, str]]:
     """The findings on the targets that come with backsight."""
-    from backsight.targets import SHIPPED, load_target
+    from backsight.targets import SHIPPED
 
-    return [_tried(name, lambda name=name: load_target(name, device="cpu").weights) for name in SHIPPED]
+    return [_tried(name, partial(_target, name)) for name in SHIPPED]
 
 
 def _tried(subject: str, check: Callable[[], str]) -> tuple[str, str, str]:
@@ -41,10 +42,9 @@ def locked_versions(lock: Path) -> dict[str, str]:
 
 def _packages() -> str:
     pins = locked_versions(project_root() / "requirements.lock")
-    own = {canonicalize_name(package.name): package.version.partition("+")[0] for package in distributions()}
-    if differing := [
-        f"{name} {own.get(name, 'absent')} instead of {pin}" for name, pin in pins.items() if own.get(name) != pin
-    ]:
+    own = dict.fromkeys(pins, "absent")
+    own |= {canonicalize_name(package.name): package.version.partition("+")[0] for package in distributions()}
+    if differing := [f"{name} {own[name]} instead of {pin}" for name, pin in pins.items() if own[name] != pin]:
         raise RuntimeError(f"{', '.join(differing)}; run `make clean-venv install`.")
     return "as in requirements.lock"
 
@@ -68,3 +68,9 @@ def _kernel() -> str:
     client.stop_channels()
     manager.shutdown_kernel(now=True)
     return f"{KERNEL} starts"
+
+
+def _target(name: str) -> str:
+    from backsight.targets import load_target
+
+    return load_target(name, device="cpu").weights

@@ -155,7 +155,7 @@ class Run:
         from backsight.tables.values import METRIC_COLUMNS  # late: torch takes seconds, and a wrong parameter none
 
         table = pd.DataFrame(rows)
-        table = table[[*METRIC_COLUMNS, *table.columns.difference(METRIC_COLUMNS, sort=False)]]
+        table = table[[*METRIC_COLUMNS, *table.columns.difference([*METRIC_COLUMNS], sort=False)]]
         write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
         return table
 
