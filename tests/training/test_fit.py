@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from targets.examples import small_timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
@@ -140,6 +141,16 @@ def test_chain_fraction_changes_what_lower_modules_learn_from(vit) -> None:
     assert not _same(plain.module(low), chained.module(low))
     with pytest.raises(BacksightError, match="chain_fraction"):
         fit_modular(vit, _shown(vit), chain_fraction=1.5, **QUICK)
+
+
+@pytest.mark.parametrize(("size", "count"), [(32, 48), (128, 32)])
+def test_of_large_pictures_fewer_choose_the_weights(size: int, count: int, monkeypatch) -> None:
+    """A chain from every tap runs on each of them."""
+    target, judged = small_timm("ViT", img_size=size), []
+    monkeypatch.setattr(fitting, "_kept", lambda target, taps, images: judged.append(len(images)) or (lambda: []))
+    monkeypatch.setattr(fitting, "_validated", lambda inverses, recorded: dict.fromkeys(inverses, 1.0))
+    fit_direct(target, _shown(target), _shown(target, 48, seed=1), **{**QUICK, "steps": 1, "ridge_images": 0})
+    assert judged == [count]
 
 
 def test_polish_is_a_family_of_its_own_leaves_the_modules_and_reads_what_it_uses(detr, monkeypatch) -> None:

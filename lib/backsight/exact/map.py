@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,8 @@ class MapSettings:
     least: float = 1e-3
 
 
-@dataclass(frozen=True)
-class MapSolution:
-    """What a search found, a sample each.
-
-    w, z: (B, n, c), whitened and not; stage: the last.
-    """
+class MapSolution(NamedTuple):
+    """What a search found: w, z (B, n, c), whitened and not; the last stage."""
 
     w: Tensor
     z: Tensor

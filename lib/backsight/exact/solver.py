@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,21 +50,12 @@ class Settings:
     choose: bool = True
 
 
-@dataclass(frozen=True)
-class Solution:
-    """What a solver found, a sample each; a sample that no start solved keeps its best iterate.
-
-    x: (B, n, c); residual: (B,) relative; solved: (B,) bool.
-    """
+class Solution(NamedTuple):
+    """x (B, n, c), relative residual (B,) and whether solved (B,): without a start that did, x is the best iterate."""
 
     x: Tensor
     residual: Tensor
     solved: Tensor
-
-    def grouped(self, count: int) -> Solution:
-        """Samples that are the tokens of `count` images, joined: of the residuals the worst."""
-        x, solved = self.x.view(count, -1, self.x.shape[2]), self.solved.view(count, -1).all(1)
-        return Solution(x, self.residual.view(count, -1).amax(1), solved)
 
 
 def solve(

@@ -184,11 +184,8 @@ class TrainedInverse(Inverse):
 
     def mapped(self, representation: Representation) -> Any:
         x: Any = representation
-        form, position, result = (
-            self.destination_form,
-            self.code(x),
-            _spread(self.destination_mean, self.destination_form),
-        )
+        form, position = self.destination_form, self.code(x)
+        result = _spread(self.destination_mean, form)
         with torch.autocast(x.values.device.type, enabled=False):
             mean, deviation = (_spread(part, x.form) for part in (self.source_mean, self.source_deviation))
             values = (x.values.float() - mean) / deviation

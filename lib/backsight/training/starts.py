@@ -25,7 +25,7 @@ MOMENT_IMAGES = 256  # for means, deviations and the unit of the losses
 START_CONTEXT = 3  # side of the square of tokens that a closed-form start reads
 # Least ridge strengths of the stages of a chain: below these a map blows up the errors of the stages above it.
 STAGE_FLOOR, PIXEL_FLOOR = 1e-3, 1e-4
-closed_form = partial(fit_linear_pairs, rows_per_input=40)  # of a few tokens an image, where images are many
+closed_form = partial(fit_linear_pairs, rows_per_input=32)  # of a few tokens an image, where images are many
 
 
 def start_requests(
