@@ -36,11 +36,14 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
     recorded_taps = [tap for tap in target.available_taps if tap in {*taps, *blocks[:EARLY], blocks[-1]}]
 
     def seen(images: Tensor) -> tuple[dict[str, Any], list[Tensor], Tensor | Predictions | None]:
-        """What is recorded, the directions of early tokens, and the answer."""
+        """What is recorded, the directions of early tokens, and the answer, if classes or objects are named."""
         recorded = target.record(images, recorded_taps)
         early = [recorded[tap] for tap in blocks[:EARLY]]
         directions = [F.normalize(tokens.patches, dim=-1) for tokens in early if isinstance(tokens, Tokens)]
-        return recorded, directions, _answer(target, blocks[-1], recorded[blocks[-1]])
+        answer: Any = recorded[blocks[-1]]
+        if not isinstance(answer, Predictions):
+            answer = target.from_tap(blocks[-1], answer) if target.answers else None
+        return recorded, directions, answer
 
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
         true, early, answer = seen(judged.images)
@@ -62,10 +65,3 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
         return measured
 
     return prepared
-
-
-def _answer(target: Target, last_tap: str, last: Any) -> Tensor | Predictions | None:
-    """The target's output, from its last tap; None where it names neither classes nor objects."""
-    if isinstance(last, Predictions):
-        return last
-    return target.from_tap(last_tap, last) if target.answers else None
