@@ -31,6 +31,9 @@ def test_inverses_of_any_other_target_are_fitted_once(tmp_path: Path, monkeypatc
     assert all(
         np.array_equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
     )
+    monkeypatch.setattr(families, "VERSION", families.VERSION + 1)  # leaves of another kind
+    with pytest.raises(TypeError, match="NoneType"):  # it goes on to fit
+        families.kept_inverses(small, count=16)
     monkeypatch.undo()
     monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path))
     more = families.kept_inverses(small.select(["blocks.0", "blocks.1.attn"]), count=16)["linear"]
