@@ -103,7 +103,7 @@ def write_report(folder: str | Path) -> Path:
     metrics = study.table.drop(columns="notebook")
     metrics["run"] = metrics.pop("run")  # the last column
     page = _rendered(study, runs, metrics)
-    write_text(folder / METRICS, metrics.to_csv(index=False))
+    write_text(folder / METRICS, metrics.to_csv(index=False, float_format="%.6g"))
     return write_text(folder / PAGE, page)
 
 

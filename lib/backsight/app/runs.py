@@ -40,6 +40,7 @@ from backsight.project import (
     results_root,
     shown,
     write_atomically,
+    write_text,
     write_json,
 )
 
@@ -156,7 +157,7 @@ class Run:
 
         table = pd.DataFrame(rows)
         table = table[[*METRIC_COLUMNS, *table.columns.difference([*METRIC_COLUMNS], sort=False)]]
-        write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: table.to_csv(temporary, index=False))
+        write_text(self.folder / PARTIAL_METRICS, table.to_csv(index=False, float_format="%.6g"))
         return table
 
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
