@@ -40,7 +40,6 @@ from backsight.project import (
     results_root,
     shown,
     write_atomically,
-    write_text,
     write_json,
 )
 
@@ -157,7 +156,8 @@ class Run:
 
         table = pd.DataFrame(rows)
         table = table[[*METRIC_COLUMNS, *table.columns.difference([*METRIC_COLUMNS], sort=False)]]
-        write_text(self.folder / PARTIAL_METRICS, table.to_csv(index=False, float_format="%.6g"))
+        text = table.to_csv(index=False, float_format="%.6g")
+        write_atomically(self.folder / PARTIAL_METRICS, lambda temporary: temporary.write_text(text))
         return table
 
     def save_values(self, values: "pd.DataFrame", seed: int = 0) -> "pd.DataFrame":
