@@ -274,6 +274,12 @@ def test_a_damaged_run_is_named_and_the_page_is_made_all_the_same(tmp_path: Path
     assert ("its metrics.csv cannot be read" in text) == bool(table)
 
 
+def test_a_damaged_run_of_the_figures_is_named_too(tmp_path: Path) -> None:
+    save_run(tmp_path / "whole", "03_quality", {"target": VIT}, rows(VIT))
+    save_run(tmp_path / "figures", "07_figures", [1])  # type: ignore[arg-type]
+    assert "figures (its run.json is damaged)" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_a_table_without_a_value_is_no_table(tmp_path: Path) -> None:
     save_run(tmp_path / "quality", "03_quality", {"target": VIT}, rows(VIT).assign(value=float("nan")))
     assert write_report(tmp_path).is_file()

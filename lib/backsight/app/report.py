@@ -7,6 +7,7 @@ images or numbers (plots.style.ShownFigure); a figure belongs to the target that
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +17,7 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from backsight.app.frames import strips
 from backsight.app.pictures import data_address
@@ -95,14 +96,18 @@ def write_report(folder: str | Path) -> Path:
     check_file(folder / PAGE, "<title>backsight: ")
     check_file(folder / METRICS, ",".join(METRIC_COLUMNS))
     study = read_study(folder)
-    runs = [
-        PageRun.model_validate(record | {"folder": place, "table": study.table[study.table["run"] == place.name]})
-        for place in sorted(folder.iterdir())
-        if place.name not in study.left_out and (record := read_json(place / FINISHED) or {}).get("notebook")
-    ]
+    runs, left_out = [], {**study.left_out}
+    for place in sorted(folder.iterdir()):
+        record = read_json(place / FINISHED) or {}
+        if record.get("notebook") and place.name not in left_out:
+            table = study.table[study.table["run"] == place.name]
+            try:
+                runs.append(PageRun.model_validate(record | {"folder": place, "table": table}))
+            except ValidationError:  # of a run that is no part of the study
+                left_out[place.name] = f"its {FINISHED} is damaged"
     metrics = study.table.drop(columns="notebook")
     metrics["run"] = metrics.pop("run")  # the last column
-    page = _rendered(study, runs, metrics)
+    page = _rendered(replace(study, left_out=left_out), runs, metrics)
     write_text(folder / METRICS, metrics.to_csv(index=False, float_format="%.6g"))
     return write_text(folder / PAGE, page)
 
