@@ -91,7 +91,8 @@ def dead_leaves(seed: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
 
 def _between(random: np.random.Generator, ends: tuple[float, float], size: int | tuple[int, ...] = ()) -> np.ndarray:
     """Numbers whose logarithms are evenly spread."""
-    return np.exp(random.uniform(*np.log(ends), size))
+    low, high = np.log(ends)
+    return np.exp(random.uniform(low, high, size))
 
 
 def _outlines(random: np.random.Generator, height: int, width: int, cover: float) -> np.ndarray:

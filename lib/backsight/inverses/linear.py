@@ -148,7 +148,8 @@ def fit_linear(
     taps: as `load_target` takes them, default the target's own; together: taps, instead, that one inverse reads side by
     side, see `side_by_side`: its name, and key, is "a+b". For the rest see `fit_linear_pairs`.
     """
-    names = target.taps if taps is None and together is None else target.resolve_taps(together or taps)
+    asked = taps if together is None else together
+    names = target.taps if asked is None else target.resolve_taps(asked)
     pairs = [(tap, PIXELS) for tap in (names if together is None else ["+".join(names)])]
     fitted = fit_linear_pairs(target, images, pairs, validation, seed=seed, batch_size=batch_size, progress=progress)
     return Inverses({tap: inverse for (tap, _), inverse in fitted.items()})
