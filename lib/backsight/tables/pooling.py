@@ -39,7 +39,7 @@ def pool(
     seed: of the bootstrap. With one training seed the interval is of images alone: `seeds` says so.
     Columns: by, value, low, high, n (images), seeds, photographs, and with `against` a column of its value(s).
     """
-    by = [name for name in values if name not in (*UNITS, *MEASURED)] if by is None else list(by)
+    by = [name for name in values.columns if name not in (*UNITS, *MEASURED)] if by is None else list(by)
     values = values[values["value"].notna()]
     if against:
         values, by = differences(values, against), [*by, "against"]

@@ -71,7 +71,7 @@ class Values:
         total the mean is the R² of all images; with value = hits / trials and weight = trials it is their share.
         clusters: (N',) what is drawn for an interval, in the place of the photographs.
         """
-        common = {"target": self.target.name, "weights": self.target.weights}
+        common: dict[str, Any] = {"target": self.target.name, "weights": self.target.weights}
         common |= {"dataset": self.dataset, "split": self.split, "tap": tap, "inverse": inverse, "measure": measure}
         common["depth"] = None if tap is None else self.target.depth(tap)
         drawn = next(names for names in (clusters, self.photographs, self.images) if names is not None)
@@ -103,7 +103,7 @@ def write_values(path: Path, values: pd.DataFrame) -> pd.DataFrame:
     """Write a table of values as Parquet, packed well, and return it as it is there: its numbers are float32."""
     values = values.astype(dict.fromkeys(MEASURED, "float32"))
     names = [name for name in values if name not in MEASURED]
-    packing = {"compression": "zstd", "compression_level": 15, "use_dictionary": names}
+    packing: dict[str, Any] = {"compression": "zstd", "compression_level": 15, "use_dictionary": names}
     split = dict.fromkeys(MEASURED, "BYTE_STREAM_SPLIT")  # numbers, byte by byte of all: what repeats stands together
     write_atomically(path, lambda file: values.to_parquet(file, index=False, column_encoding=split, **packing))
     return values
