@@ -114,6 +114,16 @@ def test_a_whitener_makes_its_covariance_one_for_each_group() -> None:
     assert known(0.03 * spread, spread).stages() == (1.0, 0.1, 0.0)
 
 
+def test_decades_begin_where_they_are_told_to(monkeypatch) -> None:
+    begun: list[float] = []
+    whitener = Posterior.whitener
+    monkeypatch.setattr(Posterior, "whitener", lambda self, stage: begun.append(stage) or whitener(self, stage))
+    y, one = normal(2, 4, 5, seed=16), torch.eye(5, dtype=torch.float64)[None]
+    problem = Posterior(bent, y, normal(2, 3, 4, seed=15), torch.eye(4, dtype=torch.float64), 1e-5 * one, 0.1 * one)
+    assert problem.most_probable(MapSettings(first=1e-2, steps=1)).stage == 0
+    assert begun == [1e-2, 1e-3, 0]
+
+
 # On a small model
 
 

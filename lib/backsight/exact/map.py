@@ -48,18 +48,22 @@ class MapSettings:
     """How long the search goes on.
 
     stages: shares of the start's residual covariance that are added to the noise's, in order (the last is what counts;
-    0: the noise alone), None: decades down to the noise; steps: Gauss–Newton steps of a stage; products: pairs (J, Jᵀ)
-    of one step; tolerance: relative residual of its linear solve; damping: first λ; enough: relative fall of the
-    objective below which a stage ends; least: noise that is taken at least, in deviations of the values.
+    0: the noise alone), None: decades from `first` down to the noise; steps: Gauss–Newton steps of a stage; products:
+    pairs (J, Jᵀ) of one step; tolerance: relative residual of its linear solve; damping: first λ; enough: relative fall
+    of the objective below which a stage ends; least: noise that is taken at least, in deviations of the values.
     """
 
     stages: Sequence[float] | None = None
+    first: float = 1.0
     steps: int = 2
     products: int = 25
     tolerance: float = 1e-3
     damping: float = 1.0
     enough: float = 1e-3
     least: float = 1e-3
+
+
+LARGE = MapSettings(first=1e-2, steps=1, damping=1e-2)  # a third of the products, see benchmarks/real.py
 
 
 class MapSolution(NamedTuple):
@@ -120,7 +124,7 @@ class Posterior:
         """
         settings, w = settings or MapSettings(), torch.zeros_like(self.mean)
         damping = torch.full((len(w),), settings.damping, dtype=torch.float64, device=w.device)
-        for stage in settings.stages or self.stages():
+        for stage in settings.stages or [stage for stage in self.stages() if stage <= settings.first]:
             residual = self.residual(stage)
 
             def objective(w: Tensor, which: Tensor | slice = slice(None), residual: Any = residual) -> Tensor:
@@ -266,9 +270,9 @@ def fit_map(
     given = {**(linear or {}), **(modules or {})}
     bases = completed(given, kept, target, images, validation, seed=seed, progress=progress)
     inverses, share = {}, max(1, target.image_size[0] * target.image_size[1] // SMALL)
-    effort = {"count": max(32, 128 // share), "checked": max(2, 8 // share)}
+    settings, effort = LARGE if share > 1 else None, (max(32, 128 // share), max(2, 8 // share))
     for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
-        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation, **effort)
+        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation, None, settings, *effort)
         inverses[tap].header = header_for(target, "map", tap, PIXELS, images, seed)
     return Inverses(inverses)
 
