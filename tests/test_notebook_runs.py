@@ -1,5 +1,6 @@
 """Every notebook from top to bottom at smoke size, and what a training leaves for the notebook after it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,18 @@ def test_runs_at_smoke_size(name: str, tmp_path: Path) -> None:
     if name[:2] in TABLED:
         assert table is not None
         assert len(table)
+
+
+def test_the_quickstart_goes_on_with_what_is_shipped_where_no_index_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", ""), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path / "cache"))
+    table = run("00_quickstart", tmp_path / "run", "targets=[dinov2-small, scenes-vit]")
+    assert table is not None
+    assert set(table["target"]) == {"scenes-vit"}
+    assert "dinov2-small cannot be had" in (tmp_path / "run" / "00_quickstart.ipynb").read_text(encoding="utf-8")
 
 
 def test_a_training_comes_out_the_same_twice_and_is_judged(tmp_path: Path) -> None:

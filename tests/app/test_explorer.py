@@ -316,9 +316,11 @@ def test_errors_are_sentences_and_the_page_goes_on(page: Page) -> None:
     assert page.view.target == page.controls["target"].value == VIT
     page._heard(None, {"kind": "file", "name": "notes.txt"}, [memoryview(b"no picture")])
     assert "notes.txt is no picture" in page.message.value
-    strange = explore("hue_shift=blue")
-    assert "hue_shift" in strange.message.value
-    assert strange.view.target == VIT
+    for query, named in (("hue_shift=blue", "hue_shift"), ("target=scenes-vitt", "scenes-vitt")):
+        strange = explore(query)
+        assert named in strange.message.value
+        assert strange.view.target == VIT
+        assert strange.workbench.bench.cache_info().currsize == 1  # of no other model are weights asked for
     page.controls["hue_shift"].value = 30
     assert page.message.value == ""
     assert page.view.hue_shift == 30

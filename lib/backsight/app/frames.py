@@ -69,13 +69,13 @@ def save_frames(
 def strips(folder: Path, metrics: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:
     """Every picture, target and family of the runs below a folder with all its taps, the pictures inside as data URIs.
 
-    metrics: the rows of all runs, with the column `run`; of two runs that show the same the last counts. Also returns
-    what could not be read.
+    metrics: the rows of all runs, with the column `run`; of two runs that show the same the last counts, and one that
+    was committed without its frames not at all. Also returns what could not be read.
     """
     if "file" not in metrics:
         return [], []
     key = ["dataset", "target", "inverse"]
-    rows = metrics[metrics["file"].notna()]
+    rows = metrics[metrics["file"].notna() & metrics["run"].map(lambda run: (folder / run / FRAMES).is_dir())]
     rows = rows[rows["run"] == rows.groupby(key)["run"].transform("max")]
     playable, problems = [], []
     for names, part in rows.groupby(key, sort=False):

@@ -44,8 +44,9 @@ def _faults(table: pd.DataFrame) -> dict[str, pd.Series]:
     tested |= (row["split"] == "train") & (row["factor"] == "background")
 
     # A null of the same target, images, measure and tap; the mean image is the same at every tap. A target with a
-    # space in its name is a variant made to check a measure: it stands beside others as their control.
-    score = row["measure"].isin(SCORES) & ~row["target"].str.contains(" ")
+    # space in its name is a variant made to check a measure: it stands beside others as their control. What is told of
+    # one picture is no score of an inverse.
+    score = row["measure"].isin(SCORES) & (row["n"] > 1) & ~row["target"].str.contains(" ")
     null = row["inverse"].str.startswith("null_")
     what = (row["target"] + " " + row["dataset"] + " " + row["measure"] + " " + row["factor"]).str.strip()
     place = what + " at " + row["tap"]

@@ -177,8 +177,9 @@ class Page:
                 self._rest = asyncio.get_running_loop().create_task(follow)
             except RuntimeError:  # no notebook: nothing else can be asked for meanwhile
                 asyncio.run(follow)
-        with self.refusals():
-            self._set_controls()
+        if self.view.tap:  # something is shown
+            with self.refusals():
+                self._set_controls()
 
     def _apply(self, **changes: Any) -> None:
         if not self._is_setting and (view := replace(self.view, **changes)) != self.view:
