@@ -9,7 +9,6 @@ from backsight.inverses.families import fit
 from backsight.inverses.files import load, save
 from backsight.inverses.linear import fit_linear
 from backsight.plots.style import with_nulls_of
-from backsight.studies.by_seed import fit_or_load
 from backsight.studies.nulls import null_mean
 from backsight.studies.quality import (
     CELLS,
@@ -210,7 +209,6 @@ def test_families_are_saved_and_found_again_as_chains(tmp_path, target, images, 
         assert list(taps) == list(target.taps)
         for tap, inverse in taps.items():
             assert inverse(recorded[tap]).shape == (2, 3, 16, 16)
-    assert list(fit_or_load(target, tmp_path)["modular"]) == list(target.taps)
     save(fit_linear(target, images[:60], taps=["norm"], progress=False), tmp_path / "again")
     with pytest.raises(BacksightError, match="two linear inverses for norm"):
         load(tmp_path, target)

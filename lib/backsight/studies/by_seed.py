@@ -16,19 +16,6 @@ from backsight.targets import load_target
 from backsight.targets.base import Target
 
 
-def fit_or_load(
-    target: Target, folder: str | Path = "", count: int = 2000, seed: int = 0, trained_on: str = "scenes"
-) -> Families:
-    """Those of the target's taps: from `folder`, else shipped, else linear ones fitted here.
-
-    count, trained_on, seed: of the training images for such a fit.
-    """
-    found = Path(folder) if folder else shipped_inverses(target)
-    if found is None:
-        return linear_family(target, count, seed, trained_on)
-    return _at_taps(target, load(found, target, seed))
-
-
 def families_by_seed(
     target: Target, folder: str | Path, seeds: Sequence[int], count: int = 2000, trained_on: str = "scenes"
 ) -> dict[int, Families]:
