@@ -74,12 +74,6 @@ class RidgeAccumulator:
             return self
         return sum(gather_object([self]), RidgeAccumulator())
 
-    def about(self, input_center: Tensor, output_center: Tensor, columns: slice = EVERY) -> tuple[Tensor, Tensor]:
-        """gram (D, D) and cross (D, E) about other centres; columns: of the outputs."""
-        moved_x, moved_y = self.input_mean - input_center, self.output_mean[columns] - output_center
-        gram = torch.addr(self.gram, moved_x, moved_x, alpha=self.count)
-        return gram, torch.addr(self.cross[:, columns], moved_x, moved_y, alpha=self.count)
-
     def standardised(self) -> tuple[Tensor, Tensor]:
         """(D, D) correlations of the inputs, and (D,) the scales that make them: 0 for constant channels."""
         covariance = self.gram / self.count
@@ -130,7 +124,9 @@ def best(
     correlation, scale = training.standardised()
     center, bias = training.input_mean, training.output_mean[columns]
     cross = scale[:, None] * training.cross[:, columns] / training.count
-    gram, held_out = validation.about(center, bias, columns)
+    moved_x, moved_y = validation.input_mean - center, validation.output_mean[columns] - bias
+    gram = torch.addr(validation.gram, moved_x, moved_x, alpha=validation.count)
+    held_out = torch.addr(validation.cross[:, columns], moved_x, moved_y, alpha=validation.count)
     gram, held_out = gram * scale[:, None] * scale, scale[:, None] * held_out
     sketched = cross
     if len(center) >= WIDE and len(bias) > SKETCH:
