@@ -19,7 +19,7 @@ from backsight.app.explorer.view import View
 from backsight.app.pictures import Picture, as_png, open_picture
 from backsight.data.images import open_images, tensor
 from backsight.errors import BacksightError, nearest
-from backsight.inverses.families import kept_inverses
+from backsight.inverses.families import Reconstruct, kept_inverses
 from backsight.inverses.module import Inverses
 from backsight.measures.hue import hue_scores, object_chroma
 from backsight.measures.pixels import psnr, ssim
@@ -118,7 +118,8 @@ class Workbench:
         """The view with its family and tap named. Raises BacksightError where it names what is not there."""
         bench = self.bench(view.target)
         view = replace(view, tap=view.tap or bench.taps[0], family=view.family or [*bench.families][-1])
-        reader, inverses = view.inverse_tap or view.tap, bench.families.get(view.family, {})
+        inverses: Mapping[str, Reconstruct] = bench.families.get(view.family, {})
+        reader = view.inverse_tap or view.tap
         for name, known in ((view.tap, bench.taps), (view.family, bench.families), (reader, inverses)):
             if name not in known:
                 raise BacksightError(f"{view.target} has no {name!r} with an inverse; {nearest(name, list(known))}.")
@@ -143,8 +144,9 @@ class Workbench:
         return self._depths(replace(self.completed(view), tap="", inverse_tap=""))
 
     def _every_depth(self, view: View) -> Depths:
-        (picture, recorded), inverses = self._recorded(_of_picture(view)), self.bench(view.target).families[view.family]
-        colours, depths = object_chroma(picture.image, picture.mask), {}
+        picture, recorded = self._recorded(_of_picture(view))
+        colours, inverses = object_chroma(picture.image, picture.mask), self.bench(view.target).families[view.family]
+        depths: Depths = {}
         for tap in (tap for tap in recorded if tap in inverses):
             with torch.no_grad():
                 made = inverses[tap](self._changed(replace(view, tap=tap), recorded[tap])[0])
