@@ -1,5 +1,5 @@
-# make run    build the environment, then results/quick: every layer of two targets by the shipped inverses, and the page
-# make study  all targets and studies, with inverses of their own: remakes results/reference; it goes on where it was interrupted
+# make run    build the environment, then results/quick: layers of DINOv2 and two targets by the shipped inverses, and the page
+# make study  the studies of the reference run, with inverses of their own: remakes results/reference; it goes on where it was interrupted
 # make test   what is checked, with a pytest summary as the last line; make test-all: the slow tests too
 # make explore  the explorer in a browser        make lab     the notebooks in JupyterLab
 # make bench  results/bench/*.csv, a quarter of an hour

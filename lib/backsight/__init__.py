@@ -38,7 +38,7 @@ _HOMES = {
     "look": "app.look",
     "module_target": "targets",
     "open_images": "data.images",
-    "picture": "studies.quality",
+    "picture": "app.pictures",
     "record_features": "data.features",
     "save": "inverses.files",
     "suggest_taps": "targets",

@@ -1,5 +1,6 @@
 """Known answers: effects of known size, a floor, no effect, an effect in one seed only; how often verdicts err."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_a_null_without_seeds_is_compared_with_every_seed() -> None:
 )
 def test_verdicts_of_known_effects(effect: float, asked: Claim, said: str) -> None:
     assert verdict(table(effect), asked) == said
+
+
+def test_a_claim_that_names_no_inverse_reads_no_null() -> None:
+    """The answers to another image's picture once counted in the cost of a tuning, and halved it."""
+    values = table().query("tap == 'blocks.1' and inverse in ('modular', 'null_mean')").assign(t=0.5)
+    other = values.assign(t=0.0, value=values["value"] - (values["inverse"] == "modular"))
+    asked = replace(claim(against={"t": 0.0}, tap="", above=0.0), rows={"measure": "psnr", "t": 0.5})
+    (row,) = judge(pd.concat([values, other], ignore_index=True), [asked]).to_dict("records")
+    assert row["value"] == pytest.approx(1.0)
 
 
 def test_an_effect_in_one_seed_only_decides_nothing() -> None:
@@ -166,6 +176,17 @@ def test_only_declared_shares_are_of_trials(measure: str, share: bool) -> None:
         assert row.high == 1
     elif share:  # as many of 20 as may be otherwise, each by 1 at most
         assert row.low == pytest.approx(1 - 1.96**2 / (20 + 1.96**2), abs=1e-3)
+
+
+def test_differences_of_cases_are_never_surer_than_equal_ones() -> None:
+    """Two answers of 450 that differ, one each way, once said more of 150 images than none that differs."""
+    values = Values(Target(), "scenes", "test", range(150))  # type: ignore[arg-type]
+    for inverse, wrong in (("linear", (0, 1, 2)), ("direct", (7, 1, 2))):  # one image a seed
+        cases = {seed: (np.arange(150) != place).astype(float) for seed, place in enumerate(wrong)}
+        values.add("top1", cases, "blocks.0", inverse)
+    row = pool(values.table(), against={"inverse": "direct"}).iloc[0]
+    assert row.value == 0
+    assert row.high == -row.low >= 1.96**2 / (150 + 1.96**2) - 1e-4
 
 
 def test_false_verdicts_are_rare() -> None:

@@ -65,6 +65,11 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
     return Picture(pixels, fitted(mask, Image.Resampling.NEAREST)[None], words)
 
 
+def picture(name: str, size: tuple[int, int]) -> Tensor:
+    """(1, 3, H, W) in [0, 1]: the image of `open_picture`."""
+    return open_picture(name, size).image
+
+
 def as_png(image: Tensor, side: int = 0, **options: Any) -> bytes:
     """A PNG file of (3, H, W) in [0, 1], made fast; every pixel a square, so that the picture is about `side` high."""
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

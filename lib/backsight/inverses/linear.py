@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 ALPHAS: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-16, 5))
 RANK = 128  # of the maps that read a whole set of queries
 MAXIMUM_ROWS = 1024  # cells of one image that a fit reads of a finer grid; they are drawn anew for every batch
+CHEAP = 2**24  # values of input rows that no fit needs to spare
 PACKED_VALUES = 2**26  # float32 values of input rows that are laid out at once
 
 
@@ -184,8 +185,8 @@ def fit_linear_pairs(
     """Linear maps between many pairs of taps, in one pass over the images.
 
     Of a grid with more than MAXIMUM_ROWS tokens as many are drawn for every batch: neighbours say nearly the same; or
-    fewer, where `rows_per_input` rows for each of the values that a row reads are enough. Memory does not depend on the
-    number of images.
+    fewer, where `rows_per_input` rows for each of the values that a row reads are enough (of narrow rows more). Memory
+    does not depend on the number of images.
 
     images: ImageSource, or (N, 3, H, W) in [0, 1]; pairs: (source tap, or several as "a+b", destination tap or
     "pixels"), or a `Request`; validation: images of another split, on which the ridge strength is chosen from their
@@ -245,8 +246,8 @@ class _Group:
         self.training, self.validation = RidgeAccumulator(), RidgeAccumulator()
         self.projections = _projections(representation, block) if block.directions else {}
         inputs = pack_source(representation.index(0), block, **self.projections).shape[1]
-        enough = MAXIMUM_ROWS if rows_per_input is None else -(-rows_per_input * inputs // images)
-        self.rows = min(MAXIMUM_ROWS, enough)  # of one image
+        enough = images * MAXIMUM_ROWS if rows_per_input is None else max(rows_per_input * inputs, CHEAP // inputs)
+        self.rows = min(MAXIMUM_ROWS, -(-enough // images))  # of one image
 
     def update(self, held: Mapping[str, Any], held_out: bool, seed: int) -> None:
         """Add a batch; held: {tap: representation}, and the images under "pixels"."""

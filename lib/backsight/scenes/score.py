@@ -67,7 +67,7 @@ def average_precision(predictions: Predictions, data: SceneTensors) -> pd.DataFr
 
 @torch.no_grad()
 def score_target(target: Any, count: int = 5000, seed: int = 0) -> pd.DataFrame:
-    """Scores of a target on unseen photographs, with the canonical colours and with uniformly random object hues.
+    """Scores of a target on test scenes, with the canonical colours and with uniformly random object hues.
 
     target: a `scenes` classifier (top-1 of the dominant object) or detector (AP50, AP by COCO's rules).
     Returns a table: rule, measure, classes ("all", "canonical", "colour-free" or one class), value, low, high, n.

@@ -103,7 +103,10 @@ def _compared(values: pd.DataFrame, own: Mapping[str, Any], against: Mapping[str
 
 
 def _at(values: pd.DataFrame, columns: Mapping[str, Any], tap: str) -> pd.DataFrame:
+    """Nulls are rows only where they are asked for."""
     rows = _chosen(values, columns)
+    if "inverse" in rows and "inverse" not in columns:
+        rows = rows[~rows["inverse"].astype(str).str.startswith("null_")]
     return _chosen(rows, {"tap": _taps(rows, tap)}) if tap else rows
 
 

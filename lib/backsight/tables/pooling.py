@@ -106,7 +106,8 @@ def interval(
     seeds. Quantiles lie as much further out as Student's t for C lies beyond the normal law (else intervals of few are
     too short). With 2 to FEW_SEEDS seeds the t interval of the seeds' own values counts where it is wider. Equal values
     cannot vary in a bootstrap: of cases, ones and zeros, Wilson's interval of C trials counts likewise; where shares or
-    their differences are all the same, as many of C as Wilson's bound of none allows may lie up to 1 beside them.
+    their differences are all the same, or these are of cases, as many of C as Wilson's bound of none allows may lie up
+    to 1 beside them.
     Sources: Davison & Hinkley, Bootstrap Methods, 3.8; Hesterberg, The American Statistician 69, 2015, 5.2.
     """
     total = below.sum()
@@ -128,8 +129,10 @@ def interval(
         centre, scale = value + z * z / (2 * units), 1 + z * z / units
         half = z * np.sqrt(value * (1 - value) / units + z * z / (4 * units * units))
         bounds.append(((centre - half) / scale, (centre + half) / scale))
-    elif shares and units > 1 and np.ptp(above[below > 0] / below[below > 0]) == 0:
-        bounds.append((value - z * z / (units + z * z), value + z * z / (units + z * z)))
+    elif shares and units > 1:
+        shown = above[below > 0] / below[below > 0]
+        if np.ptp(shown) == 0 or np.isin(shown, (-1, 0, 1)).all():
+            bounds.append((value - z * z / (units + z * z), value + z * z / (units + z * z)))
     if not bounds:
         return value, np.nan, np.nan  # one image by one seed says nothing of how much it would vary
     lows, highs = np.transpose(bounds)
