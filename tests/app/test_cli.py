@@ -45,4 +45,6 @@ def test_a_file_of_the_user_is_left_alone(tmp_path: Path, root: Path, capsys: py
     before = picture.read_bytes()
     assert main(["look", str(picture), "--target", "scenes-vit", "--out", str(picture)]) == 2
     assert "would replace" in capsys.readouterr().err
+    assert main(["look", "chelsea", "--target", "scenes-vit", "--out", str(picture)]) == 2
+    assert "cat.png is not of backsight" in capsys.readouterr().err
     assert picture.read_bytes() == before

@@ -259,7 +259,7 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:
         *(({"parameters": value}, {}) for value in ([1], "x")),
         *(({"weights": value}, {}) for value in (["a"], "a", {VIT: "a"})),
         *(({"seconds": value}, {}) for value in ([1], {"total": "long"})),
-        *(({"hardware": "pc"}, {}), ({"versions": ["a"]}, {})),
+        *(({"hardware": "pc"}, {}), ({"versions": ["a"]}, {}), ({"commit": 5}, {})),
         *(({}, {column: "word"}) for column in ("value", "low", "high")),
     ],
 )
@@ -272,6 +272,13 @@ def test_a_damaged_run_is_named_and_the_page_is_made_all_the_same(tmp_path: Path
     assert "damaged" in text
     assert ("its run.json is damaged" in text) == bool(changed)
     assert ("its metrics.csv cannot be read" in text) == bool(table)
+
+
+@pytest.mark.parametrize("changed", [{"parameters": {"targets": 5}}, {"hardware": {"cores": "x"}}])
+def test_odd_words_in_a_record_do_not_cost_the_page(tmp_path: Path, changed: dict[str, Any]) -> None:
+    run = save_run(tmp_path / "odd", "03_quality", {"target": VIT}, rows(VIT))
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | changed))
+    assert "odd" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_damaged_run_of_the_figures_is_named_too(tmp_path: Path) -> None:

@@ -386,6 +386,19 @@ def test_a_run_on_other_files_of_the_same_name_is_another_run(
     assert identity() != first
 
 
+def test_images_behind_a_link_belong_to_a_run(write_notebook: NotebookWriter, tmp_path: Path) -> None:
+    real, given = tmp_path / "real", tmp_path / "given"
+    for folder in (real, given):
+        folder.mkdir()
+    (given / "link").symlink_to(real)
+    (real / "loop").symlink_to(given)
+    (real / "cat.jpg").write_text("one")
+    notebook = write_notebook(f"images = {str(given)!r}")
+    first = plan_run(notebook, out=tmp_path / "run").identity
+    (real / "cat.jpg").write_text("another")
+    assert plan_run(notebook, out=tmp_path / "run").identity != first
+
+
 def test_inverses_of_another_target_do_not_make_another_run(write_notebook: NotebookWriter, tmp_path: Path) -> None:
     """Their training may end while a study is interrupted, which then resumes."""
 

@@ -210,7 +210,11 @@ def test_a_count_is_a_seeded_choice_that_grows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("train", "val", "test"), ("Train", "Valid", "Test"), ("training", "validation", "testing")]
+    "names",
+    [
+        *(("train", "val", "test"), ("Train", "Valid", "Test"), ("training", "validation", "testing")),
+        *(("training_set", "val_set", "test_set"), ("seg_train", "seg_val", "seg_test"), ("train1", "val1", "test1")),
+    ],
 )
 @pytest.mark.parametrize("below", ["", "images/"])
 def test_declared_splits_are_kept(tmp_path, names, below):
@@ -230,6 +234,24 @@ def test_declared_splits_are_kept(tmp_path, names, below):
         everything = open_images(tmp_path, "all", 8)
     assert len(everything) == 29
     assert everything.classes == ()
+
+
+def test_annotations_that_split_one_folder_are_refused(tmp_path):
+    """As CVAT and MMDetection lay them out: cut anew, images of one's validation file were trained on."""
+    fill(tmp_path, [f"images/{i}.png" for i in range(9)])
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text('{"images": [], "categories": []}')
+    with pytest.raises(SourceError, match="a folder of its own"):
+        open_images(tmp_path, "train")
+    assert len(open_images(tmp_path, "all")) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_no_shard(tmp_path):
+    fill(tmp_path, [f"{i}.png" for i in range(9)])
+    os.mkfifo(tmp_path / "train.tar")  # it once was waited for without end
+    assert len(open_images(tmp_path, "all")) == 9
 
 
 def test_held_out_images_never_enter_the_training_part(tmp_path):

@@ -66,11 +66,12 @@ def look(
 ) -> None:
     """Turn every layer of a model back into a picture, as one figure."""
     from backsight.app.look import look, save_look
-    from backsight.app.runs import file_name
+    from backsight.app.runs import check_file, file_name
 
     place = out or Path(f"{file_name(Path(picture).stem)}-{file_name(target)}.png")
     if place.exists() and Path(picture).exists() and place.samefile(picture):
         raise BacksightError(f"the figure would replace {picture} itself: give another file by --out.")
+    check_file(place, "holds it, from every tap: PSNR in dB.")
     print(save_look(look(picture, target, taps), place))
 
 

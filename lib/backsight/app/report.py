@@ -55,14 +55,14 @@ class PageRun(Record):
     table: pd.DataFrame
     seed: Any = "–"
     started: Any = ""
-    commit: Any = None
+    commit: str | None = None
     modified: Any = None
 
     @property
     def targets(self) -> list[str]:
         """The targets that the run was asked for, recorded weights of, or measured."""
         asked = self.parameters.get("targets", self.parameters.get("target", []))
-        names = [asked] if isinstance(asked, str) else asked or []
+        names = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
         return list(dict.fromkeys([*names, *self.weights, *self.table["target"].dropna()]))
 
     @property
@@ -270,4 +270,5 @@ def _curves(rows: pd.DataFrame) -> dict[str, Any] | None:
 def _hardware(hardware: Mapping[str, Any]) -> str:
     parts = [str(hardware[key]) for key in ("gpu", "processor", "system") if hardware.get(key)]
     units = {"cores": "cores", "memory_gib": "GiB"}
-    return ", ".join([*parts, *(f"{hardware[key]:.0f} {unit}" for key, unit in units.items() if hardware.get(key))])
+    sizes = [(hardware.get(key), unit) for key, unit in units.items()]
+    return ", ".join([*parts, *(f"{size:.0f} {unit}" for size, unit in sizes if isinstance(size, int | float))])

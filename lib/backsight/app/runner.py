@@ -65,13 +65,27 @@ class Plan:
             texts = [given] if isinstance(given, str) else given
             words = {word for text in texts for word in (text, *text.split("@")) if word}
             for root in [place / word for word in words for place in places]:
-                files = [root] if root.is_file() else list(root.glob(READ.get(name, "**/[!.]*")))
+                files = [root] if root.is_file() else list(_below(root, READ.get(name, "**/[!.]*")))
                 if name == "inverses":  # those of other targets may be in the making
                     files = [file for file in files if _target_of(file) in ("", self.values.get("target"))] or files
                 for file in files:
                     if file.is_file() and self.folder not in file.parents:
                         states.add(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
         return states
+
+
+def _below(root: Path, pattern: str) -> Iterator[Path]:
+    """As root.glob(pattern), and for **/ through links to folders too, as images are read; each folder once."""
+    if not pattern.startswith("**/"):
+        yield from root.glob(pattern)
+        return
+    entered = set()
+    for place, folders, _ in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from Path(place).glob(pattern[3:])
 
 
 def _target_of(file: Path) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+from PIL import Image
 
 from backsight.data.coco import ImageObjects, of_files, read_annotations
 from backsight.data.decode import OTHERS, READABLE, refusal
@@ -26,7 +27,11 @@ from backsight.errors import SourceError
 
 SPLITS = ("train", "validation", "test")
 _WORD = "(train|val|test)(?:ing|id|idate|idation)?"
-_SPLIT_FOLDER = re.compile(_WORD + r"[-_]?((?:19|20)\d\d|images)?", re.IGNORECASE)  # train, Valid, test_images, val2017
+# train, Valid, test_images, val2017, training_set, test1, seg_train, x_test
+_SPLIT_FOLDER = re.compile(
+    rf"(?:(?:seg|x|images?|imgs?|data(?:set)?)[-_])?{_WORD}[-_ ]?(?:(?:19|20)\d\d|\d|images?|imgs?|set|data|split)?",
+    re.IGNORECASE,
+)
 _SPLIT_SHARD = re.compile(rf"(?:^|[^a-z]){_WORD}[^a-z]", re.IGNORECASE)  # train-0000.tar, imagenet1k-validation-07.tar
 _NO_CLASSES = ("images", "labels", "annotations", "masks")
 # All other files are told by their first bytes.
@@ -90,14 +95,19 @@ def folder_entries(root: Path, split: str | None, masks: bool) -> Found:
     if not parts:
         parts = {"": [root]}
         listed = [*(root / "annotations").glob("instances_*.json")]
+        if split not in (None, "all") and len(listed) > 1:
+            raise SourceError(
+                f"{root / 'annotations'} declares the splits of images that lie in one folder: put those of each file "
+                "into a folder of its own (train, val, test), or open split='all'"
+            )
         annotations = {root: listed[0]} if len(listed) == 1 else {}
     found = Found(split or ("all" if "" in parts else "test"), classes=tuple(sorted(set().union(*classes.values()))))
-    if "" not in parts:
+    if parts != {"": [root]}:
         known = {path for places in parts.values() for path in places}
         for path in (path for path in _children(base) if path not in known):
             folder = path.is_dir() and path.name not in _NO_CLASSES and not _SPLIT_FOLDER.fullmatch(path.name)
             if folder or (path.is_file() and path.suffix.lower() in (*READABLE, ".tar")):
-                found.skipped.append((str(path), "it lies beside the declared splits"))
+                found.skipped.append((str(path), "it lies beside the declared splits or shards"))
     for part, low, high in _shares(parts, found.split, root):
         for place in parts[part]:
             shard = place.suffix.lower() == ".tar"
@@ -129,7 +139,7 @@ def _declared(base: Path) -> Parts:
     for path in children:
         if path.is_dir() and (word := _SPLIT_FOLDER.fullmatch(path.name)):
             folders.setdefault(word[1].lower(), []).append(path)
-        elif path.suffix.lower() == ".tar":
+        elif path.suffix.lower() == ".tar" and path.is_file():  # no named pipe, which would be waited for
             word = _SPLIT_SHARD.search(path.name)
             shards.setdefault(word[1].lower() if word else "", []).append(path)
     if folders.keys() & {"train", "val"} or sum(map(len, folders.values())) == len(children):
@@ -168,7 +178,7 @@ def _of_folder(folder: Path, root: Path, found: Found) -> Iterator[tuple[str, En
             reason = "" if extension in _NO_IMAGES else refusal(path)
         if reason is None:
             paths.append(f"{inside}/{name}".lstrip("/"))
-        elif reason.removeprefix("it is ") in OTHERS.values():
+        elif reason.removeprefix("it is ") in OTHERS.values() or extension in Image.EXTENSION:  # .tga, .ico
             found.skipped.append((path, reason))
         else:
             others[extension or "no extension"] += 1

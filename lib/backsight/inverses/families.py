@@ -109,6 +109,9 @@ def fit_and_save(
                 f"{path} is an inverse of {held.target} with the weights {held.weights_hash}, trained on {held.data} "
                 f"with seed {held.seed}: name another folder (03_quality reads all that lie below its `inverses`)."
             )
+    names = (f"{family}--{tap}.safetensors" for family in families for tap in target.taps)
+    if old := [name for name in names if (out / name).exists()]:
+        warnings.warn(f"{out} holds {', '.join(old)} of an earlier fit: replaced.", stacklevel=2)
     fitted: dict[str, Inverses] = {}
     files: list[Path] = []
     for family in families:

@@ -198,6 +198,8 @@ def gallery_images(
 
     M is `count` or more where the source has so many images, else all there are.
     """
+    if count < 1:
+        raise BacksightError(f"an image is found among some candidates, not among {count}")
     own = tensor(judged)
     more = tensor(quality_images(source, target_or_size, count, seed)[0]) if len(own) < count else own[:0]
     every = torch.cat([own, more])

@@ -110,7 +110,8 @@ def _refusal(path: Path, error: Exception) -> str:
             "file, so save the state dictionary alone, best as .safetensors."
         )
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() or [type(error).__name__]
-    return f"is corrupt or no safe weights file ({lines[0][:160]}): replace it, best by a .safetensors file."
+    said = next((line for line in lines if line.startswith("Unsupported")), lines[0].partition(" Re-running")[0])
+    return f"is corrupt or no safe weights file ({said[:160]}): replace it, best by a .safetensors file."
 
 
 def choose(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Choice:
