@@ -153,7 +153,7 @@ def test_all_four_fates_are_told_apart_and_add_up(usual: ExactInverse, monkeypat
         made = trace(inverse, tokens, to)
         if made.steps[-1].destination == LAST or tokens.batch < 5:
             return made
-        ended = replace(made.solutions[0], x=factor * made.solutions[0].x, solved=solved)
+        ended = made.solutions[0]._replace(x=factor * made.solutions[0].x, solved=solved)
         return replace(made, values=ended.x, solutions=[ended])
 
     monkeypatch.setattr(ExactInverse, "trace", told)

@@ -60,6 +60,8 @@ def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     values = values.astype({"value": float})  # they are stored as float32
     rows = values[(values["notebook"] == claim.notebook) & (values["tap"] != "predictions")]
     rows = rows.dropna(axis="columns", how="all").assign(tap=rows["tap"], depth=rows["depth"])
+    if "inverse" not in {*claim.rows, *claim.against}:
+        rows = rows[~rows["inverse"].astype(str).str.startswith("null_")]
     for column, value in claim.rows.items():
         if column not in {*claim.against, "target"}:
             rows = rows[rows[column].isin(value if isinstance(value, list) else [value])]
