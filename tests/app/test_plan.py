@@ -88,7 +88,6 @@ def test_seconds_are_those_that_were_recorded(tmp_path: Path, monkeypatch: pytes
         ({"targets": {"scenes-vit": {"train": "scenes", "quality": ["scenes"], "studeis": []}}}, "studeis"),
         ({"seeds": [-1]}, "seeds"),
         ({"sedes": [1]}, "sedes"),
-        ({"families": ["lin"]}, "nearest: linear"),
         ({"targets": {"a": {"train": "scenes", "quality": ["scenes"], "studies": [{"x": {}, "y": {}}]}}}, "graph"),
     ],
 )

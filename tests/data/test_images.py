@@ -247,6 +247,15 @@ def test_annotations_that_split_one_folder_are_refused(tmp_path):
     assert len(open_images(tmp_path, "all")) == 9
 
 
+def test_pictures_that_are_not_opened_are_named(tmp_path):
+    fill(tmp_path, [f"{i}.png" for i in range(9)])
+    for name in ("old.tga", "site.ico", "notes.txt"):
+        (tmp_path / name).write_bytes(b"some bytes")
+    with pytest.warns(UserWarning, match="2 files skipped"):
+        source = open_images(tmp_path, "all")
+    assert {path.rsplit("/", 1)[-1] for path, _ in source.skipped} == {"old.tga", "site.ico"}
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_a_pipe_is_no_shard(tmp_path):
     fill(tmp_path, [f"{i}.png" for i in range(9)])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from backsight.app.parameters import preset_path, read_preset
 from backsight.app.runs import file_name
-from backsight.errors import BacksightError, nearest
+from backsight.errors import BacksightError
 from backsight.project import FINISHED, project_root, read_json, results_root, write_atomically
 
 SHIPPED_SEED = 0  # of the inverses that are shipped
@@ -62,13 +62,6 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
     except ValidationError as error:
         place, said = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"].lower()
         raise BacksightError(f"the section `graph` of the preset {preset}: {place}: {said}.") from error
-    from backsight.inverses.families import FAMILIES  # late: torch
-
-    for family in [*graph.families, *(name for entry in graph.targets.values() for name in entry.families or [])]:
-        if family not in FAMILIES:
-            raise BacksightError(
-                f"the preset {preset}: no inverse family {family!r}; {nearest(family, list(FAMILIES))}."
-            )
     runs = {_question(notebook): GraphRun("once", notebook) for notebook in graph.once}
     for target, entry in graph.targets.items():
         families = graph.families if entry.families is None else entry.families

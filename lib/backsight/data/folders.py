@@ -178,7 +178,7 @@ def _of_folder(folder: Path, root: Path, found: Found) -> Iterator[tuple[str, En
             reason = "" if extension in _NO_IMAGES else refusal(path)
         if reason is None:
             paths.append(f"{inside}/{name}".lstrip("/"))
-        elif reason.removeprefix("it is ") in OTHERS.values() or extension in Image.EXTENSION:  # .tga, .ico
+        elif reason.removeprefix("it is ") in OTHERS.values() or extension in Image.registered_extensions():
             found.skipped.append((path, reason))
         else:
             others[extension or "no extension"] += 1
