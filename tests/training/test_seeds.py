@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from PIL import Image
 
+from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.inverses.families import FAMILIES, fit
 from backsight.inverses.files import load, save
-from backsight.studies.by_seed import families_by_seed, untrained_by_seed
+from backsight.studies.by_seed import families_by_seed, training_source, untrained_by_seed
 from backsight.targets import load_target
 
 
@@ -78,6 +80,24 @@ def test_shipped_inverses_stand_in_for_families_that_only_other_seeds_have(targe
     recorded = target.record(images[:2])["norm"]
     assert torch.equal(found[0]["modular"]["norm"](recorded), shipped["modular"]["norm"](recorded))
     assert list(families_by_seed(target, tmp_path, [0])[0]) == ["direct"]
+
+
+def test_what_inverses_were_trained_on_is_what_their_files_say(target, folder, tmp_path):
+    """The nulls of `03_quality -p target=dinov2-small` were fitted on scenes, its inverses on leaves."""
+    assert training_source(target, "", "photographs") == "scenes"  # of the shipped ones
+    assert training_source(load_target("scenes-vit", pretrained=False), "", "some folder") == "leaves"  # there are none
+    photographs = tmp_path / "mine"
+    photographs.mkdir()
+    for number, tone in enumerate((20, 60, 90, 120, 150, 220)):
+        Image.new("RGB", (64, 64), (tone, 0, 0)).save(photographs / f"{number}.png")
+    for source in ("leaves", str(photographs)):
+        images = open_images(source, None if source != "leaves" else "train", target, 6)
+        save(fit("linear", target, images, progress=False), tmp_path / source.rpartition("/")[2])
+    assert training_source(target, tmp_path / "leaves", "scenes") == "leaves"
+    assert training_source(target, tmp_path / "mine", str(photographs)) == str(photographs)
+    for place, images in ((tmp_path, "scenes"), (tmp_path / "mine", "scenes"), (folder, "scenes")):
+        with pytest.raises(BacksightError, match="trained_on"):
+            training_source(target, place, images)
 
 
 def test_bad_seeds_and_folders_are_refused(target, folder):

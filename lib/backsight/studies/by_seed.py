@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from backsight.data.images import open_images
+from backsight.data.images import GENERATORS, open_images
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.files import ORDER, headers_for, inverse_files, load, read_header, shipped_inverses
@@ -46,6 +46,29 @@ def families_by_seed(
             "run 02_train_inverse with each of them."
         )
     return {seed: {family: families[family] for family in common} for seed, families in by_seed.items()}
+
+
+def training_source(target: Target, folder: str | Path, images: str) -> str:
+    """What the inverses that `families_by_seed` reads were trained on, by their own files.
+
+    They name a folder of images by its last part alone: `images` it is, where that is called so. Without inverses,
+    images are scenes for "scenes", else leaves. Raises BacksightError where the files name several sources, or one that
+    cannot be opened by that name.
+    """
+    shipped = shipped_inverses(target)
+    headers = (headers_for(folder, target) if folder else {}) or (headers_for(shipped, target) if shipped else {})
+    if not headers:
+        return "scenes" if images == "scenes" else "leaves"
+    names = sorted({header.data.partition(",")[0].rpartition(" ")[0] for header in headers.values()})
+    judged = Path(images).expanduser()
+    if names == [judged.resolve().name] and judged.is_dir():
+        return images
+    if len(names) > 1 or names[0] not in GENERATORS:
+        raise BacksightError(
+            f"the inverses of {target.name} were trained on {', '.join(names) or 'images'}: say where these are by "
+            "trained_on = …"
+        )
+    return names[0]
 
 
 def _at_taps(target: Target, families: Families) -> dict[str, Mapping[str, Reconstruct]]:
