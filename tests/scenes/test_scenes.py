@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, maximum_filter, minimum_filter
 from skimage.color import rgb2hsv
 
+from backsight.data.images import open_images
 from backsight.errors import BacksightError
 from backsight.scenes.dataset import cached, write_coco
 from backsight.scenes.render import (
@@ -185,6 +186,20 @@ def test_cache_is_made_once_and_keyed_by_options(tmp_path, monkeypatch):
     assert other != first
     assert json.loads((other / "annotations" / "instances_test2017.json").read_text())["info"]["options"]["grey"]
     assert not [path for path in first.parent.iterdir() if path.name.startswith(".making")]
+
+
+def test_scenes_on_leaves_differ_in_their_backgrounds_alone():
+    for index in range(8):
+        usual, on_leaves = render("train", index), render("train", index, options=SceneOptions(background="leaves"))
+        inside = minimum_filter(usual.masks, (1, 5, 5)).any(0)  # where nothing of the background shines through
+        assert np.array_equal(usual.masks, on_leaves.masks)
+        assert usual.hues.tolist() == on_leaves.hues.tolist()
+        assert np.array_equal(usual.image[inside], on_leaves.image[inside])
+        outside = ~maximum_filter(usual.masks.any(0), 3)
+        assert np.abs(usual.image[outside].astype(int) - on_leaves.image[outside]).mean() > 10
+    assert len(open_images("scenes-on-leaves", "train", 32, 5)) == 5
+    with pytest.raises(BacksightError, match="test on scenes"):
+        open_images("scenes-on-leaves", "test", 32, 5)
 
 
 @pytest.mark.parametrize(

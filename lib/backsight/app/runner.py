@@ -29,7 +29,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PATHS = ("images", "trained_on", "inverses", "target", "targets", "photograph", "pictures", "results")
 # What is read of a folder that a parameter names; by default every file. The page's folder holds the run itself.
 READ = {"inverses": "**/[!.]*--*.safetensors", "results": f"*/{FINISHED}"}
-NAMED = ("scenes", "photographs", "leaves", "dinov2-small")  # no paths, whatever lies where the command is given
+NAMED = ("scenes", "scenes-on-leaves", "photographs", "leaves", "dinov2-small")  # no paths, whatever lies here
 
 
 class NotebookError(BacksightError):

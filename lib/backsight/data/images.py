@@ -29,11 +29,12 @@ from backsight.data.folders import SPLITS, Entry, folder_entries
 from backsight.errors import SourceError, nearest
 from backsight.project import available_cores
 
-# Sources that are no folders, each with the module whose `generated` finds the images.
+# Sources that are no folders, each with the module and the function in it that finds the images.
 GENERATORS = {
-    "scenes": "backsight.scenes.dataset",
-    "photographs": "backsight.scenes.photographs",
-    "leaves": "backsight.data.leaves",
+    "scenes": ("backsight.scenes.dataset", "generated"),
+    "scenes-on-leaves": ("backsight.scenes.dataset", "generated_on_leaves"),
+    "photographs": ("backsight.scenes.photographs", "generated"),
+    "leaves": ("backsight.data.leaves", "generated"),
 }
 WORTH_WORKERS = 2000  # images that are read by threads of their own, where there are cores to spare
 
@@ -154,8 +155,9 @@ def open_images(
 ) -> ImageSource:
     """Images of one split of a source, all of one size.
 
-    source: "scenes" (made on first use) | "photographs" (ten real ones, offline) | "leaves" (endless, drawn as they are
-        read) | a folder (see data/folders.py).
+    source: "scenes" (made on first use) | "scenes-on-leaves" (to train on: their backgrounds are endless) |
+        "photographs" (ten real ones, offline) | "leaves" (endless, drawn as they are read) | a folder (see
+        data/folders.py).
     split: "train" | "validation" | "test" share no image. "all" is everything (not for scenes). None: "all" for a
         folder without splits, which is cut 8:1:1 otherwise, and "test" for all else.
     target_or_size: a target, whose own size, crop and interpolation are used; or (H, W) in pixels, or one side of a
@@ -175,7 +177,8 @@ def open_images(
     if count is not None and count < 1:
         raise SourceError(f"count is {count}; it is a number of images from 1")
     if name in GENERATORS:
-        found = import_module(GENERATORS[name]).generated(split, count, seed, max(size), masks)
+        module, function = GENERATORS[name]
+        found = getattr(import_module(module), function)(split, count, seed, max(size), masks)
         crop_fraction = 1.0 if found.to_size else crop_fraction
     elif not name or not (root := Path(os.path.expanduser(source))).exists():
         raise SourceError(f"there is no folder {name!r}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")

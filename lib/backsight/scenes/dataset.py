@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from backsight.data.folders import Entry, Found
+from backsight.errors import SourceError
 from backsight.project import cache_folder
 from backsight.scenes.render import CLASSES, DEFAULT_OPTIONS, VERSION, Rule, SceneOptions, render, render_many
 
@@ -129,14 +130,28 @@ def write_coco(
     (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-def generated(split: str | None, count: int | None, seed: int, size: int, masks: bool) -> Found:
+def generated(
+    split: str | None,
+    count: int | None,
+    seed: int,
+    size: int,
+    masks: bool,
+    options: SceneOptions = DEFAULT_OPTIONS,
+) -> Found:
     """Scenes of a split (default: test; 1024 where no count is given), as `open_images` asks for them."""
     split = split or "test"
-    folder = cached(split, SCENES_COUNT if count is None else count, seed, size)
+    folder = cached(split, SCENES_COUNT if count is None else count, seed, size, options)
     files = {path.name: Entry(path.stem, str(path)) for path in sorted((folder / f"{split}2017").iterdir())}
     found = Found(split, to_size=True)
     found.add(files, folder / "annotations" / f"instances_{split}2017.json" if masks else None)
     return found
+
+
+def generated_on_leaves(split: str | None, count: int | None, seed: int, size: int, masks: bool) -> Found:
+    """Scenes whose backgrounds are dead leaves, as `open_images` asks for them: to train and to select inverses on."""
+    if split not in ("train", "validation"):
+        raise SourceError("scenes-on-leaves are for training (split train or validation); test on scenes")
+    return generated(split, count, seed, size, masks, SceneOptions(background="leaves"))
 
 
 def cached(split: str, count: int, seed: int = 0, size: int = 64, options: SceneOptions = DEFAULT_OPTIONS) -> Path:

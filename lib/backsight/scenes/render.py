@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageDraw
 
+from backsight.data.leaves import dead_leaves
 from backsight.errors import BacksightError, SourceError
 from backsight.scenes.photographs import SPLIT_PHOTOGRAPHS, photograph
 
@@ -136,6 +137,8 @@ class SceneOptions:
     grey: the recoloured objects lose their saturation, their value stays.
     recolour: which objects `hue_shift`, `set_hue` and `grey` act on.
     minimum_area: share of the image that the dominant object covers at least (0.3 for the colour study).
+    background: a crop of one of the split's photographs, or "leaves", of which there are endlessly many (not for tests:
+        leaves are cut out of the photographs that trained).
     """
 
     rule: Rule = "mixed"
@@ -144,6 +147,7 @@ class SceneOptions:
     grey: bool = False
     recolour: Literal["all", "dominant"] = "all"
     minimum_area: float = 0.0
+    background: Literal["photographs", "leaves"] = "photographs"
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
@@ -161,7 +165,7 @@ class Scene:
 
     image: (H, W, 3) uint8 sRGB; masks: (M, H, W) bool, the visible pixels of each object (at least half covered);
     boxes: (M, 4) float, x, y, width, height in pixels, tight around the masks; labels: (M,) index into CLASSES;
-    hues: (M,) degrees in [0, 360), NaN for a grey object; background: name of the photograph.
+    hues: (M,) degrees in [0, 360), NaN for a grey object; background: name of the photograph, or "leaves".
     """
 
     image: Array
@@ -189,7 +193,10 @@ def render(split: str, index: int, seed: int = 0, size: int = 64, options: Scene
         raise BacksightError(f"scenes of {size} pixels cannot show their silhouettes; choose a size of 16 or more")
     place = [VERSION, seed, _SPLIT_CODE[split], index]
     geometry, colour, ground = (np.random.Generator(np.random.PCG64([*place, stream])) for stream in _STREAMS)
-    image, background = _background(ground, split, size)
+    if options.background == "leaves":
+        image, background = dead_leaves((*place, *_STREAMS), (size, size)).astype(np.int32), "leaves"
+    else:
+        image, background = _background(ground, split, size)
     coverages, labels = _arrange(geometry, size, options)
     recoloured = [options.recolour == "all" or position == 0 for position in range(len(labels))]
     filled = [_fill(colour, CLASSES[k], size, options, own) for k, own in zip(labels, recoloured, strict=True)]
