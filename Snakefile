@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from backsight.app.parameters import preset_path, read_preset
-from backsight.app.plan import graph_runs
+from backsight.app.plan import graph_runs, missing_folders
 from backsight.app.runs import code_digest
 
 preset = config.get("preset", "quick")
@@ -27,7 +27,10 @@ sections = read_preset(preset)
 backsight = f"{shlex.quote(sys.executable)} -m backsight.app.cli"
 notebooks = Path(config.get("notebooks", "notebooks"))
 results = Path(config.get("results", "results")) / preset_file.stem
-runs = graph_runs(preset, str(results))
+graph = graph_runs(preset, str(results))
+runs = {run: graph[run] for run in graph if not graph[run].missing}
+for sentence in missing_folders(graph) if workflow.is_main_process else []:
+    print(sentence, file=sys.stderr)
 
 # From when on runs are made here: what is older came with the clone.
 here = results / ".here"

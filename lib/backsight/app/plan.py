@@ -4,11 +4,13 @@ The recorded seconds are one committed table, notebooks/presets/seconds.csv; `ba
 the rows of the preset's finished runs by those of this machine.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError
 
 from backsight.app.parameters import preset_path, read_preset
 from backsight.app.runs import file_name
@@ -16,22 +18,37 @@ from backsight.errors import BacksightError
 from backsight.project import FINISHED, project_root, read_json, results_root, write_atomically
 
 SHIPPED_SEED = 0  # of the inverses that are shipped
-Study = str | Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]  # or {notebook: parameters}
+
+
+class Images(BaseModel, extra="allow"):
+    """Images, and further parameters of the notebook that takes them."""
+
+    images: str
+
+
+On = Annotated[Images, BeforeValidator(lambda given: {"images": given} if isinstance(given, str) else given)]
+Study = Annotated[  # a notebook, or {notebook: parameters}
+    dict[str, dict[str, Any]],
+    BeforeValidator(lambda given: {given: {}} if isinstance(given, str) else given),
+    Field(min_length=1, max_length=1),
+]
 
 
 class Entry(BaseModel, extra="forbid"):
-    """What a graph makes of one target: images to train on and to judge on; families: in the place of the graph's."""
+    """What a graph makes of one target, on which images. families, untrained: in the place of the graph's."""
 
-    train: str
-    quality: Annotated[list[str], Field(min_length=1)]
+    train: On
+    quality: Annotated[list[On], Field(min_length=1)]
     studies: list[Study] = []
     families: list[str] | None = None
     shipped: list[str] = []
+    untrained: list[NonNegativeInt] | None = None
 
 
 class Graph(BaseModel, extra="forbid"):
-    """The section `graph` of a preset."""
+    """The section `graph` of a preset. folders: of images, by the environment variable that names another one."""
 
+    folders: dict[str, str] = {}
     once: list[str]
     targets: dict[str, Entry]
     families: list[str]
@@ -42,12 +59,14 @@ class Graph(BaseModel, extra="forbid"):
 
 @dataclass(frozen=True)
 class GraphRun:
-    """One run. kind: the rule that makes it; parameters: those that the graph sets; needs: the runs before it."""
+    """One run. kind: the rule that makes it; parameters: those that the graph sets; needs: the runs before it; missing:
+    why it cannot run here, a sentence."""
 
     kind: str
     notebook: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    missing: str = ""
 
 
 def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
@@ -63,28 +82,48 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
         place, said = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"].lower()
         raise BacksightError(f"the section `graph` of the preset {preset}: {place}: {said}.") from error
     runs = {_question(notebook): GraphRun("once", notebook) for notebook in graph.once}
+
+    def add(run: str, kind: str, notebook: str, parameters: dict[str, Any], needs: tuple[str, ...] = ()) -> None:
+        if run in runs:
+            raise BacksightError(f"the section `graph` of the preset {preset} asks twice for {run}.")
+        missing = {runs[name].missing for name in needs}
+        for key in ("images", "trained_on"):
+            if (variable := parameters.get(key)) in graph.folders:
+                folder = parameters[key] = os.environ.get(variable) or graph.folders[variable]
+                if not (project_root() / folder).is_dir():
+                    missing.add(f"no folder {folder}: what needs it is left out; {variable}=FOLDER names another.")
+        runs[run] = GraphRun(kind, notebook, parameters, needs, max(missing, default=""))
+
+    def images_name(images: str) -> str:
+        return file_name(Path(graph.folders.get(images, images)).name)
+
     for target, entry in graph.targets.items():
         families = graph.families if entry.families is None else entry.families
-        name, common, trained = file_name(target), {"target": target, "images": entry.train}, {}
-        for suffix, seeds in (("", graph.seeds), ("-untrained", graph.untrained)):
+        untrained = graph.untrained if entry.untrained is None else entry.untrained
+        name, trained = file_name(target), tuple[str, ...]()
+        for suffix, seeds in (("", graph.seeds), ("-untrained", untrained)):
             for seed in seeds if families else []:
                 left_out = ["linear"] if suffix else entry.shipped if seed == SHIPPED_SEED else []
                 own = {"families": [it for it in families if it not in left_out], "seed": seed}
-                run = f"train-{name}{suffix}-seed{seed}"
-                trained[run] = GraphRun("train", "02_train_inverse", common | own | {"pretrained": not suffix})
-        runs |= trained
+                trained += (run := f"train-{name}{suffix}-seed{seed}",)
+                parameters = {"target": target} | entry.train.model_dump() | own | {"pretrained": not suffix}
+                add(run, "train", "02_train_inverse", parameters)
         # Without trainings the studies take the shipped inverses.
         inverses, seeds = (results, graph.seeds) if trained else ("", [SHIPPED_SEED])
-        judging = {"target": target, "trained_on": entry.train, "inverses": inverses, "seeds": seeds}
-        for images in entry.quality:
-            run = f"quality-{name}-{file_name(images)}"
-            runs[run] = GraphRun("quality", "03_quality", judging | {"images": images}, tuple(trained))
+        judging = {"target": target, "trained_on": entry.train.images, "inverses": inverses, "seeds": seeds}
+        for on in entry.quality:
+            add(f"quality-{name}-{images_name(on.images)}", "quality", "03_quality", judging | on.model_dump(), trained)
         for study in entry.studies:
-            ((notebook, own),) = study.items() if isinstance(study, dict) else [(study, {})]
+            ((notebook, own),) = study.items()
             run = f"{_question(notebook).replace('_', '-')}-{name}"
-            runs[run] = GraphRun("study", notebook, judging | {"images": entry.quality[0]} | own, tuple(trained))
-    before = tuple(name for name, run in runs.items() if run.kind != "train")
-    return runs | {_question(last): GraphRun("last", last, {"results": results}, before) for last in graph.last}
+            if "images" in own:
+                run += f"-{images_name(own['images'])}"
+            add(run, "study", notebook, judging | {"images": entry.quality[0].images} | own, trained)
+    before = tuple(name for name, run in runs.items() if run.kind != "train" and not run.missing)
+    missing = "" if before else max((run.missing for run in runs.values()), default="")
+    return runs | {
+        _question(last): GraphRun("last", last, {"results": results}, before, missing) for last in graph.last
+    }
 
 
 def _question(notebook: str) -> str:
@@ -107,4 +146,10 @@ def plan_preset(preset: str, record: bool = False) -> str:
     seconds = [table["seconds"].get((name, run)) for run in runs]
     rows = pd.DataFrame({"run": [*runs], "notebook": [run.notebook for run in runs.values()], "seconds": seconds})
     total = f"{len(runs)} runs, {rows['seconds'].sum() / 60:.0f} minutes one after the other"
-    return f"{rows.to_string(index=False, na_rep='-')}\n\n{total}, {rows['seconds'].isna().sum()} not yet recorded"
+    total += f", {rows['seconds'].isna().sum()} not yet recorded"
+    return "\n".join([rows.to_string(index=False, na_rep="-"), "", total, *missing_folders(runs)])
+
+
+def missing_folders(runs: Mapping[str, GraphRun]) -> list[str]:
+    """Why some of these runs cannot be made here, a sentence a folder."""
+    return sorted({run.missing for run in runs.values()} - {""})
