@@ -28,6 +28,7 @@ def test_what_is_mistyped_is_refused_with_what_was_meant(capsys: pytest.CaptureF
     for arguments, words in {
         ("rnu",): "Did you mean 'run'",
         ("fit", "scenes-vit", "scenes", "out", "--step", "3"): "--steps",
+        ("fit", "scenes-vit", "scenes", "out", "--families", "['linear', lineer]"): "no inverse family 'lineer'",
         ("run",): "NOTEBOOK",
     }.items():
         assert main(arguments) == 2

@@ -1,6 +1,7 @@
 """The run graph on a cluster: what each profile would ask it for, without the cluster."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def planned(request: pytest.FixtureRequest, root: Path) -> tuple[str, list[dict[
     here = ["--directory", str(root), "--default-storage-prefix", str(root)] if request.param == "kubernetes" else []
     arguments = ["--profile", f"profiles/{request.param}", "--config", "preset=paper", "--dry-run", "--cores", "64"]
     command = [sys.executable, "-c", TELLING, *arguments, *here, "--forceall", "--quiet", "rules"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    images = dict.fromkeys(("BACKSIGHT_IMAGENET", "BACKSIGHT_COCO"), str(root))  # some folder that is there
+    environment = os.environ | images
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return request.param, [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("JOB ")]
 

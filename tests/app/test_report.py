@@ -274,7 +274,7 @@ def test_a_damaged_run_is_named_and_the_page_is_made_all_the_same(tmp_path: Path
     assert ("its metrics.csv cannot be read" in text) == bool(table)
 
 
-@pytest.mark.parametrize("changed", [{"parameters": {"targets": 5}}, {"hardware": {"cores": "x"}}])
+@pytest.mark.parametrize("changed", [{"hardware": {"cores": "x"}}])
 def test_odd_words_in_a_record_do_not_cost_the_page(tmp_path: Path, changed: dict[str, Any]) -> None:
     run = save_run(tmp_path / "odd", "03_quality", {"target": VIT}, rows(VIT))
     (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | changed))
@@ -304,10 +304,18 @@ def test_files_that_are_not_of_backsight_are_left_alone(tmp_path: Path, name: st
 
 
 def test_a_figure_belongs_to_the_longest_name_that_its_own_holds(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "both", "03_quality", {"targets": ["vit_base", "org/vit_base.mae"]}, rows(VIT))
+    measured = pd.concat([rows("vit_base"), rows("org/vit_base.mae")])
+    run = save_run(tmp_path / "both", "03_quality", {}, measured)
     save_png(run / "figures" / "psnr-org-vit_base.mae.png")
     (section,) = write_report(tmp_path).read_text(encoding="utf-8").split('id="target-org-vit_base.mae"')[1:]
     assert "both/figures/psnr-org-vit_base.mae.png" in section.split("</section>")[0]
+
+
+def test_a_target_that_could_not_be_had_has_no_section(tmp_path: Path) -> None:
+    save_run(tmp_path / "quickstart", "00_quickstart", {"targets": ["dinov2-small", VIT]}, rows(VIT))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert f'id="target-{VIT}"' in page
+    assert 'id="target-dinov2-small"' not in page
 
 
 def test_a_run_without_a_table_is_on_the_page(folder: Path, tmp_path: Path) -> None:

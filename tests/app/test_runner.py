@@ -38,6 +38,7 @@ seed = 0
     ("assignment", "value"),
     [
         ("steps=20", 20),
+        ("steps=1e3", 1000),
         ("rate=2", 2.0),
         ("rate=1e-3", 0.001),
         ("flag=true", True),

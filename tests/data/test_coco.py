@@ -150,6 +150,13 @@ def test_a_degenerate_box_is_that_of_its_mask(tmp_path, box):
     assert open_images(tmp_path, None, (30, 40), masks=True)[0]["boxes"].tolist() == [[4, 6, 14, 16]]
 
 
+def test_an_object_without_an_outline_does_not_cost_its_image(tmp_path):
+    """As tools write it that know boxes and outlines; the objects beside it are read."""
+    bare = {"bbox": [4, 6, 10, 10]}
+    item = open_images(annotated(tmp_path, [bare, SQUARE, bare | {"segmentation": []}]), None, (30, 40), masks=True)[0]
+    assert item["boxes"].tolist() == [[4, 6, 14, 16]]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -157,7 +164,7 @@ def test_a_degenerate_box_is_that_of_its_mask(tmp_path, box):
         {"category_id": "7"},
         {"segmentation": {"size": [30, 40], "counts": [1, 2, 3]}},
         {"segmentation": {"size": [40, 30], "counts": [600, 120, 480]}},
-        {"segmentation": []},
+        {"segmentation": [[]]},
         {"segmentation": [[1, 2]]},
     ],
 )

@@ -1,5 +1,6 @@
 """The command `backsight`, thin. Exit 0: done; 1: a notebook or a check failed; 2: bad input; 130: stopped."""
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,14 @@ from backsight.errors import BacksightError, nearest
 PRESETS = "quick, smoke, reference, paper or a YAML file"
 TARGETS = "a name that `backsight targets` lists, or another that load_target takes"
 Runs = Annotated[Path, Argument(metavar="FOLDER", help="holds the folders of runs, such as results/reference")]
-Taps = Annotated[str, Option(help="blocks, components, fine, or names with commas")]
+
+
+def listed(text: str) -> str:
+    """Names with commas, also where they are written as a list."""
+    return re.sub(r"""^\s*\[|\]\s*$|["']""", "", text)
+
+
+Taps = Annotated[str, Option(parser=listed, metavar="NAMES", help="blocks, components, fine, or names with commas")]
 
 app = Typer(
     help="What a vision transformer still knows, layer by layer.",
@@ -92,7 +100,7 @@ def fit(
     images: Annotated[str, Argument(metavar="IMAGES", help="scenes, leaves, a folder, a COCO or ImageNet root")],
     out: Annotated[Path, Argument(metavar="OUT", help="where the inverses go; 03_quality takes it as `inverses`")],
     taps: Taps = "blocks",
-    families: Annotated[str, Option(help="names with commas")] = "linear,modular",
+    families: Annotated[str, Option(parser=listed, metavar="NAMES", help="names with commas")] = "linear,modular",
     steps: Annotated[int, Option(min=1, help="of training")] = 400,
     batch_size: Annotated[int, Option(min=1, help="images of a step, of all processes together")] = 16,
     train_images: Annotated[int | None, Option(min=1, help="at most so many (default: all)")] = None,

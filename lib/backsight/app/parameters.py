@@ -176,5 +176,7 @@ def _value_of(text: str, kind: Any) -> Any:
     literal = text.strip() if opened or "list" not in str(kind) else f"[{text}]"  # linear,direct as [linear, direct]
     for read in (ast.literal_eval, yaml.safe_load):  # YAML knows [a, b] and true, but takes 1e-3 for a text
         with suppress(ValueError, SyntaxError, yaml.YAMLError):
-            return read(literal)
+            value = read(literal)
+            whole = getattr(kind, "__origin__", None) is int and isinstance(value, float) and value.is_integer()
+            return int(value) if whole else value  # 1e3 steps
     return text

@@ -94,7 +94,7 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
                     missing.add(f"no folder {folder}: what needs it is left out; {variable}=FOLDER names another.")
         runs[run] = GraphRun(kind, notebook, parameters, needs, max(missing, default=""))
 
-    def images_name(images: str) -> str:
+    def images_name(images: Any) -> str:
         return file_name(Path(graph.folders.get(images, images)).name)
 
     for target, entry in graph.targets.items():

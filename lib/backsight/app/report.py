@@ -60,10 +60,8 @@ class PageRun(Record):
 
     @property
     def targets(self) -> list[str]:
-        """The targets that the run was asked for, recorded weights of, or measured."""
-        asked = self.parameters.get("targets", self.parameters.get("target", []))
-        names = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
-        return list(dict.fromkeys([*names, *self.weights, *self.table["target"].dropna()]))
+        """The targets that the run recorded weights of, or measured: not what it was asked for and could not have."""
+        return list(dict.fromkeys([*self.weights, *self.table["target"].dropna()]))
 
     @property
     def question(self) -> str:

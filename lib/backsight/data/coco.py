@@ -30,7 +30,7 @@ class ImageObjects(NamedTuple):
     labels: Mapping[int, int]
 
     def read(self, path: str, size: Size, box: Box, framed: Size) -> dict[str, Tensor]:
-        """What lies in the frame; an object of which no pixel is seen is left out.
+        """What lies in the frame; an object without an outline, or of which no pixel is seen, is left out.
 
         path, size: of the image, (width, height); box: the part of it that is seen, in the frame of (H, W) = framed.
         masks (M, H, W) bool, boxes (M, 4) xyxy around them in pixels of the frame, labels (M,), crowd (M,) bool.
@@ -43,6 +43,8 @@ class ImageObjects(NamedTuple):
         columns = (left + (np.arange(width) + 0.5) * (right - left) / width).astype(int)
         masks, labels, crowd = [np.zeros((0, height, width), bool)], [], []
         for annotation in self.annotations:
+            if annotation.get("segmentation") in (None, []):
+                continue
             try:
                 seen = _mask(annotation["segmentation"], size)[rows[:, None], columns]  # nearest neighbour
                 label = self.labels[annotation["category_id"]]

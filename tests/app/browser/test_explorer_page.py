@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,6 +281,13 @@ def test_the_exported_python_reproduces_the_exported_png(
     assert "token" not in page.url  # of the address bar, which is a link to the same view
     again = opened(open_page, f"{address}&{page.url.partition('?')[2]}")
     assert pictures(again) == shown
+
+
+def test_a_request_under_another_host_is_refused(address: str) -> None:
+    """A page elsewhere whose name leads to this machine cannot read the explorer."""
+    request = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
 
 
 @pytest.mark.slow

@@ -46,8 +46,8 @@ def serve(port: int = 0, browser: bool = True) -> None:
             *(f"--Voila.ip={LOOPBACK}", f"--port={port}", "--Voila.port_retries=0", "--Voila.auto_token=True"),
             # A page that was left takes its kernel along.
             *("--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_idle_timeout=600"),
-            "--Voila.tornado_settings={'allow_remote_access': False}",  # the Host of a request is checked
             *("--template=backsight", "--VoilaConfiguration.file_allowlist=^$", "--Voila.log_level=WARN"),
             *([] if browser else ["--no-browser"]),
-        ]
+        ],
+        tornado_settings={"allow_remote_access": False},  # the Host of a request is checked
     )
