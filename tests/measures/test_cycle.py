@@ -7,9 +7,10 @@ import torch
 from backsight.measures.agreement import Matches, average_precision, detections, match
 from backsight.measures.structure import Judged
 from backsight.representation import Predictions
-from backsight.studies.cycle import cycle
+from backsight.studies.cycle import add_frechet_distance, cycle
 from backsight.studies.recolour import scene_objects
-from backsight.tables.pooling import influence, interval
+from backsight.tables.pooling import influence, interval, pool
+from backsight.tables.values import Values
 from backsight.targets import load_target
 
 
@@ -112,3 +113,27 @@ def test_features_of_a_model_without_a_head_are_no_answer():
     scores = cycle(target, target.taps)(Judged(images, None, None, torch.arange(2)))(images)
     assert "perceptual" in scores
     assert "top1_agreement" not in scores
+
+
+def test_only_the_first_images_are_shown_to_the_target_again():
+    target = load_target("vit_tiny_patch16_224", ["blocks.0"], pretrained=False, image_size=32)
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    measure = cycle(target, target.taps, count=3)
+    scores = [measure(Judged(images[k : k + 2], None, None, torch.arange(k, k + 2)))(images[k : k + 2]) for k in (0, 2)]
+    assert [len(of["perceptual"]) for of in scores] == [2, 1]
+    assert measure(Judged(images, None, None, torch.arange(4, 8)))(images) == {}
+
+
+def test_sets_of_pictures_are_as_far_apart_as_the_target_sees_them():
+    """Perfect pictures are no distance away, and pictures that are all the mean image as far as the mean image."""
+    target = load_target("vit_tiny_patch16_224", ["blocks.0"], pretrained=False, image_size=32)
+    images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blank = images.mean(0)
+    makers = {"perfect": lambda read: images, "blank": lambda read: blank.expand_as(images)}
+    families = {0: {name: {"blocks.0": made} for name, made in makers.items()}}
+    values = Values(target, "noise", "all", range(12))
+    add_frechet_distance(values, target, images, families, blank)
+    rows = pool(values.table()).set_index("inverse")
+    assert rows.value["perfect"] == pytest.approx(0, abs=1e-4 * rows.value["blank"])
+    assert rows.value["blank"] == pytest.approx(rows.value["null_mean"], rel=1e-3)
+    assert rows.low["blank"] > 0

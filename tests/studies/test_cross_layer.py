@@ -231,7 +231,7 @@ def test_a_layer_adds_what_deeper_ones_do_not_hold():
     parts = {"blocks.0": slice(20, 48), "blocks.1": slice(0, 10), "blocks.2": slice(0, 20)}
     model = Model({tap: lambda x, part=part: x.replace(x.values[..., part]) for tap, part in parts.items()})
     values = Values(model, "noise", "test", range(50))
-    layers.add_marginal_gain(values, model, shown[:200], shown[250:], list(parts), shown[200:250])
+    layers.add_marginal_gain(values, model, {0: shown[:200], 1: shown[:190]}, shown[250:], list(parts), shown[200:250])
     by = ["tap", "inverse", "measure"]
     gains = pool(values.table(), by, against={"inverse": "linear_deeper"}).set_index("tap")["value"]
     assert list(gains.index) == ["blocks.0", "blocks.1"]

@@ -9,22 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backsight.data.images import batches
 from backsight.measures.agreement import match
-from backsight.measures.similarity import token_cosine
+from backsight.measures.similarity import frechet_distance, token_cosine
 from backsight.measures.structure import Judged, Key, Measure, Scores
 from backsight.representation import Predictions, Tokens
+from backsight.studies.nulls import BySeed, read_taps, reconstructions
+from backsight.tables.pooling import influence
+from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
 
 EARLY = 3  # taps of the perceptual distance
+GROUPS = 20  # of images; one is left out at a time for the interval of a distance of sets
 
 
-def cycle(target: Target, taps: Sequence[str]) -> Measure:
+def cycle(target: Target, taps: Sequence[str], count: int | None = None) -> Measure:
     """Measure: `cycle_cosine` at each of `taps` (column cycle_tap), `perceptual`, and the agreement of the answers.
 
+    count: of the first so many images only; the target runs once more for every reconstruction.
     perceptual: the distance of LPIPS (Zhang et al. 2018) without its learned weights, in the target's own features:
     at each of the first EARLY taps of its blocks, tokens on the grid are scaled to unit length, squared differences
     summed over channels and averaged over tokens; then the mean over the taps. 0 is equal; values of different targets
@@ -46,10 +53,13 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
         return recorded, directions, answer
 
     def prepared(judged: Judged) -> Callable[[Tensor], Scores]:
-        true, early, answer = seen(judged.images)
+        few = len(judged.images) if count is None else min(len(judged.images), max(0, count - int(judged.places[0])))
+        if not few:
+            return lambda reconstruction: {}
+        true, early, answer = seen(judged.images[:few])
 
         def measured(reconstruction: Tensor) -> Scores:
-            again, early_again, other = seen(reconstruction)
+            again, early_again, other = seen(reconstruction[:few])
             values: dict[Key, Any] = {
                 ("cycle_cosine", (("cycle_tap", tap),)): token_cosine(true[tap], again[tap]) for tap in taps
             }
@@ -65,3 +75,42 @@ def cycle(target: Target, taps: Sequence[str]) -> Measure:
         return measured
 
     return prepared
+
+
+@torch.no_grad()
+def add_frechet_distance(values: Values, target: Target, images: Any, families: BySeed, mean_image: Tensor) -> None:
+    """Add `frechet_distance` of the images and of what each inverse makes of them, two sets that the target sees.
+
+    It sees a picture as the class token of its last tap (where there is none: as the mean token); of a DINOv2 this is
+    FD-DINOv2. images: those of `values`, 200 or more, none of which these inverses were fitted on. null_mean: the mean
+    image in the place of each.
+    """
+    last = target.tap_set("blocks")[-1]
+
+    def seen(pictures: Tensor) -> Tensor:
+        held = target.record(pictures, [last])[last]
+        return held.values[:, : min(1, getattr(held, "prefix", 0)) or None].mean(1)
+
+    true: list[Tensor] = []
+    made: dict[tuple[str, str], dict[int, list[Tensor]]] = {}
+    for batch in (images.to(target.device) for images in batches(images, 16)):
+        true.append(seen(batch))
+        recorded = target.record(batch, read_taps(target, families))
+        for family, tap, train_seed, pictures in reconstructions(recorded, families):
+            made.setdefault((family, tap), {}).setdefault(train_seed, []).append(seen(pictures.clamp(0, 1)))
+    whole = torch.cat(true)
+    count = min(GROUPS, len(whole))
+    groups = np.arange(len(whole)) % count
+
+    def distance(features: Tensor) -> np.ndarray:
+        def of_weights(weights: np.ndarray) -> np.ndarray:
+            drawn = torch.from_numpy(weights[:, groups] > 0)
+            return np.array([frechet_distance(whole[kept], features[kept]) for kept in drawn])
+
+        return influence(of_weights, count)[groups]
+
+    blank = distance(seen(mean_image[None].to(target.device)).expand_as(whole))
+    values.add("frechet_distance", {NO_SEED: blank}, None, "null_mean", clusters=groups)
+    for (family, tap), by_seed in made.items():
+        of_seeds = {train_seed: distance(torch.cat(parts)) for train_seed, parts in by_seed.items()}
+        values.add("frechet_distance", of_seeds, tap, family, clusters=groups, family=family)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise, permutations
 from typing import Any, NamedTuple
 
@@ -164,26 +164,34 @@ def cka_of_images(features: Sequence[Any], size: int) -> tuple[np.ndarray, np.nd
 
 @torch.no_grad()
 def add_marginal_gain(
-    values: Values, target: Target, images: Any, judged: Any, taps: Sequence[str], validation: Any = None, seed: int = 0
+    values: Values,
+    target: Target,
+    images: Mapping[int, Any],
+    judged: Any,
+    taps: Sequence[str],
+    validation: Any = None,
 ) -> None:
     """Add what every tap but the deepest says beside all deeper ones of these taps, which lie on one grid.
 
-    psnr of the linear inverse that reads the tap together with the deeper ones (inverse="linear_with"), and of them
-    alone ("linear_deeper"): their paired difference is the tap's gain. images, validation: of the fit; judged: the
-    images of `values`. Raises BacksightError on taps of different grids.
+    psnr_together of the linear inverse that reads the tap together with the deeper ones (inverse="linear_with"), and of
+    them alone ("linear_deeper"): their paired difference is the tap's gain. images: {training seed: those to fit on};
+    validation: of the fit; judged: the images of `values`. Raises BacksightError on taps of different grids.
     """
     names = ["+".join(taps[place:]) for place in range(len(taps))]
-    pairs = [(name, PIXELS) for name in names]
-    fitted = fit_linear_pairs(target, images, pairs, validation, seed=seed, progress=False)
-    scores: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in batches(judged, 50):
-        recorded = target.record(batch.to(target.device), taps)
-        for name, pair in zip(names, pairs, strict=True):
-            made = fitted[pair](side_by_side(recorded, name)).cpu()
-            scores[name].append(psnr(batch.cpu(), made))
+    scores: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    for s, sample in images.items():
+        pairs = [(name, PIXELS) for name in names]
+        fitted = fit_linear_pairs(target, sample, pairs, validation, seed=s, progress=False)
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for batch in batches(judged, BATCH):
+            recorded = target.record(batch.to(target.device), taps)
+            for name, pair in zip(names, pairs, strict=True):
+                parts[name].append(psnr(batch.cpu(), fitted[pair](side_by_side(recorded, name)).cpu()))
+        for name, of in parts.items():
+            scores[name][s] = torch.cat(of)
     for tap, with_tap, deeper in zip(taps, names, names[1:], strict=False):
         for inverse, name in (("linear_with", with_tap), ("linear_deeper", deeper)):
-            values.add("psnr", torch.cat(scores[name]), tap, inverse, family="linear")
+            values.add("psnr_together", scores[name], tap, inverse, family="linear")
 
 
 def _same_tokens(target: Target, recorded: dict[str, Representation], taps: Sequence[str]) -> list[list[str]]:

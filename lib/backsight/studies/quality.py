@@ -6,7 +6,7 @@ recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 from typing import Any, cast
 
 import numpy as np
@@ -93,14 +93,13 @@ def evaluate_quality(
             room = max(0, KEPT - len(image_names))
             kept_images.append(judged.images[:room])
             image_names += ids
-            for tap in taps:
-                scores.note(("null_mean", None, tap), NO_SEED, mean_image.expand_as(judged.images), True)
+            scores.note([("null_mean", None, tap) for tap in taps], NO_SEED, mean_image.expand_as(judged.images), True)
             recorded = target.record(judged.images, taps)
             others = {tap: recorded[tap].index(another(len(ids), generator)) for tap in taps if len(ids) > 1}
             several = with_nulls(recorded, families, others, of_others, judged.images, untrained)
             for inverse, family, tap, train_seed, pictures in several:
                 detailed = inverse != "null_untrained" or train_seed == next(iter(untrained))
-                scores.note((inverse, family, tap), train_seed, pictures, detailed)
+                scores.note([(inverse, family, tap)], train_seed, pictures, detailed)
                 if room and inverse == family and train_seed == first:
                     kept.setdefault(family, {}).setdefault(tap, []).append(pictures[:room].clamp(0, 1))
             bar.update(len(ids))
@@ -126,21 +125,22 @@ class _Scores:
         self.most = max(0, min(len(judged.images), self.measured - int(judged.places[0])))
         self.prepared = [measure(judged.first(self.most)) for measure in self.measures] if self.most else []
 
-    def note(self, place: Place, train_seed: int, reconstruction: Tensor, detailed: bool) -> None:
+    def note(self, places: Sequence[Place], train_seed: int, reconstruction: Tensor, detailed: bool) -> None:
+        """places: several where their reconstruction is the same."""
         reconstruction, images = reconstruction.clamp(0, 1), self.judged.images
         error = (images - reconstruction).square()
         values: dict[Key, Any] = {"psnr": psnr(images, reconstruction), "ssim": ssim(images, reconstruction)}
         if self.judged.masks is not None:
             values["psnr_objects"] = region_psnr(error.mean(1), self.judged.masks)
         values["r2"] = Ratio(error.flatten(1).mean(1), self.total.flatten(1).mean(1), complement=True)
-        if place[0] == self.maps_of:
+        if places[0][0] == self.maps_of:
             parts, wholes = (F.adaptive_avg_pool2d(x.mean(1, True), CELLS).flatten(1).T for x in (error, self.total))
             for cell, (part, whole) in enumerate(zip(parts, wholes, strict=True)):
                 where = (("row", cell // CELLS), ("column", cell % CELLS))
                 values["patch_r2", where] = Ratio(part, whole, complement=True)
         for measure in self.prepared if detailed else ():
             values |= measure(reconstruction[: self.most])
-        for key, value in values.items():
+        for place, (key, value) in product(places, values.items()):
             self.collected.setdefault((place, key, train_seed), []).append(value)
 
     def add_to(self, values: Values) -> None:
