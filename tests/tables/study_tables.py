@@ -14,7 +14,8 @@ from backsight.tables.values import Values, write_values
 
 VIT_TAPS = ("patch_embed", "blocks.0", "blocks.1", "norm")
 DETR_TAPS = ("backbone", "encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1")
-TAPS = {"scenes-vit": VIT_TAPS, "scenes-detr": DETR_TAPS}
+TAPS = {"scenes-vit": VIT_TAPS, "scenes-detr": DETR_TAPS, "dinov2-small": VIT_TAPS}
+REAL = ("dinov2-small",)  # targets that saw photographs
 IMAGES, SEEDS = 30, 3
 
 
@@ -35,7 +36,7 @@ class Study:
         self.name, self.taps = name, TAPS[name]
         self.draw = np.random.default_rng(len(name))
         self.easy = self.draw.normal(size=IMAGES)
-        self.values = Values(Target(name), "scenes", "test", range(IMAGES))
+        self.values = Values(Target(name), "photographs" if name in REAL else "scenes", "test", range(IMAGES))
 
     def add(
         self, measure: str, value: float, tap: str | None, inverse: str | None, spread: float = 0.0, **of: Any
@@ -48,7 +49,8 @@ class Study:
 
 
 def quality(study: Study) -> None:
-    """Scores that fall with depth, twice as fast in the DETR; modular is 1 dB above direct; outlines are kept."""
+    """Scores that fall with depth, twice as fast in the DETR; modular is 1 dB above direct; outlines are kept, and of a
+    coarse octave a tenth."""
     steep = 2 if study.name == "scenes-detr" else 1
     for place, tap in enumerate(study.taps):
         for family, more in (("linear", -2.0), ("direct", 0.0), ("modular", 1.0)):
@@ -56,6 +58,8 @@ def quality(study: Study) -> None:
             study.add("psnr_background", 30 + more - steep * place, tap, family, 2.0)
             study.add("texture_accuracy", max(0.0, 1 - 0.3 * place), tap, family, 0.01)
             study.add("mask_iou", 0.7, tap, family, 0.1)
+            study.add("band_error", 0.3 * place, tap, family, 0.01, band=45.3)
+            study.add("band_error", 0.9, tap, family, 0.01, band=5.7)
         for null in ("null_mean", "null_shuffled"):
             for measure, value in (
                 ("psnr", 12.0),
@@ -64,6 +68,8 @@ def quality(study: Study) -> None:
                 ("mask_iou", 0.1),
             ):
                 study.add(measure, value, tap, null, 0.01)
+            for band in (5.7, 45.3):
+                study.add("band_error", 1.0, tap, null, 0.01, band=band)
         study.add("factor_score", 0.9, tap, "probe", factor="shape")
         study.add("factor_score", 0.1, tap, "null_shuffled", factor="shape")
 
@@ -137,10 +143,12 @@ def write_run(folder: Path, notebook: str, values: pd.DataFrame) -> None:
     write_json(folder / "run.json", {"notebook": notebook, "status": "complete"})
 
 
-def tables(notebooks: tuple[str, ...] = tuple(STUDIES)) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def tables(
+    notebooks: tuple[str, ...] = tuple(STUDIES), targets: tuple[str, ...] = ("scenes-vit", "scenes-detr")
+) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(name of the run, its notebook, its values) of each study and target."""
     for notebook in notebooks:
-        for target in TAPS:
+        for target in targets:
             study = Study(target)
             STUDIES[notebook](study)
             yield f"{notebook[3:]}-{target}", notebook, study.values.table()

@@ -245,7 +245,7 @@ def _claims(study: Study) -> list[tuple[Mapping[Any, Any], Mapping[Any, Any] | N
 
     def measured(of: Study) -> dict[tuple[str, str, str], Mapping[Any, Any]]:
         rows = findings(of).dropna(subset="value").fillna({"tap": ""}).to_dict("records")
-        return {(row["claim"], row["target"], row["tap"]): row for row in rows}
+        return {(row["claim"], row["pictures"], row["target"], row["tap"]): row for row in rows}
 
     if study.folder.resolve() == study_folder().resolve() or not (own := measured(study)):
         return []

@@ -54,6 +54,8 @@ LOOKS: dict[str, Look] = {
     # inverses and nulls
     "linear": Look("linear", "#0173b2", "o"),
     "linear_3x3": Look("linear, 3 x 3 tokens", "#6ea6cd", "p"),
+    "linear_leaves": Look("linear, fitted on leaves", "#33bbee", "v", (3, 1.5)),
+    "linear_with": Look("this tap and deeper ones", "#0173b2", "o"),
     "linear_chain": Look("linear chain", "#4a6fe3", "v", (3, 1.5)),
     "linear_uniform": Look("linear, uniform hues", "#ee7733", "o"),
     "direct": Look("direct", "#de8f05", "s"),
@@ -105,6 +107,7 @@ MEASURE_NAMES = {
     "r2": "R² (share of variance)",
     "cycle_cosine": "cosine of features (1 = equal)",
     "perceptual": "distance in early features",
+    "frechet_distance": "Fréchet distance (0: the same)",
     "hue_error": "hue error of the object (°)",
     "edge_f1": "edge F1 (1 = all edges)",
     "mask_iou": "mask IoU (1 = identical)",

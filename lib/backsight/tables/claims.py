@@ -17,31 +17,40 @@ from backsight.tables.judge import LEAST_SEEDS, Claim, judge
 from backsight.tables.read import Study, read_study, write_text
 from backsight.tables.sentences import number
 
-UNMEASURED = "not measured"
+UNMEASURED, PICTURES = "not measured", ("scenes", "real")
 JUDGED = ("tap", "value", "low", "high", "n", "seeds", "photographs", "border", "p", "verdict", "why")
 RULES = f"""
 A row is a mean over training seeds and images with its 95 % interval, of values or of differences of the same image by
 the same training seed. *agreed*: the interval lies beyond the smallest effect that matters, the border; *disagreed*: on
 the other side; *cannot tell*: it holds the border, or fewer than {LEAST_SEEDS} training seeds stand behind a trained
 inverse; *at the floor*: the values do not beat their null, so that they decide nothing. p values are corrected for the
-number of rows on this page (Holm). The targets are small models that we trained on rendered scenes, one of each kind:
-what is found of them is not thereby found of the paper's models."""
+number of rows on this page (Holm), scenes and real apart. The targets of *scenes* are small models that we trained on
+rendered scenes, one of each kind: what is found of them is not thereby found of the paper's models. *Real* is a
+pretrained DINOv2 ViT-S/14 on photographs of which no truth is known but the pixels (and masks of COCO): neither a model
+of the paper nor a classifier, no DETR beside it, and few photographs, so that small differences stay open."""
 
 
 def read_claims() -> list[Claim]:
-    """The claims, in the order of the page."""
-    listed = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-    return [Claim(**entry) for entry in listed]
+    """The claims, in the order of the page; what an entry says of `real` pictures takes the place of its other fields
+    in a claim of its own."""
+    claims = []
+    for entry in yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8")):
+        real = entry.pop("real", None)
+        claims += [Claim(**entry)] + ([Claim(**{**entry, **real, "pictures": "real"})] if real else [])
+    return claims
 
 
 def findings(study: Study) -> pd.DataFrame:
-    """One row a claim and target, as of `judge`, with text, source, unit, notebook and caution; a claim that no run
-    measured has one row, "not measured"."""
-    claims = read_claims()
-    about = pd.DataFrame([vars(claim) for claim in claims])[["claim", "text", "source", "notebook", "unit", "caution"]]
+    """One row a claim, kind of pictures and target, as of `judge`, with text, source, unit, notebook and caution; what
+    no run measured has one row, "not measured"."""
+    claims, key = read_claims(), ["claim", "pictures"]
+    about = pd.DataFrame([vars(claim) for claim in claims])[[*key, "text", "source", "notebook", "unit", "caution"]]
     values = study.values([claim.notebook for claim in claims])
-    judged = judge(values, claims).reindex(columns=["claim", "target", *JUDGED])
-    table = about.merge(judged, on="claim", how="left")
+    judged = [
+        judge(values, [claim for claim in claims if claim.pictures == pictures]).assign(pictures=pictures)
+        for pictures in PICTURES
+    ]
+    table = about.merge(pd.concat(judged).reindex(columns=[*key, "target", *JUDGED]), on=key, how="left")
     return table.assign(verdict=table["verdict"].fillna(UNMEASURED))
 
 
@@ -50,23 +59,28 @@ def render_findings(study: Study) -> str:
     table, name = findings(study), shown(study.folder)
     name = study.folder.name if Path(name).is_absolute() else name  # the same on every machine
     lines = ["# Findings", "", f"Made by `backsight findings {name} FINDINGS.md` from the runs in `{name}`.", RULES]
-    lines += ["", "| claim | source | verdicts |", "| --- | --- | --- |"]
+    lines += ["", f"| claim | source | {' | '.join(PICTURES)} |", "| --- | --- | --- | --- |"]
     for claim, rows in table.groupby("claim", sort=False):
-        verdicts = [f"{row.target}: **{row.verdict}**" for row in rows.itertuples() if row.verdict != UNMEASURED]
-        lines.append(f"| {claim} | {rows['source'].iloc[0]} | {', '.join(verdicts) or UNMEASURED} |")
-    for position, (_, rows) in enumerate(table.groupby("claim", sort=False), start=1):
-        first = rows.iloc[0]
-        title = first["claim"][0].upper() + first["claim"][1:]
-        lines += ["", f"## {position}. {title}", "", f"{first['text']} ({first['source']})", ""]
-        lines += _numbers(rows) if first["verdict"] != UNMEASURED else [f"No run of `{first['notebook']}` measured it."]
-        lines += ["", f"**Do not conclude:** {first['caution']}"]
+        cells = []
+        for pictures in PICTURES:
+            known = rows[(rows["pictures"] == pictures) & (rows["verdict"] != UNMEASURED)]
+            cells.append(", ".join(f"{row.target}: **{row.verdict}**" for row in known.itertuples()) or UNMEASURED)
+        lines.append(f"| {claim} | {rows['source'].iloc[0]} | {' | '.join(cells)} |")
+    for position, (claim, rows) in enumerate(table.groupby("claim", sort=False), start=1):
+        title = claim[0].upper() + claim[1:]
+        lines += ["", f"## {position}. {title}", "", f"{rows['text'].iloc[0]} ({rows['source'].iloc[0]})"]
+        for pictures, of in rows.groupby("pictures", sort=False):
+            lines += ["", *_numbers(of, pictures), "", f"**Do not conclude:** {of['caution'].iloc[0]}"]
     if study.left_out:
         lines += ["", f"Runs left out: {'; '.join(f'`{run}` ({why})' for run, why in study.left_out.items())}."]
     return "\n".join(lines) + "\n"
 
 
-def _numbers(rows: pd.DataFrame) -> list[str]:
-    lines = [f"Measured by `{rows['notebook'].iloc[0]}`: {rows['unit'].iloc[0]}.", ""]
+def _numbers(rows: pd.DataFrame, pictures: str) -> list[str]:
+    first, of = rows.iloc[0], "" if pictures == PICTURES[0] else f" of {pictures} pictures"
+    if first["verdict"] == UNMEASURED:
+        return [f"No run of `{first['notebook']}`{of} measured it."]
+    lines = [f"Measured by `{first['notebook']}`{of}: {first['unit']}.", ""]
     lines += ["| target | tap | value [95 %] | images / photographs / seeds | border | p | verdict |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for _, row in rows.iterrows():

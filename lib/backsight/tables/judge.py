@@ -30,7 +30,7 @@ class Claim:
     over taps), a name, or "" where values have none; against: what the rows are compared with (as of `pool`; {"tap":
     "first"} is the shallowest); above, below, within: the one border, in `unit`; floor: the null that the values must
     be better than (errors: below it) to say anything, at `floor_tap`, by default at `tap`; trained: whether
-    training seeds count; caution: what must not be concluded."""
+    training seeds count; caution: what must not be concluded; pictures: "scenes" or "real", which its rows are of."""
 
     claim: str
     source: str
@@ -47,6 +47,7 @@ class Claim:
     floor: str = ""
     floor_tap: str = ""
     trained: bool = True
+    pictures: str = "scenes"
 
 
 def judge(values: pd.DataFrame, claims: Sequence[Claim], seed: int = 0) -> pd.DataFrame:
