@@ -67,10 +67,10 @@ def test_a_training_comes_out_the_same_twice_and_is_judged(tmp_path: Path) -> No
     pd.testing.assert_frame_equal(first[~timed], again[~timed])
     families = {path.name.partition("--")[0] for path in (tmp_path / "first" / "inverses").glob("*.safetensors")}
     assert {"linear", "direct", "modular"} <= families
-    judged = run(QUALITY, tmp_path / "judged", f"inverses={tmp_path / 'first'}", "seeds=[0]")
+    judged = run(QUALITY, tmp_path / "judged", f"inverses={tmp_path / 'first'}", "seeds=[0]", "beside=leaves")
     assert judged is not None
     scores = judged[judged["measure"] == "psnr"]
-    assert families | {"null_mean", "null_shuffled"} <= set(scores["inverse"])
+    assert families | {"linear_leaves", "null_mean", "null_shuffled"} <= set(scores["inverse"])
     # The same inverses on other images: they read what they read in 02, and less of it the deeper the tap.
     psnr = first[(first["measure"] == "psnr") & (first["inverse"] == "modular")].groupby("tap")["value"].mean()
     elsewhere = scores[scores["inverse"] == "modular"].groupby("tap")["value"].mean()
