@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.models import alexnet
 
 from backsight.measures.agreement import Matches, average_precision, detections, match
 from backsight.measures.structure import Judged
 from backsight.representation import Predictions
-from backsight.studies.cycle import add_frechet_distance, cycle
+from backsight.studies.cycle import LPIPS_WEIGHTS, add_frechet_distance, cycle
 from backsight.studies.recolour import scene_objects
 from backsight.tables.pooling import influence, interval, pool
 from backsight.tables.values import Values
@@ -137,3 +138,19 @@ def test_sets_of_pictures_are_as_far_apart_as_the_target_sees_them():
     assert rows.value["perfect"] == pytest.approx(0, abs=1e-4 * rows.value["blank"])
     assert rows.value["blank"] == pytest.approx(rows.value["null_mean"], rel=1e-3)
     assert rows.low["blank"] > 0
+
+
+def test_lpips_is_measured_where_its_weights_are_present(tmp_path, monkeypatch):
+    """With random weights of AlexNet, which stand for those that nothing here may download."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    target = load_target("scenes-vit")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    judged = Judged(images, None, None, torch.arange(3))
+    assert "lpips" not in cycle(target, [])(judged)(images)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / LPIPS_WEIGHTS)
+    measured = cycle(target, [])(judged)
+    assert measured(images)["lpips"].tolist() == [0, 0, 0]
+    near, far = (measured((images + shift).clamp(0, 1))["lpips"] for shift in (0.02, 0.4))
+    assert (near > 0).all()
+    assert (far > near).all()

@@ -7,12 +7,14 @@ perceptual distance), and its answer: the top-1 class, or the detections.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
 from backsight.data.images import batches
 from backsight.measures.agreement import match
@@ -25,11 +27,20 @@ from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
 
 EARLY = 3  # taps of the perceptual distance
+LPIPS_WEIGHTS, LPIPS_SIDE = "checkpoints/alexnet-owt-7be5be79.pth", 64  # in torch.hub's folder; pixels at least
 GROUPS = 20  # of images; one is left out at a time for the interval of a distance of sets
 
 
+def lpips_network(device: torch.device) -> nn.Module | None:
+    """Torchmetrics' LPIPS over torchvision's AlexNet; None where its weights are not on this machine."""
+    if not Path(torch.hub.get_dir(), LPIPS_WEIGHTS).is_file():
+        return None
+    return LearnedPerceptualImagePatchSimilarity("alex").net.to(device)
+
+
 def cycle(target: Target, taps: Sequence[str], count: int | None = None) -> Measure:
-    """Measure: `cycle_cosine` at each of `taps` (column cycle_tap), `perceptual`, and the agreement of the answers.
+    """Measure: `cycle_cosine` at each of `taps` (column cycle_tap), `perceptual`, and the agreement of the answers; of
+    pictures of 64 pixels or more `lpips` (Zhang et al. 2018, AlexNet), where torchvision's weights of it are present.
 
     count: of the first so many images only; the target runs once more for every reconstruction.
     perceptual: the distance of LPIPS (Zhang et al. 2018) without its learned weights, in the target's own features:
@@ -40,6 +51,7 @@ def cycle(target: Target, taps: Sequence[str], count: int | None = None) -> Meas
     detections on the image of a score of CONFIDENT or more: `Matches`.
     """
     blocks = target.tap_set("blocks")
+    network = lpips_network(target.device)
     recorded_taps = [tap for tap in target.available_taps if tap in {*taps, *blocks[:EARLY], blocks[-1]}]
 
     def seen(images: Tensor) -> tuple[dict[str, Any], list[Tensor], Tensor | Predictions | None]:
@@ -66,6 +78,8 @@ def cycle(target: Target, taps: Sequence[str], count: int | None = None) -> Meas
             if early:
                 pairs = zip(early_again, early, strict=True)
                 values["perceptual"] = torch.stack([(a - b).square().sum(-1).mean(1) for a, b in pairs]).mean(0)
+            if network is not None and min(reconstruction.shape[2:]) >= LPIPS_SIDE:
+                values["lpips"] = network(judged.images[:few], reconstruction[:few], normalize=True).flatten()
             if isinstance(answer, Predictions) and isinstance(other, Predictions):
                 values["map50"] = match(answer, other)
             elif isinstance(answer, Tensor) and isinstance(other, Tensor):
