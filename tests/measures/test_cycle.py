@@ -1,6 +1,7 @@
 """Cycle check: an image agrees with itself, and average precision is COCO's."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torchvision.models import alexnet
@@ -11,7 +12,7 @@ from backsight.representation import Predictions
 from backsight.studies.cycle import LPIPS_WEIGHTS, add_frechet_distance, cycle
 from backsight.studies.recolour import scene_objects
 from backsight.tables.pooling import influence, interval, pool
-from backsight.tables.values import Values
+from backsight.tables.values import Values, write_values
 from backsight.targets import load_target
 
 
@@ -125,19 +126,22 @@ def test_only_the_first_images_are_shown_to_the_target_again():
     assert measure(Judged(images, None, None, torch.arange(4, 8)))(images) == {}
 
 
-def test_sets_of_pictures_are_as_far_apart_as_the_target_sees_them():
+def test_sets_of_pictures_are_as_far_apart_as_the_target_sees_them(tmp_path):
     """Perfect pictures are no distance away, and pictures that are all the mean image as far as the mean image."""
     target = load_target("vit_tiny_patch16_224", ["blocks.0"], pretrained=False, image_size=32)
     images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     blank = images.mean(0)
     makers = {"perfect": lambda read: images, "blank": lambda read: blank.expand_as(images)}
     families = {0: {name: {"blocks.0": made} for name, made in makers.items()}}
-    values = Values(target, "noise", "all", range(12))
+    values = Values(target, "noise", "all", [f"image {k}" for k in range(12)])
     add_frechet_distance(values, target, images, families, blank)
     rows = pool(values.table()).set_index("inverse")
     assert rows.value["perfect"] == pytest.approx(0, abs=1e-4 * rows.value["blank"])
     assert rows.value["blank"] == pytest.approx(rows.value["null_mean"], rel=1e-3)
     assert rows.low["blank"] > 0
+    beside = Values(target, "noise", "test", ["a", "b"])
+    beside.add("psnr", [1.0, 2.0])
+    write_values(tmp_path / "values.parquet", pd.concat([values.table(), beside.table()]))  # one column, one type
 
 
 def test_lpips_is_measured_where_its_weights_are_present(tmp_path, monkeypatch):

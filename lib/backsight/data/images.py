@@ -6,6 +6,7 @@ never lost silently.
 """
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -202,6 +203,12 @@ def _sides(size: Any) -> Size:
     if not isinstance(sides, tuple | list) or [isinstance(side, int) and side > 0 for side in sides] != [True, True]:
         raise SourceError(f"{size!r} is neither a target nor a size, (height, width) in pixels or one side of a square")
     return sides[0], sides[1]
+
+
+def images_at_once(images: ImageSource | Tensor) -> int:
+    """How many of these a study holds at once: 50 of 64 x 64 pixels, of larger ones as many pixels, four at least."""
+    size = images.shape[2:] if isinstance(images, Tensor) else images.size
+    return max(4, min(50, 50 * 64**2 // math.prod(size)))
 
 
 def batches(

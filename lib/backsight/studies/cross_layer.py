@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backsight.data.images import batches
+from backsight.data.images import batches, images_at_once
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import LinearInverse, fit_linear_pairs, image_errors
 from backsight.representation import Representation
@@ -28,7 +28,6 @@ from backsight.tables.pooling import influence
 from backsight.tables.values import Values
 from backsight.targets import Target
 
-BATCH = 50  # images
 Maps = Mapping[int, Mapping[Pair, Any]]  # {training seed: {(tap i, tap j): the map of their representations}}
 Inverses = Mapping[int, Mapping[str, Reconstruct]]  # {training seed: {tap: reconstruction}}
 
@@ -47,7 +46,7 @@ def _recordings(
 ) -> Iterator[tuple[Tensor, Mapping[str, Representation], Mapping[str, Representation]]]:
     """Batches, what is recorded of them, and what is read: the same or, for a null, that of other images."""
     taps = [tap for tap in target.available_taps if any(tap in pair for pair in pairs)]
-    for number, batch in enumerate(batches(images, BATCH)):
+    for number, batch in enumerate(batches(images, images_at_once(images))):
         if shuffle and len(batch) == 1:
             continue  # a last image alone: there is no other one
         batch = batch.to(target.device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
-from backsight.data.images import batches
+from backsight.data.images import batches, images_at_once
 from backsight.measures.agreement import match
 from backsight.measures.similarity import frechet_distance, token_cosine
 from backsight.measures.structure import Judged, Key, Measure, Scores
@@ -107,7 +107,7 @@ def add_frechet_distance(values: Values, target: Target, images: Any, families: 
 
     true: list[Tensor] = []
     made: dict[tuple[str, str], dict[int, list[Tensor]]] = {}
-    for batch in (images.to(target.device) for images in batches(images, 16)):
+    for batch in (images.to(target.device) for images in batches(images, images_at_once(images))):
         true.append(seen(batch))
         recorded = target.record(batch, read_taps(target, families))
         for family, tap, train_seed, pictures in reconstructions(recorded, families):
@@ -115,6 +115,7 @@ def add_frechet_distance(values: Values, target: Target, images: Any, families: 
     whole = torch.cat(true)
     count = min(GROUPS, len(whole))
     groups = np.arange(len(whole)) % count
+    names = [f"group {group}" for group in groups]
 
     def distance(features: Tensor) -> np.ndarray:
         def of_weights(weights: np.ndarray) -> np.ndarray:
@@ -124,7 +125,7 @@ def add_frechet_distance(values: Values, target: Target, images: Any, families: 
         return influence(of_weights, count)[groups]
 
     blank = distance(seen(mean_image[None].to(target.device)).expand_as(whole))
-    values.add("frechet_distance", {NO_SEED: blank}, None, "null_mean", clusters=groups)
+    values.add("frechet_distance", {NO_SEED: blank}, None, "null_mean", clusters=names)
     for (family, tap), by_seed in made.items():
         of_seeds = {train_seed: distance(torch.cat(parts)) for train_seed, parts in by_seed.items()}
-        values.add("frechet_distance", of_seeds, tap, family, clusters=groups, family=family)
+        values.add("frechet_distance", of_seeds, tap, family, clusters=names, family=family)

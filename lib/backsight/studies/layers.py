@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backsight.data.images import batches
+from backsight.data.images import batches, images_at_once
 from backsight.errors import BacksightError
 from backsight.inverses.linear import fit_linear_pairs, side_by_side
 from backsight.measures.pixels import psnr
@@ -27,7 +27,6 @@ from backsight.tables.pooling import influence
 from backsight.tables.values import Values
 from backsight.targets import PIXELS, Target
 
-BATCH = 50  # images
 Pair = tuple[str, str]
 STACKS = ("blocks", "encoder", "decoder")
 _IN_FRONT = {
@@ -123,7 +122,7 @@ def add_similarity(values: Values, target: Target, images: Any, null: bool = Fal
     sample, alike = TokenSample(seed=seed), [tap for tap in target.available_taps if tap in named]
     cosines: dict[Pair, list[Tensor]] = {}
     updates: dict[Step, list[Tensor]] = {}
-    for batch in batches(images, BATCH):
+    for batch in batches(images, images_at_once(images)):
         recorded = target.record(batch.to(target.device), alike)
         sample.add({tap: recorded[tap] for tap in members})
         sets = _same_tokens(target, recorded, members)
@@ -183,7 +182,7 @@ def add_marginal_gain(
         pairs = [(name, PIXELS) for name in names]
         fitted = fit_linear_pairs(target, sample, pairs, validation, seed=s, progress=False)
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch in batches(judged, BATCH):
+        for batch in batches(judged, images_at_once(judged)):
             recorded = target.record(batch.to(target.device), taps)
             for name, pair in zip(names, pairs, strict=True):
                 parts[name].append(psnr(batch.cpu(), fitted[pair](side_by_side(recorded, name)).cpu()))

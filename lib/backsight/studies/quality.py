@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import ImageSource, Preprocessed, open_images, tensor, unit_floats
+from backsight.data.images import ImageSource, Preprocessed, images_at_once, open_images, tensor, unit_floats
 from backsight.errors import BacksightError
 from backsight.measures.agreement import Matches, average_precision
 from backsight.measures.pixels import psnr, region_psnr, ssim
@@ -54,7 +54,7 @@ def evaluate_quality(
     dataset: str | None = None,
     split: str | None = None,
     seed: int = 0,
-    batch_size: int = 50,
+    batch_size: int | None = None,
     *,
     photographs: Sequence[str] | None = None,
     shuffled_families: Sequence[str] | None = None,
@@ -88,7 +88,7 @@ def evaluate_quality(
     kept_images: list[Tensor] = []
     kept: dict[str, dict[str, list[Tensor]]] = {}
     with tqdm(total=len(images), desc=f"{target.name} on {dataset}", leave=False) as bar:
-        for judged, ids in _judged(images, batch_size):
+        for judged, ids in _judged(images, batch_size or images_at_once(images)):
             scores.start(judged)
             room = max(0, KEPT - len(image_names))
             kept_images.append(judged.images[:room])
