@@ -67,10 +67,10 @@ def render_findings(study: Study) -> str:
             cells.append(", ".join(f"{row.target}: **{row.verdict}**" for row in known.itertuples()) or UNMEASURED)
         lines.append(f"| {claim} | {rows['source'].iloc[0]} | {' | '.join(cells)} |")
     for position, (claim, rows) in enumerate(table.groupby("claim", sort=False), start=1):
-        title = claim[0].upper() + claim[1:]
-        lines += ["", f"## {position}. {title}", "", f"{rows['text'].iloc[0]} ({rows['source'].iloc[0]})"]
-        for pictures, of in rows.groupby("pictures", sort=False):
-            lines += ["", *_numbers(of, pictures), "", f"**Do not conclude:** {of['caution'].iloc[0]}"]
+        title, first = str(claim), rows.iloc[0]
+        lines += ["", f"## {position}. {title[0].upper()}{title[1:]}", "", f"{first['text']} ({first['source']})"]
+        for kind, of in rows.groupby("pictures", sort=False):
+            lines += ["", *_numbers(of, str(kind)), "", f"**Do not conclude:** {of['caution'].iloc[0]}"]
     if study.left_out:
         lines += ["", f"Runs left out: {'; '.join(f'`{run}` ({why})' for run, why in study.left_out.items())}."]
     return "\n".join(lines) + "\n"
