@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
 from backsight.data.images import batches, images_at_once
 from backsight.measures.agreement import match
@@ -35,6 +34,8 @@ def lpips_network(device: torch.device) -> nn.Module | None:
     """Torchmetrics' LPIPS over torchvision's AlexNet; None where its weights are not on this machine."""
     if not Path(torch.hub.get_dir(), LPIPS_WEIGHTS).is_file():
         return None
+    from torchmetrics.image import LearnedPerceptualImagePatchSimilarity  # takes long to import
+
     return LearnedPerceptualImagePatchSimilarity("alex").net.to(device)
 
 

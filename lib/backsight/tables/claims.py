@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -45,7 +46,8 @@ def findings(study: Study) -> pd.DataFrame:
     no run measured has one row, "not measured"."""
     claims, key = read_claims(), ["claim", "pictures"]
     about = pd.DataFrame([vars(claim) for claim in claims])[[*key, "text", "source", "notebook", "unit", "caution"]]
-    values = study.values([claim.notebook for claim in claims])
+    measures = {measure for claim in claims for measure in np.atleast_1d(claim.rows["measure"])}
+    values = study.values([claim.notebook for claim in claims], measures)
     judged = [
         judge(values, [claim for claim in claims if claim.pictures == pictures]).assign(pictures=pictures)
         for pictures in PICTURES

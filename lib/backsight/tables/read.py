@@ -42,10 +42,12 @@ class Study:
         rows = self.table[(self.table["notebook"] == notebook) & self.table["measure"].isin(measures)]
         return rows.fillna({"inverse": ""})
 
-    def values(self, notebooks: Collection[str]) -> pd.DataFrame:
-        """One value an image (`tables.values`) of all runs of these notebooks, with the column `notebook`."""
+    def values(self, notebooks: Collection[str], measures: Collection[str] | None = None) -> pd.DataFrame:
+        """One value an image (`tables.values`) of all runs of these notebooks, of these measures where some are given,
+        with the column `notebook`."""
+        filters = None if measures is None else [("measure", "in", measures)]
         parts = [
-            pd.read_parquet(path).assign(notebook=notebook)
+            pd.read_parquet(path, filters=filters).assign(notebook=notebook)
             for run, notebook in self.table[["run", "notebook"]].drop_duplicates().itertuples(index=False)
             if notebook in notebooks and (path := self.folder / run / VALUES).is_file()
         ]
