@@ -47,6 +47,8 @@ def test_every_run_is_read_with_its_notebook(study: Study) -> None:
     values = study.values([QUALITY, "05_colour"])
     assert set(values["notebook"]) == {QUALITY, "05_colour"}
     assert {"image", "train_seed", "value"} <= set(values)
+    of_some = study.values([QUALITY, "05_colour"], ["psnr"])
+    pd.testing.assert_frame_equal(of_some, values[values["measure"] == "psnr"].reset_index(drop=True))
 
 
 def test_a_study_without_such_runs_has_no_rows(study: Study) -> None:
