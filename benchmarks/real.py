@@ -5,6 +5,7 @@ weights, half an hour. The processor time of one thread: other work beside it do
 """
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -54,6 +55,8 @@ def measured(target: Target, images: Tensor) -> Iterator[Row]:
     here = Linearised(forward, patchify(images[:1], (8, 8)))
     pair = seconds(lambda: here.transposed(here.product(here.at.detach())))
     yield row("seconds of a pair of products of MAP / of a pass", pair, "s", once, "")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the widest model comes last
+    yield row("peak memory so far / 6 GB", peak, "B", 6e9, "<= 1")
 
 
 if __name__ == "__main__":

@@ -68,3 +68,15 @@ def test_singular_values_come_out_near_one(shape: tuple[int, ...]) -> None:
 
 def test_a_gradient_of_zeros_is_a_step_of_zero() -> None:
     assert torch.equal(orthogonalised(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("inputs", [32, 384, 1296])
+def test_the_first_step_of_a_zero_head_moves_what_it_makes_by_a_bounded_amount(inputs: int) -> None:
+    """However much it reads: otherwise a wide head destroys the start that it is added to."""
+    module = nn.ModuleDict({"head": nn.Linear(inputs, 2)})
+    head, x = module["head"], torch.ones(4, inputs)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    (head(x) - 1).square().mean().backward()
+    step_all(optimizers(module.named_parameters(), 0.0), 0.001)
+    assert 0.03 < head(x).max() < 0.3

@@ -14,6 +14,7 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero; singular values end in [0.7, 1.2]
 ADAMW_STEP = 0.2  # root mean square of an entry of AdamW's steps, about, to which Muon's are scaled
 STACKED_VALUES = 2**24  # of matrices that are made orthogonal together
+HEAD_INPUTS = 256  # of the widest head that is stepped at the full rate
 
 
 class Group(NamedTuple):
@@ -25,8 +26,14 @@ class Group(NamedTuple):
 
 
 def default_group(name: str, parameter: Tensor) -> Group:
-    """Muon for matrices and kernels, in which a short training learns about three times as much; not for heads."""
-    return Group(parameter.ndim in (2, 4) and "head" not in name)
+    """Muon for matrices and kernels, in which a short training learns about three times as much; not for heads.
+
+    AdamW's first steps are of one size for every weight, so that they move what a head makes by its number of inputs:
+    the rate of a wide one falls with them. Source: Yang & Hu, Tensor Programs V, arXiv 2203.03466, table 3.
+    """
+    if "head" in name:
+        return Group(False, rate=min(1.0, HEAD_INPUTS / parameter[0].numel()))
+    return Group(parameter.ndim in (2, 4))
 
 
 def optimizers(
