@@ -35,14 +35,13 @@ Study = Annotated[  # a notebook, or {notebook: parameters}
 
 
 class Entry(BaseModel, extra="forbid"):
-    """What a graph makes of one target, on which images. families, untrained: in the place of the graph's."""
+    """What a graph makes of one target, on which images. families: in the place of the graph's."""
 
     train: On
     quality: Annotated[list[On], Field(min_length=1)]
     studies: list[Study] = []
     families: list[str] | None = None
     shipped: list[str] = []
-    untrained: list[NonNegativeInt] | None = None
 
 
 class Graph(BaseModel, extra="forbid"):
@@ -99,12 +98,13 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
 
     for target, entry in graph.targets.items():
         families = graph.families if entry.families is None else entry.families
-        untrained = graph.untrained if entry.untrained is None else entry.untrained
         name, trained = file_name(target), tuple[str, ...]()
-        for suffix, seeds in (("", graph.seeds), ("-untrained", untrained)):
-            for seed in seeds if families else []:
+        for suffix, seeds in (("", graph.seeds), ("-untrained", graph.untrained)):
+            for seed in seeds:
                 left_out = ["linear"] if suffix else entry.shipped if seed == SHIPPED_SEED else []
                 own = {"families": [it for it in families if it not in left_out], "seed": seed}
+                if not own["families"]:
+                    continue
                 trained += (run := f"train-{name}{suffix}-seed{seed}",)
                 parameters = {"target": target} | entry.train.model_dump() | own | {"pretrained": not suffix}
                 add(run, "train", "02_train_inverse", parameters)
