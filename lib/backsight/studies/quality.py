@@ -6,7 +6,7 @@ recording. What is measured beyond PSNR, SSIM and R² is handed in as measures (
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any, cast
 
 import numpy as np
@@ -140,7 +140,8 @@ class _Scores:
                 values["patch_r2", where] = Ratio(part, whole, complement=True)
         for measure in self.prepared if detailed else ():
             values |= measure(reconstruction[: self.most])
-        for place, (key, value) in product(places, values.items()):
+        plain = {key: _plain(value) for key, value in values.items()}
+        for place, (key, value) in product(places, plain.items()):
             self.collected.setdefault((place, key, train_seed), []).append(value)
 
     def add_to(self, values: Values) -> None:
@@ -150,16 +151,23 @@ class _Scores:
             values.add(measure, {train_seed: numbers}, tap, inverse, weight=weight, family=family, **further)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers in the place of tensors: a hundred thousand small ones leave no room for large ones between them."""
+    if isinstance(value, Ratio):
+        return Ratio(value.part.tolist(), value.whole.tolist(), value.complement)  # type: ignore[arg-type]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
 def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
     """(N,) values of all batches and their weights; of average precision what each image contributes to it."""
     if isinstance(parts[0], Ratio):
-        whole = torch.cat([part.whole for part in parts])
-        ratio = torch.cat([part.part for part in parts]) / whole
-        return (1 - ratio if parts[0].complement else ratio), whole
+        lists = ([getattr(part, name) for part in parts] for name in ("part", "whole"))
+        part, whole = (torch.tensor(list(chain.from_iterable(of_batches))) for of_batches in lists)
+        return (1 - part / whole if parts[0].complement else part / whole), whole
     if isinstance(parts[0], Matches):
         matches = Matches(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
         return influence(lambda weights: average_precision(matches, weights), len(matches.scores)), None
-    return torch.cat(list(parts)), None
+    return torch.tensor(list(chain.from_iterable(parts))), None
 
 
 def _judged(images: ImageSource | Tensor, batch_size: int) -> Iterator[tuple[Judged, list[str]]]:
