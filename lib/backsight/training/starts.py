@@ -52,12 +52,32 @@ def measured(
     passes = recorded_batches(target, sample, taps, RECORDING_BATCH)
     for images, recorded in islice(passes, MOMENT_IMAGES // RECORDING_BATCH):
         first = first or {PIXELS: images[:1], **{tap: held.index(0) for tap, held in recorded.items()}}
-        parts = {PIXELS: power_sums(images.flatten(2).transpose(1, 2))}
+        parts = {PIXELS: power_sums(values_of(images))}
         for tap, held in recorded.items():
             parts[tap] = power_sums(held.values, getattr(held, "prefix", 0))
         sums = {tap: part + sums.get(tap, 0) for tap, part in parts.items()}
     tokens = {tap: 1 if tap == PIXELS else held.values.shape[1] for tap, held in first.items()}
     return first, {tap: moments_of(part, tokens[tap]) for tap, part in sums.items()}
+
+
+@torch.no_grad()
+def remaining(starts: Starts, images: Tensor, recorded: Mapping[str, Any]) -> dict[Pair, Tensor]:
+    """{pair: deviation of what the start leaves over at its end}, laid out as that of Moments.
+
+    It is the unit in which a network adds to its start. Muon's steps are of one size, whatever there is to learn: in
+    units of the whole representation the first ones destroy a start that leaves a hundredth of the variance.
+    """
+    left = {}
+    for (source, end), start in starts.items():
+        truth = images if end == PIXELS else recorded[end]
+        error = values_of(truth) - values_of(start.raw(recorded[source]))
+        left[source, end] = moments_of(power_sums(error, getattr(truth, "prefix", 0)), error.shape[1]).deviation
+    return left
+
+
+def values_of(held: Any) -> Tensor:
+    """(B, P + N, C) of a representation; (B, H * W, 3) of images."""
+    return held.flatten(2).transpose(1, 2) if isinstance(held, Tensor) else held.values
 
 
 def power_sums(values: Tensor, prefix: int = 0) -> Tensor:
