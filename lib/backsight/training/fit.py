@@ -34,7 +34,15 @@ from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, concatenate
 from backsight.targets.base import Target, seeded
 from backsight.training.loop import gpu_autocast, train
-from backsight.training.starts import MOMENT_IMAGES, RECORDING_BATCH, Starts, closed_form, measured, remaining, start_requests
+from backsight.training.starts import (
+    MOMENT_IMAGES,
+    RECORDING_BATCH,
+    Starts,
+    add_in_units_of_what_is_left,
+    closed_form,
+    measured,
+    start_requests,
+)
 
 RIDGE_IMAGES = 1024  # for closed-form starts
 VALIDATION_IMAGES, LEAST_VALIDATION = 128, 32  # the first of 64 x 64 pixels; of larger ones fewer choose the weights
@@ -262,9 +270,6 @@ class _Fit:
         if requests:
             fitted = closed_form(target, sample, requests, self.held_out, seed=seed, progress=self.progress)
         known = {**starts, **{pair: fitted[request] for pair, request in missing.items()}}
-        known = {pair: known[pair] for pair in wanted if pair in known}
-        judged = sample if self.held_out is None else self.held_out
-        left = remaining(known, *next(recorded_batches(target, judged, taps, RECORDING_BATCH))) if known else {}
         inverses = {}
         for source, end in wanted:
             code = getattr(first[end], "position", None)
@@ -274,9 +279,13 @@ class _Fit:
             # Each module is drawn anew from the seed, so that it does not depend on which others there are.
             with seeded(seed):
                 start = copy.deepcopy(known.get((source, end)))
-                unit = moments[end]._replace(deviation=left.get((source, end), moments[end].deviation))
-                inverse = TrainedInverse(header, design, start, moments[source], unit, code)
+                inverse = TrainedInverse(header, design, start, moments[source], moments[end], code)
             inverses[source] = inverse.to(target.device)
+        judged = sample if self.held_out is None else self.held_out
+        images, recorded = next(recorded_batches(target, judged, taps, RECORDING_BATCH))
+        for inverse in inverses.values():
+            if inverse.linear is not None:
+                add_in_units_of_what_is_left(inverse, images, recorded)
         frozen = {tap: fitted[view].requires_grad_(False) for tap, view in views.items()}
         return inverses, frozen, moments[PIXELS].variance
 

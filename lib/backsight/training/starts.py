@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backsight.data.features import FeatureStore
 from backsight.inverses.linear import LinearInverse, Request, fit_linear_pairs
-from backsight.inverses.module import Moments
+from backsight.inverses.module import Moments, TrainedInverse
 from backsight.inverses.passes import recorded_batches
 from backsight.inverses.rows import PIXELS, Pair, area, is_mappable
 from backsight.representation import Form
@@ -61,18 +61,17 @@ def measured(
 
 
 @torch.no_grad()
-def remaining(starts: Starts, images: Tensor, recorded: Mapping[str, Any]) -> dict[Pair, Tensor]:
-    """{pair: deviation of what the start leaves over at its end}, laid out as that of Moments.
+def add_in_units_of_what_is_left(inverse: TrainedInverse, images: Tensor, recorded: Mapping[str, Any]) -> None:
+    """Let the network add to its closed-form start in units of the start's error, measured on these images.
 
-    It is the unit in which a network adds to its start. Muon's steps are of one size, whatever there is to learn: in
-    units of the whole representation the first ones destroy a start that leaves a hundredth of the variance.
+    Muon's steps are of one size, whatever there is to learn: in units of the whole representation the first ones
+    destroy a start that leaves a hundredth of its variance.
     """
-    left = {}
-    for (source, end), start in starts.items():
-        truth = images if end == PIXELS else recorded[end]
-        error = values_of(truth) - values_of(start.raw(recorded[source]))
-        left[source, end] = moments_of(power_sums(error, getattr(truth, "prefix", 0)), error.shape[1]).deviation
-    return left
+    truth = images if inverse.destination == PIXELS else recorded[inverse.destination]
+    start: Any = inverse.linear
+    error = values_of(truth) - values_of(start.raw(recorded[inverse.source]))
+    left = moments_of(power_sums(error, getattr(truth, "prefix", 0)), error.shape[1])
+    inverse.destination_deviation.copy_(left.deviation)
 
 
 def values_of(held: Any) -> Tensor:
