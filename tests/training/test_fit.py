@@ -110,17 +110,15 @@ def test_training_gains_over_the_closed_form_on_images_that_nothing_has_seen() -
     assert after < 0.99 * before
 
 
-@pytest.mark.parametrize("fit", [fit_direct, fit_modular])
-def test_the_first_steps_of_a_wide_module_keep_what_the_start_knows(fit) -> None:
+def test_the_first_steps_of_a_wide_module_keep_what_the_start_knows() -> None:
     with seeded(0):
-        model = VisionTransformer(img_size=56, patch_size=14, embed_dim=384, depth=2, num_heads=6, num_classes=3)
-    usual = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (56, 56))
-    target = TimmTarget(model, "wide-vit", "random", usual)
-    splits = (open_images("leaves", split, target, 96) for split in ("train", "validation"))
-    inverses = fit(target, *splits, steps=10, batch_size=8, progress=False)
-    history = inverses.module("norm").history.query("split == 'validation'").pivot(index="step", columns="module")
-    losses = history["loss"]
-    assert (losses.loc[1:] < 1.1 * losses.loc[0]).all(axis=None), losses
+        model = VisionTransformer(img_size=56, patch_size=14, embed_dim=384, depth=1, num_heads=6, num_classes=3)
+    target = TimmTarget(model, "wide-vit", "random", Preprocessing((0.5,) * 3, (0.5,) * 3, (56, 56)))
+    images, validation = (open_images("leaves", split, target, 64) for split in ("train", "validation"))
+    taps = ["patch_embed", "blocks.0"]
+    inverses = fit_modular(target, images, validation, taps=taps, steps=5, batch_size=8, progress=False)
+    judged = inverses.module("blocks.0").history.query("split == 'validation' and module == 'blocks.0'")["loss"]
+    assert judged.max() < 1.05 * judged.iloc[0]
 
 
 def test_the_chain_that_is_returned_is_the_one_that_was_validated(vit) -> None:
