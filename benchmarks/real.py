@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from training import our_step
 
-from backsight.exact.map import pixel_forward
+from backsight.exact.map import fit_map_tap, pixel_forward, way_back
 from backsight.exact.solver import Linearised
+from backsight.inverses.linear import fit_linear
 from backsight.inverses.passes import recorded_batches
 from backsight.inverses.rows import patchify
 from backsight.targets import Target, load_target
@@ -55,6 +56,15 @@ def measured(target: Target, images: Tensor) -> Iterator[Row]:
     here = Linearised(forward, patchify(images[:1], (8, 8)))
     pair = seconds(lambda: here.transposed(here.product(here.at.detach())))
     yield row("seconds of a pair of products of MAP / of a pass", pair, "s", once, "")
+    tap = [name for name in target.taps if name.startswith("blocks")][-1]
+    way = way_back(target, tap, target.taps)
+    needed = [tap, *(step.source for step in way[:1])]
+    bases = fit_linear(target, images[:64], few, taps=needed, progress=False)
+    inverse = fit_map_tap(target, tap, bases[tap], few, None, None, 8, 2, bases)
+    recorded = target.record(few[:1], [tap])[tap]
+    own = seconds(lambda: inverse(recorded))
+    yield row(f"seconds of MAP from {tap}, one image / of its pass", own, "s", once, "")
+    yield row(f"seconds of MAP from {tap}, one image / 60 s", own, "s", 60.0, "<= 1")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the widest model comes last
     yield row("peak memory so far / 6 GB", peak, "B", 6e9, "<= 1")
 

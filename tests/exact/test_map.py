@@ -12,7 +12,20 @@ from targets.examples import small_detector, small_timm
 from torch import Tensor
 
 from backsight.errors import BacksightError
-from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior, fit_map, fit_map_tap, pixel_forward
+from backsight.exact.map import (
+    LARGE,
+    MapInverse,
+    MapSettings,
+    MapSolution,
+    Posterior,
+    fit_map,
+    fit_map_tap,
+    fit_way,
+    one_back,
+    pixel_forward,
+)
+from backsight.exact.starts import Half, affine, covariance, ridge
+from backsight.exact.steps import Step
 from backsight.inverses.files import read, save
 from backsight.inverses.linear import fit_linear
 from backsight.inverses.module import Inverses, header_for
@@ -38,7 +51,9 @@ def test_of_a_linear_model_it_is_the_closed_form(batch: int, stages: tuple[float
     truth = mean + normal(batch, 2, 5, seed=4) @ factor.T
     y = (truth.flatten(1) @ matrix).view(batch, 3, 4) + normal(batch, 3, 4, seed=5) * noise.sqrt()
     spread = 4 * torch.eye(4, dtype=torch.float64)[None]
-    problem = Posterior(lambda z: (z.flatten(1) @ matrix).view(-1, 3, 4), y, mean, factor, noise.diag()[None], spread)
+    problem = Posterior(
+        lambda z: (z.flatten(1) @ matrix).view(-1, 3, 4), y, mean, factor[None], noise.diag()[None], spread
+    )
     solution = problem.most_probable(replace(THOROUGH, stages=stages))
     before = torch.block_diag(*[factor @ factor.T] * 2)
     inverse = torch.diag(1 / noise.repeat(3))
@@ -64,7 +79,7 @@ def bent(z: Tensor) -> Tensor:
 
 def test_the_truth_of_a_bent_model_comes_back_as_the_noise_goes() -> None:
     truth, one = normal(4, 3, 4, seed=14), torch.eye(5, dtype=torch.float64)[None]
-    prior = truth + 0.3 * normal(4, 3, 4, seed=15), 0.3 * torch.eye(4, dtype=torch.float64)
+    prior = truth + 0.3 * normal(4, 3, 4, seed=15), 0.3 * torch.eye(4, dtype=torch.float64)[None]
     away = []
     for sigma in (1e-1, 1e-3, 1e-5):
         y = bent(truth) + sigma * normal(4, 4, 5, seed=16)
@@ -83,7 +98,7 @@ def folded(z: Tensor) -> Tensor:
 
 def test_no_step_raises_the_objective_and_samples_do_not_know_of_one_another() -> None:
     mean, y = normal(6, 2, 3, seed=20), folded(normal(6, 2, 3, seed=21))
-    problem = Posterior(folded, y, mean, ONE[0], 1e-4 * ONE, 10 * ONE)
+    problem = Posterior(folded, y, mean, ONE, 1e-4 * ONE, 10 * ONE)
     settings = MapSettings(stages=(1.0, 0.1, 0.0), steps=5, enough=0.0)
     solution = problem.most_probable(settings)
     found = objective(problem, solution)
@@ -93,7 +108,7 @@ def test_no_step_raises_the_objective_and_samples_do_not_know_of_one_another() -
     assert bool((objective(problem, more) <= objective(problem, fewer)).all())
     settings = replace(settings, tolerance=1e-12, steps=3)
     together, alone = (
-        Posterior(folded, y[part], mean[part], ONE[0], 1e-2 * ONE, ONE).most_probable(settings)
+        Posterior(folded, y[part], mean[part], ONE, 1e-2 * ONE, ONE).most_probable(settings)
         for part in (slice(None), slice(2, 3))
     )
     assert torch.allclose(together.z[2:3], alone.z, rtol=0, atol=1e-8)
@@ -104,7 +119,7 @@ def test_a_whitener_makes_its_covariance_one_for_each_group() -> None:
     spread = spread @ spread.mT
 
     def known(noise: Tensor, spread: Tensor) -> Posterior:
-        return Posterior(folded, ONE, ONE, ONE[0], noise, spread)
+        return Posterior(folded, ONE, ONE, ONE, noise, spread)
 
     whitener = known(noise.expand(2, 3, 3), spread).whitener(0.1)
     made = whitener.mT @ (noise + 0.1 * spread) @ whitener
@@ -119,9 +134,48 @@ def test_decades_begin_where_they_are_told_to(monkeypatch) -> None:
     whitener = Posterior.whitener
     monkeypatch.setattr(Posterior, "whitener", lambda self, stage: begun.append(stage) or whitener(self, stage))
     y, one = normal(2, 4, 5, seed=16), torch.eye(5, dtype=torch.float64)[None]
-    problem = Posterior(bent, y, normal(2, 3, 4, seed=15), torch.eye(4, dtype=torch.float64), 1e-5 * one, 0.1 * one)
+    problem = Posterior(
+        bent, y, normal(2, 3, 4, seed=15), torch.eye(4, dtype=torch.float64)[None], 1e-5 * one, 0.1 * one
+    )
     assert problem.most_probable(MapSettings(first=1e-2, steps=1)).stage == 0
     assert begun == [1e-2, 1e-3, 0]
+
+
+def residual_step(seed: int) -> Step:
+    """x + MLP(x) of tokens of 6 channels."""
+    first, second = normal(6, 24, seed=seed), 0.06 * normal(24, 6, seed=seed + 100)
+    return Step("", "", lambda x: x + torch.tanh(x @ first.to(x)) @ second.to(x), tokenwise=True)
+
+
+def test_half_steps_are_solved_one_by_one_where_the_whole_stack_is_too_bent() -> None:
+    steps = [residual_step(40 + number) for number in range(24)]
+    streams = [normal(64, 32, 6, seed=39)]
+    for step in steps:
+        streams.append(step(streams[-1]))
+    truth, y, noise = streams[0][-16:], streams[-1][-16:], 1e-6 * torch.eye(6, dtype=torch.float64)[None]
+    halves = [Half(step) for step in steps[::-1]]
+    back, left = fit_way(halves, streams, y, noise, 1e-3)
+    error = float((back - truth).square().mean())
+    assert error == pytest.approx(float(left.diagonal(dim1=1, dim2=2).mean()), rel=0.1)  # it knows how far off it is
+
+    weight = ridge([(streams[-1][:-16], streams[0][:-16])], 0)
+    start = affine(y, weight)
+    away = (affine(streams[-1][:-16], weight) - streams[0][:-16]).flatten(0, 1)
+
+    def whole(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    spread = covariance((whole(start) - y).flatten(0, 1), 1e-6)[None]
+    factor = torch.linalg.cholesky(covariance(away, 1e-6))[None]
+    single = [values.flatten(0, 1)[:, None] for values in (y, start)]
+    stacked = Posterior(whole, *single, factor, noise, spread).most_probable(MapSettings(**LARGE)).z.view_as(truth)
+    assert error < 0.05 * float((start - truth).square().mean())
+    assert error < 0.5 * float((stacked - truth).square().mean())
+    for half in halves:
+        y = one_back(half, y)
+    torch.testing.assert_close(y, back)
 
 
 # On a small model
@@ -249,4 +303,4 @@ def test_what_it_cannot_do_it_refuses(target: Target) -> None:
         fit_map(detector, images, images, progress=False)
     y = normal(1, 3, 3)
     with pytest.raises(BacksightError, match="not finite"):
-        Posterior(lambda z: z / 0, y, y, ONE[0], ONE, ONE).most_probable()
+        Posterior(lambda z: z / 0, y, y, ONE, ONE, ONE).most_probable()

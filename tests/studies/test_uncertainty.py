@@ -29,7 +29,7 @@ def test_draws_have_the_posterior_covariance_and_without_products_the_prior_s(pr
         return (z.flatten(1) @ matrix).view(-1, 3, 4)
 
     thorough = MapSettings(stages=(0.0,), steps=6, products=200, tolerance=1e-13, damping=1e-4, enough=0.0)
-    problem = Posterior(forward, y, mean, factor, noise.diag()[None], noise.diag()[None])
+    problem = Posterior(forward, y, mean, factor[None], noise.diag()[None], noise.diag()[None])
     solution = problem.most_probable(thorough)
     drawn = posterior_samples(problem, solution, count=4, products=products, seed=7)
     drawn = drawn.flatten(0, 1).flatten(1)
@@ -58,7 +58,7 @@ def test_it_says_how_far_off_a_picture_is() -> None:
     inverse = fit_map_tap(target, "blocks.1", lambda given: mean.expand(given.batch, -1, -1, -1), held_out, noise)
     recorded = target.record(images, ["blocks.1"])["blocks.1"]
     y = recorded.replace(noise(recorded.values, 3))
-    posterior, solution, patches = inverse.solve(y)
+    posterior, solution, patches, _ = inverse.solve(y)
     expected = deviation(inverse, posterior, solution)
     assert expected.shape == images[:, 0].shape
     assert 0.3 < float(expected.square().mean() / (inverse.pictures(patches).clamp(0, 1) - images).square().mean()) < 3

@@ -279,6 +279,20 @@ def test_each_pass_records_only_what_was_asked_in_one_pass():
     assert passes == [1]
 
 
+def test_a_pass_that_records_ends_with_the_last_of_its_taps():
+    target, ran = _vit(), []
+    whole = target.record(_images(), target.available_taps)
+    handles = [
+        block.register_forward_hook(lambda *_, n=number: ran.append(n))
+        for number, block in enumerate(target.model.blocks)
+    ]
+    early = target.record(_images(), ["patch_embed", "blocks.0"])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0]
+    assert all(torch.equal(early[tap].values, whole[tap].values) for tap in early)
+
+
 def test_gradients_reach_the_images_only_when_asked():
     images = _images().requires_grad_()
     for target in (_vit(), _detr()):

@@ -245,8 +245,11 @@ class _Call:
     named: dict[str, Any]
 
 
-def walk(target: Target) -> ExactModel:
-    """The half-steps of one pass. Raises BacksightError where they disagree with the model, and on padded images."""
+def walk(target: Target, embed: bool = True) -> ExactModel:
+    """The half-steps of one pass; embed: with the embedding before them.
+
+    Raises BacksightError where they disagree with the model, and on padded images.
+    """
     shape = (1, len(target.preprocessing.mean), *target.image_size)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(target.model.parameters()))
     blocks: list[_Call] = []
@@ -277,7 +280,7 @@ def walk(target: Target) -> ExactModel:
         if number is not None and isinstance(representation, Tokens):
             taps[tap] = last = number
             streams[number] = tap
-    embedding, first = measured_embedding(target), target.available_taps[0]
+    embedding, first = measured_embedding(target) if embed else None, target.available_taps[0]
     for number, step in steps.items():
         source, destination = streams[number - 1 : number + 1]
         known = embedding.prefix if embedding and len(embedding.prefix) and source == first else None

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from backsight.data.images import ImageSource
 from backsight.errors import BacksightError, nearest
 from backsight.exact.inverse import parts_of
 from backsight.exact.map import MapInverse, MapSettings, MapSolution, Posterior, fit_map_tap
 from backsight.exact.solver import Linearised, conjugate_gradients, dot
+from backsight.exact.starts import by_group
 from backsight.exact.steps import in_precision
 from backsight.inverses.families import Reconstruct
 from backsight.measures.pixels import psnr
@@ -91,14 +93,16 @@ def measure_noise(
     map_seeds: Sequence[int] = (0,),
     settings: MapSettings | None = None,
     checked: int = 8,
+    further: ImageSource | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, str], tuple[dict[str, Tensor], Tensor]]:
     """Adds what every inverse makes of every tap's representation at every noise (columns noise, sigma: as measured).
 
     families: {training seed: {family: {tap: reconstruction}}}; images: those of `values`; held_out: fit the MAP inverse
     of each tap and noise, from the modular, direct or linear one of each of map_seeds, and the last `checked` of them
-    are solved for its gain. Measures: psnr; coverage of the MAP's posterior deviation; its calibration_error beside
-    that of one constant deviation; predicted_variance and actual_variance by `bin` of it.
+    are solved for its gain; further: fit linear maps on the way back from deep taps of large pictures. Measures: psnr;
+    coverage of the MAP's posterior deviation; its calibration_error beside that of one constant deviation;
+    predicted_variance and actual_variance by `bin` of it.
     Returns {(tap, noise): ({inverse: pictures of the first SHOWN images, by the first seed}, their MAP's deviation)}.
     Raises BacksightError on what is no noise, and on taps that no family reads.
     """
@@ -116,8 +120,9 @@ def measure_noise(
         deviations = []
         for s in map_seeds:
             draw = partial(noisy, noise=names[name], generator=torch.Generator().manual_seed(seed))
+            bases = {other: map_base(families[s], other) for inverses in families[s].values() for other in inverses}
             effort = settings, len(held_out), checked
-            inverse = fit_map_tap(target, tap, map_base(families[s], tap), held_out, draw, *effort)
+            inverse = fit_map_tap(target, tap, bases[tap], held_out, draw, *effort, bases, further)
             read[MAP][s], read[STEADIED][s], expected = _solved(inverse, y)
             if len(images) > 1:  # samples do not know of one another: a solution of another's representation
                 read[NULL_SHUFFLED][s] = read[MAP][s].roll(1, 0)
@@ -146,8 +151,8 @@ def _solved(inverse: MapInverse, y: Representation) -> list[Tensor]:
     """The MAP's pictures and its start, the steadied decoder's (N, 3, H, W), and the deviation of the MAP's."""
     parts = []
     for part in parts_of(y, inverse.batch_size):
-        posterior, solution, patches = inverse.solve(part)
-        pictures = [inverse.pictures(z).clamp(0, 1) for z in (patches, posterior.mean)]
+        posterior, solution, *patches = inverse.solve(part)
+        pictures = [inverse.pictures(z).clamp(0, 1) for z in patches]
         parts.append([*pictures, deviation(inverse, posterior, solution)])
     return [torch.cat(part).detach() for part in zip(*parts, strict=True)]
 
@@ -173,8 +178,8 @@ def posterior_samples(
         shapes = solution.w.shape, y.shape
         white, noise = (torch.randn(shape, generator=generator, dtype=y.dtype, device=y.device) for shape in shapes)
         right = here.transposed(noise) / excess.sqrt() + white
-        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white) @ posterior.factor.T)
-    return torch.stack(drawn)
+        drawn.append(conjugate_gradients(operator, right, products, 1e-3, white))
+    return torch.stack([by_group(white, posterior.factor.mT) for white in drawn])
 
 
 def deviation(inverse: MapInverse, posterior: Posterior, solution: MapSolution) -> Tensor:

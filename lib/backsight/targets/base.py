@@ -84,6 +84,7 @@ class Target(ABC):
 
     kind: ClassVar[Literal["classifier", "detector", "module"]]
     precision: Precision = "float32"
+    reads_output: ClassVar[bool] = True  # else a pass that records ends with the last of its taps
 
     def __init__(
         self,
@@ -174,7 +175,8 @@ class Target(ABC):
     ) -> dict[str, Representation]:
         """`record` of images that are normalised already."""
         places = self._places(wanted)
-        with recording(self.model, places) as seen, torch.set_grad_enabled(gradient), self._in_precision():
+        reading, output = recording(self.model, places, not self.reads_output), None
+        with reading as seen, torch.set_grad_enabled(gradient), self._in_precision():
             output = self._forward(normalised, padding)
         if silent := sorted(places.keys() - seen.keys()):
             raise BacksightError(

@@ -15,7 +15,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -157,22 +157,30 @@ def watching(model: nn.Module, look: Callable[..., None], enter: Callable[..., A
         yield
 
 
+class _SeenError(Exception):
+    """Ends a pass of which nothing more is read."""
+
+
 @contextmanager
-def recording(model: nn.Module, places: Mapping[str, Place]) -> Iterator[dict[str, Any]]:
+def recording(model: nn.Module, places: Mapping[str, Place], stop: bool = False) -> Iterator[dict[str, Any]]:
     """What lies at these places in one pass; a key that never ran is missing after it.
 
-    A tensor is copied, because a later in-place activation would write into it.
+    A tensor is copied, because a later in-place activation would write into it. stop: the pass ends with the last of
+    the places, and what follows in the `with` is skipped.
     """
     seen: dict[str, Any] = {}
 
     def read(name: str, place: Place, value: Any) -> None:
         value = element_of(value, place.element)
         seen[name] = value.clone() if isinstance(value, Tensor) else value
+        if stop and len(seen) == len(places):
+            raise _SeenError
 
     with ExitStack() as stack:
         for name, place in places.items():
             stack.enter_context(_visit(model, place, partial(read, name, place)))
-        yield seen
+        with suppress(_SeenError):
+            yield seen
 
 
 @contextmanager

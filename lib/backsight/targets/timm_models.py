@@ -40,6 +40,7 @@ class TimmTarget(Discovered):
     """
 
     kind = "classifier"
+    reads_output = False
     model: Any
 
     def __init__(
