@@ -23,6 +23,7 @@ from backsight.exact.map import (
     fit_way,
     one_back,
     pixel_forward,
+    way_back,
 )
 from backsight.exact.starts import Half, affine, covariance, ridge
 from backsight.exact.steps import Step
@@ -290,6 +291,22 @@ def test_a_whole_target_is_fitted_saved_and_read_back(target: Target, tmp_path: 
     whole = fit_map(target, scenes(40, 0), scenes(8, 1), taps=["blocks.1"], linear=linear, progress=False)
     assert whole["blocks.1"].base is linear["blocks.1"]
     assert float((whole["blocks.1"](recorded) - scenes(2, 2)).square().mean()) < 0.01
+
+
+def test_deep_taps_of_large_pictures_are_led_back_first(tmp_path: Path) -> None:
+    target, tap, size = small_timm("ViT", img_size=(72, 64), depth=5), "blocks.4", (72, 64)
+    assert [step.destination for step in way_back(target, tap, target.taps)] == ["blocks.4.attn", "blocks.4"]
+    assert not way_back(target, "blocks.3", target.taps)
+    linear = fit_linear(target, scenes(40, 0, size), taps=["blocks.3", tap], progress=False)
+    held_out, recorded = scenes(12, 1, size), target.record(scenes(2, 2, size))[tap]
+    given = {"count": 12, "checked": 4, "bases": linear, "further": scenes(20, 3, size)}
+    inverse = fit_map_tap(target, tap, linear[tap], held_out, None, None, **given)
+    made = inverse(recorded)
+    error, start = ((each - scenes(2, 2, size)).square().mean() for each in (made, linear[tap](recorded)))
+    assert float(error) < float(start)
+    inverse.header = header_for(target, "map", tap, "pixels", held_out, 0)
+    [path] = save(Inverses({tap: inverse}), tmp_path)
+    torch.testing.assert_close(read(path, target)(recorded), made, atol=1e-6, rtol=0)
 
 
 def test_what_it_cannot_do_it_refuses(target: Target) -> None:
