@@ -1,6 +1,7 @@
 """The colour measures, the permutation test and the reversion index on cases whose answer is known."""
 
 import colorsys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ from backsight.studies.colour import (
     answer_refusal,
     colour_changes,
     colour_values,
+    neighbour_values,
 )
-from backsight.studies.recolour import NONE, open_objects
+from backsight.studies.recolour import NONE, JudgedObjects, open_objects
 from backsight.tables.pooling import metrics, pool
 from backsight.tables.values import METRIC_COLUMNS
 
@@ -270,6 +272,97 @@ def test_rows_are_tidy_with_intervals_and_unique(table):
     parts = table[table.measure.str.startswith("share_")]
     sums = parts.groupby([k for k in keys if k != "measure"], dropna=False)["value"].sum()
     assert np.allclose(sums, 1)
+
+
+# ------------------------------------------------------------------------------------------------- natural hues
+
+
+@pytest.fixture(scope="module")
+def natural(objects):
+    """Two objects a photograph, at the left in one of three hues and at the right in one of four, photographs apart by
+    their brightness."""
+    count = 12
+    pictures = torch.cat([flat(120 * (k % 3), 0.8, 0.4 + 0.05 * k) for k in range(count)]).repeat(1, 1, 4, 4)
+    pictures[..., 16:] = torch.cat([flat(90 * (k % 4) + 10, 0.6, 0.4 + 0.05 * k) for k in range(count)])[..., :1, :1]
+    left = everywhere(pictures)
+    left[..., 16:] = False
+    masks, pictures = torch.cat([left, ~left]), (pictures.repeat(2, 1, 1, 1) * 255).round().to(torch.uint8)
+    hues = hue_of(object_chroma(pictures / 255, masks))
+    known = {"photographs": torch.arange(count).repeat(2), "hues": hues, "canonical": np.ones(2 * count, bool)}
+    read = {"images": pictures, "masks": masks, "every": masks, "labels": torch.full((2 * count, 1), -1)}
+    return JudgedObjects("sample", "test", (), boxes=torch.zeros(2 * count, 1, 4), **read, **known)
+
+
+def test_painted_objects_revert_where_the_natural_picture_comes_back_and_nowhere_else(natural):
+    brightness = natural.images.amax(1).flatten(1) / 255.0  # no turn of the hue changes it
+
+    def remember(tokens):
+        own = torch.cdist(tokens.maps()[0].amax(1).flatten(1), brightness).argmin(1)
+        return natural.images[own] / 255
+
+    see = {"retina": lambda tokens: tokens.maps()[0]}
+    families = {0: {"linear": see, "direct": {"retina": remember}}}
+    mean = torch.full((3, 32, 32), 0.5)
+    values = colour_values(EyesOnly(), natural, 6, families, {}, mean, batch_size=24)
+    assert (values.image.nunique(), values.photograph.nunique()) == (24, 12)  # a photograph is what is drawn
+    table = metrics(values)
+
+    def value(measure, inverse):
+        (row,) = chosen(table, measure, inverse, "natural").to_dict("records")
+        assert (row["n"], row["photographs"]) == (24, 12)
+        return row["value"]
+
+    for measure in ("share_nearer", "share_revert"):
+        assert value(measure, "linear") == value(measure, "null_mean") == 0
+        assert value(measure, "direct") == value(measure, "painter") == 1
+    for measure in ("nearer_above_deals", "reverted_above_deals"):
+        assert value(measure, "linear") == value(measure, "null_mean") == 0
+        assert value(measure, "painter") == value(measure, "direct") > 0.3
+    assert value("hue_error_shown", "linear") == pytest.approx(0, abs=0.01)
+    assert value("share_grey", "null_mean") == 1
+    assert not {"reversion_index", "reverted_p"} & set(table.measure)
+
+
+def test_one_colour_for_all_photographs_reverts_none_above_dealt_hues(natural):
+    """Most photographs are brown: a brown picture is near the natural hue of many objects, and so it is of others'."""
+    families = {0: {"linear": {"retina": lambda tokens: 0 * tokens.maps()[0] + flat(20)[..., :1, :1]}}}
+    mean = torch.full((3, 32, 32), 0.5)
+    table = metrics(colour_values(EyesOnly(), natural, 6, families, {}, mean, batch_size=24))
+    assert chosen(table, "share_nearer", category="natural").value.item() > 0.3
+    for measure in ("nearer_above_deals", "reverted_above_deals"):
+        assert abs(chosen(table, measure, category="natural").value.item()) < 0.08
+
+
+def test_one_object_alone_is_judged_too(objects):
+    one = open_objects("scenes", (32, 32), 1, seed=1)
+    families = {0: {"linear": {"retina": lambda tokens: tokens.maps()[0]}}}
+    values = colour_values(EyesOnly(), one, 3, families, {}, torch.full((3, 32, 32), 0.5))
+    assert set(values.inverse) == {"linear", "painter", "null_mean"}
+
+
+class Seeing(EyesOnly):
+    """Puts out the picture; blind: nothing but its brightness."""
+
+    def __init__(self, blind=False):
+        self.blind = blind
+
+    def __call__(self, images):
+        return images.amax(1).flatten(1) if self.blind else images.flatten(1)
+
+
+def test_a_model_that_sees_no_hue_finds_every_picture_again_and_another_picture_is_none(natural):
+    changes = colour_changes(3, ["image"])
+    twin = {0: (Seeing(), {})}
+    noise = torch.randint(0, 256, (17, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen = replace(natural, images=noise[:12], masks=natural.masks[:12])
+    table = pool(neighbour_values(Seeing(blind=True), seen, changes, noise[12:], twin, batch_size=5))
+    of = table.fillna({"inverse": ""}).groupby(["measure", "inverse"]).value.agg(["min", "max"])
+    assert of.loc["feature_cosine", ""].tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert of.loc["retrieval_top1", ""].tolist() == of.loc["same_neighbour", ""].tolist() == [1, 1]
+    assert of.loc["retrieval_top1", "null_shuffled"].max() < 0.2
+    assert of.loc["feature_cosine", "null_untrained"].max() < 0.95
+    assert set(table.perturbation) == {"hue_shift", "grey"}
+    assert set(table.n) == {12}
 
 
 # ------------------------------------------------------------------------------------------------------- answers

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from backsight.errors import BacksightError
+from backsight.measures.hue import hue_distance, hue_of, object_chroma
 from backsight.scenes.render import CLASSES, UNOWNED_HUES
 from backsight.studies.recolour import NONE, Perturbation, hue_shifts, known_hues, open_objects, recoloured
 
@@ -125,30 +126,32 @@ def test_a_folder_without_masks_is_judged_as_a_whole(tmp_path, place):
     for split in {place, place.replace("train", "test")}:
         (tmp_path / split).mkdir(parents=True, exist_ok=True)
         for i in range(3):
-            Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / split / f"{i}.png")
+            Image.new("RGB", (40, 40), (0, 60 * i, 0)).save(tmp_path / split / f"{i}.png")
     found = open_objects(str(tmp_path), (32, 32), 3)
-    assert len(found) == 3
+    assert len(found) == 2  # one is black: it has no hue to turn
     assert found.masks.all()
     assert not found.labelled
-    assert set(found.categories) == {"unlabelled"}
-    assert np.isnan(found.hues).all()
+    assert set(found.categories) == {"natural"}
+    assert found.hues.tolist() == pytest.approx([120, 120])
+    assert len(open_objects(str(tmp_path), (32, 32), 3, minimum_area=None)) == 3
 
 
-def test_coco_objects_come_with_masks_and_prototypes(tmp_path):
+def test_every_coco_object_with_a_hue_is_judged_and_knows_its_photograph(tmp_path):
     from backsight.scenes.dataset import write_coco
-    from backsight.scenes.render import SceneOptions
 
-    options = SceneOptions(minimum_area=0.3)
-    for split, there in (("train", "train"), ("test", "val")):
-        write_coco(tmp_path, split, 40, size=32, options=options)
-        (tmp_path / f"{split}2017").rename(tmp_path / f"{there}2017x")
-        (tmp_path / f"{there}2017x").rename(tmp_path / f"{there}2017")
-        source = tmp_path / "annotations" / f"instances_{split}2017.json"
-        source.rename(tmp_path / "annotations" / f"instances_{there}2017.json")
-    found = open_objects(str(tmp_path), (32, 32), 10, minimum_area=0.3)
-    assert found.labelled
-    assert found.rendered is None
-    assert len(found) == 10
-    shifted = found.perturbed(Perturbation("hue_shift", "object", 120.0))
-    outside = ~found.masks[:, None].expand_as(shifted)
-    assert torch.equal(shifted[outside], found.perturbed(NONE)[outside])
+    write_coco(tmp_path, "test", 12, size=32)
+    (tmp_path / "test2017").rename(tmp_path / "val2017")
+    source = tmp_path / "annotations" / "instances_test2017.json"
+    source.rename(source.with_name("instances_val2017.json"))
+    judged = open_objects(str(tmp_path), (32, 32), 100, minimum_area=0.02)
+    largest = open_objects(str(tmp_path), (32, 32), 100, minimum_area=None)
+    assert len(largest) == 12 < len(judged)
+    assert 1 < len(set(judged.photographs.tolist())) <= 12
+    assert judged.labelled
+    assert judged.natural
+    assert judged.masks.float().mean((1, 2)).min() >= 0.02
+    assert judged.hues.tolist() == hue_of(object_chroma(judged.perturbed(NONE), judged.masks)).tolist()
+    shifted = judged.perturbed(Perturbation("hue_shift", "object", 120.0))
+    outside = ~judged.masks[:, None].expand_as(shifted)
+    assert torch.equal(shifted[outside], judged.perturbed(NONE)[outside])
+    assert hue_distance(hue_of(object_chroma(shifted, judged.masks)), judged.hues) == pytest.approx(120, abs=1)

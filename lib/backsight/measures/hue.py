@@ -88,6 +88,14 @@ def reverted(shown: np.ndarray, made: np.ndarray, canonical: np.ndarray) -> np.n
     return np.where(apart >= SEPARATION - 1e-6, back.astype(float), np.nan)
 
 
+def nearer(shown: np.ndarray, made: np.ndarray, natural: np.ndarray) -> np.ndarray:
+    """1 where what comes back has a hue that lies nearer to the natural one (degrees) than to the one shown, 0 where
+    not; NaN as of `reverted`."""
+    apart, hues = hue_distance(hue_of(shown), natural), hue_of(made)
+    back = hue_distance(natural, hues) < hue_distance(hue_of(shown), hues)
+    return np.where(apart >= SEPARATION - 1e-6, back.astype(float), np.nan)
+
+
 def shares(shown: np.ndarray, made: np.ndarray, canonical: np.ndarray) -> dict[str, np.ndarray]:
     """{"share_keep" | "share_revert" | "share_grey" | "share_other": 0 or 1 for each object}.
 

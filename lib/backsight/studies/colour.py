@@ -5,21 +5,24 @@ the colour of the object is kept: one complex number (`hue.object_chroma`). All 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from backsight.data.images import open_images
+from backsight.data.images import ImageSource, open_images, unit_floats
 from backsight.errors import BacksightError
 from backsight.inverses.families import Reconstruct
 from backsight.inverses.linear import fit_linear
 from backsight.measures.agreement import Matches, class_precisions, match_objects
 from backsight.measures.hue import (
     hue_scores,
+    nearer,
     object_chroma,
     permutation_p,
     respond,
@@ -43,21 +46,33 @@ Place = tuple[str, str, str]  # the inverse (a family or a null), the family (of
 
 
 def families_to_compare(
-    families: Sequence[str], by_seed: BySeed, target: Target, linear_seeds: Sequence[int], count: int, scenes: bool
+    families: Sequence[str],
+    by_seed: BySeed,
+    target: Target,
+    seeds: Sequence[int],
+    count: int,
+    scenes: bool,
+    trained_on: str,
 ) -> dict[int, dict[str, Mapping[str, Reconstruct]]]:
-    """Of the inverses of several training seeds those of `families`; on scenes, `linear` and `linear_uniform` are
-    fitted here, alike but for their `count` training scenes: of the usual hues, or of hues that say nothing of classes.
+    """Of the inverses of several training seeds those of `families`; and two linear ones of each of `seeds`, fitted
+    here, alike but for their `count` training images.
 
-    What an inverse has learned of typical colours comes from the colours it was fitted on; `linear_uniform` knows none.
-    Raises BacksightError where nothing is left.
+    What an inverse has learned of typical colours comes from the colours it was fitted on. `linear_uniform` knows none:
+    the hues of its scenes say nothing of classes. Of photographs its part is that of `linear_leaves`: no leaf is a
+    thing. Raises BacksightError where nothing is left.
     """
-    own = [name for name in families if not (scenes and name == "linear")]
-    chosen = {seed: {name: taps for name, taps in of.items() if name in own} for seed, of in by_seed.items()}
-    for seed in linear_seeds if scenes else ():
-        for name, options in (("linear", SceneOptions()), ("linear_uniform", SceneOptions(rule="uniform"))):
-            folder = cached("train", count, seed, max(target.image_size), options)
-            images = open_images(folder, "all", target.image_size)
-            chosen.setdefault(seed, {})[name] = fit_linear(target, images, seed=seed, progress=False)
+    pair = ("linear", "linear_uniform") if scenes else ("linear", "linear_leaves") * (trained_on != "leaves")
+
+    def images(name: str, seed: int) -> ImageSource:
+        if not scenes:
+            return open_images("leaves" if name == "linear_leaves" else trained_on, "train", target, count, seed)
+        options = SceneOptions(rule="uniform" if name == "linear_uniform" else "mixed")
+        return open_images(cached("train", count, seed, max(target.image_size), options), "all", target.image_size)
+
+    kept = [name for name in families if name not in pair]
+    chosen = {seed: {name: taps for name, taps in of.items() if name in kept} for seed, of in by_seed.items()}
+    for seed, name in product(seeds, pair):
+        chosen.setdefault(seed, {})[name] = fit_linear(target, images(name, seed), seed=seed, progress=False)
     if not any(chosen.values()):
         known = sorted({name for of in by_seed.values() for name in of})
         raise BacksightError(f"families is {list(families)}, and the inverses here are {', '.join(known)}: name one.")
@@ -76,10 +91,10 @@ def _colours(
 ) -> tuple[np.ndarray, dict[Place, dict[int, np.ndarray]]]:
     """(K, N) complex, the colours of N objects in K turns, and {place: {training seed: (K, N)}} of what comes back."""
     taps, count = read_taps(target, families), len(objects)
-    usual = {s: {f: of[f] for f in of if not f.endswith("_uniform")} for s, of in families.items()}
+    usual = {s: {f: of[f] for f in of if not f.endswith(("_uniform", "_leaves"))} for s, of in families.items()}
     shown = np.zeros((len(turns), count), complex)
     returned: dict[Place, dict[int, np.ndarray]] = {}
-    parts = torch.arange(count).tensor_split(-(-count // batch_size))
+    parts = np.array_split(np.arange(count), -(-count // batch_size))
     for number, turn in enumerate(tqdm(turns, f"colours of {target.name}", leave=False)):
         pictures = objects.perturbed(turn)
         for part in parts:
@@ -114,7 +129,9 @@ def colour_values(
     Of each turn hue_error_shown (degrees, of reconstructions that have a hue), of inverses only; of all turns
     (ALL_HUES) the mean of hue_error_shown, of share_keep, share_revert, share_grey and share_other (of the cases whose
     hue shown is `hue.SEPARATION` degrees or more from the canonical one), of reverted_above_deals (share_revert less
-    the share that comes back in a hue of another class), the reversion_index, and reverted_p (of all objects).
+    the share that comes back in a hue of another class). Of scenes reversion_index, and reverted_p (of all objects); of
+    photographs, where the canonical hue is the object's natural one and another class is another photograph,
+    share_nearer (of the same cases: nearer to that hue than to the one shown) and nearer_above_deals.
     """
     perturbations, canonical, labels = hue_shifts(turns), objects.canonical, objects.labels[:, 0].numpy()
     shown, returned_at = _colours(target, objects, perturbations, families, untrained, seed, batch_size)
@@ -122,8 +139,19 @@ def colour_values(
     mean = object_chroma(mean_image.expand_as(objects.images), objects.masks)
     for name, colours in (("painter", painted), ("null_mean", np.broadcast_to(mean, shown.shape))):
         returned_at[name, name, PIXELS] = {NO_SEED: colours}
-    values = Values(target, objects.name, objects.split, range(len(objects)))
-    hues, own = np.unique(objects.hues[canonical], return_inverse=True)
+    photographs = objects.photographs.numpy()
+    values = Values(target, objects.name, objects.split, range(len(objects)), photographs)  # type: ignore[arg-type]
+    hues, first, own = np.unique(objects.hues[canonical], return_index=True, return_inverse=True)
+    if objects.natural:
+        hues, first, own = objects.hues, *2 * [np.arange(len(objects))]
+    is_own = np.arange(len(hues)) == own[:, None]
+    dealt = ~is_own & (photographs[canonical][first] != photographs[canonical][:, None])  # whose hue it is not
+
+    def above_deals(hits: np.ndarray) -> np.ndarray:
+        excess = np.full(len(objects), np.nan)
+        excess[canonical] = hits[is_own] - _mean(np.where(dealt, hits, np.nan).T)
+        return excess
+
     for (inverse, family, tap), by_seed in returned_at.items():
         common: dict[str, Any] = {"tap": tap, "inverse": inverse, "family": family}
         hits = []  # of each seed (M, H): share of M canonical objects' turns that come back in each of H hues
@@ -131,25 +159,26 @@ def colour_values(
             of_turns = hue_scores(shown, returned)["hue_error"]
             means = {"hue_error_shown": of_turns, **shares(shown, returned, objects.hues)}
             numbers = {name: _mean(table) for name, table in means.items()}
+            cases = shown[:, canonical, None], returned[:, canonical, None]
             if canonical.any():
-                hits.append(_mean(reverted(shown[:, canonical, None], returned[:, canonical, None], hues)))
-                is_own = np.arange(len(hues)) == own[:, None]
-                numbers["reverted_above_deals"] = np.full(len(objects), np.nan)
-                excess = hits[-1][is_own] - _mean(np.where(is_own, np.nan, hits[-1]).T)
-                numbers["reverted_above_deals"][canonical] = excess
+                hits.append(_mean(reverted(*cases, hues)))
+                numbers["reverted_above_deals"] = above_deals(hits[-1])
+            if objects.natural:
+                close = _mean(nearer(*cases, hues))
+                numbers |= {"share_nearer": close[is_own], "nearer_above_deals": above_deals(close)}
             response = respond(shown, returned)
             for category, members in objects.categories.items():
                 columns = common | {"category": category}
                 for name, mean in numbers.items():
                     values.add(name, {train_seed: np.where(members, mean, np.nan)}, **columns, **ALL_HUES)
                 index = reversion_index(response, objects.hues, labels, canonical, members)
-                if index is not None:
+                if index is not None and not objects.natural:
                     values.add("reversion_index", {train_seed: influence(index, len(objects))}, **columns, **ALL_HUES)
                 if inverse == family != "painter" and not inverse.startswith("null_"):
                     for turn, errors in zip(perturbations, of_turns, strict=True):
                         of_turn = {train_seed: np.where(members, errors, np.nan)}
                         values.add("hue_error_shown", of_turn, **columns, **turn._asdict())
-        if hits:
+        if hits and not objects.natural:
             p = permutation_p(np.mean(hits, 0), own, labels[canonical], DEALS, seed)
             values.add("reverted_p", [p], **common, category="canonical", **ALL_HUES)
     return values.table()
@@ -175,9 +204,8 @@ def answer_refusal(target: Target, objects: JudgedObjects) -> str:
     return ""
 
 
-def colour_changes(turns: int = 3) -> list[Perturbation]:
+def colour_changes(turns: int = 3, regions: Sequence[Region] = ("objects", "image")) -> list[Perturbation]:
     """What the target's answers are judged under: nothing changed; all objects, then the image, turned and grey."""
-    regions: tuple[Region, ...] = ("objects", "image")
     return [NONE] + [c for r in regions for c in (*hue_shifts(turns, r)[1:], Perturbation("grey", r))]
 
 
@@ -232,6 +260,47 @@ def accuracy_values(
                 values.add("ap50", score, **about)
             if change != NONE:
                 values.add("accuracy_kept", kept, **about)
+    return values.table()
+
+
+@torch.no_grad()
+def neighbour_values(
+    target: Target,
+    objects: JudgedObjects,
+    changes: Sequence[Perturbation],
+    gallery: Tensor,
+    untrained: Untrained,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """What a target without a head makes of pictures under each change, the first of which is none: by the features
+    that it puts out.
+
+    gallery: (M, 3, H, W) uint8, other pictures. feature_cosine: to the unchanged picture; retrieval_top1: 1 where that
+    lies nearest, among the gallery and all unchanged pictures; same_neighbour: 1 where of the others the same one lies
+    nearest as to the unchanged picture. null_shuffled: another picture, under the same change; null_untrained: the
+    same architecture with random weights. Columns tap and depth stay empty.
+    """
+    values = Values(target, objects.name, objects.split, range(len(objects)))
+    order = another(len(objects), torch.Generator().manual_seed(seed))
+    twins = [("null_untrained", train_seed, twin) for train_seed, (twin, _) in untrained.items()]
+    for name, train_seed, eye in [("", NO_SEED, target), *twins]:
+
+        def features(pictures: Tensor, eye: Target = eye) -> Tensor:
+            return F.normalize(torch.cat([eye(part).flatten(1).cpu() for part in pictures.split(batch_size)]), dim=1)  # type: ignore[union-attr]
+
+        plain = features(objects.perturbed(NONE))
+        among = torch.cat([plain, features(unit_floats(gallery))])
+        usual = (plain @ among.T).fill_diagonal_(-2).argmax(1)
+        for change in changes[1:]:
+            seen = features(objects.perturbed(change))
+            for inverse, of in [(name or None, seen)] + [("null_shuffled", seen[order])] * (not name):
+                likeness = of @ among.T
+                own, about = likeness.diagonal().clone(), {"category": "all", **change._asdict()}
+                first, same = own >= likeness.amax(1), likeness.fill_diagonal_(-2).argmax(1) == usual
+                scores = {"feature_cosine": own, "retrieval_top1": first.float(), "same_neighbour": same.float()}
+                for measure, numbers in scores.items():
+                    values.add(measure, {train_seed: numbers}, inverse=inverse, **about)
     return values.table()
 
 

@@ -13,11 +13,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from scipy.stats import circmean, circvar
 from skimage.color import hsv2rgb, rgb2hsv
 from torch import Tensor
 
-from backsight.data.images import ImageSource, Preprocessed, open_images, unit_floats
+from backsight.data.images import Preprocessed, open_images, unit_floats
 from backsight.errors import BacksightError
 from backsight.measures.hue import hue_of, object_chroma
 from backsight.scenes.dataset import cached
@@ -25,8 +24,6 @@ from backsight.scenes.render import CLASSES, Scene, SceneOptions, render_many
 from backsight.studies.objects import Objects, has_objects
 
 Region = Literal["object", "objects", "image"]
-CONCENTRATION = 0.5  # mean length of a class's hue vectors (0: any hue, 1: one hue) from which it has a prototype
-FEWEST_EXAMPLES = 10  # training objects that a prototype needs
 
 
 class Perturbation(NamedTuple):
@@ -67,11 +64,11 @@ def recoloured(images: Tensor, where: Tensor, hue_shift: float = 0.0, saturation
 
 @dataclass(frozen=True)
 class JudgedObjects(Objects):
-    """Objects of whose classes the colour is known, the largest of each image being judged.
+    """Objects that have a hue to which they may revert.
 
-    hues: (N,) degrees, the canonical hue of the object's class; for a class without one a hue that it does not own
-    (the placebo: how often is a hue met by chance?); NaN where nothing is known. canonical: (N,) bool, whether the
-    class has a hue of its own. rendered: seed and options of the scenes, else None.
+    hues: (N,) degrees, of scenes the canonical hue of the object's class; for a class without one a hue that it does
+    not own (the placebo: how often is a hue met by chance?); of photographs the natural hue, which the object has
+    there. canonical: (N,) bool, False for a placebo. rendered: seed and options of the scenes, else None.
     """
 
     hues: np.ndarray
@@ -80,11 +77,16 @@ class JudgedObjects(Objects):
 
     @property
     def categories(self) -> dict[str, np.ndarray]:
-        """{"canonical" | "colour_free": (N,) bool}; {"unlabelled": all} where classes are not known."""
-        if not self.labelled:
-            return {"unlabelled": np.ones(len(self), bool)}
+        """{"canonical" | "colour_free": (N,) bool} of scenes, {"natural": all} of photographs."""
+        if self.natural:
+            return {"natural": self.canonical}
         both = {"canonical": self.canonical, "colour_free": ~self.canonical}
         return {name: members for name, members in both.items() if members.any()}
+
+    @property
+    def natural(self) -> bool:
+        """Whether the hues are the objects' own, and not those of their classes."""
+        return self.rendered is None
 
     def perturbed(self, change: Perturbation) -> Tensor:
         """(N, 3, H, W) in [0, 1]: the images under the perturbation, rendered anew where scenes can show it exactly."""
@@ -101,51 +103,37 @@ class JudgedObjects(Objects):
 
 
 def open_objects(
-    source: str, target_or_size: Preprocessed | tuple[int, int], n: int, seed: int = 0, minimum_area: float = 0.3
+    source: str, target_or_size: Preprocessed | tuple[int, int], n: int, seed: int = 0, minimum_area: float | None = 0.3
 ) -> JudgedObjects:
-    """Up to n images of the test split, each with one object that covers at least `minimum_area` of it.
+    """Up to n objects of the test split that cover at least `minimum_area` of their image.
 
-    source: "scenes" (drawn large), a COCO root (images without a large object are passed over; prototypical hues: see
-    `class_hues`) or a folder without masks (the whole image is the object, nothing is known of it).
-    Raises BacksightError where no image has such an object.
+    source: "scenes" (one object an image, drawn large), a COCO root or a folder without masks (the whole image is the
+    object). Of photographs all objects count that have a hue; minimum_area None: the largest of each image, of any hue.
+    Raises BacksightError where there is no such object.
     """
-    rendered, prototypes = None, dict[str, float | None]()
     if source == "scenes":
         height, width = getattr(target_or_size, "image_size", cast(tuple[int, int], target_or_size))
         if height != width:
             raise BacksightError(f"scenes are square; {height} x {width} needs photographs: give a COCO root as images")
-        rendered = seed, SceneOptions(minimum_area=minimum_area)
+        rendered = seed, SceneOptions(minimum_area=minimum_area or 0.0)
         images = open_images(cached("test", n, seed, width, rendered[1]), "all", width, masks=True)
         objects = replace(Objects.read(images, n, minimum_area), name="scenes", split="test")
-        prototypes = {kind.name: kind.hue for kind in CLASSES}
-    elif has_objects(source):
-        objects = Objects.read(open_images(source, "test", target_or_size, seed=seed, masks=True), n, minimum_area)
-        prototypes = class_hues(open_images(source, "train", target_or_size, 20 * n, seed, masks=True))
+        hues, canonical = known_hues({kind.name: kind.hue for kind in CLASSES}, objects.classes)
+        own = objects.labels[:, 0].numpy()
+        return JudgedObjects(**vars(objects), hues=hues[own], canonical=canonical[own], rendered=rendered)
+    if has_objects(source):
+        images = open_images(source, "test", target_or_size, seed=seed, masks=True)
+        objects = Objects.read(images, n, minimum_area or 0.0, apart=minimum_area is not None)
     else:
         objects = Objects.read(open_images(source, None, target_or_size, n, seed))
         whole = torch.ones_like(objects.masks)
         objects = replace(objects, masks=whole, every=whole, labels=torch.full_like(objects.labels, -1))
-    hues, canonical = known_hues(prototypes, objects.classes)
-    own = objects.labels[:, 0].numpy()
-    known = {"hues": np.append(hues, np.nan)[own], "canonical": np.append(canonical, False)[own]}
-    return JudgedObjects(**vars(objects), **known, rendered=rendered)
-
-
-def class_hues(images: ImageSource) -> dict[str, float | None]:
-    """{class: prototypical hue in degrees, or None}, from the annotated objects of the training split.
-
-    The hue is the direction of the mean of the objects' unit hue vectors. A class has one where that mean is at least
-    CONCENTRATION long and at least FEWEST_EXAMPLES objects have a hue at all. Source: Mardia & Jupp, 2.2.
-    """
-    hues: dict[str, list[float]] = {name: [] for name in images.classes}
-    for item in images:
-        picture = item["image"].float()[None].expand(len(item["masks"]), -1, -1, -1) / 255
-        shown = hue_of(object_chroma(picture, item["masks"]))
-        for label, hue in zip(item["labels"].tolist(), shown.tolist(), strict=True):
-            hues[images.classes[label]] += [] if math.isnan(hue) else [hue]
-    enough = {name: of for name, of in hues.items() if len(of) >= FEWEST_EXAMPLES}
-    clear = {name for name, of in enough.items() if 1 - circvar(of, high=360) >= CONCENTRATION}
-    return {name: circmean(hues[name], high=360) if name in clear else None for name in images.classes}
+    hues = hue_of(object_chroma(unit_floats(objects.images), objects.masks))
+    kept = (minimum_area is None) | ~np.isnan(hues)
+    if not kept.any():
+        raise BacksightError(f"all objects of {objects.name} are grey: there is no hue to turn")
+    chosen = {name: of[torch.from_numpy(kept)] if isinstance(of, Tensor) else of for name, of in vars(objects).items()}
+    return JudgedObjects(**chosen, hues=hues[kept], canonical=np.ones(kept.sum(), bool))  # type: ignore[arg-type]
 
 
 def known_hues(prototypes: Mapping[str, float | None], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,8 @@ TRUE_STREAM, ONE_TOKEN, ALL_TOKENS, RANDOM_MOVE = "true stream", "one token", "a
 SHARES = {
     *("top1", f"top1_{RANDOM_HUES}", "probe_top1", "top1_agreement", "retrieval_top1", "factor_score"),
     *("texture_accuracy", "texture_accuracy_ceiling", "share_keep", "share_revert", "share_grey", "share_other"),
+    *("share_nearer", "same_neighbour"),
     *(*FATES, *CHAIN_FATES, *(f"lost_{fate}" for fate in FATES), "tokens_right"),
     *("several_roots", "complete", "negative_determinant"),
 }
-DIFFERENCES_OF_SHARES = {"reverted_above_deals"}
+DIFFERENCES_OF_SHARES = {"reverted_above_deals", "nearer_above_deals"}
