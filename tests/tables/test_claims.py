@@ -77,11 +77,13 @@ def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
         other = other[other["tap"] == taps[1][0 if claim.against.get("tap") else -1]]
     index = ["train_seed", "image", *({"hue_shift"} & set(claim.rows))]  # pairs are of the same colour, too
     tables = [part.pivot_table(index=index, values="value") for part in (own, other)]
+    weights = own.pivot_table(index=index, values="weight")["weight"]  # of octaves: the power that the image has there
     if not claim.against:
-        return float(tables[0]["value"].mean())
+        return float(np.average(tables[0]["value"], weights=weights))
     if (other["train_seed"] == -1).all():
         tables[1] = tables[1].droplevel("train_seed")
-    return float((tables[0]["value"] - tables[1]["value"]).mean())
+    differences = (tables[0]["value"] - tables[1]["value"]).dropna()
+    return float(np.average(differences, weights=weights[differences.index]))
 
 
 def test_real_pictures_are_judged_apart_by_rules_of_their_own(tmp_path: Path, judged: pd.DataFrame) -> None:

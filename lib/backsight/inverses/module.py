@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from backsight.targets.base import Target
 
 LIBRARIES = ("backsight", "torch", "timm", "transformers")  # that decide what an inverse computes
+version_of = cache(version)  # which reads a file
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class InverseHeader:
     seed: int = 0
     steps: int = 0
     validation_loss: float | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    versions: Mapping[str, str] = field(default_factory=lambda: {name: version_of(name) for name in LIBRARIES})
 
     def replaces(self, other: InverseHeader) -> bool:
         """Whether both are of one target, training split and seed, so that one file may take the place of the other."""

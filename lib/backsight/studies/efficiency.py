@@ -87,11 +87,11 @@ def train_all(
 ) -> list[Training]:
     """Every method from every start for every length and seed; train: the training images of a seed.
 
-    A seed's start is made once for all lengths, and its cost is added to each. A step's FLOPs are the difference
-    between a training of one step and one of none.
+    A seed's start is made once for all lengths, and its cost is added to each. A step's FLOPs, the same for every seed,
+    are the difference between a training of one step and one of none.
     """
     ways = list(product(starts, METHODS, seeds))
-    trainings = []
+    trainings, of_step = [], dict[tuple[str, str], int]()
     for start, method, seed in tqdm(ways, "trainings", leave=False):
         options = {"taps": taps.chain if method == "modular" else taps.judged, "seed": seed, "batch_size": batch_size}
         options |= PAPER[METHODS[method]] if start == "paper" else {}
@@ -101,12 +101,14 @@ def train_all(
             modules = fit(steps=0).modules.items()
         preparation, start_flops = time.perf_counter() - began, counter.get_total_flops()
         fit = partial(fit, starts={(tap, it.destination): it.linear for tap, it in modules if it.linear is not None})
-        none, one = (count_flops(partial(fit, steps=length)) for length in (0, 1))
+        if (start, method) not in of_step:
+            none, one = (count_flops(partial(fit, steps=length)) for length in (0, 1))
+            of_step[start, method] = one - none
         for length in sorted(steps):
             began = time.perf_counter()
             inverses = fit(steps=length)
             seconds = preparation + time.perf_counter() - began
-            flops = float(start_flops + (one - none) * length)
+            flops = float(start_flops + of_step[start, method] * length)
             trainings.append(Training(method, start, length, seed, inverses, flops, seconds))
     return trainings
 
