@@ -10,6 +10,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from backsight.errors import BacksightError
 from backsight.representation import Predictions, Queries
+from backsight.studies.tuning import answer_of
 from backsight.targets.base import Preprocessing, Stage, seeded
 from backsight.targets.detectors import Detr
 from backsight.targets.timm_models import TimmTarget
@@ -291,6 +292,15 @@ def test_a_pass_that_records_ends_with_the_last_of_its_taps():
         handle.remove()
     assert ran == [0]
     assert all(torch.equal(early[tap].values, whole[tap].values) for tap in early)
+
+
+def test_who_reads_the_output_beside_gets_it():
+    target, answers = _vit(), []
+    with target.model.register_forward_hook(lambda _model, _given, output: answers.append(output)):
+        target.record(_images(), ["blocks.0"])
+    assert len(answers) == 1
+    _, answer = answer_of(target, _images(), ["blocks.0"])
+    assert torch.equal(answer, answers[0])
 
 
 def test_gradients_reach_the_images_only_when_asked():
