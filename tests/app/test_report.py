@@ -220,7 +220,14 @@ def test_a_table_says_of_how_many_seeds_the_untrained_target_is() -> None:
 
 def test_claims_stand_beside_the_reference_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference run decides; what only one of the two measured is told as such."""
-    known = {"claim": ["deep keeps shape"] * 2, "target": VIT, "tap": ["norm", "blocks.0"], "unit": "dB", "seeds": 1}
+    known = {
+        "claim": ["deep keeps shape"] * 2,
+        "pictures": "scenes",
+        "target": VIT,
+        "tap": ["norm", "blocks.0"],
+        "unit": "dB",
+        "seeds": 1,
+    }
     here = pd.DataFrame({**known, "value": [1.0, 2.0], "low": 0.5, "high": 3.0, "n": 24, "verdict": "cannot tell"})
     there = here.assign(value=[7.0, float("nan")], low=6.0, high=8.0, n=100, seeds=3, verdict="agreed")
     for name in ("here", "there"):

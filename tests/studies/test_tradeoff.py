@@ -51,7 +51,9 @@ def made_up(count: int, side: int) -> Objects:
     boxes = torch.tensor([0.25, 0.25, 0.75, 0.75]).expand(count, 2, 4).clone()
     objects = torch.zeros(count, side, side, dtype=torch.bool)
     objects[:, side // 4 : -side // 4, side // 4 : -side // 4] = True
-    return Objects("made up", "train", (), (pictures * 255).byte(), objects, objects, labels, boxes)
+    return Objects(
+        "made up", "train", (), (pictures * 255).byte(), objects, objects, labels, boxes, torch.arange(count)
+    )
 
 
 @pytest.fixture(scope="module")

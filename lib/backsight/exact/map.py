@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
@@ -321,6 +320,8 @@ def fit_way(
 
     def covariances(errors: Tensor, least: Tensor | float) -> Tensor:
         """(P + 1, c, c) of few rows, shrunk (Ledoit & Wolf, 2004)."""
+        from sklearn.covariance import ledoit_wolf  # its import draws random numbers
+
         rows = [ledoit_wolf(part.double().numpy(), assume_centered=True)[0] for part in groups(errors.cpu(), prefix)]
         return torch.from_numpy(np.stack(rows)).to(errors.device) + least**2 * torch.eye(errors.shape[2]).to(errors)
 
