@@ -57,9 +57,9 @@ def test_all_claims_have_a_source_a_caution_and_one_border() -> None:
 
 def recomputed(values: pd.DataFrame, claim: Claim, target: str) -> float:
     """The number of a row of the page by other means: a table of images and seeds, and its mean."""
-    values = values.astype({"value": float})  # they are stored as float32
-    rows = values[(values["notebook"] == claim.notebook) & (values["tap"] != "predictions")]
-    rows = rows.dropna(axis="columns", how="all").assign(tap=rows["tap"], depth=rows["depth"])
+    rows = values[(values["notebook"] == claim.notebook) & values["measure"].isin(np.atleast_1d(claim.rows["measure"]))]
+    rows = rows[rows["tap"] != "predictions"].astype({"value": float})  # they are stored as float32
+    rows = rows.dropna(axis="columns", how="all").assign(**rows[["tap", "depth", "inverse"]])
     if "inverse" not in {*claim.rows, *claim.against}:
         rows = rows[~rows["inverse"].astype(str).str.startswith("null_")]
     for column, value in claim.rows.items():
@@ -105,7 +105,7 @@ def test_real_pictures_are_judged_apart_by_rules_of_their_own(tmp_path: Path, ju
     assert by_claim[list(expected)].to_dict() == expected
     of_scenes = [rows[rows["pictures"] == "scenes"].reset_index(drop=True) for rows in (table, judged)]
     pd.testing.assert_frame_equal(*of_scenes, check_dtype=False)
-    page = render_findings(study)
+    page = render_findings(study, table)
     assert "| claim | source | scenes | real |" in page
     assert "of real pictures: error power over image power" in page
     for claim in (claim for claim in read_claims() if claim.pictures == "real"):
@@ -152,25 +152,27 @@ def test_what_no_run_measured_says_so(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, ("10_tradeoff",)))
     table = findings(study)
     assert set(table[table["notebook"] != "10_tradeoff"]["verdict"]) == {UNMEASURED}
-    assert "No run of `03_quality` measured it." in render_findings(study)
+    assert "No run of `03_quality` measured it." in render_findings(study, table)
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "runs", ("10_tradeoff",))
     page = tmp_path / "FINDINGS.md"
     assert main(["findings", str(folder), str(page)]) == 0
-    assert page.read_text(encoding="utf-8") == render_findings(read_study(folder))
+    study = read_study(folder)
+    assert page.read_text(encoding="utf-8") == render_findings(study, findings(study))
 
 
 def test_the_committed_page_is_made_of_the_committed_values() -> None:
     root = Path(__file__).resolve().parents[2]
     study = read_study(root / "results" / "reference")
-    assert render_findings(study) == (root / "FINDINGS.md").read_text(encoding="utf-8")
     table = findings(study)
+    assert render_findings(study, table) == (root / "FINDINGS.md").read_text(encoding="utf-8")
     measured = table[table["verdict"] != UNMEASURED]
     assert len(measured)
-    values = study.values(set(measured["notebook"]))
     by_name = {(claim.claim, claim.pictures): claim for claim in read_claims()}
+    measures = {measure for claim in by_name.values() for measure in np.atleast_1d(claim.rows["measure"])}
+    values = study.values(set(measured["notebook"]), measures)
     for row in measured.itertuples():
         value = recomputed(values, by_name[row.claim, row.pictures], row.target)
         np.testing.assert_allclose(row.value, value, rtol=1e-6, atol=1e-6)

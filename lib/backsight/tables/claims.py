@@ -56,9 +56,12 @@ def findings(study: Study) -> pd.DataFrame:
     return table.assign(verdict=table["verdict"].fillna(UNMEASURED))
 
 
-def render_findings(study: Study) -> str:
-    """The page FINDINGS.md as Markdown: all verdicts, then each claim with its numbers and its caution."""
-    table, name = findings(study), shown(study.folder)
+def render_findings(study: Study, table: pd.DataFrame) -> str:
+    """The page FINDINGS.md as Markdown: all verdicts, then each claim with its numbers and its caution.
+
+    table: the study's `findings`.
+    """
+    name = shown(study.folder)
     name = study.folder.name if Path(name).is_absolute() else name  # the same on every machine
     lines = ["# Findings", "", f"Made by `backsight findings {name} FINDINGS.md` from the runs in `{name}`.", RULES]
     lines += ["", f"| claim | source | {' | '.join(PICTURES)} |", "| --- | --- | --- | --- |"]
@@ -94,4 +97,5 @@ def _numbers(rows: pd.DataFrame, pictures: str) -> list[str]:
 
 def write_findings(results: str | Path, path: str | Path) -> Path:
     """Write FINDINGS.md from the runs in a folder; returns its path. Raises BacksightError where there is no run."""
-    return write_text(path, render_findings(read_study(results)))
+    study = read_study(results)
+    return write_text(path, render_findings(study, findings(study)))

@@ -58,7 +58,9 @@ def judge(values: pd.DataFrame, claims: Sequence[Claim], seed: int = 0) -> pd.Da
     """
     rows = []
     for claim in claims:
-        own = _chosen(values, {"notebook": claim.notebook}).drop(columns="notebook") if claim.notebook else values
+        same = {name: value for name, value in claim.rows.items() if name not in {"target", "inverse", *claim.against}}
+        own = _chosen(values, same | ({"notebook": claim.notebook} if claim.notebook else {}))
+        own = own.drop(columns="notebook", errors="ignore").dropna(axis="columns", how="all")
         for target in np.atleast_1d(claim.rows.get("target", sorted(values["target"].unique()))):
             rows += _row(claim, own, {**claim.rows, "target": target}, seed)
     return decide(pd.DataFrame(rows))
@@ -113,15 +115,16 @@ def _at(values: pd.DataFrame, columns: Mapping[str, Any], tap: str) -> pd.DataFr
 
 def _taps(rows: pd.DataFrame, which: str) -> list[str]:
     """Names of taps, in forward order; what a model says at its end is none of its layers."""
-    taps = list(dict.fromkeys(rows.sort_values("depth", kind="stable")["tap"].dropna())) if "tap" in rows else []
+    taps = list(rows.sort_values("depth", kind="stable")["tap"].dropna().unique()) if "tap" in rows else []
     taps = [tap for tap in taps if tap != "predictions"] or taps
     return {"first": taps[:1], "last": taps[-1:], "all": taps, "": []}.get(which, [which])
 
 
 def _chosen(rows: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
-    for column, value in columns.items():
-        rows = rows[rows[column].isin(np.atleast_1d(value))] if column in rows else rows.iloc[:0]
-    return rows
+    """The rows that have one of the values given of each column; none where a column is not there."""
+    if not columns.keys() <= set(rows):
+        return rows.iloc[:0]
+    return rows[np.logical_and.reduce([rows[column].isin(np.atleast_1d(value)) for column, value in columns.items()])]
 
 
 def compare(claim: Claim, row: Mapping[Any, Any]) -> dict[str, Any]:
