@@ -108,6 +108,8 @@ def test_real_pictures_are_judged_apart_by_rules_of_their_own(tmp_path: Path, ju
     page = render_findings(study, table)
     assert "| claim | source | scenes | real |" in page
     assert "of real pictures: error power over image power" in page
+    measured = table[table["verdict"] != UNMEASURED].groupby(["claim", "pictures"])
+    assert page.count("Do not conclude") == measured.ngroups  # of what nobody measured there is nothing to conclude
     for claim in (claim for claim in read_claims() if claim.pictures == "real"):
         for row in real[real["claim"] == claim.claim].itertuples():
             value = recomputed(study.values([claim.notebook]), claim, row.target)

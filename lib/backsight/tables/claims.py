@@ -75,7 +75,9 @@ def render_findings(study: Study, table: pd.DataFrame) -> str:
         title, first = str(claim), rows.iloc[0]
         lines += ["", f"## {position}. {title[0].upper()}{title[1:]}", "", f"{first['text']} ({first['source']})"]
         for kind, of in rows.groupby("pictures", sort=False):
-            lines += ["", *_numbers(of, str(kind)), "", f"**Do not conclude:** {of['caution'].iloc[0]}"]
+            lines += ["", *_numbers(of, str(kind))]
+            if of["verdict"].iloc[0] != UNMEASURED:
+                lines += ["", f"**Do not conclude:** {of['caution'].iloc[0]}"]
     if study.left_out:
         lines += ["", f"Runs left out: {'; '.join(f'`{run}` ({why})' for run, why in study.left_out.items())}."]
     return "\n".join(lines) + "\n"
