@@ -60,7 +60,7 @@ def measured(target: Target, images: Tensor) -> Iterator[Row]:
     way = way_back(target, tap, target.taps)
     needed = [tap, *(step.source for step in way[:1])]
     bases = fit_linear(target, images[:64], few, taps=needed, progress=False)
-    inverse = fit_map_tap(target, tap, bases[tap], few, None, None, 8, 2, bases)
+    inverse = fit_map_tap(target, tap, bases, few[:8], checked=2)
     recorded = target.record(few[:1], [tap])[tap]
     own = seconds(lambda: inverse(recorded))
     yield row(f"seconds of MAP from {tap}, one image / of its pass", own, "s", once, "")

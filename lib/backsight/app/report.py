@@ -243,7 +243,7 @@ def _target(
 def _claims(study: Study) -> list[tuple[Mapping[Any, Any], Mapping[Any, Any] | None]]:
     """The claims that the runs measured, each with what the committed run says of it, None where it says nothing."""
 
-    def measured(of: Study) -> dict[tuple[str, str, str], Mapping[Any, Any]]:
+    def measured(of: Study) -> dict[tuple[str, str, str, str], Mapping[Any, Any]]:
         rows = findings(of).dropna(subset="value").fillna({"tap": ""}).to_dict("records")
         return {(row["claim"], row["pictures"], row["target"], row["tap"]): row for row in rows}
 

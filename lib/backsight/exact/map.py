@@ -326,9 +326,9 @@ def fit_way(
         return torch.from_numpy(np.stack(rows)).to(errors.device) + least**2 * torch.eye(errors.shape[2]).to(errors)
 
     for half, x, after in zip(halves, streams[-2::-1], streams[::-1], strict=False):
-        known = after + draws(noise, after.shape)
-        half.put(stage0=ridge([(known[rest], x[rest])], prefix, all_rows=True).to(y))
-        half.put(noise=noise.to(y), factor=roots(covariances((half.guesses(known)[0] - x)[rest], 0.0)).to(y))
+        known = (after + draws(noise, after.shape))[rest]
+        guesses = half.fit_guesses(x[rest], known, prefix, 1, all_rows=True)
+        half.put(noise=noise.to(y), factor=roots(covariances(guesses - x[rest], 0.0)).to(y))
         y = torch.cat([one_back(half, part) for part in y.split(MapInverse.batch_size)])
         noise = covariances(y - x[-len(y) :], least * x.std())
     return y, noise
@@ -403,9 +403,9 @@ def fit_map(
     needed = kept + [way[0].source for tap in kept if (way := way_back(target, tap, target.tap_set("blocks")))]
     bases = completed(given, needed, target, images, validation, seed=seed, progress=progress)
     inverses, share = {}, max(1, target.image_size[0] * target.image_size[1] // SMALL)
-    effort = max(32, 128 // share), max(6, 8 // share)
+    held_out, checked = next(batches(validation, max(32, 128 // share))), max(6, 8 // share)
     for tap in tqdm(kept, desc="MAP inverses", leave=False, disable=not progress):
-        inverses[tap] = fit_map_tap(target, tap, bases[tap], validation, None, None, *effort, bases, images)
+        inverses[tap] = fit_map_tap(target, tap, bases, held_out, checked=checked, further=images)
         inverses[tap].header = header_for(target, "map", tap, PIXELS, images, seed)
     return Inverses(inverses)
 
@@ -420,24 +420,23 @@ def _refusal(tap: str, representation: Representation) -> str:
 def fit_map_tap(
     target: Target,
     tap: str,
-    base: Base,
-    images: ImageSource | Tensor,
+    bases: Mapping[str, Base],
+    held_out: Tensor,
     noise: Callable[[Tensor], Tensor] | None = None,
     settings: MapSettings | None = None,
-    count: int = 128,
     checked: int = 8,
-    bases: Mapping[str, Base] | None = None,
     further: ImageSource | Tensor | None = None,
 ) -> MapInverse:
     """The maximum-a-posteriori inverse of one tap at one noise level, started from a trained inverse.
 
-    base: representation at `tap` -> images in [0, 1]; images: held-out ones, which neither the base nor the model was
-    trained on: the first `count` measure the start's error and its covariance, the last `checked` of them, solved in
-    full, the gain (0: a gain of 1); noise: what it does to values (B, n, c), None: only round-off; bases: of taps that
-    deep ones of large pictures are led back to (where there are none, and nothing is checked, all are searched);
-    further: images, also of those that the base was trained on, the first FURTHER of which fit linear maps on the way.
+    bases: {tap: representation there -> images in [0, 1]} of `tap`, and of taps that deep ones of large pictures are
+    led back to (without such, or where nothing is checked, the search begins at the pixels); held_out: images that
+    neither the bases nor the model was trained on: all measure the start's error and its covariance, the last `checked`
+    of them, solved in full, the gain (0: a gain of 1); noise: what it does to values (B, n, c), None: only round-off,
+    of which `settings.least` is assumed at least; further: images, also of those that the bases were trained on, the
+    first FURTHER of which fit linear maps on the way.
     """
-    settings, pictures = settings or MapSettings(), next(batches(images, count)).to(target.device)
+    settings, pictures = settings or MapSettings(), held_out.to(target.device)
     if target.image_size[0] * target.image_size[1] > SMALL:
         settings = replace(settings, **LARGE)
     if len(pictures) < HELD_OUT:
@@ -453,12 +452,12 @@ def fit_map_tap(
     least = (settings.least * float(clean.values.std())) ** 2
     squares = [rows.double().square().mean(0) for rows in groups(disturbed.values - clean.values, prefix)]
     variance = torch.stack(squares).add(least).diag_embed()
-    steps = way_back(target, tap, bases) if bases and checked else ()
-    inverse = MapInverse(target, tap, base, (down, across), settings, steps)
+    steps = way_back(target, tap, bases) if checked else ()
+    inverse = MapInverse(target, tap, bases[tap], (down, across), settings, steps)
     inverse.measure(pictures, clean, disturbed, variance)
     truth, led_back = patchify(pictures, inverse.patch), None
     last = torch.arange(len(truth) - min(checked, len(truth)), len(truth), device=truth.device)
-    if bases and steps:
+    if steps:
         middle = steps[0].source
         seen = pictures if further is None else torch.cat([next(batches(further, FURTHER)).to(pictures), pictures])
         begun: Any = concatenate([target.record(part, [middle])[middle] for part in seen.split(64)])

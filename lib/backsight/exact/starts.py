@@ -128,12 +128,7 @@ class Half(Numbers):
                 return norm.normalised(z), torch.cat([part.mean(-1, keepdim=True), log], dim=-1)
 
             self.put(taken=ridge((taken(part) for part in x.split(BATCH)), 0))
-        guesses: list[Any] = [None] * len(x.split(BATCH))
-        for number in range(stages):
-            features = map(self._features, y.split(BATCH), guesses)
-            weight = ridge(zip(features, x.split(BATCH), strict=True), prefix).float()
-            guesses = [affine(self._features(*pair), weight) for pair in zip(y.split(BATCH), guesses, strict=True)]
-            self.put(**{f"stage{number}": weight})
+        guesses = self.fit_guesses(x, y, prefix, stages)
         if step.jacobian is None or x.shape[2] > DENSE:
             return
         rows, tokens, behind = groups(x, prefix), x.flatten(0, 1), y.flatten(0, 1)
@@ -149,8 +144,18 @@ class Half(Numbers):
             usual=torch.stack([part.quantile(USUAL) for part in distances]),
             folding=(signs <= 0).double().mean(),
             behind=behind[some].float(),
-            errors=(tokens - torch.cat(guesses).flatten(0, 1))[some].float(),
+            errors=(tokens - guesses.flatten(0, 1))[some].float(),
         )
+
+    def fit_guesses(self, x: Tensor, y: Tensor, prefix: int, stages: int, all_rows: bool = False) -> Tensor:
+        """Fits the stages alone, all_rows as of `ridge`; (B, n, c) what the last of them makes of y."""
+        guesses: list[Any] = [None] * len(x.split(BATCH))
+        for number in range(stages):
+            features = map(self._features, y.split(BATCH), guesses)
+            weight = ridge(zip(features, x.split(BATCH), strict=True), prefix, all_rows=all_rows).float()
+            guesses = [affine(self._features(*pair), weight) for pair in zip(y.split(BATCH), guesses, strict=True)]
+            self.put(**{f"stage{number}": weight})
+        return torch.cat(guesses)
 
     def _features(self, y: Tensor, x: Tensor | None) -> Tensor:
         if x is None:

@@ -166,13 +166,12 @@ def colour_values(
             if objects.natural:
                 close = _mean(nearer(*cases, hues))
                 numbers |= {"share_nearer": close[is_own], "nearer_above_deals": above_deals(close)}
-            response = respond(shown, returned)
+            response = None if objects.natural else respond(shown, returned)
             for category, members in objects.categories.items():
                 columns = common | {"category": category}
                 for name, mean in numbers.items():
                     values.add(name, {train_seed: np.where(members, mean, np.nan)}, **columns, **ALL_HUES)
-                index = reversion_index(response, objects.hues, labels, canonical, members)
-                if index is not None and not objects.natural:
+                if response and (index := reversion_index(response, objects.hues, labels, canonical, members)):
                     values.add("reversion_index", {train_seed: influence(index, len(objects))}, **columns, **ALL_HUES)
                 if inverse == family != "painter" and not inverse.startswith("null_"):
                     for turn, errors in zip(perturbations, of_turns, strict=True):

