@@ -33,6 +33,9 @@ LONGEST = (
     "test_explorer.py",
     "test_gallery.py",
     "test_profiles.py",
+    "test_claims.py",
+    "test_readme.py",
+    "00_quickstart.ipynb",
 )
 
 

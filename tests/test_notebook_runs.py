@@ -12,7 +12,7 @@ from backsight.app.runner import plan_run, run_plan
 from backsight.project import METRICS, project_root, read_json
 from backsight.tables.values import METRIC_COLUMNS
 
-TRAINING, QUALITY = "02_train_inverse", "03_quality"
+QUICKSTART, TRAINING, QUALITY = "00_quickstart", "02_train_inverse", "03_quality"
 # Notebooks whose table is their point; the others show pictures.
 TABLED = ("01", "04", "05", "06", "08", "09", "10", "11", "12")
 
@@ -37,7 +37,10 @@ def run(name: str, folder: Path, *assignments: str) -> pd.DataFrame | None:
     return table
 
 
-@pytest.mark.parametrize("name", [path.stem for path in committed_notebooks() if path.stem not in (TRAINING, QUALITY)])
+OTHERS = [path.stem for path in committed_notebooks() if path.stem not in (QUICKSTART, TRAINING, QUALITY)]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_runs_at_smoke_size(name: str, tmp_path: Path) -> None:
     table = run(name, tmp_path / name)
     if name[:2] in TABLED:
@@ -51,7 +54,7 @@ def test_the_quickstart_goes_on_with_what_is_shipped_where_no_index_answers(
     for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", ""), ("CONFIG_FILE", os.devnull)):
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path / "cache"))
-    table = run("00_quickstart", tmp_path / "run", "targets=[dinov2-small, scenes-vit]")
+    table = run(QUICKSTART, tmp_path / "run", "targets=[dinov2-small, scenes-vit]")
     assert table is not None
     assert set(table["target"]) == {"scenes-vit"}
     assert "dinov2-small cannot be had" in (tmp_path / "run" / "00_quickstart.ipynb").read_text(encoding="utf-8")

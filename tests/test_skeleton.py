@@ -81,6 +81,12 @@ def test_hooks_are_the_tools_of_make_lint(root: Path) -> None:
     assert {hook["entry"].split()[0] for hook in hooks[0]["hooks"]} == {".venv/bin/ruff", ".venv/bin/mypy"}
 
 
+def test_pages_are_made_without_torch() -> None:
+    """Which takes seconds to load, and a page is made again and again."""
+    program = "import sys, backsight.app.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_importing_touches_nothing(root: Path) -> None:
     """No network, no file written, no GPU and no random state: in a process of its own, the libraries loaded before."""
     program = """

@@ -161,7 +161,9 @@ def test_a_killed_graph_ends_as_if_uninterrupted(graph: list[str], root: Path, t
     assert everything == [*(f"step {step}" for step in range(STEPS)), "trained", "judged"]
     assert {"train/metrics.csv", "judge/metrics.csv", "judge/run.json", "beside/run.json"} < whole.keys()
     assert "beside/metrics.csv" not in whole
-    shutil.rmtree(results)
+    for made in (results / "train", results / "judge"):
+        shutil.rmtree(made)
+    journal.unlink()
 
     killed = start()
     deadline = time.monotonic() + 120

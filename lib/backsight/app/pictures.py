@@ -17,8 +17,6 @@ from PIL import Image, ImageOps
 
 from backsight.data.decode import read_rgb
 from backsight.errors import BacksightError
-from backsight.scenes.photographs import PHOTOGRAPHS, photograph
-from backsight.scenes.render import CLASS_NAMES, DEFAULT_OPTIONS, render
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +36,10 @@ def open_picture(name: str, size: tuple[int, int], hue_shift: float = 0.0) -> Pi
     """The largest centred crop at (H, W). hue_shift: degrees by which a scene's largest object is rendered in another
     hue; photographs and files stay as they are. Raises BacksightError on a name that is none of the kinds.
     """
-    import torch
+    import torch  # late: it takes seconds, and a page of pictures that are made needs none of it
+
+    from backsight.scenes.photographs import PHOTOGRAPHS, photograph
+    from backsight.scenes.render import CLASS_NAMES, DEFAULT_OPTIONS, render
 
     if match := _SCENE.fullmatch(name):
         number, hue = match.groups()

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from backsight.errors import BacksightError
 from backsight.project import write_atomically
+
+if TYPE_CHECKING:  # torch takes seconds to load, and the page of a run needs none of it
+    from torch import Tensor
+
+    Numbers = Tensor | np.ndarray | Sequence[float]
 
 # Of the tidy table of every run, in this order; a study adds columns of its own behind them.
 METRIC_COLUMNS = (
@@ -27,7 +31,6 @@ COLUMNS = (
 )
 MEASURED = ("value", "weight")
 NO_SEED = -1  # train_seed of what was not trained
-Numbers = Tensor | np.ndarray | Sequence[float]
 
 
 class Described(Protocol):
@@ -93,7 +96,7 @@ class Values:
 
 
 def _numbers(values: Numbers) -> np.ndarray:
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, float)
+    array = np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, float)
     if array.ndim != 1:
         raise BacksightError(f"One value an image is needed, not an array of shape {array.shape}.")
     return array

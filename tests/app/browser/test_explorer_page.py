@@ -152,9 +152,6 @@ def test_every_control_changes_the_right_pictures(open_page: Any, address: str, 
     )
     assert pictures(page)["Reconstruction"] != before["Reconstruction"]
 
-    view = "&target=scenes-vit&tap=blocks.2&picture=chelsea&erased=21&shuffled=0,63&swapped=36&swap_picture=scene+3"
-    shot(opened(open_page, address + view, height=1500), "explorer-changed")
-
 
 def test_files_are_taken_or_answered_with_a_sentence(open_page: Any, address: str, tmp_path: Path) -> None:
     page = opened(open_page, address + SCENE)
@@ -262,11 +259,12 @@ def luminance(colour: str) -> float:
 
 
 def test_the_exported_python_reproduces_the_exported_png(
-    open_page: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_page: Any, address: str, tmp_path: Path, shot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = opened(
-        open_page, f"{address}&target=scenes-vit&tap=blocks.3&hue_shift=75&erased=10,11&noise=0.5&picture=scene+4"
-    )
+    view = "&target=scenes-vit&tap=blocks.3&hue_shift=75&noise=0.5&picture=scene+4"
+    patches = "&erased=10,11&shuffled=0,63&swapped=36&swap_picture=scene+3"
+    page = opened(open_page, address + view + patches, height=1500)
+    shot(page, "explorer-changed")
     with page.expect_download() as awaited:
         page.get_by_role("button", name="Export PNG").click()
     awaited.value.save_as(tmp_path / "exported.png")
