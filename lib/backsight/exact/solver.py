@@ -30,6 +30,7 @@ SLOW = 0.8  # above it, five iterations that keep more than this have failed
 LOOSEST, TIGHTEST = 0.1, 1e-4  # of a linear solve
 SPREAD = 0.1  # of a perturbed start, in the start's own deviations, times its number
 CHUNK = 2**23  # entries of dense derivatives at once, 64 MB
+ROOM = 32  # products that a Krylov space grows by: each time it is copied whole
 WIDE = 128  # columns up to which torch's own batches of LU factorizations are sound on a CPU
 
 
@@ -263,22 +264,27 @@ def gmres(product: Product, right: Tensor, tolerance: Tensor, limit: int) -> Ten
     at = (length > 0).nonzero().flatten()
     rest, move = right[at], right[at] / length[at, None]
     moves = images = right.new_zeros(len(at), 0, right.shape[1])
-    for _ in range(min(limit, right.shape[1])):
+    for count in range(min(limit, right.shape[1])):
         if not len(at):
             break
         image = product(move, at)
         before = image.norm(dim=1)
         for _ in range(2):
-            along = images @ image[:, :, None]
-            image, move = image - (along.mT @ images)[:, 0], move - (along.mT @ moves)[:, 0]
+            along = images[:, :count] @ image[:, :, None]
+            image = image - (along.mT @ images[:, :count])[:, 0]
+            move = move - (along.mT @ moves[:, :count])[:, 0]
         size = image.norm(dim=1, keepdim=True)
         broken = size[:, 0] <= 1e-14 * before  # nothing new: the space is whole
         image, move = (values.masked_fill(broken[:, None], 0.0) / size.clamp(min=TINY) for values in (image, move))
         share = (image * rest).sum(1, keepdim=True)
         result[at], rest = result[at] + share * move, rest - share * image
+        if count == images.shape[1]:
+            room = image.new_empty(len(image), ROOM, image.shape[1])
+            images, moves = torch.cat([images, room], 1), torch.cat([moves, room], 1)
+        images[:, count], moves[:, count] = image, move
         live = ~broken & (rest.norm(dim=1) > tolerance[at] * length[at])
-        at, rest, image, move = at[live], rest[live], image[live], move[live]
-        images, moves = torch.cat([images[live], image[:, None]], 1), torch.cat([moves[live], move[:, None]], 1)
+        if not bool(live.all()):
+            at, rest, image, images, moves = (held[live] for held in (at, rest, image, images, moves))
         move = image
     return result
 
