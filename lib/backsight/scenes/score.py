@@ -1,6 +1,7 @@
 """Scores of classifiers and detectors on `scenes`: top-1, and COCO's average precision."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ _GROUPS = {
     "colour-free": [name for name in CLASS_NAMES if name not in _CANONICAL],
     **{name: [name] for name in CLASS_NAMES},
 }
+_scenes = lru_cache(maxsize=2)(scene_tensors)  # of both rules: one target after the other is scored on them
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def score_target(target: Any, count: int = 5000, seed: int = 0) -> pd.DataFrame:
         raise BacksightError(f"{count} images are too few for an interval: score on 500 or more")
     tables = []
     for rule in ("mixed", "uniform"):
-        data = scene_tensors("test", count, seed, rule)
+        data = _scenes("test", count, seed, rule)
         outputs = [target(images.float() / 255) for images in data.images.split(BATCH)]
         scores = _top1(outputs, data) if target.kind == "classifier" else _precision(outputs, data)
         tables.append(scores.assign(rule=rule))
