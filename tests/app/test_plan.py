@@ -82,7 +82,12 @@ def test_seconds_are_those_that_were_recorded(tmp_path: Path, monkeypatch: pytes
 
 def test_runs_on_a_folder_that_is_absent_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of the graph goes on, and the folder that a variable names is taken, under the same names."""
-    other = {"train": "PICTURES", "quality": [{"images": "PICTURES", "n": 3}], "studies": [{"05_colour": {"n": 4}}]}
+    other: dict[str, Any] = {
+        "train": "PICTURES",
+        "quality": [{"images": "PICTURES", "n": 3}],
+        "studies": [{"05_colour": {"n": 4}}],
+    }
+    other["studies"].append({"06_modular_vs_direct": {"trained_on": "PICTURES+leaves"}})
     targets = GRAPH["targets"] | {"other": other}
     graph = GRAPH | {"folders": {"PICTURES": "nowhere/pictures"}, "targets": targets, "last": ["07_figures"]}
     preset = write_preset(tmp_path, graph)
@@ -98,6 +103,7 @@ def test_runs_on_a_folder_that_is_absent_are_left_out(tmp_path: Path, monkeypatc
     assert runs["train-other-seed0"].parameters["images"] == str(tmp_path)
     judged = runs["quality-other-pictures"].parameters
     assert (judged["images"], judged["trained_on"], judged["n"]) == (str(tmp_path), str(tmp_path), 3)
+    assert runs["modular-vs-direct-other"].parameters["trained_on"] == f"{tmp_path}+leaves"
     assert runs["colour-other"].parameters["images"] == str(tmp_path)
 
 

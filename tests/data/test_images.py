@@ -53,6 +53,32 @@ def test_a_crop_keeps_the_centre_and_an_image_of_the_right_size_stays(tmp_path):
     np.testing.assert_array_equal(whole.permute(1, 2, 0).numpy(), pixels)
 
 
+def test_leaves_and_parts_join_the_training_images_of_a_folder_alone(tmp_path):
+    for split, number in (("train", 2), ("val", 1), ("test", 1)):
+        for index in range(number):
+            pixels = np.random.default_rng([number, index]).integers(0, 255, (5, 7, 3), np.uint8)
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.fromarray(pixels.repeat(16, 0).repeat(16, 1)).save(tmp_path / split / f"{split}{index}.png")
+    with_leaves = f"{tmp_path}+leaves"
+    source = open_images(with_leaves, "train", (40, 56), seed=3)
+    assert source.name == f"{tmp_path.name}+leaves"
+    assert len(source) == 2 * (2 + 3 * 2)
+    assert len(set(ids(source))) == len(source)
+    assert [item["id"] for item in source] == ids(source)
+    whole, parts = source[0]["image"], [source.image(index) for index in range(2, 5)]  # of the first picture
+    scale = [float((part[:, 1:] != part[:, :-1]).float().mean()) for part in (whole, *parts)]
+    assert all(of_part < scale[0] for of_part in scale[1:])  # fewer edges: what is shown is larger
+    assert len({part.numpy().tobytes() for part in parts}) == 3
+    again, other = (open_images(with_leaves, "train", (40, 56), seed=seed) for seed in (3, 4))
+    assert torch.equal(tensor(again), tensor(source))
+    assert not torch.equal(tensor(other)[2:], tensor(source)[2:])
+    for split in ("validation", "test"):
+        alone = open_images(tmp_path, split, 8)
+        assert ids(open_images(with_leaves, split, 8)) == ids(alone)
+    with pytest.raises(SourceError, match="no folder 'nowhere"):
+        open_images("nowhere+leaves", "train", 8)
+
+
 def target(**preprocessing):
     return SimpleNamespace(preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3, **preprocessing))
 

@@ -1,13 +1,17 @@
 """The matched comparison: counted costs, one score a tap and image, equal costs interpolated, known answers."""
 
+import weakref
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import backsight
 from backsight.data.images import open_images
 from backsight.errors import BacksightError
-from backsight.studies.efficiency import add_scores, at_equal_cost, over_taps, taps_for, train_all
+from backsight.inverses.files import shipped_inverses
+from backsight.studies.efficiency import Taps, Training, add_scores, at_equal_cost, over_taps, taps_for, train_all
 from backsight.tables.pooling import metrics, pool
 from backsight.tables.values import Values
 from backsight.targets import load_target
@@ -27,28 +31,54 @@ def test_components_get_the_tap_in_the_middle_and_the_chain_every_block(target):
 
 
 def test_every_training_is_scored_and_costs_what_its_steps_cost(target):
-    taps = taps_for(target, ["patch_embed", "blocks.0"])
+    taps = taps_for(target, ["patch_embed", "blocks.1"])
     validation, test = (open_images("scenes", split, target, 6, 0) for split in ("validation", "test"))
-    made = train_all(
+    trained = train_all(
         target,
         taps,
         lambda seed: open_images("scenes", "train", target, 32, seed),
         validation,
-        [1, 3],
+        [0, 3],
         starts=["paper"],
         batch_size=4,
     )
+    made: list[Training] = []
+    values = Values(target, "scenes", "test", range(6))
+    add_scores(values, target, (made.append(one) or one for one in trained), taps, test, torch.full((3, 64, 64), 0.5))
     assert len(made) == 3 * 2
     costs = {(one.method, one.steps): one.flops for one in made}
     for method in ("direct", "modular", "modular_components"):
-        assert costs[method, 3] > costs[method, 1] > 0
-    values = Values(target, "scenes", "test", range(6))
-    add_scores(values, target, made, taps, test, torch.full((3, 64, 64), 0.5))
+        assert costs[method, 3] > costs[method, 0] > 0
     table = metrics(values.table())
     assert len(table) == 3 * 2 * 2 + 2
     assert (table.n == 6).all()
-    assert set(table.steps.dropna()) == {1, 3}
+    assert set(table.steps.dropna()) == {0, 3}
     assert table.value.between(5, 40).all()
+
+
+def test_trainings_are_judged_one_by_one_and_not_kept(target):
+    kept: list[weakref.ref] = []
+
+    def trainings():
+        for seed in range(3):
+            inverses = backsight.load(shipped_inverses(target), target)["linear"]
+            assert sum(reference() is not None for reference in kept) <= 1  # the one before, until this one is there
+            kept.append(weakref.ref(inverses))
+            yield Training("direct", "ours", 1, seed, inverses, 1.0, 1.0)
+
+    taps = Taps(("blocks.0",), ("blocks.0",))
+    test = open_images("scenes", "test", target, 3, 0)
+    values = Values(target, "scenes", "test", range(3))
+    add_scores(values, target, trainings(), taps, test, torch.full((3, 64, 64), 0.5))
+    assert len(kept) == 3
+
+
+def test_a_chain_without_further_taps_is_trained_once(target):
+    taps = taps_for(target, ["patch_embed", "blocks.0"])
+    assert taps.judged == taps.chain
+    images = open_images("scenes", "train", target, 32, 0)
+    trained = train_all(target, taps, lambda seed: images, images, [0], starts=["paper"], batch_size=4)
+    assert [one.method for one in trained] == ["direct", "modular"]
 
 
 def made_up(levels: dict[str, dict[int, tuple[float, float]]]) -> pd.DataFrame:

@@ -87,8 +87,10 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
             raise BacksightError(f"the section `graph` of the preset {preset} asks twice for {run}.")
         missing = {runs[name].missing for name in needs}
         for key in ("images", "trained_on"):
-            if (variable := parameters.get(key)) in graph.folders:
-                folder = parameters[key] = os.environ.get(variable) or graph.folders[variable]
+            variable, *joined = str(parameters.get(key)).partition("+")
+            if variable in graph.folders:
+                folder = os.environ.get(variable) or graph.folders[variable]
+                parameters[key] = folder + "".join(joined)
                 if not (project_root() / folder).is_dir():
                     missing.add(f"no folder {folder}: what needs it is left out; {variable}=FOLDER names another.")
         runs[run] = GraphRun(kind, notebook, parameters, needs, max(missing, default=""))

@@ -7,6 +7,7 @@ NotebookError, with the partial notebook kept; a run is complete only after ever
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class Plan:
         for name in PATHS:
             given = self.values.get(name) or []
             texts = [given] if isinstance(given, str) else given
-            words = {word for text in texts for word in (text, *text.split("@")) if word}
+            words = {word for text in texts for word in (text, *re.split("[@+]", text)) if word}
             for root in [place / word for word in words for place in places]:
                 files = [root] if root.is_file() else list(_below(root, READ.get(name, "**/[!.]*")))
                 if name == "inverses":  # those of other targets may be in the making
@@ -130,8 +131,9 @@ def _relocated(value: Any) -> Any:
     if isinstance(value, list):
         return [_relocated(item) for item in value]
     path = Path(os.path.expanduser(value))
-    if "@" in value and not path.exists():  # a target name@checkpoint
-        return "@".join(map(_relocated, value.rsplit("@", 1)))
+    for sign in "@+":  # a target name@checkpoint, and FOLDER+leaves
+        if sign in value and not path.exists():
+            return sign.join(map(_relocated, value.rsplit(sign, 1)))
     # A target org/model is also a relative path; it is one only where such a file exists, and a shipped one never.
     named = not value or value in NAMED or (project_root() / "data" / "weights" / value).is_dir()
     return value if named or not path.exists() else shown(path.absolute())

@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """One image of a source: its id (unique and stable), its file, and what is known about it.
 
     member: where it lies in a tar shard; `path` is then "shard.tar::name", to be read by people only. draw: of an image
-    without a file: (H, W) -> uint8 (H, W, 3).
+    without a file: (H, W) -> uint8 (H, W, 3). part: the seed of a random part of the image, which stands for it.
     """
 
     id: str
@@ -53,6 +53,7 @@ class Entry(NamedTuple):
     objects: ImageObjects | None = None
     member: Member | None = None
     draw: Callable[[tuple[int, int]], np.ndarray] | None = None
+    part: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,6 +37,8 @@ GENERATORS = {
     "photographs": ("backsight.scenes.photographs", "generated"),
     "leaves": ("backsight.data.leaves", "generated"),
 }
+WITH_LEAVES = "+leaves"  # of a folder's training images: random parts of them too, and as many leaves as both
+PARTS, LEAST_PART = 3, 0.3  # of every image, and of its area
 WORTH_WORKERS = 2000  # images that are read by threads of their own, where there are cores to spare
 
 
@@ -128,6 +130,10 @@ class ImageSource(Dataset[dict[str, Any]]):
                 raise ImageError(entry.path, f"its size (width, height) is {upright}, annotated as {objects.size}")
         box = crop_box(picture.size, self.size, self.crop_fraction)
         framed, size = (self.size[1], self.size[0]), picture.size
+        if entry.part is not None:
+            random = np.random.default_rng(entry.part)
+            box = _random_part(box, random)
+            picture = ImageOps.mirror(picture) if random.random() < 0.5 else picture
         if size != framed or box != (0, 0, *size):
             picture = picture.resize(framed, Image.Resampling[self.interpolation.upper()], box=box)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), box, size
@@ -145,6 +151,28 @@ def crop_box(size: Size, framed: Size, fraction: float = 1.0) -> Box:
     return left, top, min(left + across, width), min(top + down, height)
 
 
+def _random_part(box: Box, random: np.random.Generator) -> Box:
+    """A smaller box of the same proportions inside of a box: left, top, right, bottom."""
+    left, top, right, bottom = box
+    share = math.sqrt(random.uniform(LEAST_PART, 1))
+    width, height = share * (right - left), share * (bottom - top)
+    left, top = random.uniform(left, right - width), random.uniform(top, bottom - height)
+    return left, top, left + width, top + height
+
+
+def _with_leaves(entries: Sequence[Entry], seed: int) -> list[Entry]:
+    """A folder's images, PARTS random parts of each, and as many leaves as both."""
+    from backsight.data.leaves import generated
+
+    whole = [entry._replace(objects=None) for entry in entries]
+    parts = [
+        entry._replace(id=f"{entry.id}#{seed}-{number}", part=(seed, place, number))
+        for place, entry in enumerate(whole)
+        for number in range(PARTS)
+    ]
+    return [*whole, *parts, *generated("train", len(whole + parts), seed, 0, False).entries]
+
+
 def open_images(
     source: str | Path,
     split: str | None = None,
@@ -158,7 +186,8 @@ def open_images(
 
     source: "scenes" (made on first use) | "scenes-on-leaves" (to train on: their backgrounds are endless) |
         "photographs" (ten real ones, offline) | "leaves" (endless, drawn as they are read) | a folder (see
-        data/folders.py).
+        data/folders.py) | "FOLDER+leaves" (where it has few images to train on: its training split with random parts
+        of them, some mirrored, and as many leaves as both; its other splits as they are).
     split: "train" | "validation" | "test" share no image. "all" is everything (not for scenes). None: "all" for a
         folder without splits, which is cut 8:1:1 otherwise, and "test" for all else.
     target_or_size: a target, whose own size, crop and interpolation are used; or (H, W) in pixels, or one side of a
@@ -181,11 +210,13 @@ def open_images(
         module, function = GENERATORS[name]
         found = getattr(import_module(module), function)(split, count, seed, max(size), masks)
         crop_fraction = 1.0 if found.to_size else crop_fraction
-    elif not name or not (root := Path(os.path.expanduser(source))).exists():
+    elif not name or not (root := Path(os.path.expanduser(name.removesuffix(WITH_LEAVES)))).exists():
         raise SourceError(f"there is no folder {name!r}, nor a source of that name; {nearest(name, tuple(GENERATORS))}")
     else:
-        found = folder_entries(root, split, masks)
+        found, joined = folder_entries(root, split, masks), name.endswith(WITH_LEAVES)
         name = root.resolve().name
+        if joined and found.split == "train":
+            found.entries, name = _with_leaves(found.entries, seed), name + WITH_LEAVES
     if masks and not any(entry.objects for entry in found.entries):
         raise SourceError(f"{name!r} has no masks (annotations/instances_*.json): leave masks out, or open scenes")
     entries = found.entries

@@ -16,7 +16,7 @@ of the closed form are not among them. Seconds hold everything.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from backsight.data.images import ImageSource, batches
+from backsight.data.images import ImageSource, images_at_once
 from backsight.errors import BacksightError
 from backsight.inverses.module import Inverses
+from backsight.inverses.passes import recorded_batches
 from backsight.measures.pixels import psnr
 from backsight.tables.values import NO_SEED, Values
 from backsight.targets import Target
@@ -84,14 +85,15 @@ def train_all(
     seeds: Sequence[int] = (0,),
     starts: Sequence[str] = ("ours", "paper"),
     batch_size: int = 16,
-) -> list[Training]:
-    """Every method from every start for every length and seed; train: the training images of a seed.
+) -> Iterator[Training]:
+    """Every method from every start for every length and seed, one after the other; train: the images of a seed.
 
-    A seed's start is made once for all lengths, and its cost is added to each. A step's FLOPs, the same for every seed,
-    are the difference between a training of one step and one of none.
+    A seed's start is made once for all lengths, and its cost is added to each; 0 steps are the start alone. A step's
+    FLOPs, the same for every seed, are the difference between a training of one step and one of none. Where the chain
+    has no further taps the two modular methods are one, and only "modular" is trained.
     """
-    ways = list(product(starts, METHODS, seeds))
-    trainings, of_step = [], dict[tuple[str, str], int]()
+    methods = [it for it in METHODS if it != "modular_components" or taps.chain != taps.judged]
+    ways, of_step = list(product(starts, methods, seeds)), dict[tuple[str, str], int]()
     for start, method, seed in tqdm(ways, "trainings", leave=False):
         options = {"taps": taps.chain if method == "modular" else taps.judged, "seed": seed, "batch_size": batch_size}
         options |= PAPER[METHODS[method]] if start == "paper" else {}
@@ -109,8 +111,7 @@ def train_all(
             inverses = fit(steps=length)
             seconds = preparation + time.perf_counter() - began
             flops = float(start_flops + of_step[start, method] * length)
-            trainings.append(Training(method, start, length, seed, inverses, flops, seconds))
-    return trainings
+            yield Training(method, start, length, seed, inverses, flops, seconds)
 
 
 def count_flops(function: Callable[[], Any]) -> int:
@@ -120,30 +121,41 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-@torch.no_grad()
 def add_scores(
     values: Values,
     target: Target,
-    trainings: Sequence[Training],
+    trainings: Iterable[Training],
     taps: Taps,
     images: ImageSource | Tensor,
     mean_image: Tensor,
 ) -> None:
     """PSNR of every training at the judged taps, with the columns start, steps, flops and seconds (means over training
-    seeds); and of the mean training image (3, H, W), the `null_mean`."""
-    scores: dict[tuple[str, int], list[Tensor]] = {}
-    for batch in batches(images, 64):
-        recorded = target.record(batch, list(taps.judged))
-        for tap in taps.judged:
-            pictures = [one.inverses[tap](recorded[tap]).clamp(0, 1) for one in trainings]
-            for place, picture in enumerate([*pictures, mean_image.expand_as(batch)]):
-                scores.setdefault((tap, place), []).append(psnr(batch, picture))
-    about = pd.DataFrame(trainings).drop(columns="inverses").rename(columns={"method": "inverse"})
+    seeds); and of the mean training image (3, H, W), the `null_mean`. One training is held at a time."""
+
+    @torch.no_grad()  # and nothing around it: the trainings are made between
+    def scores(read: Callable[[str, Any, Tensor], Tensor]) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {tap: [] for tap in taps.judged}
+        for batch, recorded in recorded_batches(target, images, taps.judged, images_at_once(images)):
+            for tap, listed in parts.items():
+                listed.append(psnr(batch, read(tap, recorded[tap], batch)))
+        return {tap: torch.cat(listed) for tap, listed in parts.items()}
+
+    rows = []
+    for method, start, steps, seed, inverses, flops, seconds in trainings:
+        of_taps = scores(lambda tap, held, batch, by=inverses: by[tap](held).clamp(0, 1))  # type: ignore[misc]
+        rows.append((method, start, steps, seed, flops, seconds, of_taps))
+    about = pd.DataFrame(rows, columns=["inverse", "start", "steps", "seed", *COSTS, "scores"])
     about[list(COSTS)] = about.groupby(["inverse", "start", "steps"])[list(COSTS)].transform("mean")
-    known: list[Any] = [*about.to_dict("records"), {"inverse": "null_mean", "seed": NO_SEED}]
-    for (tap, place), parts in scores.items():
-        columns = dict(known[place])
-        values.add("psnr", {columns.pop("seed"): torch.cat(parts)}, tap, **columns)
+    null = {
+        "inverse": "null_mean",
+        "seed": NO_SEED,
+        "scores": scores(lambda tap, held, batch: mean_image.expand_as(batch)),
+    }
+    for tap in taps.judged:
+        for row in [*about.to_dict("records"), null]:
+            columns: dict[str, Any] = {**row}
+            of_taps, seed = columns.pop("scores"), columns.pop("seed")
+            values.add("psnr", {seed: of_taps[tap]}, tap, **columns)
 
 
 def at_equal_cost(values: pd.DataFrame, cost: str = "flops") -> pd.DataFrame:
