@@ -105,6 +105,18 @@ def test_runs_on_a_folder_that_is_absent_are_left_out(tmp_path: Path, monkeypatc
     assert (judged["images"], judged["trained_on"], judged["n"]) == (str(tmp_path), str(tmp_path), 3)
     assert runs["modular-vs-direct-other"].parameters["trained_on"] == f"{tmp_path}+leaves"
     assert runs["colour-other"].parameters["images"] == str(tmp_path)
+    further = [{"images": "PICTURES+leaves", "families": ["direct"], "seeds": [0], "steps": 9}]
+    other = {"train": {"images": "PICTURES", "families": ["linear"]}, "further": further} | {"quality": ["PICTURES"]}
+    runs = plan.graph_runs(write_preset(tmp_path, graph | {"targets": {"other": other}}))
+    trained = {run: made.parameters for run, made in runs.items() if made.kind == "train"}
+    assert {*trained} == {
+        "train-other-seed0",
+        "train-other-direct-seed0",
+    }  # untrained linear ones: where they are needed
+    told = {"target": "other", "images": f"{tmp_path}+leaves", "steps": 9, "families": ["direct"], "seed": 0}
+    assert trained["train-other-direct-seed0"] == told | {"pretrained": True}
+    assert trained["train-other-seed0"]["families"] == ["linear"]
+    assert "train-other-direct-seed0" in runs["quality-other-pictures"].needs
 
 
 @pytest.mark.parametrize(

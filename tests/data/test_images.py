@@ -62,7 +62,7 @@ def test_leaves_and_parts_join_the_training_images_of_a_folder_alone(tmp_path):
     with_leaves = f"{tmp_path}+leaves"
     source = open_images(with_leaves, "train", (40, 56), seed=3)
     assert source.name == f"{tmp_path.name}+leaves"
-    assert len(source) == 2 * (2 + 3 * 2)
+    assert len(source) == 2 * (2 + 7 * 2)
     assert len(set(ids(source))) == len(source)
     assert [item["id"] for item in source] == ids(source)
     whole, parts = source[0]["image"], [source.image(index) for index in range(2, 5)]  # of the first picture

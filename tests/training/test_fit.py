@@ -251,3 +251,19 @@ def test_running_moments_keep_prefix_tokens_apart() -> None:
     deviation = torch.stack([values[:, 0].std(0, unbiased=False), grid.std(0, unbiased=False)])
     torch.testing.assert_close(moments.deviation, deviation)
     assert moments.variance == pytest.approx(float((deviation[0].square() + 4 * deviation[1].square()).mean()) / 5)
+
+
+def test_bfloat16_is_for_networks_and_not_for_starts(vit: TimmTarget) -> None:
+    """A CPU without it trains in float32; either way the closed-form start keeps its digits, and the training its way."""
+    shown = _shown(vit, 48)
+    held = vit.record(shown)
+    fits = {
+        (steps, half): fit_direct(vit, shown, **(QUICK | {"steps": steps}), bfloat16=half)
+        for steps in (0, 20)
+        for half in (False, True)
+    }
+    with torch.no_grad():
+        loss = {key: [float(F.mse_loss(it[tap](held[tap]), shown)) for tap in it] for key, it in fits.items()}
+    assert loss[0, True] == loss[0, False]
+    assert loss[20, True] == pytest.approx(loss[20, False], rel=0.05)
+    assert all(after != before for after, before in zip(loss[20, True], loss[0, True], strict=True))

@@ -26,7 +26,11 @@ class Images(BaseModel, extra="allow"):
     images: str
 
 
-On = Annotated[Images, BeforeValidator(lambda given: {"images": given} if isinstance(given, str) else given)]
+def _images(given: Any) -> Any:
+    return {"images": given} if isinstance(given, str) else given
+
+
+On = Annotated[Images, BeforeValidator(_images)]
 Study = Annotated[  # a notebook, or {notebook: parameters}
     dict[str, dict[str, Any]],
     BeforeValidator(lambda given: {given: {}} if isinstance(given, str) else given),
@@ -34,13 +38,20 @@ Study = Annotated[  # a notebook, or {notebook: parameters}
 ]
 
 
-class Entry(BaseModel, extra="forbid"):
-    """What a graph makes of one target, on which images. families: in the place of the graph's."""
+class Training(Images):
+    """Images to train on, and what is trained there: families and seeds, in the place of the graph's."""
 
-    train: On
+    families: list[str] | None = None
+    seeds: list[NonNegativeInt] | None = None
+
+
+class Entry(BaseModel, extra="forbid"):
+    """What a graph makes of one target, on which images. further: trainings beside `train`, of other families."""
+
+    train: Annotated[Training, BeforeValidator(_images)]
+    further: list[Training] = []
     quality: Annotated[list[On], Field(min_length=1)]
     studies: list[Study] = []
-    families: list[str] | None = None
     shipped: list[str] = []
 
 
@@ -99,17 +110,19 @@ def graph_runs(preset: str, results: str = "") -> dict[str, GraphRun]:
         return file_name(Path(graph.folders.get(images, images)).name)
 
     for target, entry in graph.targets.items():
-        families = graph.families if entry.families is None else entry.families
         name, trained = file_name(target), tuple[str, ...]()
-        for suffix, seeds in (("", graph.seeds), ("-untrained", graph.untrained)):
-            for seed in seeds:
-                left_out = ["linear"] if suffix else entry.shipped if seed == SHIPPED_SEED else []
+        ways = [("", entry.train, False), ("-untrained", entry.train, True)]
+        ways += [("-" + "-".join(train.families or ["further"]), train, False) for train in entry.further]
+        for suffix, train, untrained in ways:
+            families = graph.families if train.families is None else train.families
+            for seed in graph.untrained if untrained else graph.seeds if train.seeds is None else train.seeds:
+                left_out = ["linear"] if untrained else entry.shipped if seed == SHIPPED_SEED else []
                 own = {"families": [it for it in families if it not in left_out], "seed": seed}
                 if not own["families"]:
                     continue
                 trained += (run := f"train-{name}{suffix}-seed{seed}",)
-                parameters = {"target": target} | entry.train.model_dump() | own | {"pretrained": not suffix}
-                add(run, "train", "02_train_inverse", parameters)
+                parameters = {"target": target} | train.model_dump(exclude={"families", "seeds"}) | own
+                add(run, "train", "02_train_inverse", parameters | {"pretrained": not untrained})
         # Without trainings the studies take the shipped inverses.
         inverses, seeds = (results, graph.seeds) if trained else ("", [SHIPPED_SEED])
         judging = {"target": target, "trained_on": entry.train.images, "inverses": inverses, "seeds": seeds}

@@ -38,7 +38,7 @@ GENERATORS = {
     "leaves": ("backsight.data.leaves", "generated"),
 }
 WITH_LEAVES = "+leaves"  # of a folder's training images: random parts of them too, and as many leaves as both
-PARTS, LEAST_PART = 3, 0.3  # of every image, and of its area
+PARTS, LEAST_PART = 7, 0.3  # of every image, and of its area
 WORTH_WORKERS = 2000  # images that are read by threads of their own, where there are cores to spare
 
 

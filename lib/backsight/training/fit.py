@@ -33,7 +33,7 @@ from backsight.inverses.passes import Images, recorded_batches
 from backsight.inverses.rows import PIXELS, form_of
 from backsight.representation import Representation, concatenate
 from backsight.targets.base import Target, seeded
-from backsight.training.loop import gpu_autocast, train
+from backsight.training.loop import autocast, train
 from backsight.training.starts import (
     MOMENT_IMAGES,
     RECORDING_BATCH,
@@ -63,6 +63,7 @@ def fit_direct(
     seed: int = 0,
     starts: Starts | None = None,
     ridge_images: int = RIDGE_IMAGES,
+    bfloat16: bool = False,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Inverses:
@@ -72,12 +73,15 @@ def fit_direct(
     taps: as `load_target` takes them, default the target's own. steps: 400 by default, or epochs: passes over the
     images. batch_size: images of a step, of all processes together. starts: closed-form maps {(tap, "pixels"):
     LinearInverse} that are there already; the others are fitted on `ridge_images` of the images, or with 0 are the
-    mean, with random weights. checkpoint: a file to resume from, see `training.loop.train`.
+    mean, with random weights. bfloat16: train networks (their starts stay in float32) in it on a CPU that has it, in
+    half of the time there; GPUs that have it always do. checkpoint: a file to resume from, see `training.loop.train`.
     Returns the inverses, in forward order; `inverses.module(tap).history` is a training.
     Raises BacksightError on unknown taps, unfit images, and a NaN or infinite loss.
     """
     steps = _steps(400, steps, epochs, images, batch_size)
-    fit = _Fit("direct", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
+    fit = _Fit(
+        "direct", target, images, validation, steps, batch_size, learning_rate, seed, bfloat16, checkpoint, progress
+    )
     return fit.stages(taps, starts or {}, ridge_images, chain_fraction=0, image_share=0)
 
 
@@ -96,6 +100,7 @@ def fit_modular(
     image_share: float = 0.9,
     starts: Starts | None = None,
     ridge_images: int = RIDGE_IMAGES,
+    bfloat16: bool = False,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Inverses:
@@ -115,7 +120,9 @@ def fit_modular(
     Raises BacksightError as `fit_direct` does, and on stages without a module.
     """
     steps = _steps(400, steps, epochs, images, batch_size)
-    fit = _Fit("modular", target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
+    fit = _Fit(
+        "modular", target, images, validation, steps, batch_size, learning_rate, seed, bfloat16, checkpoint, progress
+    )
     return fit.stages(taps, starts or {}, ridge_images, chain_fraction, image_share)
 
 
@@ -130,6 +137,7 @@ def fit_polish(
     batch_size: int = 16,
     learning_rate: float = 3e-4,
     seed: int = 0,
+    bfloat16: bool = False,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> Inverses:
@@ -141,7 +149,9 @@ def fit_polish(
     Raises BacksightError where the modules are no chain down to pixels, or of another target.
     """
     steps, family = _steps(100, steps, epochs, images, batch_size), "modular_polished"
-    fit = _Fit(family, target, images, validation, steps, batch_size, learning_rate, seed, checkpoint, progress)
+    fit = _Fit(
+        family, target, images, validation, steps, batch_size, learning_rate, seed, bfloat16, checkpoint, progress
+    )
     order = _chain_order(target, modules)
     polished = {tap: copy.deepcopy(module).to(target.device) for tap, module in modules.modules.items()}
     for inverse in polished.values():  # those that no chain runs through are only renamed
@@ -207,6 +217,7 @@ class _Fit:
     batch_size: int
     learning_rate: float
     seed: int
+    bfloat16: bool
     checkpoint: Path | str | None
     progress: bool
 
@@ -315,6 +326,7 @@ class _Fit:
             steps=self.steps,
             learning_rate=self.learning_rate,
             seed=self.seed,
+            bfloat16=self.bfloat16,
             checkpoint=self.checkpoint,
             validate=None if recorded is None else lambda: _validated(inverses, recorded()),
             together=together,
@@ -346,7 +358,7 @@ class _Fit:
         def batch_at(step: int) -> Batch:
             nonlocal passes
             passes = passes or recorded_batches(target, own, taps, size, self.seed, self.steps, step)
-            with torch.no_grad(), gpu_autocast(target.device):
+            with torch.no_grad(), autocast(target.device):
                 return Batch(*next(passes))
 
         return batch_at

@@ -32,12 +32,16 @@ HISTORY_COLUMNS = ("step", "module", "split", "loss", "seconds")
 LOGGED_POINTS = 200  # rows of each module in the history, however long the training
 
 
-def gpu_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 where it is fast: on GPUs that have it. A CPU may emulate it, a hundred times slower."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+def autocast(device: torch.device, bfloat16: bool = False) -> AbstractContextManager[Any]:
+    """bfloat16 where it is fast: on GPUs that have it, and, where asked for, on CPUs that have it.
+
+    A CPU may emulate it, a hundred times slower.
+    """
+    fast = device.type == "cuda" and torch.cuda.is_available()
+    fast = fast and torch.cuda.is_bf16_supported(including_emulation=False)
+    if bfloat16 and device.type == "cpu":
+        fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -66,6 +70,7 @@ def train(
     validate: Callable[[], Mapping[str, float]] | None = None,
     validate_every: int | None = None,
     together: bool = False,
+    bfloat16: bool = False,
     checkpoint: Path | str | None = None,
     checkpoint_every: int = 200,
     identity: Mapping[str, Any] | None = None,
@@ -80,6 +85,7 @@ def train(
     validate() -> {name: number}, the same on all processes, called before the first step, every `validate_every` steps
     (a tenth of the training by default) and at the end. Each module ends with the weights of its own best number, or,
     `together`, all with those of the step whose mean number is best; they may be those that they came with.
+    bfloat16: see `autocast`.
     checkpoint: a file, written every `checkpoint_every` steps, resumed from where it exists, removed at the end;
     `identity` says what the training is, and a checkpoint of another one is refused.
     Under `accelerate launch` every process calls this with batches of its own; gradients and losses are means over all.
@@ -101,6 +107,7 @@ def train(
         **(identity or {}),
         "schedule": [steps, schedule, learning_rate, weight_decay, warmup, gradient_norm, validate_every, together],
         "seed": seed,
+        "bfloat16": bfloat16,
         "processes": processes().num_processes,
         "modules": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
     }
@@ -129,7 +136,7 @@ def train(
             if validate is None:
                 return
             whole.eval()
-            with torch.no_grad(), gpu_autocast(device):
+            with torch.no_grad(), autocast(device, bfloat16):
                 numbers = dict(validate())
             log("validation", numbers)
             for name, number in ({"": sum(numbers.values()) / len(numbers)} if together else numbers).items():
@@ -144,7 +151,7 @@ def train(
         with tqdm(total=steps, initial=state.step, desc=title, unit="step", leave=False, disable=hidden) as bar:
             for step in range(state.step, steps):
                 whole.train()
-                numbers = _gradients(trained, losses(batch_at(step), step), device, gradient_norm, step)
+                numbers = _gradients(trained, losses(batch_at(step), step), device, bfloat16, gradient_norm, step)
                 step_all(stepping, learning_rate_at(step, schedule or steps, learning_rate, warmup))
                 state.step = step + 1
                 bar.update()
@@ -178,6 +185,7 @@ def _gradients(
     trained: Mapping[str, Sequence[nn.Parameter]],
     losses: Iterable[tuple[str, Tensor]],
     device: torch.device,
+    bfloat16: bool,
     gradient_norm: float,
     step: int,
 ) -> dict[str, float]:
@@ -187,7 +195,7 @@ def _gradients(
         parameter.grad = None
     values, remaining = dict[str, Tensor](), iter(losses)
     while True:
-        with gpu_autocast(device):
+        with autocast(device, bfloat16):
             name, loss = next(remaining, ("", None))
         if loss is None:
             break
