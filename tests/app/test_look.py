@@ -53,6 +53,19 @@ def test_the_command_writes_the_figure_or_says_why_not(
     assert "nowhere.jpg" in capsys.readouterr().err
 
 
+def test_what_is_not_shipped_is_fitted_on_leaves_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MAP below linear, of a target with other taps than the figure asks for; the second time nothing is fitted."""
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path))
+    target = backsight.load_target("scenes-vit")
+    figure = backsight.look("chelsea", target, ["blocks.0"], ["linear", "map"])
+    scores = [float(text.get_text().removesuffix(" dB")) for text in figure.texts if text.get_text().endswith(" dB")]
+    assert len(scores) == 2
+    assert scores[1] > scores[0] + 2
+    monkeypatch.setattr(families, "fit", None)
+    again = backsight.look("chelsea", target, ["blocks.0"], ["linear", "map"])
+    assert [text.get_text() for text in again.texts] == [text.get_text() for text in figure.texts]
+
+
 def test_a_family_that_is_not_there_is_named() -> None:
-    with pytest.raises(BacksightError, match=r"no 'modula' inverses of scenes-vit; nearest: modular"):
+    with pytest.raises(BacksightError, match=r"no inverse family 'modula'; nearest: modular"):
         backsight.look("chelsea", "scenes-vit", ["norm"], "modula")

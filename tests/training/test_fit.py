@@ -254,7 +254,7 @@ def test_running_moments_keep_prefix_tokens_apart() -> None:
 
 
 def test_bfloat16_is_for_networks_and_not_for_starts(vit: TimmTarget) -> None:
-    """A CPU without it trains in float32; either way the closed-form start keeps its digits, and the training its way."""
+    """Either way the closed-form start keeps its digits, and the training its way."""
     shown = _shown(vit, 48)
     held = vit.record(shown)
     fits = {

@@ -70,6 +70,9 @@ def look(
     picture: Annotated[str, Argument(metavar="PICTURE", help="an image file, or chelsea, china, coffee, …")],
     target: Annotated[str, Option(help=TARGETS)] = "dinov2-small",
     taps: Taps = "blocks",
+    families: Annotated[
+        str | None, Option(metavar="F,F,…", help="(default: shipped, or linear); linear,map: minutes")
+    ] = None,
     out: Annotated[Path | None, Option(metavar="FILE", help="(default: PICTURE-TARGET.png)")] = None,
 ) -> None:
     """Turn every layer of a model back into a picture, as one figure."""
@@ -80,7 +83,7 @@ def look(
     if place.exists() and Path(picture).exists() and place.samefile(picture):
         raise BacksightError(f"the figure would replace {picture} itself: give another file by --out.")
     check_file(place, "holds it, from every tap: PSNR in dB.")
-    print(save_look(look(picture, target, taps), place))
+    print(save_look(look(picture, target, taps, families.split(",") if families else None), place))
 
 
 @app.command()

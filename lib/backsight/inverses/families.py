@@ -123,20 +123,31 @@ def fit_and_save(
     return files
 
 
-def kept_inverses(target: Target, count: int = 400) -> dict[str, Inverses]:
+def kept_inverses(target: Target, count: int = 400, asked: Sequence[str] = ()) -> dict[str, Inverses]:
     """{family: Inverses} at the target's taps: shipped ones, else linear ones kept in the cache, else fitted and kept.
 
-    count: of the leaves of such a fit. Raises BacksightError as `fit` does.
+    count: of the leaves of such a fit; asked: further families, which are kept or fitted where they are not shipped.
+    Raises BacksightError as `fit` does.
     """
-    shipped, size = shipped_inverses(target), "x".join(map(str, target.image_size))
+    shipped = shipped_inverses(target)
     families = load(shipped, target) if shipped else {}
     known = {tap for inverses in families.values() for tap in inverses.modules}
     if lacking := [tap for tap in target.taps if tap not in known]:
-        folder = cache_folder() / "inverses" / f"{target.weights_hash}-leaves-{VERSION}-{count}-{size}"
-        kept = {header.source for header in headers_for(folder, target).values()}
-        if new := [tap for tap in lacking if tap not in kept]:
-            part = target.select(new)
-            save(fit("linear", part, open_images("leaves", "train", part, count)), folder)
         own = dict(families["linear"].modules) if shipped else {}
-        families["linear"] = Inverses(own | dict(load(folder, target)["linear"].modules))
+        families["linear"] = Inverses(own | dict(_kept("linear", target.select(lacking), count).modules))
+    for family in asked:
+        if family not in families:
+            families[family] = _kept(family, target, count, families.get("linear"))
     return families
+
+
+def _kept(family: str, target: Target, count: int, linear: Inverses | None = None) -> Inverses:
+    """Those of the cache; taps that it lacks are fitted on leaves first."""
+    size, own = "x".join(map(str, target.image_size)), "" if family == "linear" else f"-{family}"
+    folder = cache_folder() / "inverses" / f"{target.weights_hash}-leaves-{VERSION}-{count}-{size}{own}"
+    kept = {header.source for header in headers_for(folder, target).values()}
+    if new := [tap for tap in target.taps if tap not in kept]:
+        part = target.select(new)
+        held_out = open_images("leaves", "validation", part, max(32, count // 8)) if own else None
+        save(fit(family, part, open_images("leaves", "train", part, count), held_out, linear=linear), folder)
+    return load(folder, target)[family]
