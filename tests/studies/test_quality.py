@@ -9,7 +9,7 @@ from backsight.inverses.families import fit
 from backsight.inverses.files import load, save
 from backsight.inverses.linear import fit_linear
 from backsight.plots.style import with_nulls_of
-from backsight.studies.nulls import null_mean
+from backsight.studies.nulls import mosaic, null_mean
 from backsight.studies.quality import (
     CELLS,
     KEPT,
@@ -236,3 +236,9 @@ def test_quality_images_are_never_training_images():
 def test_one_image_is_refused(target, images):
     with pytest.raises(BacksightError, match="at least two"):
         evaluate_quality(target, images[:1], {0: {}}, images.mean(0))
+
+
+def test_a_mosaic_shows_the_mean_colours_of_its_parts() -> None:
+    picture = torch.arange(6.0)[None, None, None].expand(2, 3, 4, 6)
+    assert torch.equal(mosaic(picture, 1), torch.full((2, 3, 4, 6), 2.5))
+    assert mosaic(picture, 2)[0, 0, 0].tolist() == [1, 1, 1, 4, 4, 4]

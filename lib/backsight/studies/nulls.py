@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from backsight.data.images import batches
@@ -51,6 +52,11 @@ def null_mean(train_images: Any) -> Tensor:
     for batch in batches(train_images, 256):
         total, count = total + batch.double().sum(0), count + len(batch)
     return (total / count).float()
+
+
+def mosaic(images: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) of the mean colours of side x side equal parts of each picture: what so many colours of it show."""
+    return F.interpolate(F.adaptive_avg_pool2d(images, side), images.shape[2:])
 
 
 def another(count: int, generator: torch.Generator) -> Tensor:
