@@ -64,6 +64,10 @@ def test_what_is_not_shipped_is_fitted_on_leaves_and_kept(tmp_path: Path, monkey
     monkeypatch.setattr(families, "fit", None)
     again = backsight.look("chelsea", target, ["blocks.0"], ["linear", "map"])
     assert [text.get_text() for text in again.texts] == [text.get_text() for text in figure.texts]
+    (folder,) = tmp_path.glob("inverses/*-map")
+    monkeypatch.setenv("BACKSIGHT_CACHE", str(tmp_path / "other"))
+    own = backsight.look("chelsea", target, ["blocks.0"], ["linear", "map"], inverses=folder)
+    assert [text.get_text() for text in own.texts] == [text.get_text() for text in figure.texts]
 
 
 def test_a_family_that_is_not_there_is_named() -> None:

@@ -73,6 +73,9 @@ def look(
     families: Annotated[
         str | None, Option(metavar="F,F,…", help="(default: shipped, or linear); linear,map: minutes")
     ] = None,
+    inverses: Annotated[
+        Path | None, Option(metavar="FOLDER", help="of your own, as 02_train_inverse saves them")
+    ] = None,
     out: Annotated[Path | None, Option(metavar="FILE", help="(default: PICTURE-TARGET.png)")] = None,
 ) -> None:
     """Turn every layer of a model back into a picture, as one figure."""
@@ -83,7 +86,7 @@ def look(
     if place.exists() and Path(picture).exists() and place.samefile(picture):
         raise BacksightError(f"the figure would replace {picture} itself: give another file by --out.")
     check_file(place, "holds it, from every tap: PSNR in dB.")
-    print(save_look(look(picture, target, taps, families.split(",") if families else None), place))
+    print(save_look(look(picture, target, taps, families.split(",") if families else None, inverses), place))
 
 
 @app.command()

@@ -19,19 +19,22 @@ def look(
     target: str | Target = "dinov2-small",
     taps: str | Sequence[str] | None = None,
     families: str | Sequence[str] | None = None,
+    inverses: str | Path | None = None,
 ) -> ShownFigure:
     """The figure of one picture and of what the inverses make of it at every tap, with the PSNR of each in dB.
 
     picture: the path of an image file, or a name as `open_picture` takes it ("chelsea", "scene 22"); target, taps: as
     `load_target` takes them, by default every block, or a target and, by default, its taps; families: of inverses, by
     default all that are shipped, or linear ones. The inverses are those shipped with the target, else those kept from
-    an earlier call, else they are fitted here on dead leaves, with a progress bar; "map" takes minutes a tap.
+    an earlier call, else they are fitted here on dead leaves, with a progress bar; "map" takes minutes a tap. inverses:
+    a folder of `save` or of 02_train_inverse (of one training seed), taken before all others.
     Raises BacksightError on an unknown picture, target, tap or family.
     """
     import torch
 
     from backsight.app.pictures import open_picture
     from backsight.inverses.families import FAMILIES, kept_inverses
+    from backsight.inverses.files import load
     from backsight.plots.grids import family_grid
     from backsight.targets import load_target
 
@@ -45,7 +48,8 @@ def look(
     else:
         frozen = target if taps is None else target.select(taps)
     image = open_picture(str(picture), frozen.image_size).image
-    known = kept_inverses(frozen, asked=asked)
+    own = {} if inverses is None else load(inverses, frozen)
+    known = kept_inverses(frozen, asked=[family for family in asked if family not in own]) | own
     with torch.no_grad():
         recorded = frozen.record(image.to(frozen.device))
         made = {
