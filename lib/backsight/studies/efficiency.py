@@ -146,14 +146,14 @@ def add_scores(
         rows.append((method, start, steps, seed, flops, seconds, of_taps))
     about = pd.DataFrame(rows, columns=["inverse", "start", "steps", "seed", *COSTS, "scores"])
     about[list(COSTS)] = about.groupby(["inverse", "start", "steps"])[list(COSTS)].transform("mean")
-    null = {
+    null: dict[Any, Any] = {
         "inverse": "null_mean",
         "seed": NO_SEED,
         "scores": scores(lambda tap, held, batch: mean_image.expand_as(batch)),
     }
     for tap in taps.judged:
         for row in [*about.to_dict("records"), null]:
-            columns: dict[str, Any] = {**row}
+            columns: dict[Any, Any] = dict(row)
             of_taps, seed = columns.pop("scores"), columns.pop("seed")
             values.add("psnr", {seed: of_taps[tap]}, tap, **columns)
 
